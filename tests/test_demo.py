@@ -1,0 +1,57 @@
+"""The demonstration, as README's first command runs it."""
+import json
+
+import pandas as pd
+import pytest
+
+from conftest import fails, run_cli
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp('demo')/'out'
+    return out, run_cli('demo', '--out', out).stdout
+
+
+def test_demo_reaches_its_figures(demo):
+    out, said = demo
+    figures = json.loads((out/'demo.json').read_text())
+    value, low, high = figures['auroc']
+    assert value>=.95 and low<=value<=high
+    assert figures['heat_in_joint']['share']>=.8
+    assert figures['heat_in_joint']['n']>=10
+    assert 'AUROC' in said and '95 % CI' in said
+
+
+def test_demo_writes_what_it_says(demo):
+    out, said = demo
+    for name in ('report.html','predictions.csv','model'):
+        assert (out/name).exists() and str(out/name) in said
+    page = (out/'report.html').read_text()
+    assert page.count('data:image')>=5 and '<script src' not in page and 'http-equiv="refresh"' not in page
+
+
+def test_demo_lists_the_broken_files(demo):
+    out, said = demo
+    truth = pd.read_csv(out/'hospital/truth.csv', keep_default_na=False)
+    broken = truth[truth.broken!='']
+    table = pd.read_csv(out/'predictions.csv', keep_default_na=False)
+    names = table.path.str.rsplit('/', n=1).str[-1]
+    assert len(broken)>=4
+    for name in broken.path.str.rsplit('/', n=1).str[-1]:
+        assert (table.error[names==name]!='').all() and (names==name).any()
+        assert name in (out/'report.html').read_text()
+
+
+def test_the_same_seed_gives_the_same_figures(tmp_path):
+    words = ['--seed', 3, '--patients', 40, '--epochs', 1]
+    for name in ('a','b'): run_cli('demo', '--out', tmp_path/name, *words)
+    for name in ('demo.json','report.json'): assert (tmp_path/'a'/name).read_text()==(tmp_path/'b'/name).read_text()
+    a, b = (pd.read_csv(tmp_path/name/'predictions.csv').drop(columns='path') for name in ('a','b'))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def test_demo_refuses_a_folder_with_other_files(tmp_path):
+    (tmp_path/'letter.txt').write_text('mine')
+    assert str(tmp_path) in fails('demo', '--out', tmp_path)
+    assert (tmp_path/'letter.txt').read_text()=='mine'
