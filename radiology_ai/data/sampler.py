@@ -7,8 +7,9 @@ Docs: https://lluissalord.github.io/radiology_ai/data.sampler.html.md"""
 # %% auto #0
 __all__ = ['BalancedBatchSampler', 'ShuffledBatchSampler']
 
-# %% ../../nbs/33_data.sampler.ipynb #46f70eee
+# %% ../../nbs/33_data.sampler.ipynb #54a24944
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import DataError, rng
 
@@ -26,7 +27,7 @@ def _positives(labels) -> tuple[np.ndarray, list]:
     names = sorted(set(a[known].tolist()))
     return (a[:,None]==np.array(names, dtype=a.dtype)) & known[:,None],names
 
-# %% ../../nbs/33_data.sampler.ipynb #91cb0152
+# %% ../../nbs/33_data.sampler.ipynb #f4d6848e
 class BalancedBatchSampler:
     """Iterates over batches of row numbers with at least `min_per_class` images of each class in each batch.
 
@@ -49,14 +50,20 @@ class BalancedBatchSampler:
             raise DataError(f"A batch of {bs} cannot hold {min_per_class} of each of {c} classes", f"Give bs of at least {c*self.min_per_class}, or a smaller min_per_class")
         self.order = np.argsort(counts, kind='stable') # rarest class first
         self.owner = np.where(self.positive.any(1), self.order[np.argmax(self.positive[:,self.order], 1)] if c else 0, -1)
+        if self.bs==c*self.min_per_class and (self.owner<0).any():
+            raise DataError(f"{int((self.owner<0).sum())} images have no class, and {min_per_class} of each of {c} classes fill a batch of {bs}", f"Give bs of at least {bs+1}")
         self.n_batches = self._length()
 
     def _length(self) -> int:
         "The smallest number of batches that holds every image and every class's share."
         owned = np.bincount(self.owner+1, minlength=len(self.classes)+1)
-        q,free,b = self.min_per_class,int(owned[0]),-(-len(self.owner)//self.bs)
-        while (need := int(np.maximum(owned[1:], q*b).sum()) + free) > b*self.bs: b += max(1, (need-b*self.bs)//self.bs)
-        return b
+        fits = lambda b: np.maximum(owned[1:], self.min_per_class*b).sum() + owned[0] <= b*self.bs
+        low,high = 0,-(-len(self.owner)//self.bs)
+        while not fits(high): low,high = high,2*high
+        while high-low>1:
+            mid = (low+high)//2
+            low,high = (low,mid) if fits(mid) else (mid,high)
+        return high
 
     def __len__(self): return self.n_batches
     def set_epoch(self, epoch: int):
@@ -99,8 +106,11 @@ def _deal_class(self, c, batches, used, gen):
         _fill(batches, used, rows, items, positive, gen)
         taken += len(rows)
 
-# %% ../../nbs/33_data.sampler.ipynb #24978269
-def _batches(self, epoch: int) -> np.ndarray:
+# %% ../../nbs/33_data.sampler.ipynb #4f7b9ef0
+@patch
+def batches(self:BalancedBatchSampler,
+    epoch: int, # the epoch
+) -> np.ndarray:
     "The batches of an epoch as row numbers (number of batches, bs)."
     gen,n,b = rng(self.seed, 'batches', epoch),len(self.owner),self.n_batches
     batches,used = np.full((b, self.bs), -1),np.zeros(b, int)
@@ -118,8 +128,6 @@ def _batches(self, epoch: int) -> np.ndarray:
     everything = np.arange(n)
     while len(rows := np.flatnonzero(used<self.bs)): _fill(batches, used, rows, gen.integers(n, size=len(rows)), everything, gen)
     return gen.permuted(batches, axis=1)
-
-BalancedBatchSampler.batches = _batches
 
 # %% ../../nbs/33_data.sampler.ipynb #9bcb40ee
 class ShuffledBatchSampler:

@@ -182,7 +182,7 @@ def _base_header(modality, phantom, shape, spacing, lossy=False):
         RescaleSlope=1, RescaleIntercept=0, RescaleType='US', AcquisitionContextSequence=[], ImageLaterality=side or 'U')
     return h
 
-# %% ../../nbs/05_phantom.hospital.ipynb #e2e49895
+# %% ../../nbs/05_phantom.hospital.ipynb #5c93f0a1
 BREAKS = dict(truncated='the pixel data ends early', text='a text file', no_pixels='no pixel data', empty='an empty file',
               corrupted='a damaged codestream', absurd_size='an absurd size')
 
@@ -211,7 +211,9 @@ def _corrupt(data, gen):
     start = next((i for i in (data.rfind(m) for m in (b'\xff\xd8\xff', b'\xff\x4f\xff\x51')) if i>0), None)
     if start is None: raise RadiologyError("Only a JPEG or JPEG 2000 file can be corrupted beyond recognition", "Choose another syntax or another kind of damage")
     out = bytearray(data)
-    for a,n in ((start+50, 300), (start + (len(data)-start)//2, 2000)): out[a:a+n] = gen.bytes(len(out[a:a+n]))
+    for a,n in ((start+50, 300), (start + (len(data)-start)//2, 2000)):
+        n = max(0, min(n, len(data) - 64 - a))
+        out[a:a+n] = gen.bytes(n)
     return bytes(out)
 
 # %% ../../nbs/05_phantom.hospital.ipynb #892f0aba

@@ -35,13 +35,13 @@ class Surface:
         "The x in mm where the plane passes `z`."
         return self.point[0] - self.normal[1]/self.normal[0]*(z-self.point[1])
 
-# %% ../../nbs/015_phantom.schatzker.ipynb #1517c7a4
+# %% ../../nbs/015_phantom.schatzker.ipynb #0672f58b
 def draw_surface(
     gen: np.random.Generator, # where the randomness comes from
     top, bottom,              # two points x, z in mm on the surface
     far,                      # a direction x, z towards its far side
     slant: float=.13,         # largest lean
-    rough: float=.8,          # standard deviation of the roughness in mm
+    rough: float=.5,          # standard deviation of the roughness in mm
 ) -> Surface:
     "A surface through two points."
     a,b = np.asarray(top, float),np.asarray(bottom, float)
@@ -94,23 +94,23 @@ class Fracture:
         wall = np.clip(np.minimum(t/self.flanks[0], (1-t)/self.flanks[1]), 0, 1)
         return (self.depth*wall*(1 + np.interp(t, np.linspace(0, 1, len(self.floor)), self.floor))).astype(np.float32)
 
-# %% ../../nbs/015_phantom.schatzker.ipynb #3332450c
+# %% ../../nbs/015_phantom.schatzker.ipynb #7e99e863
 def _split(gen, size, side):
     "The surface that splits off a condyle (`side` +1 lateral, -1 medial) and the fragment, without its sides."
     if side>0: top,bottom = (gen.uniform(10, 21), 0.),(gen.uniform(32, 38), gen.uniform(28, 48))
     else: top,bottom = (gen.uniform(-11, 1), -3.),(-gen.uniform(27, 33), gen.uniform(36, 58))
     top,bottom = ((x*size, z*size) for x,z in (top, bottom))
-    return draw_surface(gen, top, bottom, (side, 0)), dict(shift=(side*gen.uniform(1.5, 5), gen.uniform(.5, 4.5)), turn=side*gen.uniform(0, 5), pivot=bottom)
+    return draw_surface(gen, top, bottom, (side, 0)), dict(shift=(side*gen.uniform(1.2, 4), gen.uniform(0, 4)), turn=side*gen.uniform(1, 6), pivot=bottom)
 
 def _depress(gen, f, depth, reach, flanks):
     "Press the plateau of fracture `f` down."
     f.depth,f.reach,f.flanks = float(gen.uniform(*depth)),reach,flanks
     f.front,f.back = gen.uniform(10, 19, 2)
-    k = gen.normal(0, .16, 15)
-    f.floor = np.convolve(np.pad(k, 1, 'edge'), [.25, .5, .25], 'valid')
+    k = np.interp(np.linspace(0, 9, 46), np.arange(10), gen.normal(0, .1, 10)) + gen.uniform(-.2, .2)*np.linspace(-1, 1, 46)
+    f.floor = np.convolve(np.pad(k, 3, 'edge'), np.ones(7)/7, 'valid')
     return f
 
-# %% ../../nbs/015_phantom.schatzker.ipynb #ccf2e89c
+# %% ../../nbs/015_phantom.schatzker.ipynb #75cf5dab
 def _both(gen, size, grade):
     "Types V and VI: both condyles split off; in VI a third surface parts them from the shaft."
     (lateral,move_l),(medial,move_m) = _split(gen, size, 1),_split(gen, size, -1)
@@ -119,7 +119,7 @@ def _both(gen, size, grade):
     moves = [{}, move_l, move_m]
     if grade==6:
         z,lean,away = gen.uniform(36, 54)*size,gen.uniform(-9, 9),gen.choice([-1, 1])
-        surfaces.append(draw_surface(gen, (-20, z-lean), (20, z+lean), (0, 1), rough=1.2))
+        surfaces.append(draw_surface(gen, (-20, z-lean), (20, z+lean), (0, 1), rough=.9))
         pieces = [p + ((2,-1),) for p in pieces] + [((2,1),)]
         moves.append(dict(shift=(away*gen.uniform(3, 8), gen.uniform(0, 4)), turn=away*gen.uniform(2, 7), pivot=(0, z)))
     return Fracture(grade, surfaces, [Fragment(p, **m) for p,m in zip(pieces, moves)])

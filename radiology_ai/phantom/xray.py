@@ -38,7 +38,7 @@ def mu(
     density,mass = _MASS[tissue]
     return float(density*np.exp(np.interp(np.log(kev), np.log(_KEV), np.log(mass)))/10)
 
-# %% ../../nbs/01_phantom.xray.ipynb #1f4a8c39
+# %% ../../nbs/01_phantom.xray.ipynb #3bcd938d
 class Grid:
     "The rays of one film: body coordinates `x`, `y` (H, W) in mm of every pixel centre."
     def __init__(self,
@@ -48,6 +48,7 @@ class Grid:
     ):
         self.shape,self.spacing = tuple(int(v) for v in shape),float(spacing)
         self.matrix = scale(1/spacing, 1/spacing) if matrix is None else np.asarray(matrix, float)
+        self._rows = self.matrix.tolist()
         inv = np.linalg.inv(self.matrix).astype(np.float32)
         col,row = np.arange(self.shape[1], dtype=np.float32)+.5, np.arange(self.shape[0], dtype=np.float32)[:,None]+.5
         self.x = inv[0,0]*col + inv[0,1]*row + inv[0,2]
@@ -59,10 +60,10 @@ class Grid:
 
     def window(self, x1: float, y1: float, x2: float, y2: float) -> tuple:
         "The slices (rows, columns) of the pixels that may see the body box in mm."
-        b = transform_boxes(self.matrix, [x1, y1, x2, y2])
-        lo,hi = np.floor(b[:2]).astype(int)-1,np.ceil(b[2:]).astype(int)+1
-        h,w = self.shape
-        return slice(min(max(lo[1],0),h), min(max(hi[1],0),h)), slice(min(max(lo[0],0),w), min(max(hi[0],0),w))
+        (a,b,c),(d,e,f),_ = self._rows
+        x,y,u,v = (x1+x2)/2,(y1+y2)/2,(x2-x1)/2,(y2-y1)/2
+        def span(mid, half, n): return slice(min(max(int(mid-half-1), 0), n), min(max(int(mid+half+2), 0), n))
+        return span(d*x+e*y+f, abs(d)*u+abs(e)*v, self.shape[0]), span(a*x+b*y+c, abs(a)*u+abs(b)*v, self.shape[1])
 
     def pixel(self, points) -> np.ndarray:
         "Body points (N, 2) x, y in mm as (N, 2) x, y in pixels."
@@ -97,7 +98,7 @@ def ellipsoid(
     out[win] += np.float32(2*c)*_profile(q, power)
     return out
 
-# %% ../../nbs/01_phantom.xray.ipynb #a4d380f4
+# %% ../../nbs/01_phantom.xray.ipynb #93314b88
 def curve(
     points,               # (N, K) control points; more columns than two are interpolated along (radii, for example)
     n: int=8,             # points per span
@@ -123,38 +124,48 @@ def tube(
     onto=None,           # array, or pair of arrays with `wall`, to which the chords are added; None: zeros
 ):
     "Chord (H, W) in mm through a solid tube; with `wall`, the pair (chord in the wall, chord in the core)."
-    p = np.asarray(axis, np.float32)
-    r,t,w = (np.broadcast_to(np.asarray(v, np.float32), (len(p),)) for v in (radii, radii if depth is None else depth, 0. if wall is None else wall))
-    win = grid.window(*(p-r[:,None]).min(0), *(p+r[:,None]).max(0))
+    p = np.asarray(axis, float)
+    r,t,w = (np.broadcast_to(np.asarray(v, float), (len(p),)) for v in (radii, radii if depth is None else depth, 0. if wall is None else wall))
+    win = grid.window(*(p-r[:,None]).min(0).tolist(), *(p+r[:,None]).max(0).tolist())
     size = (win[0].stop-win[0].start, win[1].stop-win[1].start)
-    outer,inner = np.zeros(size, np.float32),None if wall is None else np.zeros(size, np.float32)
-    for i in range(len(p)-1):
-        rounded = ends=='round' or i>0, ends=='round' or i<len(p)-2
-        _segment(grid, win, p[i:i+2], r[i:i+2], t[i:i+2], w[i:i+2], power, rounded, outer, inner)
-    parts = (outer,) if wall is None else (outer-inner, inner)
+    parts = tuple(np.zeros(size, np.float32) for _ in range(1 if wall is None else 2))
+    rows = np.column_stack([p, r, t, w]).tolist()
+    for a,b in zip(rows[:-1], rows[1:]): _segment(grid, win, a, b, power, parts)
+    if ends=='flat':
+        for end,near in ((p[0], p[1]), (p[-1], p[-2])): _cut(grid, win, end, near, 2*r.max(), parts)
+    if wall is not None: parts = (parts[0]-parts[1], parts[1])
     onto = tuple(grid.zeros() for _ in parts) if onto is None else onto if isinstance(onto, tuple) else (onto,)
     for whole,part in zip(onto, parts): whole[win] += part
     return onto[0] if wall is None else onto
 
-def _segment(grid, outside, p, r, t, w, power, rounded, outer, inner):
-    "Lay the chords of one straight piece of a tube into `outer` and `inner`; where pieces meet, the longer chord counts."
-    win = grid.window(*(np.minimum(p[0], p[1])-r.max()), *(np.maximum(p[0], p[1])+r.max()))
-    here = tuple(slice(a.start-o.start, a.stop-o.start) for a,o in zip(win, outside))
+def _segment(grid, outside, a, b, power, parts):
+    "Lay the chords of one straight piece into `parts` (whole, core); where pieces meet, the longer chord counts."
+    (ax,ay,ar,at,aw),(bx,by,br,bt,bw) = a,b
+    r = max(ar, br)
+    win = grid.window(min(ax, bx)-r, min(ay, by)-r, max(ax, bx)+r, max(ay, by)+r)
+    win = tuple(slice(max(a.start, o.start), min(a.stop, o.stop)) for a,o in zip(win, outside))
     if win[0].start>=win[0].stop or win[1].start>=win[1].stop: return
-    dx,dy = p[1]-p[0]
-    x,y = grid.x[win]-p[0,0],grid.y[win]-p[0,1]
-    raw = (x*dx+y*dy)*np.float32(1/max(dx*dx+dy*dy, 1e-9))
-    s = np.clip(raw, 0, 1)
-    d2 = (x-s*dx)**2 + (y-s*dy)**2
-    cut = None if all(rounded) else ((raw<0) & (not rounded[0])) | ((raw>1) & (not rounded[1]))
-    for out,less in ((outer, 0), (inner, 1)):
-        if out is None: continue
-        rr,tt = np.maximum(r-less*w, np.float32(1e-3)),np.maximum(t-less*w, np.float32(1e-3))
-        chord = 2*(tt[0]+s*(tt[1]-tt[0]))*_profile(d2/(rr[0]+s*(rr[1]-rr[0]))**2, power)
-        if cut is not None: chord[cut] = 0
+    here = tuple(slice(a.start-o.start, a.stop-o.start) for a,o in zip(win, outside))
+    f,dx,dy = np.float32,bx-ax,by-ay
+    norm = 1/max(dx*dx+dy*dy, 1e-9)
+    x,y = grid.x[win]-f(ax),grid.y[win]-f(ay)
+    s = x*f(dx*norm)+y*f(dy*norm)
+    np.minimum(np.maximum(s, 0, out=s), 1, out=s)
+    x -= s*f(dx); y -= s*f(dy)
+    d2 = x*x+y*y
+    for out,less in zip(parts, (0, 1)):
+        r0,r1,t0,t1 = (max(v, 1e-3) for v in (ar-less*aw, br-less*bw, at-less*aw, bt-less*bw))
+        rr = f(r0) if r0==r1 else f(r0)+s*f(r1-r0)
+        chord = _profile(d2/(rr*rr), power)*(f(2*t0) if t0==t1 else f(2*t0)+s*f(2*(t1-t0)))
         np.maximum(out[here], chord, out=out[here])
 
-# %% ../../nbs/01_phantom.xray.ipynb #44bdb387
+def _cut(grid, win, end, near, reach, parts):
+    "Remove from `parts` what lies beyond the flat `end` of a tube."
+    x,y = grid.x[win]-np.float32(end[0]),grid.y[win]-np.float32(end[1])
+    beyond = (x*np.float32(near[0]-end[0])+y*np.float32(near[1]-end[1])<0)&(x*x+y*y<reach*reach)
+    for part in parts: part[beyond] = 0
+
+# %% ../../nbs/01_phantom.xray.ipynb #e74ae391
 def edge_distance(
     grid: Grid,    # the rays
     outline,       # (N, 2) closed polygon, x, y in mm
@@ -162,18 +173,22 @@ def edge_distance(
 ) -> np.ndarray:
     "Distance (H, W) in mm from the edge of a polygon for the pixels inside it, 0 outside."
     p,d = np.asarray(outline, np.float32),grid.zeros()
-    outside = grid.window(*p.min(0), *p.max(0))
+    outside = grid.window(*p.min(0).tolist(), *p.max(0).tolist())
     inside = np.zeros(grid.shape, np.uint8)
     cv2.fillPoly(inside, [np.round((grid.pixel(p)-.5)*256).astype(np.int32)], 1, shift=8)
-    d[outside] = reach*inside[outside].astype(np.float32)
-    for a,b in zip(p, np.roll(p, -1, 0)):
-        win = grid.window(*(np.minimum(a, b)-reach), *(np.maximum(a, b)+reach))
+    d[outside] = np.float32(reach*reach)*inside[outside]
+    corners,f = p.tolist(),np.float32
+    for (ax,ay),(bx,by) in zip(corners, corners[1:]+corners[:1]):
+        win = grid.window(min(ax, bx)-reach, min(ay, by)-reach, max(ax, bx)+reach, max(ay, by)+reach)
         if win[0].start>=win[0].stop or win[1].start>=win[1].stop: continue
-        v = b-a
-        x,y = grid.x[win]-a[0],grid.y[win]-a[1]
-        s = np.clip((x*v[0]+y*v[1])*np.float32(1/max(float(v@v), 1e-9)), 0, 1)
-        np.minimum(d[win], np.sqrt((x-s*v[0])**2+(y-s*v[1])**2), out=d[win])
-    return d
+        u,v = bx-ax,by-ay
+        norm = 1/max(u*u+v*v, 1e-9)
+        x,y = grid.x[win]-f(ax),grid.y[win]-f(ay)
+        s = x*f(u*norm)+y*f(v*norm)
+        np.minimum(np.maximum(s, 0, out=s), 1, out=s)
+        x -= s*f(u); y -= s*f(v)
+        np.minimum(d[win], x*x+y*y, out=d[win])
+    return np.sqrt(d, out=d)
 
 def plate(
     grid: Grid,       # the rays
@@ -192,7 +207,7 @@ def plate(
     core = np.minimum(core, full)
     return full-core, core
 
-# %% ../../nbs/01_phantom.xray.ipynb #6d610e1b
+# %% ../../nbs/01_phantom.xray.ipynb #f8963c48
 def _unit(a: np.ndarray) -> np.ndarray:
     "`a` with mean 0 and standard deviation 1."
     m,s = cv2.meanStdDev(a)
@@ -207,7 +222,7 @@ def smooth_noise(
     k = max(1, int(size/2))
     small = [max(2, -(-v//k)+1) for v in shape]
     a = cv2.GaussianBlur(gen.standard_normal(small, dtype=np.float32), (0,0), max(size/k, .3), borderType=cv2.BORDER_REFLECT)
-    return _unit(a if k==1 else cv2.resize(a, (small[1]*k, small[0]*k), interpolation=cv2.INTER_LINEAR)[:shape[0], :shape[1]])
+    return _unit(cv2.resize(a, (small[1]*k, small[0]*k), interpolation=cv2.INTER_LINEAR)[:shape[0], :shape[1]])
 
 def trabeculae(
     shape,                    # (H, W)
@@ -342,7 +357,7 @@ def marker_mask(
     tile = cv2.GaussianBlur(np.ascontiguousarray(tile), (0,0), .4/s)
     return cv2.warpAffine(tile, np.column_stack([m, off]), shape[::-1], flags=cv2.INTER_LINEAR).astype(np.float32)/255
 
-# %% ../../nbs/01_phantom.xray.ipynb #2bba62ba
+# %% ../../nbs/01_phantom.xray.ipynb #e15f1f21
 def draw_beam(
     gen: np.random.Generator, # where the randomness comes from
     phantom: Phantom,         # what is exposed
@@ -357,8 +372,8 @@ def draw_beam(
     d = dict(photons=float(np.exp(gen.uniform(np.log(1500), np.log(12000)))), scatter=float(gen.uniform(.25, .5) if chest else gen.uniform(.12, .35)),
         scatter_mm=float(gen.uniform(25, 60)), heel=float(gen.uniform(0, .25)), heel_angle=float(gen.choice([0, 90, 180, 270])),
         blur=float(gen.uniform(.1, .25)), penumbra=float(gen.uniform(.3, 2)), outside=str(gen.choice(['open', 'open', 'black', 'white'])),
-        window=(float(gen.uniform(.3, 3)), float(gen.uniform(99.3, 99.95))), curve=float(gen.uniform(-.4, .6)),
-        sharpen=float(gen.uniform(0, .6)), sharpen_mm=float(gen.uniform(.8, 6)))
+        window=(float(gen.uniform(.3, 3)), float(gen.uniform(95, 99.7) if chest else gen.uniform(99.3, 99.95))), curve=float(gen.uniform(-.4, .6)),
+        sharpen=float(gen.uniform(.3, 1.3) if chest else gen.uniform(0, .6)), sharpen_mm=float(gen.uniform(6, 25) if chest else gen.uniform(.8, 6)))
     field_shows,letter_shows = gen.random()<.6,gen.random()<.85
     drawn = draw_collimator(gen, phantom)
     d['collimator'] = given['collimator'] if 'collimator' in given else drawn if collimate and field_shows else None
@@ -377,7 +392,14 @@ def field_mask(
     cv2.fillPoly(m, [np.round((np.asarray(collimator)-.5)*256).astype(np.int32)], 255, cv2.LINE_AA, shift=8)
     return m.astype(np.float32)/255
 
-# %% ../../nbs/01_phantom.xray.ipynb #383e0436
+# %% ../../nbs/01_phantom.xray.ipynb #308c62ab
+def _wide_blur(a: np.ndarray, sigma: float) -> np.ndarray:
+    "Gaussian blur of (H, W) float32; wide ones are computed on a coarse grid."
+    k,(h,w) = max(1, int(sigma/3)),a.shape
+    if k==1: return cv2.GaussianBlur(a, (0,0), max(sigma, .2), borderType=cv2.BORDER_REFLECT)
+    small = cv2.resize(a, (max(1, w//k), max(1, h//k)), interpolation=cv2.INTER_AREA)
+    return cv2.resize(cv2.GaussianBlur(small, (0,0), sigma/k, borderType=cv2.BORDER_REFLECT), (w, h), interpolation=cv2.INTER_LINEAR)
+
 def add_scatter(
     primary: np.ndarray, # (H, W) photons
     fraction: float,     # of the photons that is scattered
@@ -385,10 +407,7 @@ def add_scatter(
 ) -> np.ndarray:
     "`primary` with a part of its photons spread widely; the sum is kept."
     if fraction<=0: return primary
-    k = max(1, int(sigma/3)); h,w = primary.shape
-    small = cv2.resize(primary, (max(1, w//k), max(1, h//k)), interpolation=cv2.INTER_AREA)
-    wide = cv2.GaussianBlur(small, (0,0), sigma/k, borderType=cv2.BORDER_REFLECT)
-    wide = cv2.resize(wide, (w, h), interpolation=cv2.INTER_LINEAR)
+    wide = _wide_blur(primary, sigma)
     total = primary.sum(dtype=np.float64)
     return (1-fraction)*primary + np.float32(fraction*total/max(wide.sum(dtype=np.float64), 1e-12))*wide
 
@@ -436,7 +455,7 @@ def transmit(
     if sigma>.2: primary = cv2.GaussianBlur(primary, (0,0), sigma, borderType=cv2.BORDER_REFLECT)
     return add_scatter(primary, beam.scatter, beam.scatter_mm/phantom.spacing)
 
-# %% ../../nbs/01_phantom.xray.ipynb #e2907187
+# %% ../../nbs/01_phantom.xray.ipynb #0b4dca6d
 def expose(
     phantom: Phantom,              # what is exposed
     gen: np.random.Generator,      # where the randomness comes from
@@ -459,7 +478,7 @@ def display(
     spacing: float,     # mm per pixel
 ) -> np.ndarray:
     "`signal` as displayed: (H, W) float32 in [0, 1]."
-    if beam.sharpen: signal = signal + np.float32(beam.sharpen)*(signal-cv2.GaussianBlur(signal, (0,0), beam.sharpen_mm/spacing))
+    if beam.sharpen: signal = signal + np.float32(beam.sharpen)*(signal-_wide_blur(signal, beam.sharpen_mm/spacing))
     sample = signal[::3, ::3][inside[::3, ::3]]
     lo,hi = np.percentile(sample if sample.size else signal, beam.window)
     x = np.clip((signal-np.float32(lo))*np.float32(1/max(hi-lo, 1e-6)), 0, 1)
