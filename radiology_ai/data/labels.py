@@ -242,7 +242,7 @@ def _best_key(df, labels, on) -> tuple[tuple, np.ndarray]:
     if errors and not (best[1]>=0).any(): raise errors[0]
     return best
 
-# %% ../../nbs/30_data.labels.ipynb #6d519d63
+# %% ../../nbs/30_data.labels.ipynb #f70eb6a6
 def make_manifest(
     index: pd.DataFrame,                # of `index_dicoms` or of an `ImageStore`
     labels: pd.DataFrame|None=None,     # a table of labels
@@ -270,11 +270,26 @@ def _join(df, labels, on) -> pd.DataFrame:
                         "Write the same names in both, or say on=(label column, manifest column)")
     unused,without = len(labels) - len(set(at[hit])),int((~hit).sum())
     if unused or without: warnings.warn(f"Joined on {column}: {unused} of {len(labels)} labels have no image, {without} of {len(df)} images have no label", stacklevel=3)
+    header = _text_key(df.patient_id)
     for c in labels.columns:
         if c in (column, 'path', 'image_id') and c in df: continue
         values = labels[c].reindex(np.where(hit, at, -1)).set_axis(df.index)
-        if c in MANIFEST and 'patient' in c and (differ := ~_blank(values) & ~_blank(df[c]) & (_text_key(values)!=_text_key(df[c]))).any():
-            warnings.warn(f"{int(differ.sum())} images have another {c} in their header than in the labels, which are believed", stacklevel=3)
-        df[c] = values.astype(df[c].dtype if c in df and values.notna().all() and c not in MANIFEST else values.dtype) if c not in df else values.astype(object).where(~_blank(values), df[c].astype(object))
-    df['patient_id'] = _text_key(df.patient_id).fillna('')
+        df[c] = _prefer(values, df[c]) if c in df else values
+    df['patient_id'] = _rename_patients(header, _text_key(df.patient_id), hit)
+    df['laterality'] = df.laterality.map(lambda o: _SIDES.get(str(o).strip().lower(), o))
     return df
+
+_SIDES = {'left': 'L', 'l': 'L', 'right': 'R', 'r': 'R', 'both': 'B', 'b': 'B', 'nan': '', 'none': ''}
+
+def _prefer(new: pd.Series, old: pd.Series) -> pd.Series:
+    "`new`, and `old` where it is missing."
+    return new.astype(object).where(~_blank(new), old.astype(object)).infer_objects()
+
+def _rename_patients(header, joined, hit) -> pd.Series:
+    "Patients as the labels name them, also for the unlabelled images of a patient whom the labels have renamed."
+    changed = hit & header.notna() & (joined!=header)
+    if not changed.any(): return joined.fillna('')
+    warnings.warn(f"{int(changed.sum())} images have another patient_id in their header than in the labels, which are believed", stacklevel=4)
+    names = pd.DataFrame({'header': header, 'joined': joined})[hit & header.notna()].drop_duplicates()
+    names = names[~names.header.duplicated(keep=False)].set_index('header').joined
+    return joined.where(hit, header.map(names).fillna(joined)).fillna('')

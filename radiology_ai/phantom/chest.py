@@ -17,7 +17,7 @@ import numpy as np
 from ..core import RadiologyError, rng, scale, shift, transform_points
 from .xray import Grid, Phantom, curve, edge_distance, ellipsoid, mu, plate, smooth_noise, tube
 
-# %% ../../nbs/03_phantom.chest.ipynb #8a20b524
+# %% ../../nbs/03_phantom.chest.ipynb #55d1ebd9
 @dataclass
 class ChestBody:
     "The measures of one patient."
@@ -33,7 +33,7 @@ class ChestBody:
     tilt: float = 100.      # drop of a middle rib from the spine to its front end, mm
     vessels: float = 1.     # strength of the vessels
     arms: float = .5        # 0: arms turned far out of the film, 1: close to the body
-    film: float = 400.      # side of the film, mm
+    film: float = 370.      # side of the film, mm
     center: tuple = (0., 12.) # body point in the middle of the film, mm
 
 def draw_body(
@@ -49,11 +49,11 @@ def draw_body(
     d = dict(sex=sex, age=age, width=float((.92 if sex=='F' else 1.02)*gen.normal(1, .045)), height=float((.94 if sex=='F' else 1.01)*gen.normal(1, .05)),
         fat=fat, depth=float(88 + .8*fat + 6*old + gen.normal(0, 5)), breath=float(gen.normal(0, 10)), heart=float(np.clip(gen.normal(1+.06*old, .1), .78, 1.4)),
         knob=float(np.clip(gen.normal(1+.2*old, .12), .7, 1.5)), tilt=float(gen.normal(100+6*old, 7)), vessels=float(u(.7, 1.3)), arms=float(u(0, 1)),
-        film=float(u(375, 425)), center=(float(gen.normal(0, 6)), float(gen.normal(12, 8))))
+        film=float(u(345, 400)), center=(float(gen.normal(0, 6)), float(gen.normal(12, 8))))
     return ChestBody(**{**d, **given})
 
-# %% ../../nbs/03_phantom.chest.ipynb #1ed46201
-_RIB_WIDTH = np.array([66, 108, 124, 131, 135, 137, 138, 138, 136, 129, 118, 96.])  # mm from the midline, ribs 1 to 12
+# %% ../../nbs/03_phantom.chest.ipynb #319a037f
+_RIB_WIDTH = np.array([68, 114, 129, 134, 136, 137, 138, 138, 136, 129, 118, 96.])  # mm from the midline, ribs 1 to 12
 _RIB_TILT  = np.array([.52, .72, .88, .98, 1.04, 1.07, 1.05, 1., .96, .9, .72, .4])   # drop, relative to the middle ribs
 _RIB_END   = np.array([150, 146, 146, 145, 143, 141, 136, 128, 120, 110, 88, 62.])   # degrees at which the bone ends
 
@@ -83,13 +83,13 @@ def lung_outline(
     y,x = rib_levels(body)[1:9]+body.tilt*h*_RIB_TILT[1:9]/2,w*_RIB_WIDTH[1:9]-6
     dome,tip = h*96+low,min(h*134+.6*low, y[-1]+14)
     keep = y<tip-14
-    wall = [(w*30, -106*h), (w*52, -112*h), (w*80, -99*h), *zip(x[keep], y[keep])]
+    wall = [(w*30, -106*h), (w*56, -113*h), (w*84, -101*h), *zip(x[keep], y[keep])]
     base = [(x[keep][-1]+1, tip-5), (x[keep][-1]-2, tip), (w*122, dome+16), (w*104, dome+3), (w*78, dome-5), (w*52, dome-3), (w*30, dome+2), (w*16, dome+5)]
     inner = [(12, dome), (10, 40), (10, 0), (13, -45), (w*18, -85*h)]
     p = curve(np.array(wall+base+inner), n=3, closed=True)
     return p*[side, 1]
 
-# %% ../../nbs/03_phantom.chest.ipynb #1c04a888
+# %% ../../nbs/03_phantom.chest.ipynb #39070d79
 def trunk(
     grid: Grid,      # the rays
     body: ChestBody, # the patient
@@ -113,7 +113,7 @@ def trunk(
         for s in (-1, 1):
             cup = np.array([(s*78*body.width+r*1.05*np.cos(t), 62*body.height+r*(1.05 if np.sin(t)>0 else .9)*np.sin(t)) for t in np.linspace(0, 2*np.pi, 20, endpoint=False)])
             cup[:,0] += s*.25*(cup[:,1]-40)                     # hangs outwards
-            chord = chord + .8*plate(grid, cup, .3*r, .8*r)
+            chord = chord + .8*plate(grid, cup, .34*r, .8*r)
     return chord
 
 # %% ../../nbs/03_phantom.chest.ipynb #1a33f3e8
@@ -140,7 +140,7 @@ def mediastinum(
     for p in parts: np.maximum(all_, p, out=all_)
     return heart,all_
 
-# %% ../../nbs/03_phantom.chest.ipynb #b538dd6d
+# %% ../../nbs/03_phantom.chest.ipynb #ea7eb97f
 def vessel_tree(
     gen: np.random.Generator, # where the randomness comes from
     start: np.ndarray,        # (N, 2) roots x, y in mm
@@ -187,14 +187,14 @@ def vessels(
         layer = np.zeros(grid.shape, np.uint8)
         cv2.polylines(layer, list(points[pick]), False, 255, max(1, int(round(width))), cv2.LINE_AA, shift=8)
         soft = cv2.GaussianBlur(layer, (0,0), max(.2*width, .55)).astype(np.float32)
-        np.maximum(out, soft*np.float32(2.4*lo*min(1., width)/255), out=out)
+        np.maximum(out, soft*np.float32(2.5*lo**.7*min(1., width)**.6/255), out=out)
     hila = grid.zeros()
     for s,y in ((-1, 4*h), (1, -8*h)):
-        for dx,dy,a,b,ang in ((34, 0, 9, 15, 80), (38, 14, 7, 16, 70), (42, 24, 6, 13, 65)):
+        for dx,dy,a,b,ang in ((42, -2, 8, 13, 80), (47, 14, 7, 15, 70), (50, 27, 6, 13, 65)):
             ellipsoid(grid, (s*(dx+gen.normal(0, 2)), y+dy+gen.normal(0, 3)), (b*gen.uniform(.8, 1.1), a*gen.uniform(.8, 1.1), 9), angle=ang if s>0 else 180-ang, onto=hila)
-    return body.vessels*(2.2*out+.9*hila)
+    return body.vessels*(2.8*out+.9*hila)
 
-# %% ../../nbs/03_phantom.chest.ipynb #b4955c2b
+# %% ../../nbs/03_phantom.chest.ipynb #2b0cd48b
 def ribs(
     grid: Grid,                # the rays
     body: ChestBody,           # the patient
@@ -208,7 +208,7 @@ def ribs(
             axis,a = rib(body, i, s)
             axis = axis + gen.normal(0, .8, 2)
             r = thick*np.interp(a, [0, .5, 1.2, 2.2, 2.6], [.8, .98, .95, 1.05, 1.2])*(.75 if i>9 else 1)
-            tube(grid, axis, r, .75*r, wall=np.interp(a, [0, 1.5, 2.6], [1.6, 1.3, .8]), onto=acc)
+            tube(grid, axis, r, .75*r, wall=np.interp(a, [0, 1.5, 2.6], [1.6, 1.3, .5]), onto=acc)
         _shoulder(grid, body, s, gen, acc)
     return acc
 
@@ -295,12 +295,12 @@ def draw_pose(
     turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     return shift(size/2+t[0], size/2+t[1])@turn@scale(s, s)@shift(-size/2, -size/2)
 
-# %% ../../nbs/03_phantom.chest.ipynb #353111b0
+# %% ../../nbs/03_phantom.chest.ipynb #ac9d505c
 def _air(grid, body, gen):
     "Chord (H, W) of air in windpipe, stomach and bowel."
     h,low = body.height,body.breath
-    air = tube(grid, [(0,-260), (1,-110*h), (-1,-60*h), (0,-28*h)], [9, 8.5, 8, 8])
-    for s,x,y in ((-1, -30, 2), (1, 40, 8)): tube(grid, [(0,-26*h), (.5*x,(y-26*h)/2-6), (x,y)], [7, 6.5, 5], onto=air)
+    air = tube(grid, [(0,-260), (1,-110*h), (-1,-60*h), (0,-28*h)], [10, 9.5, 9, 9], 17)
+    for s,x,y in ((-1, -30, 2), (1, 40, 8)): np.maximum(air, tube(grid, [(0,-30*h), (.5*x,(y-26*h)/2-6), (x,y)], [7, 6.5, 5], [14, 9, 6]), out=air)
     if gen.random()<.75:
         x,y,r = body.width*(60+gen.normal(0, 8)),h*96+low+26,gen.uniform(14, 30)
         bubble = ellipsoid(grid, (x,y), (r,.62*r,.8*r))
@@ -328,7 +328,7 @@ def simulate_chest(
     air,masks = grid.zeros(),{}
     for name,s in (('right_lung', -1), ('left_lung', 1)):
         d = edge_distance(grid, lung_outline(body, s), 45)
-        air += 2*(body.depth-22)*np.sqrt(1-(1-d/45)**2)
+        air += 2*(body.depth-14)*np.sqrt(1-(1-d/45)**2)
         masks[name] = (d>0)&(solid<40)
     line = _compose(grid, body, seed, air, heart, solid)
     masks.update(lungs=masks['right_lung']|masks['left_lung'], heart=heart>0)
@@ -340,12 +340,12 @@ def _compose(grid, body, seed, air, heart, solid):
     "The line integral of the body without opacities."
     m = {t:mu(t, 70) for t in ('soft', 'lung', 'cortex', 'cancellous')}
     flesh = trunk(grid, body)
-    inside = np.maximum(air-solid, .08*air)
+    inside = np.maximum(air-solid, .08*air)*(1-.007*smooth_noise(grid.shape, rng(seed, 'interstitium'), max(1.1/grid.spacing, .6)))
     tree = vessels(grid, body, rng(seed, 'vessels'))
     ground = 1+.02*smooth_noise(grid.shape, rng(seed, 'ground'), 5/grid.spacing)
     empty = _air(grid, body, rng(seed, 'air'))
-    line = m['soft']*flesh*ground - (m['soft']-m['lung'])*np.maximum(inside-tree*(air>0), 0) - .8*m['soft']*empty
-    for (cortex,core),weight in ((ribs(grid, body, rng(seed, 'ribs')), 1.25), (spine(grid, body, rng(seed, 'spine')), .55)):
+    line = m['soft']*flesh*ground - (m['soft']-m['lung'])*np.maximum(inside-tree*(air>0), 0) - m['soft']*empty
+    for (cortex,core),weight in ((ribs(grid, body, rng(seed, 'ribs')), 1.25), (spine(grid, body, rng(seed, 'spine')), .42)):
         line += weight*((m['cortex']-m['soft'])*cortex + (m['cancellous']-m['soft'])*core)*(flesh>1)
     return np.maximum(line, 0).astype(np.float32)
 

@@ -8,8 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/phantom.hospital.html.md"""
 __all__ = ['SYNTAXES', 'BREAKS', 'SCHATZKER_SHARES', 'store_grey', 'encode_frame', 'write_dicom', 'made_up_uid', 'break_file',
            'simulate_hospital']
 
-# %% ../../nbs/05_phantom.hospital.ipynb #c1ea4944
-import json
+# %% ../../nbs/05_phantom.hospital.ipynb #fc9fdd6a
+import json, warnings
 from pathlib import Path
 
 import imagecodecs
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 from pydicom import uid
+from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
@@ -125,7 +126,7 @@ def _rle(stored):
     offsets = np.cumsum([64] + [len(s) for s in segments[:-1]])
     return np.array([len(segments), *offsets, *[0]*(15 - len(segments))], '<u4').tobytes() + b''.join(segments)
 
-# %% ../../nbs/05_phantom.hospital.ipynb #a4cc6522
+# %% ../../nbs/05_phantom.hospital.ipynb #3e11b621
 def write_dicom(
     path,                   # the file to write
     image,                  # an `Exposure`, or (H, W) pixels in [0, 1] with bone bright
@@ -148,8 +149,9 @@ def write_dicom(
     stored,tags = store_grey(pixels, photometric, bits, window, rescale, signed, little=syntax!='big_endian')
     ds = Dataset()
     base = _base_header(modality, phantom, stored.shape, spacing or getattr(phantom, 'spacing', None), lossy=syntax in ('jpeg', 'jpeg12', 'jpeg2000_lossy'))
-    for k,v in (base | tags | (header or {})).items():
-        if v is not None: setattr(ds, k, v)
+    with disable_value_validation(): # real files break the rules too, such as 'Knee' for KNEE
+        for k,v in (base | tags | (header or {})).items():
+            if v is not None: setattr(ds, k, v)
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = SYNTAXES[syntax]
     ds.file_meta.MediaStorageSOPClassUID,ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID,ds.SOPInstanceUID
@@ -158,7 +160,9 @@ def write_dicom(
     if compressed: data = encapsulate([data + b'\0'*(len(data)%2)])
     ds.add_new('PixelData', 'OB' if compressed or bits==8 else 'OW', data + b'\0'*(len(data)%2))
     if compressed: ds['PixelData'].is_undefined_length = True
-    pydicom.dcmwrite(path, ds, enforce_file_format=True)
+    with warnings.catch_warnings(), disable_value_validation():
+        warnings.simplefilter('ignore')
+        pydicom.dcmwrite(path, ds, enforce_file_format=True)
     return stored
 
 def made_up_uid(
@@ -312,7 +316,7 @@ def _frame(pixels, gen):
     t,b,l,r = (int(v) for v in gen.uniform(0, .06, 4)*[h, h, w, w])
     return np.ascontiguousarray(pixels[t:h-b, l:w-r]),(t, l)
 
-# %% ../../nbs/05_phantom.hospital.ipynb #35540674
+# %% ../../nbs/05_phantom.hospital.ipynb #b3088cd5
 def _images(p, task, seed):
     "The images of patient `p` as (body part, phantom seed, grade, side), the first always of the task."
     gen = rng(seed, 'images', p['index'])
@@ -356,6 +360,7 @@ def _write_image(folder, p, seed, size, header, room, k, part, key, grade, side,
     path = Path(folder)/header['PatientID']/f"ST{p['index']:04d}"/f'SE{k+1}'/(f'IM{k+1:05d}' + ('' if gen.random()<.3 else '.dcm'))
     path.parent.mkdir(parents=True, exist_ok=True)
     if broken in ('corrupted', 'truncated'): how = how | dict(syntax='jpeg_lossless', bits=max(10, how['bits']))
+    if 'joint_other' in phantom.points: habits = habits | dict(side='tag') # two knees: the header says which one is meant
     write_dicom(path, pixels, phantom, header=station | header | _facts(gen, phantom, habits, how['modality']) | number, **how)
     if broken: break_file(path, broken, gen)
     joint = phantom.points.get('joint', (np.nan, np.nan))

@@ -315,7 +315,7 @@ def draw_collimator(
         ((x2,y1,1,-1,0), (x2,y2,1,1,np.pi/2), (x1,y2,-1,1,np.pi), (x1,y1,-1,-1,1.5*np.pi))])
     return corners@rot.T + mid
 
-# %% ../../nbs/01_phantom.xray.ipynb #f11c84ab
+# %% ../../nbs/01_phantom.xray.ipynb #df0ed8fd
 def draw_marker(
     gen: np.random.Generator,    # where the randomness comes from
     phantom: Phantom,            # letter and place depend on it
@@ -330,9 +330,11 @@ def draw_marker(
     rows,cols = gen.uniform(.07, .93, 24)*h,gen.uniform(.07, .93, 24)*w
     if not phantom.side: cols = np.where(text=='R', np.minimum(cols, w-cols), np.maximum(cols, w-cols))  # patient's right is at the left
     k = int(1.1*height)
-    soft = cv2.blur(phantom.line, (2*k+1, 2*k+1), borderType=cv2.BORDER_REFLECT)
+    soft = phantom.line.copy()
+    for m in phantom.masks.values(): soft[m] += 20           # never on what is to be read
+    soft = cv2.blur(soft, (2*k+1, 2*k+1), borderType=cv2.BORDER_REFLECT)
     if inside is not None:
-        soft = soft + 100*(cv2.blur(inside.astype(np.float32), (2*k+1, 2*k+1), borderType=cv2.BORDER_CONSTANT)<.999)
+        soft = soft + 1000*(cv2.blur(inside.astype(np.float32), (2*k+1, 2*k+1), borderType=cv2.BORDER_CONSTANT)<.999)
     best = int(np.argmin(soft[rows.astype(int), cols.astype(int)]))
     return dict(text=text, row=float(rows[best]), col=float(cols[best]), height=float(height),
                 angle=float(gen.choice([0, 0, 0, 90, -90, 180]) + gen.normal(0, 5)), mirrored=bool(gen.random()<.08), ring=bool(gen.random()<.15))
@@ -357,7 +359,7 @@ def marker_mask(
     tile = cv2.GaussianBlur(np.ascontiguousarray(tile), (0,0), .4/s)
     return cv2.warpAffine(tile, np.column_stack([m, off]), shape[::-1], flags=cv2.INTER_LINEAR).astype(np.float32)/255
 
-# %% ../../nbs/01_phantom.xray.ipynb #e15f1f21
+# %% ../../nbs/01_phantom.xray.ipynb #4d5ebfd9
 def draw_beam(
     gen: np.random.Generator, # where the randomness comes from
     phantom: Phantom,         # what is exposed
@@ -372,9 +374,9 @@ def draw_beam(
     d = dict(photons=float(np.exp(gen.uniform(np.log(1500), np.log(12000)))), scatter=float(gen.uniform(.25, .5) if chest else gen.uniform(.12, .35)),
         scatter_mm=float(gen.uniform(25, 60)), heel=float(gen.uniform(0, .25)), heel_angle=float(gen.choice([0, 90, 180, 270])),
         blur=float(gen.uniform(.1, .25)), penumbra=float(gen.uniform(.3, 2)), outside=str(gen.choice(['open', 'open', 'black', 'white'])),
-        window=(float(gen.uniform(.3, 3)), float(gen.uniform(95, 99.7) if chest else gen.uniform(99.3, 99.95))), curve=float(gen.uniform(-.4, .6)),
+        window=(float(gen.uniform(.3, 3)), float(gen.uniform(95, 99.7) if chest else gen.uniform(99.3, 99.95))), curve=float(gen.uniform(.1, 1) if chest else gen.uniform(-.4, .6)),
         sharpen=float(gen.uniform(.3, 1.3) if chest else gen.uniform(0, .6)), sharpen_mm=float(gen.uniform(6, 25) if chest else gen.uniform(.8, 6)))
-    field_shows,letter_shows = gen.random()<.6,gen.random()<.85
+    field_shows,letter_shows = gen.random()<(.35 if chest else .6),gen.random()<.85
     drawn = draw_collimator(gen, phantom)
     d['collimator'] = given['collimator'] if 'collimator' in given else drawn if collimate and field_shows else None
     inside = None if d['collimator'] is None else field_mask(phantom.shape, d['collimator'])>.5
