@@ -242,7 +242,7 @@ def _best_key(df, labels, on) -> tuple[tuple, np.ndarray]:
     if errors and not (best[1]>=0).any(): raise errors[0]
     return best
 
-# %% ../../nbs/30_data.labels.ipynb #f70eb6a6
+# %% ../../nbs/30_data.labels.ipynb #8c3cf77a
 def make_manifest(
     index: pd.DataFrame,                # of `index_dicoms` or of an `ImageStore`
     labels: pd.DataFrame|None=None,     # a table of labels
@@ -266,7 +266,7 @@ def _join(df, labels, on) -> pd.DataFrame:
     (column,target),at = _best_key(df, labels, on)
     hit = at>=0
     if not hit.any():
-        raise DataError(f"None of the {len(labels)} labels fits one of the {len(df)} images: column {column!r} holds {labels[column].iloc[0]!r}, the images' {target} {df[target].iloc[0]!r}",
+        raise DataError(f"None of the {len(labels)} labels fits one of the {len(df)} images: column {column!r} holds {str(labels[column].iloc[0])!r}, the images' {target} {str(df[target].iloc[0])!r}",
                         "Write the same names in both, or say on=(label column, manifest column)")
     unused,without = len(labels) - len(set(at[hit])),int((~hit).sum())
     if unused or without: warnings.warn(f"Joined on {column}: {unused} of {len(labels)} labels have no image, {without} of {len(df)} images have no label", stacklevel=3)

@@ -8,7 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/data.load.html.md"""
 __all__ = ['category_codes', 'label_matrix', 'TensorRadiograph', 'XrayDataset', 'XrayDL', 'RepeatChannels', 'OnImages',
            'xray_test_dl', 'XrayDataLoaders', 'xray_dataloaders']
 
-# %% ../../nbs/34_data.load.ipynb #ff18590c
+# %% ../../nbs/34_data.load.ipynb #07618d0f
 import warnings
 
 import numpy as np
@@ -18,14 +18,15 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category, MultiCategory
 from fastai.torch_core import TensorCategory, TensorMultiCategory, default_device
 from fastai.vision.core import TensorImage
+import fastai.vision.data # how batches of images are drawn
 from fastai.data.transforms import IntToFloatTensor
-from fastcore.transform import Pipeline, Transform
+from fasttransform import Pipeline, Transform
 
 from ..core import DataError
 from .sampler import BalancedBatchSampler, ShuffledBatchSampler
 from .split import assert_no_leakage
 
-# %% ../../nbs/34_data.load.ipynb #4b3abeb9
+# %% ../../nbs/34_data.load.ipynb #2ede5aaa
 def _check_columns(rows, columns):
     for c in columns:
         if c not in rows: raise DataError(f"The manifest has no label column {c!r} (columns: {', '.join(map(str, rows.columns))})", "Name a column that is there")
@@ -61,11 +62,11 @@ def label_matrix(
     for k,c in enumerate(columns):
         v = pd.to_numeric(rows[c], errors='coerce')
         if (bad := (rows[c].notna() & v.isna()) | (v.notna() & ~v.isin([0, 1]))).any():
-            raise DataError(f"Label column {c!r} holds {rows[c][bad].iloc[0]!r} in row {rows.index[bad][0]}", "A label of several is 1, 0 or empty; give a grade as a single column")
+            raise DataError(f"Label column {c!r} holds {_plain(rows[c][bad].iloc[0])!r} in row {rows.index[bad][0]}", "A label of several is 1, 0 or empty; give a grade as a single column")
         out[:,k] = v
     return out
 
-# %% ../../nbs/34_data.load.ipynb #258227e4
+# %% ../../nbs/34_data.load.ipynb #853f4618
 class TensorRadiograph(TensorImage):
     "An image that shows itself in grey, 0 black and 1 white."
     _show_args = {'cmap': 'gray', 'vmin': 0, 'vmax': 1}
@@ -103,12 +104,12 @@ class XrayDataset:
     def decode(self, item, full=True):
         "An image and its target as things that show themselves."
         x,*y = item
-        x = TensorRadiograph(x[:1].clamp(0, 1))
+        x = TensorRadiograph((x[:1] if x.is_floating_point() else x[:1].float()/255).clamp(0, 1)) # fastai's decoding gives 0 .. 255
         if not y or self.vocab is None: return (x, *y)
         if y[0].ndim==0: return x, Category(str(self.vocab[int(y[0])]))
         return x, MultiCategory([str(v) for v,on in zip(self.vocab, y[0]) if on==1])
 
-# %% ../../nbs/34_data.load.ipynb #ea740bee
+# %% ../../nbs/34_data.load.ipynb #407adac3
 class XrayDL(TfmdDL):
     "A `TfmdDL` over an `XrayDataset` that reads whole batches; `sampler` gives their rows, without one the rows come in order."
     def __init__(self, dataset, bs=32, sampler=None, shuffle=False, num_workers=0, **kwargs):
@@ -124,10 +125,13 @@ class XrayDL(TfmdDL):
         self.epoch = int(epoch)
         return self
     def get_idxs(self):
-        if self.sampler is None: return [list(range(i, min(i+self.bs, len(self.dataset)))) for i in range(0, len(self.dataset), self.bs)]
+        if self.sampler is None: return list(range(len(self.dataset)))
         self.epoch += 1
         return list(self.sampler.set_epoch(self.epoch-1))
-    def sample(self): return (b for i,b in enumerate(self._DataLoader__idxs) if i%self.num_workers==self.offs)
+    def sample(self):
+        i = self._DataLoader__idxs
+        batches = i if self.sampler is not None else [i[k:k+self.bs] for k in range(0, len(i), self.bs)]
+        return (b for k,b in enumerate(batches) if k%self.num_workers==self.offs)
     def create_item(self, rows): return self.dataset.batch(rows)
     def do_batch(self, b): return self.before_batch(b)
     def one_batch(self):

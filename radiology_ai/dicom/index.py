@@ -211,7 +211,7 @@ def read_index(
     if missing: raise DataError(f"{path} has no column {', '.join(missing)}", "Make it with index_dicoms")
     return df
 
-# %% ../../nbs/11_dicom.index.ipynb #f565680e
+# %% ../../nbs/11_dicom.index.ipynb #0b17932d
 def summarise(
     df: pd.DataFrame, # as of `index_dicoms`
     top: int=6,       # values shown of each element
@@ -241,7 +241,7 @@ def show_index(
     for ax,k in zip(axes, [*_shown, 'error']):
         part = df[df.error!=''] if k=='error' else good
         values = part[k].map(lambda v: names.get(v, v)) if k=='TransferSyntaxUID' else part[k]
-        counts = values.astype(str).str.slice(0, 24).replace('', '(none)').value_counts().head(top)[::-1]
+        counts = values.astype(str).str.slice(0, 32).replace('', '(none)').value_counts().head(top)[::-1]
         ax.barh(range(len(counts)), counts.values, color='#c44e52' if k=='error' else '#4c72b0')
         ax.set_yticks(range(len(counts)), counts.index, fontsize=6)
         ax.set_title('unreadable files' if k=='error' else k, fontsize=8)

@@ -8,8 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.read.html.md"""
 __all__ = ['MAX_PIXELS', 'TAGS', 'read_head', 'file_kind', 'open_dicom', 'find_pixels', 'tags_of', 'read_header', 'laterality',
            'view', 'spacing', 'stream_info', 'decode_stored', 'window', 'to_grey', 'inverted', 'read_radiograph']
 
-# %% ../../nbs/10_dicom.read.ipynb #2497e013
-import re, warnings, zlib
+# %% ../../nbs/10_dicom.read.ipynb #ca1e0fba
+import re, subprocess, sys, warnings, zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -239,7 +239,7 @@ def _jpeg_info(data):
         p += 2 + n
     return info | dict(fault='the JPEG stream has no scan')
 
-# %% ../../nbs/10_dicom.read.ipynb #da96cef6
+# %% ../../nbs/10_dicom.read.ipynb #9b6e9c88
 def _imagecodecs(data, kind, ds, dtype, shape):
     "One frame by imagecodecs: the array and the codec's name."
     rgb = dict(colorspace='RGB', outcolorspace='RGB') if ds.get('PhotometricInterpretation')=='RGB' and b'JFIF' not in data[:20] else {}
@@ -254,22 +254,30 @@ def _imagecodecs(data, kind, ds, dtype, shape):
     a = np.frombuffer(out, dtype.newbyteorder('<'))
     return (a.reshape(shape[2], *shape[:2]).transpose(1, 2, 0) if shape[2:] else a.reshape(shape)),'imagecodecs.rle'
 
-def _pydicom(data, kind, ds, dtype, shape, frame=0):
-    "One frame by a decoder plugin of pydicom."
-    from pydicom.pixels import get_decoder
-    return get_decoder(ds.file_meta.TransferSyntaxUID).as_array(ds, index=frame, raw=True)[0],'pydicom'
-
-def _gdcm(data, kind, ds, dtype, shape, frame=0):
-    "One frame by gdcm, which reads the file itself."
+_SECOND = """
+import sys, numpy as np, pydicom, warnings
+warnings.simplefilter('ignore')
+path,frame,shape,dtype,decoder = sys.argv[1],int(sys.argv[2]),tuple(map(int, sys.argv[3].split(','))),sys.argv[4],sys.argv[5]
+if decoder=='pydicom':
+    ds = pydicom.dcmread(path, force=True)
+    a = pydicom.pixels.get_decoder(ds.file_meta.TransferSyntaxUID).as_array(ds, index=frame, raw=True)[0]
+else:
     import gdcm
-    gdcm.Trace.WarningOff(); gdcm.Trace.ErrorOff()
-    r = gdcm.ImageReader(); r.SetFileName(str(ds.filename))
-    if not r.Read(): raise ValueError('gdcm cannot read it')
-    buf = r.GetImage().GetBuffer()
-    buf = buf.encode('utf-8', 'surrogateescape') if isinstance(buf, str) else buf
-    return np.frombuffer(buf, dtype).reshape(-1, *shape)[frame],'gdcm'
+    r = gdcm.ImageReader(); r.SetFileName(path)
+    if not r.Read(): sys.exit(1)
+    b = r.GetImage().GetBuffer()
+    a = np.frombuffer(b.encode('utf-8', 'surrogateescape') if isinstance(b, str) else b, dtype).reshape(-1, *shape)[frame]
+np.save(sys.stdout.buffer, a)
+"""
 
-# %% ../../nbs/10_dicom.read.ipynb #89ff4060
+def _in_another_process(decoder, path, frame, dtype, shape, seconds=20):
+    "One frame by `decoder` (pydicom or gdcm) in a process of its own: on damaged streams they are known to crash."
+    args = [sys.executable, '-c', _SECOND, str(path), str(frame), ','.join(map(str, shape)), dtype.str, decoder]
+    done = subprocess.run(args, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    if done.returncode: raise ValueError('it crashed' if done.returncode<0 else 'it refused')
+    return np.load(BytesIO(done.stdout), allow_pickle=False),decoder
+
+# %% ../../nbs/10_dicom.read.ipynb #48b5e558
 def _check_stream(path, info, rows, cols):
     "Refuses a frame whose own header is faulty, cut or not of the declared size."
     if info.get('fault'): raise DicomError(path, f"the compressed pixel data is damaged: {info['fault']}", 'Ask the source for an uncompressed or lossless copy')
@@ -283,9 +291,10 @@ def _decode_frame(path, data, ds, frame, dtype, shape):
     info = {'kind': ''} if rle else stream_info(data)
     _check_stream(path, info, *shape[:2])
     why = []
-    for decoder in (_imagecodecs, _pydicom, _gdcm)[:1 if rle else 3]: # the others let a run of RLE grow beyond the picture
-        try: a,codec = decoder(data, info['kind'], ds, dtype, shape, *(() if decoder is _imagecodecs else (frame,)))
-        except Exception as e: why.append(f'{decoder.__name__[1:]}: {type(e).__name__}'); continue # native decoders raise their own types
+    second = [] if rle or not Path(path or '/').is_file() else ['pydicom', 'gdcm'] # they let a run of RLE grow beyond the picture
+    for decoder in ['imagecodecs', *second]:
+        try: a,codec = _imagecodecs(data, info['kind'], ds, dtype, shape) if decoder=='imagecodecs' else _in_another_process(decoder, path, frame, dtype, shape)
+        except Exception as e: why.append(f'{decoder}: {type(e).__name__}'); continue # native decoders raise their own types
         if a.shape[:2]!=shape[:2]: why.append(f'{codec}: shape {a.shape}'); continue
         if info['kind']=='lossless' and a.size and int(a.max())>>info['bits']: why.append(f"{codec}: values beyond {info['bits']} bits"); break
         if len(data)>4096 + a.size//256 and a.min()==a.max(): why.append(f'{codec}: all pixels equal'); continue

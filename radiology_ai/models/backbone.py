@@ -37,7 +37,7 @@ def _check_name(name: str):
     near = difflib.get_close_matches(name, known, n=3, cutoff=.5)
     raise ModelError(f"There is no architecture {name!r}", f"{'Near it: ' + ', '.join(near) + '. ' if near else ''}list_backbones('*resnet*') lists names")
 
-# %% ../../nbs/44_models.backbone.ipynb #60bfdbc9
+# %% ../../nbs/44_models.backbone.ipynb #96fb13f7
 class Backbone(nn.Module):
     "A network without its classifier: (B, n_in, H, W) pixels in [0, 1] to the last feature map (B, n_features, h, w)."
     def __init__(self,
@@ -48,7 +48,7 @@ class Backbone(nn.Module):
         std=.226,        # divides them
     ):
         super().__init__()
-        self.net,self.n_in,self.n_features = net,n_in,n_features
+        self.net,self.n_in,self.n_features,self.pretrained = net,n_in,n_features,False
         for k,v in (('mean', mean), ('std', std)): self.register_buffer(k, torch.tensor(np.broadcast_to(v, n_in), dtype=torch.float32).reshape(1, n_in, 1, 1))
 
     def forward(self, x):
@@ -140,7 +140,7 @@ def _adapt_channels(weight, n_in: int):
     old = weight.shape[1]
     return weight.repeat(1, -(-n_in//old), 1, 1)[:,:n_in]*(old/n_in)
 
-# %% ../../nbs/44_models.backbone.ipynb #87920c7b
+# %% ../../nbs/44_models.backbone.ipynb #8b647925
 def create_backbone(
     name: str,             # of `list_backbones`, or a timm name with a tag such as 'resnet18.a1_in1k'
     n_in: int=1,           # channels of the images
@@ -157,13 +157,17 @@ def create_backbone(
         torch.manual_seed(seed)
         make = _efficientnet if name in EFFICIENTNETS else _timm
         net,mean,std,n_features = make(name, n_in, False, kwargs)
+        known = weights is not None or pretrained
         if weights is not None: _load_weights(net, weights, n_in)
         elif pretrained:
             try: net = make(name, n_in, True, kwargs)[0]
             except ModelError as e:
                 if strict: raise ModelError(e.what, "Download them once where there is a network, give weights='file.safetensors', or pretrained=False") from e
+                known = False
                 warnings.warn(f"{name} starts from RANDOM weights. {e.what}", stacklevel=2)
-    return Backbone(net, n_in, n_features, mean, std),n_features
+    body = Backbone(net, n_in, n_features, mean, std)
+    body.pretrained = known
+    return body,n_features
 
 def _timm(name, n_in, pretrained, kwargs):
     "A timm network, its normalisation for `n_in` channels and its number of features."

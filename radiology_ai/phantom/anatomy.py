@@ -48,7 +48,7 @@ class KneeShape:
     @property
     def size(self) -> float: "Relative to a plateau of 75 mm."; return self.width/75
 
-# %% ../../nbs/016_phantom.anatomy.ipynb #e97ce9cd
+# %% ../../nbs/016_phantom.anatomy.ipynb #c927a064
 def draw_shape(
     seed: int,     # any non-negative integer
     **given,       # fields of `KneeShape` that are not drawn
@@ -63,7 +63,7 @@ def draw_shape(
     d = dict(width=normal(79 if g.random()<.5 else 70, 3, 62, 90), shaft=between(.9, 1.12), valgus=normal(6, 2, 0, 11), arthrosis=a,
         space_medial=normal(4.6, .6, 3, 6)*(1-.75*a*between(.3, 1)), space_lateral=normal(5.6, .7, 4, 7.5)*(1-.3*a*between(0, 1)),
         slope=normal(2.5, 2.5, -3, 8), rotation=normal(0, 4, -9, 9), turn=normal(0, 3, -8, 8), density=normal(1, .13, .65, 1.35),
-        cortex=normal(1, .12, .7, 1.3), patella=between(12, 34), notch=normal(14.5, 1.8, 10, 19), roof=between(1, 9), spines=between(.75, 1.3), scar=between(0, .5),
+        cortex=normal(1, .12, .7, 1.3), patella=between(12, 34), notch=normal(14.5, 1.8, 10, 19), roof=between(1, 9), spines=between(.8, 1.25), scar=between(0, .5),
         fat=between(4, 17), flesh=between(.9, 1.2), fov=between(160, 215) if g.random()<.75 else between(215, 300), aspect=between(.62, 1),
         dx=between(-.05, .05), dy=between(-.06, .06), seed=int(seed))
     return KneeShape(**{**d, **given})
@@ -175,7 +175,7 @@ def _bone(outer, inner, mineral) -> np.ndarray:
     "Stack cortex, mineral of the spongy bone and inside."
     return np.dstack([np.maximum(outer-inner, 0), inner*mineral, inner]).astype(_F)
 
-# %% ../../nbs/016_phantom.anatomy.ipynb #7abe13cc
+# %% ../../nbs/016_phantom.anatomy.ipynb #938bc572
 def tibia_edges(k, q, gen):
     "Lateral and medial edge, half depth, cortex: four (H,) in mm at `q` (relative mm below the plateau)."
     s,wide = k.size,1+(k.shaft-1)*np.clip((q-35)/30, 0, 1)
@@ -192,7 +192,7 @@ def _plateau(k, x):
     r = x/k.size
     top = profile(r, (-40,2.6), (-37,.9), (-34.5,.2), (-30,.7), (-24,1.5), (-18,1.3), (-13,-.2), (-9,-2.), (-5,-3.), (0,-2.4), (5,-2.6), (9,-1.6), (13,-.3), (18,0), (24,.2), (30,.9), (34.5,2), (37,3.2), (40,5))
     g = rng(k.seed, 'spines')
-    m,l = g.uniform(.8, 1.15, 2)*k.spines
+    m,l = g.uniform(.95, 1.3, 2)*k.spines
     spine = profile(r+g.normal(0, .6), (-18,2), (-14,-.8), (-10.5,-3.4*m), (-7.4,-7*m), (-5.4,-8.8*m), (-3.6,-7.8*m), (-.5,-5.4), (2.4,-5.9*l), (4.8,-7.4*l), (7,-6.2*l), (10.5,-2.6*l), (14,-.5), (18,2))
     plate = profile(r, (-40,.7), (-30,1.4), (-20,1.9+1.4*k.arthrosis), (-13,1.1), (-8,.6), (8,.6), (12,1.), (20,1.5+.5*k.arthrosis), (30,1.2), (40,.7))
     return top*_F(k.size),np.minimum(spine, top)*_F(k.size),plate*_F(k.size*k.cortex)
@@ -204,7 +204,7 @@ def _layers(k, f, top, spine, x):
     d = f.depression(x)
     return [(e, *r) for e,end in ((1, f.front), (-1, f.back)) for r in ((0, mid, spine+d, d), (mid, end, top+d, d), (end, far, top, None))]
 
-# %% ../../nbs/016_phantom.anatomy.ipynb #23e2d918
+# %% ../../nbs/016_phantom.anatomy.ipynb #7612dcb1
 def _steep(v, least=.03):
     "`v`, but at least `least` from 0: an edge along the ray is a ramp of about a pixel."
     return (1 if v>=0 else -1)*max(abs(v), least)
@@ -234,7 +234,9 @@ def tibia(
     for inner in (0, 1):
         side = (depth-inner*shell)[:,None]*rounded((X-mid)/(half-inner*shell[:,None]), 2.6)
         for e,low,high,surface,dent in _layers(k, f, top, spine, x):
-            if inner: surface = shrink(surface, x[1]-x[0], .55*k.size) + plate - _F(.55*k.size)
+            if inner:               # the plate goes down with the floor of a depression; its walls are broken bone without one
+                sunk = 0 if dent is None else dent
+                surface = shrink(surface-sunk, x[1]-x[0], .55*k.size) + sunk + plate - _F(.55*k.size)
             tilt,high = _steep(-e*slope-.03),np.minimum(side, high)
             below = Z-surface[None]
             if dent is not None and not inner: _mark(f, out, heights, e, low, high, (below>-dent-1)&(below<3)&(dent>.5))

@@ -8,14 +8,15 @@ Docs: https://lluissalord.github.io/radiology_ai/phantom.chest.html.md"""
 __all__ = ['ChestBody', 'draw_body', 'rib_levels', 'rib', 'lung_outline', 'trunk', 'heart_outline', 'mediastinum', 'vessel_tree',
            'vessels', 'ribs', 'spine', 'opacity', 'visible_box', 'draw_pose', 'simulate_chest']
 
-# %% ../../nbs/03_phantom.chest.ipynb #37e92c74
+# %% ../../nbs/03_phantom.chest.ipynb #b69edc08
 from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
 
 from ..core import RadiologyError, rng, scale, shift, transform_points
-from .xray import Grid, Phantom, curve, edge_distance, ellipsoid, mu, plate, smooth_noise, tube
+from .xray import Phantom
+from .solids import Grid, curve, edge_distance, ellipsoid, mu, plate, smooth_noise, tube
 
 # %% ../../nbs/03_phantom.chest.ipynb #55d1ebd9
 @dataclass
@@ -89,7 +90,7 @@ def lung_outline(
     p = curve(np.array(wall+base+inner), n=3, closed=True)
     return p*[side, 1]
 
-# %% ../../nbs/03_phantom.chest.ipynb #39070d79
+# %% ../../nbs/03_phantom.chest.ipynb #503367f4
 def trunk(
     grid: Grid,      # the rays
     body: ChestBody, # the patient
@@ -107,13 +108,13 @@ def trunk(
         arm = [(s*(reach-4),y+30), (s*(reach+18+out),y+130), (s*(reach+40+2.2*out),y+330)]
         np.maximum(chord, tube(half, arm, [40+.3*f, 38+.3*f, 33], power=2.2), out=chord)
     chord = cv2.GaussianBlur(chord, (0,0), 2.5/half.spacing)
-    chord = cv2.resize(chord, (2*half.shape[1], 2*half.shape[0]), interpolation=cv2.INTER_LINEAR)[:grid.shape[0], :grid.shape[1]]
+    chord = cv2.resize(chord, (2*half.shape[1], 2*half.shape[0]), interpolation=cv2.INTER_LINEAR)[:grid.shape[0], :grid.shape[1]].copy()
     if body.sex=='F':
         r = 46+.7*f
         for s in (-1, 1):
             cup = np.array([(s*78*body.width+r*1.05*np.cos(t), 62*body.height+r*(1.05 if np.sin(t)>0 else .9)*np.sin(t)) for t in np.linspace(0, 2*np.pi, 20, endpoint=False)])
             cup[:,0] += s*.25*(cup[:,1]-40)                     # hangs outwards
-            chord = chord + .8*plate(grid, cup, .34*r, .8*r)
+            plate(grid, cup, .27*r, .8*r, onto=chord)
     return chord
 
 # %% ../../nbs/03_phantom.chest.ipynb #1a33f3e8
@@ -194,7 +195,7 @@ def vessels(
             ellipsoid(grid, (s*(dx+gen.normal(0, 2)), y+dy+gen.normal(0, 3)), (b*gen.uniform(.8, 1.1), a*gen.uniform(.8, 1.1), 9), angle=ang if s>0 else 180-ang, onto=hila)
     return body.vessels*(2.8*out+.9*hila)
 
-# %% ../../nbs/03_phantom.chest.ipynb #2b0cd48b
+# %% ../../nbs/03_phantom.chest.ipynb #8a9e7bbf
 def ribs(
     grid: Grid,                # the rays
     body: ChestBody,           # the patient
@@ -220,7 +221,7 @@ def _shoulder(grid, body, s, gen, acc):
     clav = curve(P((13,40-lift), (38,30), (72,14), (104,1), (132,-4), (152,0)), n=5)
     tube(grid, clav, np.interp(np.linspace(0, 1, len(clav)), [0, .15, .5, 1], [9, 6.5, 5.6, 6.5]), wall=1.8, onto=acc)
     blade = curve(P((150,20), (139,12), (122,8), (112,4), (117,30), (127,75), (138,118), (145,122), (149,100), (150,62), (150,40)), n=3, closed=True)
-    for out,part in zip(acc, plate(grid, blade, 3.2, 5, wall=1.)): out += part
+    plate(grid, blade, 3.2, 5, wall=1., onto=acc)
     tube(grid, curve(P((150,45), (148,75), (144,118)), n=4), [4.5]*9, wall=1.4, onto=acc)                # its lateral border
     tube(grid, curve(P((116,20), (140,4), (160,-8), (172,4)), n=4), np.linspace(3, 7, 13), wall=1.3, onto=acc)  # spine and acromion
     tube(grid, P((142,14), (148,10), (152,20)), [5, 5, 4], wall=1.2, onto=acc)                            # coracoid

@@ -8,7 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/phantom.hospital.html.md"""
 __all__ = ['SYNTAXES', 'BREAKS', 'SCHATZKER_SHARES', 'store_grey', 'encode_frame', 'write_dicom', 'made_up_uid', 'break_file',
            'simulate_hospital']
 
-# %% ../../nbs/05_phantom.hospital.ipynb #fc9fdd6a
+# %% ../../nbs/05_phantom.hospital.ipynb #83fda8c7
 import json, warnings
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from pydicom.encaps import encapsulate
 from ..core import RadiologyError, rng
 from ..parallel import run_parallel
 from .xray import expose
+from .knee import simulate_knee
+from .chest import simulate_chest
+from .limbs import simulate_hand, simulate_hip
 
 # %% ../../nbs/05_phantom.hospital.ipynb #2539db3e
 def _table(values, first, signed, little):
@@ -274,7 +277,7 @@ def _facts(gen, phantom, habits, modality):
         h |= dict(ImagerPixelSpacing=[round(mm*m, 5)]*2, EstimatedRadiographicMagnificationFactor=m)
     return h
 
-# %% ../../nbs/05_phantom.hospital.ipynb #82b88ead
+# %% ../../nbs/05_phantom.hospital.ipynb #c07c9672
 SCHATZKER_SHARES = {1:.14, 2:.34, 3:.17, 4:.14, 5:.13, 6:.08}
 
 def _deal(n, shares, gen):
@@ -301,9 +304,6 @@ def _plan(n, seed, task, fractured):
 
 def _simulate(part, seed, grade, side, size, gen):
     "A phantom of one body part; what varies is drawn from `gen`."
-    from radiology_ai.phantom.knee import simulate_knee # LAZY
-    from radiology_ai.phantom.chest import simulate_chest # LAZY
-    from radiology_ai.phantom.limbs import simulate_hand,simulate_hip # LAZY
     if part=='KNEE':
         bilateral,hardware = bool(gen.random()<.05),bool(gen.random()<.04)
         return simulate_knee(seed, grade=grade, side=side, size=size, bilateral=bilateral, hardware=hardware)

@@ -74,7 +74,7 @@ def _attenuate(soft, bones, k, spacing, kev=50.):
     leg = (_F(fat)*soft[...,0] + _F(muscle-fat)*soft[...,1])*(1+_F(.006)*cloud)
     return leg + _F(bone-muscle)*bones[...,0] + _F(bone-fat)*bones[...,1]*uneven + _F(fat-muscle)*bones[...,2]
 
-# %% ../../nbs/02_phantom.knee.ipynb #cd952254
+# %% ../../nbs/02_phantom.knee.ipynb #ec2aaf71
 def _near(piece, far):
     "Distance (H, W) in pixels from a fragment, 0 inside; `far` at most."
     outside = (piece[...,0]+piece[...,2]<1).astype(np.uint8)
@@ -90,8 +90,10 @@ def _fracture_mask(f, pieces, spacing):
     near = [_near(p, 1e3) for p in pieces] if len(pieces)>1 else []
     for i in range(len(near)):
         for j in range(i):
-            mask |= near[i]+near[j] <= (min(f.fragments[i].moved + f.fragments[j].moved, 6)+1)/spacing
-    return whole,mask&whole
+            apart = (near[i]+near[j])*spacing
+            mask |= (apart<=1) | (apart<=8)&(solid==0)&whole
+    r = max(1, round(1/spacing))
+    return whole,(cv2.dilate(mask.astype(np.uint8), np.ones((2*r+1, 2*r+1), np.uint8))>0)&whole
 
 # %% ../../nbs/02_phantom.knee.ipynb #c397e570
 def _metal(k, frame, shape, spacing, kev=50.):
