@@ -8,7 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/learner.html.md"""
 __all__ = ['scores_auroc', 'ValidAUROC', 'SeededRun', 'KeepBest', 'CheckBatches', 'body_and_head', 'train_prior', 'xray_learner',
            'predict_scores', 'data_hash', 'run_record']
 
-# %% ../nbs/48_learner.ipynb #23294549
+# %% ../nbs/48_learner.ipynb #134e60fb
 import copy, hashlib, json, math, platform, random, sys, time, warnings
 
 import numpy as np
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Adam
@@ -141,7 +142,7 @@ class CheckBatches(Callback):
         ids = items.image_id.iloc[list(rows)].astype(str).tolist()
         return f" (images {', '.join(ids[:8])}{', ...' if len(ids)>8 else ''})"
 
-# %% ../nbs/48_learner.ipynb #23b2106e
+# %% ../nbs/48_learner.ipynb #b5357534
 def body_and_head(model) -> L:
     "The parameters of `model` in two groups, for fastai's discriminative rates and freezing."
     return L(params(model.body), params(model.head))
@@ -190,6 +191,7 @@ def xray_learner(
     elif fp16: warnings.warn(f"fp16 has no use on {dls.device} and is left out", stacklevel=2)
     learn = Learner(dls, model.to(memory_format=torch.channels_last), loss_func, opt_func=Adam, lr=lr, splitter=body_and_head, metrics=[ValidAUROC()] if metrics is None else metrics,
         path=path, wd=wd, moms=(.95,.85,.95), cbs=own + list(L(cbs)))
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     if hasattr(loss_func, 'to'): loss_func.to(dls.device)
     learn.seed,learn.history,learn.seconds,learn.logger = seed,[],0.,(_log if show else _quiet)
     return learn

@@ -331,7 +331,7 @@ def _raw_frame(path, ds, frame, dtype, shape, n_frames):
     if shape[2:] and ds.get('PlanarConfiguration'): return a.reshape(shape[2], *shape[:2]).transpose(1, 2, 0)
     return a.reshape(shape)
 
-# %% ../../nbs/10_dicom.read.ipynb #504967c1
+# %% ../../nbs/10_dicom.read.ipynb #f29fc87c
 def decode_stored(
     ds: Dataset,          # data set with pixel data, as of `open_dicom`
     frame: int|None=None, # which frame, from 0; a file of several needs it
@@ -339,7 +339,8 @@ def decode_stored(
     max_pixels: int=MAX_PIXELS, # refuse pictures that declare more
 ) -> tuple[np.ndarray,str]:
     "The stored integers, (H, W) or for colour (H, W, 3) as red, green, blue, and the codec that decoded them."
-    path = path or getattr(ds, 'filename', '') or ''
+    name = getattr(ds, 'filename', None)
+    path = path or (name if isinstance(name, (str, Path)) else '')
     dtype,shape,n_frames = _layout(path, ds, max_pixels)
     if n_frames>1 and frame is None: raise DicomError(path, f'it holds {n_frames} frames', f'Choose one with frame=0 to {n_frames-1}')
     frame = frame or 0

@@ -66,7 +66,7 @@ def _as_map(x, n_features: int, prefix: int):
         return x.transpose(1, 2).reshape(x.shape[0], n_features, side, -1)
     return x.permute(0, 3, 1, 2) if x.shape[1]!=n_features and x.shape[-1]==n_features else x
 
-# %% ../../nbs/44_models.backbone.ipynb #90fa9030
+# %% ../../nbs/44_models.backbone.ipynb #4b29a218
 def _unreachable(
     url: str,
     seconds: float=4., # how long to wait for an answer
@@ -89,11 +89,12 @@ def _hub_file(repo: str, names: tuple) -> str:
     for name in names:
         if isinstance(found := hub.try_to_load_from_cache(repo, name, revision=revision or None), str): return found
     if hub.constants.HF_HUB_OFFLINE: raise ModelError(f"The weights {repo} are not in the cache and HF_HUB_OFFLINE is set")
-    causes = [_unreachable(hub.hf_hub_url(repo, name, revision=revision or None)) for name in names[:1]]
-    for name,cause in zip(names, causes + ['']*len(names)):
-        if cause and 'Not Found' not in cause: break
-        try: return hub.hf_hub_download(repo, name, revision=revision or None)
-        except (OSError, ValueError) as e: cause = str(e).splitlines()[0]
+    for name in names:
+        cause = _unreachable(hub.hf_hub_url(repo, name, revision=revision or None))
+        if cause and cause!='Not Found': break
+        if not cause:
+            try: return hub.hf_hub_download(repo, name, revision=revision or None)
+            except (OSError, ValueError) as e: cause = str(e).splitlines()[0]
     raise ModelError(f"The weights {repo} cannot be fetched: {cause}")
 
 def _url_file(url: str) -> str:

@@ -132,7 +132,7 @@ def hand_bones(
     tube(grid, [(20.5,16.5), (20.5,24)], [1.8, 2.6], wall=.9, onto=acc)                              # styloid of the ulna
     return acc
 
-# %% ../../nbs/04_phantom.limbs.ipynb #6e48730b
+# %% ../../nbs/04_phantom.limbs.ipynb #7df95e00
 def _place(gen, size, film, center, turn, zoom=.06):
     "Spacing and a matrix from body mm to pixels: `center` in the middle of the film, turned by about `turn` degrees."
     a,s,t = np.radians(gen.normal(0, turn)),float(np.exp(gen.normal(0, zoom))),gen.normal(0, .02, 2)*film
@@ -154,8 +154,8 @@ def simulate_hand(
 ) -> Phantom:
     "A PA hand: points wrist, mcp1 to mcp5, tip1 to tip5; masks bone and flesh."
     _check(side)
-    gen,film = rng(seed, 'hand'),235.
-    per_mm,matrix = _place(gen, size, film, (-8, -62), 6)
+    gen,film = rng(seed, 'hand'),255.
+    per_mm,matrix = _place(gen, size, film, (-8, -68), 5)
     grid,plan = Grid((size, size), 1/per_mm, matrix),hand_plan(gen)
     cortex,core = hand_bones(grid, plan, gen, wall=float(np.clip(gen.normal(1, .15), .6, 1.4)))
     flesh = np.maximum(hand_flesh(grid, plan, float(np.clip(gen.normal(1.03, .07), .9, 1.25))), cortex+core)

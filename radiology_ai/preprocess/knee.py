@@ -122,7 +122,7 @@ def _refine(s, r, c):
 
 def _sigmoid(x): return float(1/(1+np.exp(-np.clip(x, -50, 50))))
 
-# %% ../../nbs/21_preprocess.knee.ipynb #c4ca2276
+# %% ../../nbs/21_preprocess.knee.ipynb #83e8ac30
 def _search(r: Radiograph, mm: float, t: dict, step=2) -> list[tuple]:
     "Candidates (score, row, col, side) at `mm` millimetres per pixel, in pixels of `r`."
     padded,per = at_scale(r, mm)
@@ -136,15 +136,15 @@ def _search(r: Radiograph, mm: float, t: dict, step=2) -> list[tuple]:
 
 def locate_knees(
     r: Radiograph,         # bone bright, any framing
-    size_mm: float=140.,   # side of the boxes
+    mm: float=140.,        # side of the boxes in millimetres
     threshold: float|None=None, # smallest probability; by default the one chosen in training
 ) -> list[Knee]:
     "The knees, best first; an empty list when there is none. In a film of both knees the patient's right one is on the left."
     t = _templates()
     threshold = t['threshold'] if threshold is None else threshold
-    mms = [sum(r.spacing)/2] if r.spacing else [w/r.shape[1] for w in WIDTHS]
-    mm,found = max(((m, _search(r, m, t)) for m in mms if 20<min(r.shape)*m and max(r.shape)*m<2000), key=lambda o: o[1][0][0], default=(1., []))
+    scales = [sum(r.spacing)/2] if r.spacing else [w/r.shape[1] for w in WIDTHS]
+    per,found = max(((m, _search(r, m, t)) for m in scales if 20<min(r.shape)*m and max(r.shape)*m<2000), key=lambda o: o[1][0][0], default=(1., []))
     found = [f for f in found if _sigmoid(f[0])>=threshold]
     if len(found)==2: found = [(*f[:3], side) for f,side in zip(sorted(found, key=lambda f: f[2]), 'RL')]
-    half = size_mm/mm/2
-    return [Knee(side, (row, col), (col-half, row-half, col+half, row+half), _sigmoid(v), size_mm if r.spacing else None) for v,row,col,side in sorted(found, reverse=True)]
+    half = mm/per/2
+    return [Knee(side, (row, col), (col-half, row-half, col+half, row+half), _sigmoid(v), mm if r.spacing else None) for v,row,col,side in sorted(found, reverse=True)]
