@@ -36,11 +36,11 @@ def test_demo_lists_the_broken_files(demo):
     truth = pd.read_csv(out/'hospital/truth.csv', keep_default_na=False)
     broken = truth[truth.broken!='']
     table = pd.read_csv(out/'predictions.csv', keep_default_na=False)
-    names = table.path.str.rsplit('/', n=1).str[-1]
-    assert len(broken)>=4
-    for name in broken.path.str.rsplit('/', n=1).str[-1]:
-        assert (table.error[names==name]!='').all() and (names==name).any()
-        assert name in (out/'report.html').read_text()
+    errors = table.set_index('path').error
+    assert len(broken)>=5
+    for path, cause in zip(broken.path, errors[[str(out/'hospital'/p) for p in broken.path]]): assert cause and f'{path}: {cause}' in said
+    page = (out/'report.html').read_text()
+    assert all(cause in page for cause in errors[[str(out/'hospital'/p) for p in broken.path]])
 
 
 def test_the_same_seed_gives_the_same_figures(tmp_path):

@@ -141,7 +141,7 @@ def _adapt_channels(weight, n_in: int):
     old = weight.shape[1]
     return weight.repeat(1, -(-n_in//old), 1, 1)[:,:n_in]*(old/n_in)
 
-# %% ../../nbs/44_models.backbone.ipynb #8b647925
+# %% ../../nbs/44_models.backbone.ipynb #07881f91
 def create_backbone(
     name: str,             # of `list_backbones`, or a timm name with a tag such as 'resnet18.a1_in1k'
     n_in: int=1,           # channels of the images
@@ -183,7 +183,7 @@ def _timm_file(name: str) -> str:
     "The local file with the published weights of a timm network."
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url): raise ModelError(f"There are no published weights for {name}")
-    if cfg.hf_hub_id: return _hub_file(cfg.hf_hub_id if '/' in cfg.hf_hub_id and cfg.hf_hub_id[-1]!='/' else f'{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}', (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ('model.safetensors', 'pytorch_model.bin'))
+    if cfg.hf_hub_id: return _hub_file(cfg.hf_hub_id, (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ('model.safetensors', 'pytorch_model.bin'))
     return _url_file(cfg.url)
 
 def _efficientnet(name, n_in, pretrained, kwargs):
