@@ -136,8 +136,11 @@ def as_markdown(cell: dict, level: int) -> dict|None:
     "The output of `show_doc` as a Markdown cell whose heading stands below the last one."
     text = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in cell.get('outputs', []))
     if not text.strip(): return None
-    text = re.sub(r'^\s*---\s*\n', '', text)
-    text = re.sub(r'^#+ +(\S+)', lambda m: f"{'#'*min(level+1, 6)} {m[1]}", text, count=1, flags=re.M)
+    text = re.sub(r'^\s*---\s*\n', '', text).replace('__main__.', '')
+    source = re.search(r'^\[source\]\((\S+?)\)(\{.*?\})?[^\S\n]*\n', text, re.M)
+    if source: text = text.replace(source[0], '')
+    where = f'\n\n{{.source}}\n[source]({source[1]})' if source else ''
+    text = re.sub(r'^#+ +(\S+)', lambda m: f"{'#'*min(level+1, 6)} {m[1]}{where}", text, count=1, flags=re.M)
     return {'cell_type': 'markdown', 'metadata': {}, 'source': text}
 
 

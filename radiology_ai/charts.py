@@ -34,7 +34,7 @@ def _number(v: float) -> str:
     "A tick's label: no needless zeros."
     return f'{v:,.0f}' if abs(v)>=1000 else f'{v:.6g}'
 
-# %% ../nbs/605_charts.ipynb #1d19e522
+# %% ../nbs/605_charts.ipynb #4fba0b76
 class Chart:
     "An SVG chart; its methods add marks and return the chart."
     def __init__(self,
@@ -51,7 +51,7 @@ class Chart:
         if not (self.xr[1]>self.xr[0] and self.yr[1]>self.yr[0]): raise RadiologyError(f"The axes {x} and {y} do not grow", "Give (low, high) with low < high")
         self.xlabel,self.ylabel,self.width,self.height = xlabel,ylabel,width,height
         self.marks,self.legend = [],[]
-    left,top,right,bottom = 56,12,12,46
+    left,top,right,bottom = 62,12,12,46
 
     def px(self, x):
         "Horizontal position of `x` in the drawing."
@@ -101,7 +101,7 @@ def vline(self:Chart, x: float, label: str='', cls: str='m') -> Chart:
     "A dashed vertical line over the whole height."
     return self.line([x, x], self.yr, cls, label, dash=True)
 
-# %% ../nbs/605_charts.ipynb #768916ba
+# %% ../nbs/605_charts.ipynb #e9823a3f
 @patch
 def _axes(self:Chart) -> str:
     "Grid, tick labels and axis labels."
@@ -111,7 +111,7 @@ def _axes(self:Chart) -> str:
     out.append(f'<path class="ax" d="M{self.left} {self.top}V{bottom}H{right}"/>')
     out.append(f'<text class="lb" x="{(self.left+right)/2:.0f}" y="{self.height-8}" text-anchor="middle">{escape(self.xlabel)}</text>')
     mid = (self.top+bottom)/2
-    out.append(f'<text class="lb" x="14" y="{mid:.0f}" text-anchor="middle" transform="rotate(-90 14 {mid:.0f})">{escape(self.ylabel)}</text>')
+    out.append(f'<text class="lb" x="13" y="{mid:.0f}" text-anchor="middle" transform="rotate(-90 13 {mid:.0f})">{escape(self.ylabel)}</text>')
     return ''.join(out)
 
 @patch

@@ -8,8 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/cli.html.md"""
 __all__ = ['app', 'Workers', 'Seed', 'Overwrite', 'index', 'preprocess', 'train', 'evaluate', 'predict', 'explain', 'demo',
            'main']
 
-# %% ../nbs/85_cli.ipynb #bbea65e2
-import sys
+# %% ../nbs/85_cli.ipynb #8931c3e8
+import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -163,13 +163,14 @@ def demo(
     result = run_demo(out, seed=seed, workers=workers, say=typer.echo, **given)
     for line in result.lines(): typer.echo(line)
 
-# %% ../nbs/85_cli.ipynb #9feba01f
+# %% ../nbs/85_cli.ipynb #899f9084
 def main(
     args: list[str]|None=None, # the words after `radiology_ai`; by default those of the process
 ) -> int:
     "Run the command line; returns through `sys.exit` with 0, or with 2 after an error."
     args = list(sys.argv[1:] if args is None else args)
     debug = '--debug' in args
+    if not debug: _quiet_warnings()
     args = [a for a in args if a!='--debug']
     try: code = app(args, standalone_mode=False)
     except Exception as e:
@@ -181,6 +182,11 @@ def main(
         typer.echo('radiology_ai: interrupted', err=True)
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+def _quiet_warnings():
+    "Warnings of the library on one line; those that speak to programmers not at all."
+    for category in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', category)
+    warnings.formatwarning = lambda message, *args, **kwargs: f'radiology_ai: warning: {message}\n'
 
 def _one_line(e: Exception) -> str:
     "What a user reads of an error."

@@ -74,13 +74,13 @@ class DemoResult:
                 f"(95 % CI {h['low']:.3f} to {h['high']:.3f}; by chance {h['chance']:.3f})",
                 *(f"{name}: {self.out/file}" for name,file in (('report','report.html'), ('model','model'), ('predictions','predictions.csv')))]
 
-# %% ../nbs/84_demo.ipynb #98d775da
+# %% ../nbs/84_demo.ipynb #a2fa0a92
 def run_demo(
     out,                    # a folder to make; an earlier demonstration there is replaced
     seed: int=0,            # the same seed gives the same figures
-    patients: int=420,      # simulated patients, about 1.3 images each
-    epochs: int=14,         # passes over the training images
-    size: int=160,          # pixels of the stored images
+    patients: int=480,      # simulated patients, about 1.3 images each
+    epochs: int=12,         # passes over the training images
+    size: int=128,          # pixels of the stored images
     arch: str='resnet10t',  # the network
     workers: int|None=None, # processes that simulate and prepare
     say=print,              # is told what happens
@@ -99,7 +99,7 @@ def run_demo(
     knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
     knees[['image_id','schatzker']].to_csv(out/'labels.csv', index=False)
     say(f"training {arch} on {size} x {size} pixels for {epochs} epochs: {out/'run'}")
-    run = train_knee(store, out/'labels.csv', out/'run', label='schatzker', arch=arch, pretrained=False, epochs=epochs, lr=3e-3, bs=16, seed=seed)
+    run = train_knee(store, out/'labels.csv', out/'run', label='schatzker', arch=arch, pretrained=False, epochs=epochs, lr=4e-3, bs=16, seed=seed)
     return _judge(run, store, knees, out, workers, say)
 
 def _judge(run, store, knees, out, workers, say):

@@ -221,7 +221,7 @@ def subgroup_figures(
             out.append(row)
     return out
 
-# %% ../nbs/606_evaluation.ipynb #f5337526
+# %% ../nbs/606_evaluation.ipynb #56c519cd
 def evaluate_table(
     table: pd.DataFrame,        # predictions, see `check_predictions`
     threshold: float|None=None, # chosen on validation images; None: the column `threshold`, or none
@@ -253,8 +253,10 @@ def _counts(positive, calls) -> list[list[int]]:
     return [[int((~positive & ~calls).sum()), int((~positive & calls).sum())], [int((positive & ~calls).sum()), int((positive & calls).sum())]]
 
 def thinned(
-    curve: pd.DataFrame, # points of a curve
-    n: int=300,          # at most about so many
+    curve: pd.DataFrame, # points of a curve, two columns
+    n: int=400,          # at most so many
 ) -> pd.DataFrame:
-    "Every k-th point of a long curve, with its first and last."
-    return curve if len(curve)<=n else curve.iloc[np.unique(np.linspace(0, len(curve)-1, n).round().astype(int))]
+    "Points of a long curve at equal distances along it, with its first and last."
+    if len(curve)<=n: return curve
+    along = np.r_[0, np.cumsum(np.abs(np.diff(curve.to_numpy(), axis=0)).sum(1))]
+    return curve.iloc[np.unique(np.r_[0, np.searchsorted(along, np.linspace(0, along[-1], n-1)).clip(0, len(curve)-1), len(curve)-1])]

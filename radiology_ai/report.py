@@ -28,7 +28,7 @@ from .charts import CHART_CSS, Chart
 from .evaluation import check_predictions, evaluate_table
 from .explain import heat_overlay
 
-# %% ../nbs/61_report.ipynb #fee9678c
+# %% ../nbs/61_report.ipynb #8345fd64
 LIMITS = ("Evaluated on the images described here only; other scanners, positioning, patients or prevalence may give other figures.",
     "Images outside the task (other body parts, views, hardware not seen in training) get a score all the same.",
     "A heat map shows where a score comes from, not that the reason is right.")
@@ -63,7 +63,7 @@ class ReportData:
     examples: list=field(default_factory=list) # of `Example`
     facts: dict=field(default_factory=dict)    # of the run; dicts inside become tables of their own
     intended_use: str='Research on methods. Not for use on patients.'
-    limits: tuple=LIMITS
+    limits: tuple=field(default_factory=lambda: LIMITS)
     card: dict=field(default_factory=dict)     # further sections of the model card: heading to text
 
 # %% ../nbs/61_report.ipynb #6e47f5d7

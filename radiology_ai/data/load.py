@@ -8,12 +8,13 @@ Docs: https://lluissalord.github.io/radiology_ai/data.load.html.md"""
 __all__ = ['category_codes', 'label_matrix', 'TensorRadiograph', 'XrayDataset', 'XrayDL', 'RepeatChannels', 'OnImages',
            'xray_test_dl', 'XrayDataLoaders', 'xray_dataloaders']
 
-# %% ../../nbs/34_data.load.ipynb #07618d0f
+# %% ../../nbs/34_data.load.ipynb #a8490a41
 import warnings
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.foundation import L
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category, MultiCategory
 from fastai.torch_core import TensorCategory, TensorMultiCategory, default_device
@@ -143,7 +144,7 @@ class XrayDL(TfmdDL):
         keep = dataset is None and shuffle is not False
         return super().new(dataset, cls, sampler=self.sampler if keep else None, **kwargs)
 
-# %% ../../nbs/34_data.load.ipynb #efb0f627
+# %% ../../nbs/34_data.load.ipynb #571a5de8
 class RepeatChannels(Transform):
     "One grey channel repeated to `n`."
     order = 99
@@ -158,7 +159,7 @@ class OnImages(Transform):
 
 def _after_batch(channels, tfms=()) -> Pipeline:
     if channels not in (1, 3): raise DataError(f"channels is {channels}", "Choose 1, or 3 for a backbone that wants colour")
-    tfms = [t if isinstance(t, (Transform, type)) else OnImages(t) for t in tfms or ()]
+    tfms = [t if isinstance(t, (Transform, type)) else OnImages(t) for t in L(tfms)]
     return Pipeline([IntToFloatTensor, *tfms, RepeatChannels(channels)])
 
 def xray_test_dl(
@@ -210,7 +211,7 @@ def _check_classes(targets, vocab, what):
         for k,name in enumerate(vocab):
             if len(v := np.unique(targets[~np.isnan(targets[:,k]),k]))<2: raise DataError(f"The training images have {name} = {'unknown' if not len(v) else int(v[0])} only", "Leave this label out, or add images of both classes")
 
-# %% ../../nbs/34_data.load.ipynb #0b812e1d
+# %% ../../nbs/34_data.load.ipynb #325a80c5
 def xray_dataloaders(
     store,                       # an `ImageStore`
     manifest: pd.DataFrame,      # with `image_id`, `patient_id`, `split` and the labels
@@ -221,7 +222,7 @@ def xray_dataloaders(
     channels: int=1,             # 1 or 3
     sampler='balanced',          # 'balanced', None (shuffled), or an iterable of row lists with `set_epoch` over the training rows
     min_per_class: int=1,        # images of each class in every balanced batch
-    batch_tfms=None,             # transforms or functions of training batches, on the device
+    batch_tfms=None,             # a transform or function of training batches, or several, on the device
     vocab: list|None=None,       # classes in order (one column); None: sorted
     n_workers: int=0,            # processes that read; 0: this one
     seed: int=0,                 # of the order of batches

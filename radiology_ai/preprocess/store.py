@@ -292,7 +292,7 @@ def _claim(store: Path, plan: dict) -> bool:
     except OSError as e: raise StoreError(f"The store {store} cannot be written ({e.strerror or e})", "Choose another folder, or check its permissions") from e
     return True
 
-# %% ../../nbs/23_preprocess.store.ipynb #cf780747
+# %% ../../nbs/23_preprocess.store.ipynb #21ab692b
 def preprocess_folder(
     src,                      # a folder, a list of files or folders, or a table of `index_dicoms`
     store,                    # the folder of the store: new, or of an interrupted run
@@ -302,7 +302,7 @@ def preprocess_folder(
     show: bool|None=None,     # a progress bar; None: on a terminal
     shard_size: int|None=None,# files in a shard; None: 8 to 256, by their number
     allow_empty: bool=False,  # give a store without images, rather than an error, where no file could be used
-) -> 'ImageStore':
+):
     "Turn files into an `ImageStore`; what could not be used is in its `.errors`. An interrupted call resumes when it is made again."
     recipe = _by_name(recipe)
     paths,known = _sources(src)
