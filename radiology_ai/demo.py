@@ -74,12 +74,12 @@ class DemoResult:
                 f"(95 % CI {h['low']:.3f} to {h['high']:.3f}; by chance {h['chance']:.3f})",
                 *(f"{name}: {self.out/file}" for name,file in (('report','report.html'), ('model','model'), ('predictions','predictions.csv')))]
 
-# %% ../nbs/84_demo.ipynb #a2fa0a92
+# %% ../nbs/84_demo.ipynb #abab40c9
 def run_demo(
     out,                    # a folder to make; an earlier demonstration there is replaced
     seed: int=0,            # the same seed gives the same figures
-    patients: int=480,      # simulated patients, about 1.3 images each
-    epochs: int=12,         # passes over the training images
+    patients: int=500,      # simulated patients, about 1.3 images each
+    epochs: int=16,         # passes over the training images
     size: int=128,          # pixels of the stored images
     arch: str='resnet10t',  # the network
     workers: int|None=None, # processes that simulate and prepare
