@@ -102,7 +102,7 @@ def _task(task: str):
     "Only tasks that exist."
     if task!='knee': _fail(f"There is no task {task!r}", "Choose: knee")
 
-# %% ../nbs/85_cli.ipynb #e110fb05
+# %% ../nbs/85_cli.ipynb #3c51b95c
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, made by train.")],
@@ -114,7 +114,7 @@ def evaluate(
     if (data is None)!=(labels is None): _fail("--data and --labels belong together", "Give both, or neither for the run's own test patients")
     from radiology_ai.tasks.knee import evaluate_run, report_run
     evaluation = evaluate_run(run, store=data, labels=labels)
-    page = report_run(run, evaluation, out=out or run)
+    page = report_run(run, evaluation, store=data, out=out or run)
     for line in evaluation.lines(): typer.echo(line)
     typer.echo(f"report: {page}")
 

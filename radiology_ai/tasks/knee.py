@@ -151,7 +151,7 @@ def score_knees(
     out = out.assign(target=(grade>0).astype(int), score=fracture_score(p), grade=grade, grade_predicted=p.argmax(1))
     return out.assign(**{f'p_{k}': p[:,k] for k in range(p.shape[1])})
 
-# %% ../../nbs/70_tasks.knee.ipynb #61c30a00
+# %% ../../nbs/70_tasks.knee.ipynb #d5200a01
 def train_knee(
     store,           # an `ImageStore` or its folder
     labels,          # a table or its path, with `image_id` or `path`, the label, and optionally `split`
@@ -172,7 +172,7 @@ def train_knee(
         manifest.to_csv(tmp/'manifest.csv', index=False)
         predictions.to_csv(tmp/'predictions.csv', index=False)
         flow |= {f'{k} images': int((manifest.split==k).sum()) for k in ('train','valid','test') if not s.folds}
-        record = {'task': 'knee', 'settings': asdict(s), 'flow': flow, 'recipe': store.recipe.to_dict(), 'split_hash': split_hash(manifest), 'fits': records,
+        record = {'task': 'knee', 'store': str(store.path.absolute()), 'settings': asdict(s), 'flow': flow, 'recipe': store.recipe.to_dict(), 'split_hash': split_hash(manifest), 'fits': records,
                   'unreadable': store.errors[['path','cause']].assign(path=store.errors.path.map(lambda p: Path(p).name)).to_dict('records')}
         (tmp/'run.json').write_text(json.dumps(record, indent=1, default=float))
         if out.exists(): shutil.rmtree(out)
@@ -287,17 +287,18 @@ def heat_maps(
         out.append(np.asarray(gradcam(model, x, target=fracture_logit)))
     return np.concatenate(out) if out else np.zeros((0, store.recipe.size, store.recipe.size), np.float32)
 
-# %% ../../nbs/70_tasks.knee.ipynb #26d3068a
+# %% ../../nbs/70_tasks.knee.ipynb #fdaf8e72
 def report_run(
     run,                        # a folder written by `train_knee`
     evaluation: KneeEvaluation, # of `evaluate_run`
-    store=None,                 # the store of the evaluated images, for pictures with heat maps
+    store=None,                 # the store of the evaluated images, for pictures with heat maps; None: the run's own, if it is still there
     out=None,                   # the folder of report.html; None: the run
     **more,                     # further fields of `ReportData`
 ) -> Path:
     "Write `report.html` and `report.json` of an evaluation; returns the page."
     record,manifest,_ = read_run(run)
     s = record['settings']
+    store = record['store'] if store is None and (Path(record['store'])/'index.parquet').exists() else store
     facts = {'task': 'knee', 'architecture': s['arch'], 'seed': s['seed'], 'split hash': record['split_hash'], 'settings': s, 'recipe': record['recipe'], 'versions': record['fits'][0]['versions']}
     d = ReportData(title='Fractures of the knee', table=evaluation.table, task='Does this frontal knee radiograph show a fracture of the tibial plateau?' if s['label'] in ('fractured','schatzker') else f"Is {s['label']} above 0?",
         positive='fractured' if s['label'] in ('fractured','schatzker') else s['label'], negative='not', subgroups=tuple(c for c in SUBGROUPS.values() if c in evaluation.table),
