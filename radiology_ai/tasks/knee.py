@@ -9,8 +9,8 @@ __all__ = ['DROPPED', 'SUBGROUPS', 'knee_manifest', 'check_grades', 'GradedLoss'
            'knee_augment', 'fit_knee', 'score_knees', 'train_knee', 'read_run', 'KneeEvaluation', 'evaluate_run',
            'model_folders', 'fracture_logit', 'heat_maps', 'report_run', 'examples_of']
 
-# %% ../../nbs/70_tasks.knee.ipynb #dac5732a
-import json, shutil, tempfile, warnings
+# %% ../../nbs/70_tasks.knee.ipynb #1ed6dd94
+import json, shutil, sys, tempfile, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -151,16 +151,17 @@ def score_knees(
     out = out.assign(target=(grade>0).astype(int), score=fracture_score(p), grade=grade, grade_predicted=p.argmax(1))
     return out.assign(**{f'p_{k}': p[:,k] for k in range(p.shape[1])})
 
-# %% ../../nbs/70_tasks.knee.ipynb #d5200a01
+# %% ../../nbs/70_tasks.knee.ipynb #e238ba7c
 def train_knee(
     store,           # an `ImageStore` or its folder
     labels,          # a table or its path, with `image_id` or `path`, the label, and optionally `split`
     out,             # the run to write, a folder
     overwrite: bool=False, # replace a run that is there
+    show: bool|None=None, # progress and a line an epoch on standard error; None: on a terminal
     **settings,      # of `KneeSettings`
 ) -> Path:
     "Train the knee task; returns the run's folder. Raises `DataError`, `StoreError` or `ModelError`, and then leaves nothing behind."
-    s,out = KneeSettings(**settings),Path(out)
+    s,out,show = KneeSettings(**settings),Path(out),sys.stderr.isatty() if show is None else show
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite: raise RadiologyError(f"{out} is there already", "Choose another folder, or give --overwrite")
     store = store if isinstance(store, ImageStore) else ImageStore(store)
     manifest,flow = knee_manifest(store, labels, s.label)
@@ -168,7 +169,7 @@ def train_knee(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as tmp:
         tmp = Path(tmp)/'run'
         tmp.mkdir()
-        manifest,predictions,records = _fit_folds(store, manifest, s, tmp) if s.folds else _fit_once(store, manifest, s, tmp)
+        manifest,predictions,records = (_fit_folds if s.folds else _fit_once)(store, manifest, s, tmp, show)
         manifest.to_csv(tmp/'manifest.csv', index=False)
         predictions.to_csv(tmp/'predictions.csv', index=False)
         flow |= {f'{k} images': int((manifest.split==k).sum()) for k in ('train','valid','test') if not s.folds}
@@ -179,20 +180,20 @@ def train_knee(
         tmp.rename(out)
     return out
 
-def _fit_once(store, manifest, s, out):
+def _fit_once(store, manifest, s, out, show):
     "One split: the given one, or one drawn by patients."
     if 'split' not in manifest or manifest.split.isna().any() or (manifest.split=='').any():
         manifest = patient_split(manifest, {'train': s.train, 'valid': s.valid, 'test': 1-s.train-s.valid}, label=s.label, seed=s.seed)
-    learn,threshold,predictions = fit_knee(store, manifest, s)
+    learn,threshold,predictions = fit_knee(store, manifest, s, show)
     _save(learn, store, manifest, s, threshold, out/'model')
     return manifest,predictions.assign(fold=0),[run_record(learn)]
 
-def _fit_folds(store, manifest, s, out):
+def _fit_folds(store, manifest, s, out, show):
     "Cross-validation: each fold is the test once, and the next one the validation."
     folds,tables,records = patient_folds(manifest, s.folds, label=s.label, seed=s.seed),[],[]
     for k in range(s.folds):
         split = np.where(folds==k, 'test', np.where(folds==(k+1)%s.folds, 'valid', 'train'))
-        learn,threshold,predictions = fit_knee(store, manifest.assign(split=split), s)
+        learn,threshold,predictions = fit_knee(store, manifest.assign(split=split), s, show)
         _save(learn, store, manifest, s, threshold, out/f'fold_{k}'/'model')
         tables.append(predictions.assign(fold=k))
         records.append(run_record(learn))
