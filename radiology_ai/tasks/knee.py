@@ -62,7 +62,7 @@ def check_grades(df: pd.DataFrame, label: str):
     if len(wrong): raise DataError(f"Column {label!r} holds {wrong[label].iloc[0]!r} for image {wrong.image_id.iloc[0]}", "Use 0, 1, 2, ... or leave it empty where it is unknown")
     if values.nunique()<2: raise DataError(f"Column {label!r} has only one class among {len(df)} images: {sorted(values.unique().astype(int))}", "Two classes are needed to learn and to evaluate")
 
-# %% ../../nbs/70_tasks.knee.ipynb #7505d392
+# %% ../../nbs/70_tasks.knee.ipynb #2209d8f4
 class GradedLoss(nn.Module):
     "Cross-entropy of the grade plus `binary` times the cross-entropy of grade 0 against all others; logits (B, C), targets (B,)."
     def __init__(self,
@@ -77,7 +77,7 @@ class GradedLoss(nn.Module):
     def forward(self, logits, target):
         if logits.ndim!=2 or target.shape!=logits.shape[:1]:
             raise RadiologyError(f"GradedLoss got logits {tuple(logits.shape)} and targets {tuple(target.shape)}", "Give (B, C) and (B,)")
-        logits,target = torch.Tensor(logits).float() if type(logits) is not torch.Tensor else logits.float(),target.long()
+        logits,target = logits.as_subclass(torch.Tensor).float(),target.as_subclass(torch.Tensor).long()
         grade = F.cross_entropy(logits, target, self.weight, label_smoothing=self.smoothing)
         if logits.shape[1]==2 or not self.binary: return grade
         positive = torch.logsumexp(logits[:,1:], 1) - logits[:,0]
