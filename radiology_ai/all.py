@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89_all.ipynb #2ae9c713
+# %% ../nbs/89_all.ipynb #00b40034
 from .core import (BundleError, DataError, DicomError, MissingPackageError, ModelError, Radiograph, RadiologyError, StoreError, rng,
     transform_boxes, transform_points)
 from .phantom.xray import Exposure, Phantom, expose
@@ -16,7 +16,9 @@ from .phantom.chest import simulate_chest
 from .phantom.limbs import simulate_hand, simulate_hip
 from .phantom.hospital import simulate_hospital, write_dicom
 from .dicom.read import read_header, read_radiograph
-from .dicom.index import index_dicoms, read_index, show_index, summarise, write_index
+from .dicom.index import index_dicoms, read_index, write_index
+from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
+from .dicom.deidentify import deidentify
 from .preprocess.intensity import clahe, percentile_window, square_pad
 from .preprocess.knee import Knee, locate_knees
 from .preprocess.store import ImageStore, Preprocess, preprocess_folder, recipe

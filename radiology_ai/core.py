@@ -6,8 +6,8 @@ Docs: https://lluissalord.github.io/radiology_ai/core.html.md"""
 
 # %% auto #0
 __all__ = ['RadiologyError', 'DataError', 'StoreError', 'BundleError', 'ModelError', 'MissingPackageError', 'DicomError',
-           'optional', 'shift', 'scale', 'transform_points', 'transform_boxes', 'Radiograph', 'resize_array', 'rng',
-           'atomic_path', 'progress']
+           'optional', 'shift', 'scale', 'transform_points', 'transform_boxes', 'Radiograph', 'fit_size',
+           'resize_array', 'rng', 'atomic_path', 'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
 import importlib, os, tempfile
@@ -109,7 +109,7 @@ class Radiograph:
         what = ' '.join(str(self.tags[k]) for k in ('Modality','BodyPartExamined','ViewPosition') if self.tags.get(k))
         return f"Radiograph({self.shape[0]} x {self.shape[1]}{mm}{', ' + what if what else ''}{', ' + self.codec if self.codec else ''})"
 
-# %% ../nbs/00_core.ipynb #d0a84021
+# %% ../nbs/00_core.ipynb #1a88c29e
 @patch
 def warped(self:Radiograph,
     pixels: np.ndarray, # the new pixels
@@ -133,15 +133,23 @@ def crop(self:Radiograph,
     if cx1<cx2 and cy1<cy2: out[cy1-y1:cy2-y1, cx1-x1:cx2-x1] = self.pixels[cy1:cy2, cx1:cx2]
     return self.warped(out, shift(-x1, -y1))
 
+def fit_size(
+    shape: tuple,    # height and width of an image
+    size: int|tuple, # the longer side in pixels (the aspect is kept), or exactly (height, width)
+) -> tuple[int,int]:
+    "Height and width of an image after resizing."
+    h,w = shape
+    if isinstance(size, (int, np.integer)): size = (max(1, round(h*size/max(h,w))), max(1, round(w*size/max(h,w)))) if size>0 else (size, size)
+    nh,nw = (int(v) for v in size)
+    if nh<1 or nw<1: raise RadiologyError(f"The size {size} is not positive", "Give a size of at least 1 pixel")
+    return nh,nw
+
 @patch
 def resize(self:Radiograph,
     size: int|tuple, # the longer side in pixels (the aspect is kept), or exactly (height, width)
 ) -> Radiograph:
     "The image at another size: area averages when it shrinks, linear interpolation when it grows."
-    h,w = self.shape
-    if isinstance(size, (int, np.integer)): size = (max(1, round(h*size/max(h,w))), max(1, round(w*size/max(h,w))))
-    nh,nw = (int(v) for v in size)
-    if nh<1 or nw<1: raise RadiologyError(f"The size {size} is not positive", "Give a size of at least 1 pixel")
+    (h,w),(nh,nw) = self.shape,fit_size(self.shape, size)
     if (nh,nw)==(h,w): return self
     return self.warped(resize_array(self.pixels, (nh,nw)), scale(nw/w, nh/h))
 

@@ -7,14 +7,13 @@ Docs: https://lluissalord.github.io/radiology_ai/parallel.html.md"""
 # %% auto #0
 __all__ = ['n_workers', 'run_parallel']
 
-# %% ../nbs/01_parallel.ipynb #e2762767
-import multiprocessing, os, warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+# %% ../nbs/01_parallel.ipynb #bdd3bde9
+import multiprocessing, os, pickle, time, warnings
+from multiprocessing.connection import wait
 
 from .core import RadiologyError, progress
 
-# %% ../nbs/01_parallel.ipynb #6cc4bcf1
+# %% ../nbs/01_parallel.ipynb #a11f6925
 def n_workers(
     workers: int|None=None, # None: as many as this process may use cores
     items: int=2**31,       # never more than there are items
@@ -24,10 +23,79 @@ def n_workers(
     if workers is not None and workers<0: raise RadiologyError(f"workers is {workers}", "Give 0 or 1 for this process, or more")
     return max(1, min(cores if workers is None else workers, items))
 
-def _quiet_worker():
-    "Runs at the start of a worker: one thread each, so that workers do not compete."
+# %% ../nbs/01_parallel.ipynb #4a1309f5
+def _serve(conn, at, fn):
+    "The life of a worker process."
     import cv2
     cv2.setNumThreads(1)
+    conn.send('ready')
+    while (chunk := conn.recv()) is not None:
+        out = []
+        for i,item in chunk:
+            at.value = i
+            try: out.append((i, True, fn(item)))
+            except Exception as e: out.append((i, False, _sendable(e)))
+        at.value = -1
+        conn.send(out)
+
+def _sendable(e):
+    "The exception, or where it cannot travel one that names its type."
+    try: pickle.loads(pickle.dumps(e)); return e
+    except Exception: return RadiologyError(f"A worker raised {type(e).__name__}", "Run again with workers=1 to see where")
+
+class _Worker:
+    "A process, its line, and the chunk that it has."
+    def __init__(self, context, fn):
+        self.conn,there = context.Pipe()
+        self.at,self.chunk,self.seen,self.since,self.ready = context.RawValue('q', -1),[],-1,time.monotonic(),False
+        self.process = context.Process(target=_serve, args=(there, self.at, fn), daemon=True)
+        self.process.start()
+        there.close()
+
+    def give(self, chunk):
+        self.chunk,self.seen,self.since = chunk,-1,time.monotonic()
+        try: self.conn.send(chunk)
+        except OSError: pass # it died meanwhile: `hear` will tell
+
+    def hear(self, seconds):
+        "A chunk's results or None, and why it must be replaced or ''."
+        try: answer = self.conn.recv() if self.conn.poll() else None
+        except (EOFError, OSError): return None,'died'
+        now = self.at.value
+        if answer is not None or now!=self.seen: self.seen,self.since = now,time.monotonic()
+        if answer=='ready': self.ready = True
+        elif answer: self.chunk = []; return answer,''
+        return None,f'did not answer within {seconds:g} s' if self.chunk and time.monotonic() - self.since>seconds else ''
+
+    def end(self):
+        self.process.kill(); self.process.join(); self.conn.close()
+
+# %% ../nbs/01_parallel.ipynb #c179d774
+class _CannotStart(Exception): "No worker process came up."
+
+def _supervise(context, fn, items, n, chunk, lost, seconds):
+    "Yields lists of (number, fine, result) as they come."
+    every = list(enumerate(items))
+    todo,left,workers = [every[i:i + chunk] for i in range(0, len(every), chunk)][::-1],len(every),[]
+    try:
+        workers += [_Worker(context, fn) for _ in range(n)]
+        while left:
+            wait([w.conn for w in workers], 1.)
+            for k,w in enumerate(workers):
+                answer,cause = w.hear(seconds)
+                if cause: # a new worker in its place
+                    at,rest = w.at.value,w.chunk
+                    w.end()
+                    if not any(o.ready for o in workers): raise _CannotStart
+                    w = workers[k] = _Worker(context, fn)
+                    todo += [[o] for o in rest if o[0]!=at]
+                    if at>=0: answer = [(at, lost is not None, lost(items[at], cause) if lost else RadiologyError(f'A worker process {cause} at item {at} of {len(items)}', 'Run again with workers=1 to see why, or leave it out'))]
+                if answer:
+                    left -= len(answer)
+                    yield answer
+                if w.ready and not w.chunk and todo: w.give(todo.pop())
+    finally:
+        for w in workers: w.end()
 
 def run_parallel(
     fn,                        # a function of a module (it travels to other processes)
@@ -37,6 +105,8 @@ def run_parallel(
     desc: str='',              # what the progress bar says
     show: bool|None=None,      # True, False, or None: a bar only on a terminal
     few: int=8,                # with fewer items than this no process is started
+    lost=None,                 # lost(item, cause) gives the result of an item whose worker died or hung; None: an error
+    seconds: float=300,        # a worker that spends longer on one item hangs
 ):
     "Yields `fn(item)` for each of the `items`, in their order. The number of workers changes the time and nothing else."
     items = list(items)
@@ -47,14 +117,18 @@ def run_parallel(
     method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
     context = multiprocessing.get_context(method)
     if method=='forkserver': context.set_forkserver_preload(['radiology_ai.core', fn.__module__])
-    done = 0
-    pool = ProcessPoolExecutor(n, mp_context=context, initializer=_quiet_worker)
-    try:
-        for o in progress(pool.map(fn, items, chunksize=chunk), desc, len(items), show):
-            done += 1
-            yield o
-    except BrokenProcessPool:
-        if done: raise RadiologyError(f"A worker process died after {done} of {len(items)} items", "Run again with workers=1 to see which item it is")
+    try: yield from progress(_in_order(_supervise(context, fn, items, n, chunk, lost, seconds)), desc, len(items), show)
+    except _CannotStart:
         warnings.warn("Worker processes cannot start here (a script needs `if __name__ == '__main__':`); working in this process")
         yield from (fn(o) for o in progress(items, desc, show=show))
-    finally: pool.shutdown(cancel_futures=True)
+
+def _in_order(answers):
+    "The results of `_supervise` one by one in the order of the items; raises what an item raised."
+    held,want = {},0
+    for answer in answers:
+        held |= {i: (fine, out) for i,fine,out in answer}
+        while want in held:
+            fine,out = held.pop(want)
+            if not fine: raise out
+            yield out
+            want += 1

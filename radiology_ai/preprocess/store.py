@@ -8,7 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/preprocess.store.html.md"""
 __all__ = ['RECIPES', 'KEPT', 'COLUMNS', 'Preprocess', 'recipe', 'prepare', 'Job', 'write_shard', 'preprocess_folder',
            'ImageStore']
 
-# %% ../../nbs/23_preprocess.store.ipynb #34566520
+# %% ../../nbs/23_preprocess.store.ipynb #338166a4
 import hashlib, json, multiprocessing, os, shutil, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +22,8 @@ from fastcore.basics import patch
 
 from ..core import DataError, DicomError, Radiograph, RadiologyError, StoreError, atomic_path, optional, progress
 from ..parallel import n_workers
-from ..dicom.read import laterality, read_radiograph, view
+from ..dicom.read import read_radiograph
+from ..dicom.tags import laterality, view
 from ..dicom.index import image_files
 from .intensity import clahe, field_mask, percentile_window, square_pad
 from .knee import locate_knees
