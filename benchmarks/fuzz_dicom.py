@@ -558,6 +558,8 @@ def second_decode(path: str, frame: int) -> np.ndarray:
         if kind: ds.file_meta.TransferSyntaxUID = uid = SYNTAXES[kind]
         if ds.get('PhotometricInterpretation') not in ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_RCT', 'YBR_ICT'): ds.PhotometricInterpretation = 'MONOCHROME2' if samples==1 else 'YBR_FULL_422' if kind=='jpeg' else 'RGB'
         ds.SamplesPerPixel, ds.PixelRepresentation, ds.NumberOfFrames = samples, signed, max(1, frames)
+        for k, v in (('BitsStored', ds.BitsAllocated), ('HighBit', ds.BitsAllocated - 1)): # pydicom refuses where one is missing, which says nothing of the stream
+            if not isinstance(ds.get(k), int): setattr(ds, k, v)
         return pydicom.pixels.get_decoder(uid).as_array(ds, index=frame, raw=samples==1, decoding_plugin='pydicom' if uid==SYNTAXES['rle'] else 'gdcm')[0]
     import gdcm
     bits = ds.BitsAllocated if kind in ('jpeg12', 'jpeg_lossless57', 'jpegls', 'jpeg2000') else 8
@@ -599,8 +601,9 @@ class Judge:
         return np.load(path + '.npy') if answer[0]=='decoded' else answer[0]
 
 
-def agreement(ours: np.ndarray, other, lossy: bool, bits: int) -> str:
-    "Are the integers of two decoders the same? Signs and unused high bits are left out of it."
+def agreement(ours: np.ndarray, other, lossy: bool, bits: int, low: int) -> str:
+    "Are the integers of two decoders the same? Signs and unused high bits are left out of it; words may have been shifted by `low` bits, where the header says so."
+    if low and not isinstance(other, str) and agreement(ours, other>>low, lossy, bits, 0)=='second decoder agrees': return 'second decoder agrees'
     if isinstance(other, str): return 'pydicom finds no such frame in the fragments' if other=='nothing' else 'second decoder ' + other
     if ours.shape!=other.shape: return 'second decoder gives another shape'
     mask = 2**min(bits, 8*ours.dtype.itemsize) - 1
@@ -701,7 +704,9 @@ class Reader:
             else:
                 uid = str(getattr(getattr(ds, 'file_meta', None), 'TransferSyntaxUID', ''))
                 lossy = uid in (SYNTAXES['jpeg'], SYNTAXES['jpeg12'], SYNTAXES['jpeg2000_lossy']) or codec.endswith('jpeg8')
-                answer = agreement(ours, self.judge.ask(str(path), self.frame(b) or 0), lossy, int(ds.get('BitsStored') or 16))
+                bits = int(ds.get('BitsStored') or 16)
+                low = int(ds.get('HighBit') or 0) + 1 - bits
+                answer = agreement(ours, self.judge.ask(str(path), self.frame(b) or 0), lossy, bits, low if 0<low<=int(ds.BitsAllocated) - bits else 0)
                 record.update(outcome='other integers, compressed: ' + answer, codec=codec)
                 if 'agrees' in answer.split(): return
                 record['verify'] = self.verified(path, b)

@@ -22,7 +22,7 @@ from pydicom.uid import RLELossless
 
 from ..core import DicomError
 
-# %% ../../nbs/12_dicom.codecs.ipynb #6a3a94dd
+# %% ../../nbs/12_dicom.codecs.ipynb #b3a96466
 _copy = 'Copy the file again from its source'
 _SOF = {0xC0:'jpeg', 0xC1:'jpeg', 0xC2:'jpeg', 0xC3:'lossless', 0xF7:'jpegls'} | {m:'other' for m in (0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)}
 
@@ -59,6 +59,7 @@ def _jpeg2k_info(data, i):
     at = lambda p, n: int.from_bytes(data[p:p+n], 'big')
     info = dict(kind='jpeg2k', rows=at(i+12, 4) - at(i+20, 4), cols=at(i+8, 4) - at(i+16, 4), bits=(at(i+42, 1)&127) + 1, samples=at(i+40, 2),
                 signed=bool(at(i+42, 1)&128), levels=0, exact=False, whole=b'\xff\xd9' in data[-64:] or i>0)
+    if min(info['rows'], info['cols'])<=0: return info | dict(fault='it declares no size')
     tile = at(i+24, 4)*at(i+28, 4)
     if not tile or info['rows']*info['cols']>2**16*tile: return info | dict(fault='it is cut into too many tiles')
     p = i + 2

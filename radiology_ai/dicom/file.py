@@ -24,7 +24,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ..core import DicomError
 
-# %% ../../nbs/10_dicom.file.ipynb #623b0a7a
+# %% ../../nbs/10_dicom.file.ipynb #347eaf77
 _copy = 'Copy the file again from its source'
 MAX_PIXELS = 2**26 # a picture that declares more pixels than this is refused before memory is taken
 MAX_HEADER = 2**25 # bytes in front of the pixel data
@@ -36,7 +36,7 @@ def read_head(
     "The first bytes; a `DicomError` where the file cannot be opened."
     try:
         with open(path, 'rb') as f: return f.read(n)
-    except (OSError, ValueError) as e: raise DicomError(path, f'the file cannot be opened ({type(e).__name__})', 'Check the path and your permissions') from e
+    except (OSError, ValueError) as e: raise DicomError(path, f'the file cannot be opened ({type(e).__name__})', 'Check the path and your permissions') from None
 
 def file_kind(
     path,            # names the file in the errors
@@ -51,7 +51,7 @@ def file_kind(
     raise DicomError(path, 'the file holds text, not an image' if text else 'the file is neither DICOM nor PNG, JPEG or TIFF',
                      'Export it again as DICOM, or leave it out')
 
-# %% ../../nbs/10_dicom.file.ipynb #83a58dfa
+# %% ../../nbs/10_dicom.file.ipynb #3e44dd1c
 def declared_frame(
     ds: Dataset,          # a header
     path='',              # names the file in errors
@@ -61,7 +61,7 @@ def declared_frame(
     try:
         rows,cols,samples,bits,frames = (int(ds.get(k) or d) for k,d in
             (('Rows', 0), ('Columns', 0), ('SamplesPerPixel', 1), ('BitsAllocated', 8), ('NumberOfFrames', 1)))
-    except Exception as e: raise DicomError(path, 'its declared size is not a number', _copy) from e # pydicom converts late and raises many types
+    except Exception as e: raise DicomError(path, 'its declared size is not a number', _copy) from None # pydicom converts late and raises many types
     if min(rows, cols, samples, bits)<0 or samples>4 or bits>64: raise DicomError(path, f'{bits} bits and {samples} samples a pixel are not of a radiograph', 'Leave it out')
     if rows*cols>max_pixels:
         raise DicomError(path, f'it declares {rows} x {cols} pixels, above the limit of {max_pixels}', 'Raise max_pixels if you trust the file')
@@ -100,8 +100,8 @@ class PixelValue:
         "Up to `n` bytes from byte `start` of the value."
         with self.opened() as read: return read(start, n)
 
-# %% ../../nbs/10_dicom.file.ipynb #10576dd4
-MAX_FRAGMENTS = 2**14 # besides one a frame
+# %% ../../nbs/10_dicom.file.ipynb #ca598b70
+MAX_FRAGMENTS = 2**12 # besides one a frame
 
 def fragments(
     value: PixelValue, # fragmented pixel data
@@ -122,7 +122,7 @@ def fragments(
     if len(out)<2: raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
     return out
 
-# %% ../../nbs/10_dicom.file.ipynb #53941382
+# %% ../../nbs/10_dicom.file.ipynb #9e7a425f
 def transfer_syntax(
     head: bytes, # the first bytes of a file
 ) -> tuple[str,int]:
@@ -192,6 +192,7 @@ def open_parts(
             warnings.simplefilter('ignore')
             ds,stream = _parse(f, path, tags, *transfer_syntax(head), pixels, max_pixels)
             ds.get('Rows') # converts early what must be right
+            if stream is f and f.tell()>os.path.getsize(path): raise DicomError(path, 'an element claims more bytes than the file has', _copy)
             if stream.tell()>MAX_HEADER: raise DicomError(path, f'its header has {stream.tell()} bytes, above the limit of {MAX_HEADER}', 'Leave it out')
             return ds,_pixel_value(stream, ds, path)
     except DicomError: raise

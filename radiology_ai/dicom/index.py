@@ -8,7 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.index.html.md"""
 __all__ = ['MAX_ELEMENTS', 'MAX_DEPTH', 'MAX_VALUE', 'INDEX_INT', 'INDEX_FLOAT', 'INDEX_TEXT', 'INDEX_COLUMNS', 'image_files',
            'scan_header', 'header_values', 'fast_header', 'index_row', 'index_dicoms', 'write_index', 'read_index']
 
-# %% ../../nbs/15_dicom.index.ipynb #ef8d5651
+# %% ../../nbs/15_dicom.index.ipynb #ee3ed693
 import os, warnings, zlib
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from ..core import DataError, DicomError, atomic_path
-from .file import MAX_PIXELS, file_kind
+from .file import MAX_FRAGMENTS, MAX_PIXELS, file_kind
 from .tags import TAGS, laterality, spacing, tags_of, view
 from .read import read_header
 from ..parallel import run_parallel
@@ -262,7 +262,7 @@ def fast_header(
         except _Fault as e: raise DicomError(path, str(e), 'Copy the file again from its source, or leave it out') from e
     return {k: tags[k] for k in (*TAGS, 'TransferSyntaxUID') if k in tags}
 
-# %% ../../nbs/15_dicom.index.ipynb #3f54375e
+# %% ../../nbs/15_dicom.index.ipynb #ff1d085e
 _LISTS = 'SeriesNumber InstanceNumber HighBit PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing EstimatedRadiographicMagnificationFactor'.split()
 INDEX_INT = 'Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated BitsStored PixelRepresentation bytes mtime_ns'.split() # 0 where unknown
 INDEX_FLOAT = 'WindowCenter WindowWidth RescaleSlope RescaleIntercept KVP Exposure ExposureTime XRayTubeCurrent spacing_row spacing_col'.split() # NaN where unknown
@@ -281,16 +281,17 @@ def _number(v, none):
 def _pixel_fault(file, tags, at, n, size):
     "What is wrong with the pixel data, without decoding it; '' if nothing."
     rows,cols,frames,samples,bits = (int(_number(tags.get(k), d)) for k,d in (('Rows', 0), ('Columns', 0), ('NumberOfFrames', 1), ('SamplesPerPixel', 1), ('BitsAllocated', 8)))
+    if frames>2**20: return f'it declares {frames} frames'
     if rows*cols>MAX_PIXELS: return f'it declares {rows} x {cols} pixels, above the limit of {MAX_PIXELS}'
     if at<0 or n==0 or rows*cols<=0: return 'it has no pixel data'
-    if n==_OPEN: return _fragments_fault(file, at, size)
+    if n==_OPEN: return _fragments_fault(file, at, size, max(1, frames))
     need = (rows*cols*max(1, frames)*samples*bits + 7)//8 if bits==1 else rows*cols*max(1, frames)*samples*max(1, bits//8)
     if tags.get('PhotometricInterpretation')=='YBR_FULL_422': need = need*2//3
     return f'the pixel data ends early: {min(n, size-at)} of {need} bytes' if min(n, size-at)<need else ''
 
-def _fragments_fault(file, at, size):
-    "Follows the fragments of encapsulated pixel data (PS3.5 A.4), as many as a header may have elements."
-    for _ in range(MAX_ELEMENTS):
+def _fragments_fault(file, at, size, frames):
+    "Follows the fragments of encapsulated pixel data (PS3.5 A.4)."
+    for _ in range(MAX_FRAGMENTS + frames + 2):
         file.seek(at)
         head = file.read(8)
         if len(head)<8: return 'the pixel data ends early'
@@ -298,7 +299,7 @@ def _fragments_fault(file, at, size):
         if tag==0xE0DDFFFE: return ''
         if tag!=0xE000FFFE: return 'the compressed pixel data is not in whole fragments'
         at += 8 + n
-    return ''
+    return f'its pixel data is cut into more than {MAX_FRAGMENTS} fragments'
 
 def _file_tags(path, size):
     "Header values of a file and what is wrong with its pixel data."

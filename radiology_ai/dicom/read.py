@@ -165,7 +165,7 @@ def _colour_grey(stored, ds, path):
     else: top = float(2**int(ds.get('BitsStored') or 8*stored.dtype.itemsize) - 1)
     return np.clip(stored.astype(np.float32)@_luma/top, 0, 1)
 
-# %% ../../nbs/14_dicom.read.ipynb #1e126dd8
+# %% ../../nbs/14_dicom.read.ipynb #a63398d5
 def _open_still(path):
     "The still image opened by Pillow, not yet decoded."
     from PIL import Image
@@ -183,19 +183,23 @@ def _check_png(path):
 
 def _read_still(path, frame, max_pixels):
     "A PNG, JPEG or TIFF as (H, W) float32 in [0, 1]."
+    try: return _still_grey(path, frame, max_pixels)
+    except DicomError: raise
+    except Exception as e: raise DicomError(path, f'the image is damaged or ends early ({type(e).__name__})', _copy) from None # Pillow raises many types
+
+def _still_grey(path, frame, max_pixels):
+    "What `_read_still` gives, with Pillow's own errors."
     with _open_still(path) as im:
         if im.width*im.height>max_pixels:
             raise DicomError(path, f'it declares {im.height} x {im.width} pixels, above the limit of {max_pixels}', 'Raise max_pixels if you trust the file')
         if im.format=='PNG': _check_png(path)
         n = getattr(im, 'n_frames', 1)
         if n>1 and frame is None: raise DicomError(path, f'it holds {n} frames', f'Choose one with frame=0 to {n-1}')
-        try:
-            if frame: im.seek(frame)
-            white0 = im.format=='TIFF' and im.tag_v2.get(262)==0 and im.mode.startswith('I')
-            if im.mode=='P' or im.mode.startswith(('LA', 'PA')) or im.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBX', 'RGBa'):
-                im = im.convert('L' if im.mode=='LA' else 'RGB')
-            a = np.asarray(im)
-        except Exception as e: raise DicomError(path, f'the image is damaged or ends early ({type(e).__name__})', _copy) from None
+        if frame: im.seek(frame)
+        white0 = im.format=='TIFF' and im.tag_v2.get(262)==0 and im.mode.startswith('I')
+        if im.mode=='P' or im.mode.startswith(('LA', 'PA')) or im.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBX', 'RGBa'):
+            im = im.convert('L' if im.mode=='LA' else 'RGB')
+        a = np.asarray(im)
     if a.ndim==3:
         a = a[..., :3]
         if (a[..., 0]!=a[..., 1]).any() or (a[..., 1]!=a[..., 2]).any(): warnings.warn(f'{Path(path).name}: a colour picture is turned to grey')

@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.stored.html.md"""
 # %% auto #0
 __all__ = ['compressed_frame', 'layout', 'encapsulated', 'decode', 'pixel_value', 'decode_stored']
 
-# %% ../../nbs/13_dicom.stored.ipynb #14e1d938
+# %% ../../nbs/13_dicom.stored.ipynb #1ae20c26
 from pathlib import Path
 import numpy as np
 import pydicom
@@ -15,6 +15,7 @@ from pydicom.dataset import Dataset
 
 from ..core import DicomError
 from .file import MAX_PIXELS, PixelValue, declared_frame, fragments
+from .tags import value_of
 from .codecs import Decoded, decode_frame, syntax_of
 
 # %% ../../nbs/13_dicom.stored.ipynb #3d3be762
@@ -48,7 +49,7 @@ def compressed_frame(
     if n>limit: raise DicomError(path, f'its compressed frame has {n} bytes, more than {limit}', 'Do not trust this file')
     with value.opened() as read: return bytes(read(*parts[0])) if len(parts)==1 else b''.join(bytes(read(*p)) for p in parts)
 
-# %% ../../nbs/13_dicom.stored.ipynb #541ba040
+# %% ../../nbs/13_dicom.stored.ipynb #6bd5d591
 def layout(
     ds: Dataset,               # a header
     value: PixelValue|None,    # its pixel data
@@ -58,11 +59,13 @@ def layout(
     "dtype, shape and number of frames that the header declares. `DicomError` where there is nothing to decode."
     declared_frame(ds, path, max_pixels)
     try: rows,cols,alloc,samples,n_frames = (int(ds.get(k) or d) for k,d in (('Rows', 0), ('Columns', 0), ('BitsAllocated', 0), ('SamplesPerPixel', 1), ('NumberOfFrames', 1)))
-    except Exception as e: raise DicomError(path, 'its declared size is not a number', _copy) from e # pydicom converts late and raises many types
+    except Exception as e: raise DicomError(path, 'its declared size is not a number', _copy) from None # pydicom converts late and raises many types
     if value is not None and value.vr in ('OF', 'OD') and 'BitsStored' not in ds: raise DicomError(path, 'its pixels are floating point numbers', 'Export it as integers')
     if value is None or not value.length: raise DicomError(path, 'it has no pixel data', 'Leave it out (a report or structured object), or copy it again if it should be an image')
     if not value.size: raise DicomError(path, 'the pixel data ends early', _copy)
     if not rows or not cols: raise DicomError(path, f'it declares {rows} x {cols} pixels', _copy)
+    stored = value_of(ds, 'BitsStored')
+    if isinstance(stored, int) and not 6<=stored<=alloc: raise DicomError(path, f'it stores {stored} of {alloc} bits a pixel, which is not of a radiograph', 'Leave it out')
     if alloc not in (8, 16, 32) or samples not in (1, 3): raise DicomError(path, f'{alloc} bits and {samples} samples a pixel are not of a radiograph', 'Leave it out')
     return np.dtype(f"{'i' if ds.get('PixelRepresentation') else 'u'}{alloc//8}"),(rows, cols) if samples==1 else (rows, cols, samples),n_frames
 
@@ -101,15 +104,18 @@ def _raw_twice(a, path, value, ds, frame):
     b,_ = decoder.as_array(peer, index=frame, raw=True)
     if not np.array_equal(a, b): raise DicomError(path, 'two decoders disagree (raw and pydicom)', 'Ask the source for another copy')
 
-# %% ../../nbs/13_dicom.stored.ipynb #64b33cec
+# %% ../../nbs/13_dicom.stored.ipynb #8b5bdd75
 def _fit_bits(a, ds, raw, exact, depth, path):
     "`a` reduced to BitsStored bits with the sign of PixelRepresentation."
     alloc,signed = a.dtype.itemsize*8,bool(ds.get('PixelRepresentation', 0))
     bits = min(int(ds.get('BitsStored') or alloc), alloc)
     u,s = np.dtype(f'u{alloc//8}'),np.dtype(f'i{alloc//8}')
     low = int(ds.get('HighBit') if ds.get('HighBit') is not None else bits-1) + 1 - bits
+    if not 0<=low<=alloc-bits: # it contradicts the other two
+        warnings.warn(f'{Path(path).name or "image"}: HighBit {low + bits - 1} is impossible with {bits} bits stored of {alloc}; {bits - 1} is taken')
+        low = 0
     if raw or exact and (depth or alloc)==alloc: # whole words
-        if low>0: a = a.view(u)>>min(low, alloc-1)
+        if low>0: a = a.view(u)>>low
     elif a.dtype.kind=='i' and signed: return a
     elif not signed:
         a,top = a.view(u),u.type(2**bits - 1)
@@ -121,7 +127,7 @@ def _fit_bits(a, ds, raw, exact, depth, path):
     a,top = a.view(u),u.type(2**bits - 1)
     return a & top if a.size and a.max()>top else a
 
-# %% ../../nbs/13_dicom.stored.ipynb #e3f34de9
+# %% ../../nbs/13_dicom.stored.ipynb #94d2496a
 def decode(
     ds: Dataset,              # a header
     value: PixelValue|None,   # its pixel data
@@ -153,8 +159,9 @@ def decode(
 def pixel_value(ds: Dataset) -> PixelValue|None:
     "The pixel data of a data set in memory."
     if 'PixelData' not in ds: return None
-    e = ds['PixelData']
-    return PixelValue(0xFFFFFFFF if e.is_undefined_length or e.value[:4]==b'\xfe\xff\0\xe0' and pydicom.uid.UID(syntax_of(ds) or '1.2').is_encapsulated else len(e.value), e.VR, data=e.value)
+    e,syntax = ds['PixelData'],pydicom.uid.UID(syntax_of(ds))
+    listed = syntax.is_transfer_syntax and not syntax.is_private and syntax.is_encapsulated and e.value[:4]==b'\xfe\xff\0\xe0'
+    return PixelValue(0xFFFFFFFF if e.is_undefined_length or listed else len(e.value), e.VR, data=e.value)
 
 def decode_stored(
     ds: Dataset,          # data set with pixel data, as of `open_dicom`
