@@ -19,7 +19,7 @@ which a busy machine disturbs less). What each does and leaves out:
 - gdcm: decodes to stored integers only: no step to grey, no resizing.
 
 A peer that is not installed is left out with a line; none of them is a dependency of the project.
-Then: two processes; and the memory that one worker needs above its imports, up to the largest permitted file (2**26 pixels).
+Then: two processes; and the memory that one worker needs above its imports, up to the largest permitted file (50 million pixels).
 """
 import os
 for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS', 'NUMEXPR_NUM_THREADS'): os.environ[k] = '1'
@@ -271,7 +271,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--only', nargs='*', default=list(CASES), help='transfer syntaxes')
-    parser.add_argument('--sides', nargs='*', type=int, default=[4096, 8192], help='sides of the large files')
+    parser.add_argument('--sides', nargs='*', type=int, default=[4096, 7071], help='sides of the large files')
     parser.add_argument('--skip-memory', action='store_true')
     parser.add_argument('--skip-speed', action='store_true')
     parser.add_argument('--memory', nargs=2, help='used by the script itself: file, size')

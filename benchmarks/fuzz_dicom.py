@@ -407,11 +407,11 @@ def stream_bombs() -> dict:
             stream = stream[:p] + struct.pack('>II', 65535, 65535) + stream[p + 8:]
         out[f'{s} stream of 65535 x 65535, header the same'] = part10(s, numbered(rows=65535, cols=65535, stored=12) + packed(stream))
         out[f'{s} stream of 65535 x 65535, header 64 x 56'] = part10(s, numbered(rows=ROWS, cols=COLS, stored=12) + packed(stream))
-        out[f'{s} stream of 8191 x 8191 in 3 kB'] = part10(s, numbered(rows=8191, cols=8191, stored=12) + packed(_sized(encode_frame(small, s, 12), where, s)))
+        out[f'{s} stream of 7001 x 7001 in 3 kB'] = part10(s, numbered(rows=7001, cols=7001, stored=12) + packed(_sized(encode_frame(small, s, 12), where, s)))
     return out
 
 
-def _sized(stream, where, s, n=8191):
+def _sized(stream, where, s, n=7001):
     "A stream that declares `n` x `n`, within the limit, but holds next to nothing."
     marker, at, form = where
     for p, f in [(at, form)] + ([(22, '>II')] if form=='>II' else []):
@@ -549,7 +549,9 @@ def second_decode(path: str, frame: int) -> np.ndarray:
     "The integers of a frame by gdcm, from a file made anew around the stream (pydicom for RLE and colour, OpenJPEG for HTJ2K)."
     ds = pydicom.dcmread(path, force=True)
     uid, frames, samples = ds.file_meta.get('TransferSyntaxUID', ''), int(ds.get('NumberOfFrames') or 1), int(ds.get('SamplesPerPixel') or 1)
-    try: stream = pydicom.encaps.get_frame(ds.PixelData, frame, number_of_frames=max(1, frames))
+    try: # one fragment a frame needs no offset table, which may be damaged
+        _, *parts = pydicom.encaps.generate_fragments(ds.PixelData)
+        stream = b''.join(parts) if frames<=1 else parts[frame] if len(parts)==frames else pydicom.encaps.get_frame(ds.PixelData, frame, number_of_frames=frames)
     except Exception as e: raise LookupError from e
     kind, signed = _kind(stream), int(bool(ds.get('PixelRepresentation')))
     if not kind and uid!=SYNTAXES['rle']: raise LookupError
@@ -557,10 +559,12 @@ def second_decode(path: str, frame: int) -> np.ndarray:
     if not kind or samples!=1:
         if kind: ds.file_meta.TransferSyntaxUID = uid = SYNTAXES[kind]
         if ds.get('PhotometricInterpretation') not in ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_RCT', 'YBR_ICT'): ds.PhotometricInterpretation = 'MONOCHROME2' if samples==1 else 'YBR_FULL_422' if kind=='jpeg' else 'RGB'
-        ds.SamplesPerPixel, ds.PixelRepresentation, ds.NumberOfFrames = samples, signed, max(1, frames)
+        ds.SamplesPerPixel, ds.PixelRepresentation, ds.NumberOfFrames = samples, signed, 1
+        ds.PixelData = pydicom.encaps.encapsulate([stream]) # without the file's own offset table
+        if not kind: ds.BitsStored, ds.HighBit = ds.BitsAllocated, ds.BitsAllocated - 1 # whole words, as RLE holds them
         for k, v in (('BitsStored', ds.BitsAllocated), ('HighBit', ds.BitsAllocated - 1)): # pydicom refuses where one is missing, which says nothing of the stream
             if not isinstance(ds.get(k), int): setattr(ds, k, v)
-        return pydicom.pixels.get_decoder(uid).as_array(ds, index=frame, raw=samples==1, decoding_plugin='pydicom' if uid==SYNTAXES['rle'] else 'gdcm')[0]
+        return pydicom.pixels.get_decoder(uid).as_array(ds, index=0, raw=samples==1, decoding_plugin='pydicom' if uid==SYNTAXES['rle'] else 'gdcm')[0]
     import gdcm
     bits = ds.BitsAllocated if kind in ('jpeg12', 'jpeg_lossless57', 'jpegls', 'jpeg2000') else 8
     bare = part10(kind, numbered(rows=ds.Rows, cols=ds.Columns, allocated=bits, stored=bits, signed=signed) + packed(stream))

@@ -96,7 +96,7 @@ def check_stream(
         if m and data[m.start()+1]!=0xD9 and (info['kind']=='lossless' or data[m.start()+1] not in (0xC4, 0xDA, 0xDB, 0xDD, 0xFE)): damaged('a marker stands inside the scan')
         if m and data[m.start()+1]==0xD9 and len(data) - m.start()>66: damaged('its end marker comes too early')
 
-# %% ../../nbs/12_dicom.codecs.ipynb #3177d635
+# %% ../../nbs/12_dicom.codecs.ipynb #1eecf2a7
 def _imagecodecs(data, info, ds, dtype, shape):
     "One frame by imagecodecs: the array and the codec's name."
     kind,rgb = info['kind'],{}
@@ -104,8 +104,7 @@ def _imagecodecs(data, info, ds, dtype, shape):
     if kind=='jpeg': return imagecodecs.jpeg8_decode(data, **rgb),'imagecodecs.jpeg8'
     if kind=='lossless': return imagecodecs.jpeg8_decode(data, **(rgb if shape[2:] else {})),'imagecodecs.jpeg8'
     if kind=='jpegls': return imagecodecs.jpegls_decode(data),'imagecodecs.jpegls'
-    if kind=='jpeg2k': return imagecodecs.jpeg2k_decode(data),'imagecodecs.jpeg2k'
-    if kind=='htj2k': return imagecodecs.htj2k_decode(data),'imagecodecs.htj2k'
+    if kind in ('jpeg2k', 'htj2k'): return imagecodecs.jpeg2k_decode(data),'imagecodecs.jpeg2k' # for HTJ2K too: its other decoder, OpenJPH, hangs on some damaged streams
     return _rle(data, dtype, shape),'imagecodecs.packbits'
 
 def _rle(data, dtype, shape):
@@ -113,7 +112,7 @@ def _rle(data, dtype, shape):
     n,planes = shape[0]*shape[1],dtype.itemsize*(shape[2] if shape[2:] else 1)
     head = np.frombuffer(data, '<u4', 16).astype(np.int64)
     starts = [*head[1:1 + planes], len(data)]
-    if head[0]!=planes or any(a>=b for a,b in zip(starts, starts[1:])) or starts[0]<64: raise ValueError('segments')
+    if head[0]!=planes or any(a>=b for a,b in zip(starts, starts[1:])) or starts[0]!=64: raise ValueError('segments')
     out = [np.frombuffer(imagecodecs.packbits_decode(data[a:b], out=n + 1), np.uint8) for a,b in zip(starts, starts[1:])]
     if any(len(o)!=n for o in out): raise ValueError('length')
     samples = [out[i:i + dtype.itemsize][::-1] for i in range(0, planes, dtype.itemsize)] # the high byte comes first
@@ -148,26 +147,36 @@ def halvings(
     while r<info['levels'] and -(-info['rows']//2**(r+1))>=least[0] and -(-info['cols']//2**(r+1))>=least[1]: r += 1
     return r
 
-# %% ../../nbs/12_dicom.codecs.ipynb #6c5d3ade
+# %% ../../nbs/12_dicom.codecs.ipynb #480b45cc
 _CHILD = """
 import os, sys
 out = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1)
 try:
     import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
 except ImportError: pass
-import gdcm
-for line in sys.stdin:
-    name,ok = line.strip(),False
+import gdcm, imagecodecs
+
+def openjph(name):
+    with open(name, 'rb') as f: data = f.read()
+    try: return imagecodecs.htj2k_decode(data).tobytes()
+    except Exception: return None
+
+def by_gdcm(name):
     r = gdcm.ImageReader(); r.SetFileName(name)
-    if r.Read():
-        b = r.GetImage().GetBuffer()
-        with open(name, 'wb') as f: f.write(b.encode('utf-8', 'surrogateescape') if isinstance(b, str) else b)
-        ok = True
-    print('ok' if ok else 'no', file=out, flush=True)
+    if not r.Read(): return None
+    b = r.GetImage().GetBuffer()
+    return b.encode('utf-8', 'surrogateescape') if isinstance(b, str) else b
+
+for line in sys.stdin:
+    decoder,name = line.strip().split(' ', 1)
+    b = (openjph if decoder=='openjph' else by_gdcm)(name)
+    if b is not None:
+        with open(name, 'wb') as f: f.write(b)
+    print('no' if b is None else 'ok', file=out, flush=True)
 """
 
-class _Gdcm:
-    "gdcm in a child process."
+class _Other:
+    "gdcm and OpenJPH in a child process."
     def __init__(self): self.process,self.owner,self.lock = None,0,threading.Lock()
 
     def _start(self):
@@ -183,15 +192,15 @@ class _Gdcm:
             self.process.kill(); self.process.wait(); self.process.stdin.close()
         self.process = None
 
-    def decode(self, file: bytes, seconds=20) -> bytes:
-        "The pixels of a one-frame DICOM file. `ValueError` where it refuses, crashes or hangs."
+    def decode(self, decoder: str, file: bytes, seconds=20) -> bytes:
+        "The pixels of a one-frame DICOM file (gdcm) or a stream (openjph). `ValueError` where it refuses, crashes or hangs."
         with self.lock:
             if not self.process or self.owner!=os.getpid(): self._start()
             fd,name = tempfile.mkstemp(suffix='.dcm')
             try:
                 with os.fdopen(fd, 'wb') as f: f.write(file)
                 try:
-                    self.process.stdin.write(name + '\n'); self.process.stdin.flush()
+                    self.process.stdin.write(f'{decoder} {name}\n'); self.process.stdin.flush()
                     answer = self.answers.get(timeout=seconds)
                 except queue.Empty: answer = f'took more than {seconds} s'
                 except OSError: answer = 'crashed'
@@ -202,7 +211,7 @@ class _Gdcm:
                 with open(name, 'rb') as f: return f.read()
             finally: os.unlink(name)
 
-_gdcm = _Gdcm()
+_other = _Other()
 
 _UID = {k: f'1.2.840.10008.1.2.4.{v}' for k,v in dict(jpeg=51, lossless=57, jpegls=80, jpeg2k=90, htj2k=201).items()}
 
@@ -232,11 +241,11 @@ def second_opinion(
     ds,              # its header
     dtype, shape,    # of the frame
 ) -> tuple[np.ndarray,str]:
-    "The frame by another decoder (gdcm; Pillow for HTJ2K) and that decoder's name. `ValueError` where it cannot."
-    if info['kind']=='htj2k' and shape[2:]==() and info['bits']<=16: return decode_reduced(data, info, 0),'pillow.jpeg2k'
-    out = _gdcm.decode(_bare_file(data, info, ds, shape))
+    "The frame by another decoder (gdcm; OpenJPH for HTJ2K) and that decoder's name. `ValueError` where it cannot."
+    decoder = 'openjph' if info['kind']=='htj2k' else 'gdcm'
+    out = _other.decode(decoder, data if decoder=='openjph' else _bare_file(data, info, ds, shape))
     if len(out)!=int(np.prod(shape))*dtype.itemsize: raise ValueError(f'{len(out)} bytes')
-    return np.frombuffer(out, dtype).reshape(shape),'gdcm'
+    return np.frombuffer(out, dtype).reshape(shape),decoder
 
 # %% ../../nbs/12_dicom.codecs.ipynb #f1e29922
 class Decoded(NamedTuple):

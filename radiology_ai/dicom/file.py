@@ -24,9 +24,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ..core import DicomError
 
-# %% ../../nbs/10_dicom.file.ipynb #347eaf77
+# %% ../../nbs/10_dicom.file.ipynb #901b585a
 _copy = 'Copy the file again from its source'
-MAX_PIXELS = 2**26 # a picture that declares more pixels than this is refused before memory is taken
+MAX_PIXELS = 50_000_000 # a frame that declares more than so many samples of up to 16 bits is refused before memory is taken; of 32 bits, a quarter
 MAX_HEADER = 2**25 # bytes in front of the pixel data
 
 def read_head(
@@ -51,7 +51,7 @@ def file_kind(
     raise DicomError(path, 'the file holds text, not an image' if text else 'the file is neither DICOM nor PNG, JPEG or TIFF',
                      'Export it again as DICOM, or leave it out')
 
-# %% ../../nbs/10_dicom.file.ipynb #3e44dd1c
+# %% ../../nbs/10_dicom.file.ipynb #955a50c7
 def declared_frame(
     ds: Dataset,          # a header
     path='',              # names the file in errors
@@ -63,8 +63,8 @@ def declared_frame(
             (('Rows', 0), ('Columns', 0), ('SamplesPerPixel', 1), ('BitsAllocated', 8), ('NumberOfFrames', 1)))
     except Exception as e: raise DicomError(path, 'its declared size is not a number', _copy) from None # pydicom converts late and raises many types
     if min(rows, cols, samples, bits)<0 or samples>4 or bits>64: raise DicomError(path, f'{bits} bits and {samples} samples a pixel are not of a radiograph', 'Leave it out')
-    if rows*cols>max_pixels:
-        raise DicomError(path, f'it declares {rows} x {cols} pixels, above the limit of {max_pixels}', 'Raise max_pixels if you trust the file')
+    if rows*cols*max(1, samples)*(4 if bits>16 else 1)>max_pixels:
+        raise DicomError(path, f'it declares {rows} x {cols} pixels, above the limit of {max_pixels//max(1, samples)//(4 if bits>16 else 1)}', 'Raise max_pixels if you trust the file')
     if not 0<=frames<=2**20: raise DicomError(path, f'it declares {frames} frames', 'Leave it out')
     return rows*cols*samples*max(1, bits//8)
 

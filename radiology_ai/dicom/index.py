@@ -262,7 +262,7 @@ def fast_header(
         except _Fault as e: raise DicomError(path, str(e), 'Copy the file again from its source, or leave it out') from e
     return {k: tags[k] for k in (*TAGS, 'TransferSyntaxUID') if k in tags}
 
-# %% ../../nbs/15_dicom.index.ipynb #ff1d085e
+# %% ../../nbs/15_dicom.index.ipynb #19ed6938
 _LISTS = 'SeriesNumber InstanceNumber HighBit PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing EstimatedRadiographicMagnificationFactor'.split()
 INDEX_INT = 'Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated BitsStored PixelRepresentation bytes mtime_ns'.split() # 0 where unknown
 INDEX_FLOAT = 'WindowCenter WindowWidth RescaleSlope RescaleIntercept KVP Exposure ExposureTime XRayTubeCurrent spacing_row spacing_col'.split() # NaN where unknown
@@ -282,7 +282,8 @@ def _pixel_fault(file, tags, at, n, size):
     "What is wrong with the pixel data, without decoding it; '' if nothing."
     rows,cols,frames,samples,bits = (int(_number(tags.get(k), d)) for k,d in (('Rows', 0), ('Columns', 0), ('NumberOfFrames', 1), ('SamplesPerPixel', 1), ('BitsAllocated', 8)))
     if frames>2**20: return f'it declares {frames} frames'
-    if rows*cols>MAX_PIXELS: return f'it declares {rows} x {cols} pixels, above the limit of {MAX_PIXELS}'
+    limit = MAX_PIXELS//max(1, samples)//(4 if bits>16 else 1)
+    if rows*cols>limit: return f'it declares {rows} x {cols} pixels, above the limit of {limit}'
     if at<0 or n==0 or rows*cols<=0: return 'it has no pixel data'
     if n==_OPEN: return _fragments_fault(file, at, size, max(1, frames))
     need = (rows*cols*max(1, frames)*samples*bits + 7)//8 if bits==1 else rows*cols*max(1, frames)*samples*max(1, bits//8)

@@ -165,7 +165,7 @@ def _colour_grey(stored, ds, path):
     else: top = float(2**int(ds.get('BitsStored') or 8*stored.dtype.itemsize) - 1)
     return np.clip(stored.astype(np.float32)@_luma/top, 0, 1)
 
-# %% ../../nbs/14_dicom.read.ipynb #a63398d5
+# %% ../../nbs/14_dicom.read.ipynb #6111e847
 def _open_still(path):
     "The still image opened by Pillow, not yet decoded."
     from PIL import Image
@@ -190,8 +190,8 @@ def _read_still(path, frame, max_pixels):
 def _still_grey(path, frame, max_pixels):
     "What `_read_still` gives, with Pillow's own errors."
     with _open_still(path) as im:
-        if im.width*im.height>max_pixels:
-            raise DicomError(path, f'it declares {im.height} x {im.width} pixels, above the limit of {max_pixels}', 'Raise max_pixels if you trust the file')
+        limit = max_pixels//len(im.getbands())//(4 if im.mode in ('I', 'F') else 1)
+        if im.width*im.height>limit: raise DicomError(path, f'it declares {im.height} x {im.width} pixels, above the limit of {limit}', 'Raise max_pixels if you trust the file')
         if im.format=='PNG': _check_png(path)
         n = getattr(im, 'n_frames', 1)
         if n>1 and frame is None: raise DicomError(path, f'it holds {n} frames', f'Choose one with frame=0 to {n-1}')
@@ -211,7 +211,7 @@ def _still_grey(path, frame, max_pixels):
     a = (a.astype(np.float32) - lo)/((hi - lo) or 1)
     return 1 - a if white0 else a
 
-# %% ../../nbs/14_dicom.read.ipynb #4af39e29
+# %% ../../nbs/14_dicom.read.ipynb #f542f9bf
 def read_header(
     path,           # DICOM or still image
     keywords=TAGS,  # which elements
@@ -233,7 +233,7 @@ def _read_dicom(path, size, crop, frame, max_pixels, verify, voi):
             pixels = _colour_grey(stored, ds, path) if colour else to_grey(stored, ds, path, voi, wanted)
     except DicomError: raise
     except Exception as e: raise DicomError(path, f'the header contradicts the pixel data ({type(e).__name__})', _copy) from None # its text may quote the header
-    tags = tags_of(ds)
+    tags = tags_of(ds) | dict(Rows=full[0], Columns=full[1])
     r = Radiograph(pixels, spacing(tags), tags, codec=codec, path=str(path))
     if pixels.shape==full: return r
     small = scale(pixels.shape[1]/stored.shape[1], pixels.shape[0]/stored.shape[0])@shift(.5, .5)@scale(1/step, 1/step)@shift(-.5, -.5)
@@ -244,7 +244,7 @@ def read_radiograph(
     size: int|tuple|None=None, # longer side in pixels, or (height, width); shrinks by area averages
     crop=None,             # x1, y1, x2, y2 in stored pixels, before resizing
     frame: int|None=None,  # which frame of several, from 0
-    max_pixels: int=MAX_PIXELS, # refuse pictures that declare more, before memory is taken
+    max_pixels: int=MAX_PIXELS, # refuse pictures that declare more samples, before memory is taken
     verify: bool=False,    # decode twice, by two decoders, and refuse what they disagree on
     voi: int=0,            # which of several windows or VOI tables of the header
 ) -> Radiograph:
