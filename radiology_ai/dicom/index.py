@@ -334,7 +334,7 @@ def index_row(
     "The row of one file: chosen elements, or the `error` that kept it from being read."
     return dict(zip(INDEX_COLUMNS, _row(str(path))))
 
-# %% ../../nbs/15_dicom.index.ipynb #bd6334da
+# %% ../../nbs/15_dicom.index.ipynb #6a81ef94
 _VERSION = 2 # of what a row says; rows of another version are not taken over
 _TEXT_TYPE = 'str' if int(pd.__version__.split('.')[0])>=3 else object
 def _table(rows):
@@ -362,7 +362,7 @@ def _stamp(path):
 
 def index_dicoms(
     folder,                 # searched with all its subfolders; or one file, or a list of files and folders
-    workers: int|None=None, # processes; None: as many as cores from 30,000 files on; give a number for a slow or remote disk
+    workers: int|None=None, # processes; None: as many as cores from 5,000 files on; give a number for a slow or remote disk
     show: bool|None=None,   # a progress bar; None: on a terminal
     previous=None,          # an earlier index, or its `.parquet`, which may not exist yet: unchanged files are not read again
 ) -> pd.DataFrame:
@@ -378,7 +378,7 @@ def index_dicoms(
     df.attrs['index_version'] = _VERSION
     return df
 
-_FEW = 30_000 # with fewer files the start of processes takes longer than the work, where the disk is fast
+_FEW = 5_000 # with fewer files the start of processes takes longer than the work, where the disk is fast
 
 # %% ../../nbs/15_dicom.index.ipynb #99260fed
 def write_index(

@@ -70,7 +70,7 @@ def _voi(x, ds, little=True, which=0):
     if c is None or w is None or w<(1 if shape=='LINEAR' else 1e-9): return None
     return window(x, c, w, shape)
 
-# %% ../../nbs/14_dicom.read.ipynb #8447d84a
+# %% ../../nbs/14_dicom.read.ipynb #eed4c778
 def inverted(ds) -> bool:
     "Is the smallest value to be shown white? `MONOCHROME1`, or told once more or only by `PresentationLUTShape`."
     return ds.get('PhotometricInterpretation')=='MONOCHROME1' or ds.get('PresentationLUTShape')=='INVERSE'
@@ -83,11 +83,21 @@ def _padding(values, ds):
     b = b if isinstance(b, int) else a
     return (values>=min(a, b)) & (values<=max(a, b))
 
+def _inside_border(stored, lo, hi):
+    "Smallest and largest stored number without a saturated border: one that fills a quarter of the picture's edge and lies a quarter of the range from all other numbers."
+    edge,ends = np.concatenate([stored[0], stored[-1], stored[:, 0], stored[:, -1]]),[lo, hi]
+    for i,v in enumerate((lo, hi)):
+        if hi - lo<4 or (edge==v).mean()<.25: continue
+        rest = stored[stored!=v]
+        near = int(rest.max() if i else rest.min())
+        if abs(v - near)>.25*(hi - lo) and abs(ends[1-i] - near)>=4: ends[i] = near
+    return ends
+
 def _used_range(stored, ends, x, pad, small, u):
     "Smallest and largest modality value that occurs outside of padding."
     if pad is None or not pad.any():
         if not small: return x.min(),x.max()
-        ends = x[np.array(ends).astype(stored.dtype).view(u)]
+        ends = x[np.array(_inside_border(stored, *ends)).astype(stored.dtype).view(u)]
         return ends.min(),ends.max()
     used = x[~pad] if not small else x[(np.bincount(stored.view(u).ravel(), minlength=len(x))[:len(x)]>0) & ~pad]
     return (used.min(),used.max()) if used.size else (0.,1.)
