@@ -12,7 +12,7 @@ from conftest import COMMAND, fails, run_cli
 
 def test_help_names_every_command():
     text = run_cli('--help').stdout
-    for command in ('demo','index','preprocess','train','evaluate','predict','explain'):
+    for command in ('demo','index','explore','deidentify','preprocess','train','evaluate','predict','explain'):
         assert command in text
         assert '--out' in run_cli(command, '--help').stdout
 
@@ -25,6 +25,37 @@ def test_index_lists_good_and_bad_files(hospital, tmp_path):
     bad = table[table.error!='']
     assert len(bad)>0 and 'could not be used' in done.stdout
     assert set(table[table.error==''].SOPInstanceUID)>=set(truth[truth.broken==''].image_id)
+
+
+def test_index_again_reads_what_has_changed(hospital, tmp_path):
+    first = run_cli('index', hospital/'dicom', '--out', tmp_path/'index.parquet').stdout
+    before = pd.read_parquet(tmp_path/'index.parquet')
+    assert run_cli('index', hospital/'dicom', '--out', tmp_path/'index.parquet').stdout==first
+    assert pd.read_parquet(tmp_path/'index.parquet').equals(before)
+
+
+def test_explore_writes_a_page_without_identifiers(hospital, tmp_path):
+    truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
+    labels = truth[['image_id', 'fractured']]
+    labels.to_csv(tmp_path/'labels.csv', index=False)
+    done = run_cli('explore', hospital/'dicom', '--out', tmp_path/'page.html', '--labels', tmp_path/'labels.csv')
+    page = (tmp_path/'page.html').read_text()
+    assert f'{len(truth)} files' in done.stdout and 'data:image' in page and 'fractured' in page
+    assert not any(i in page for i in {*truth.patient_id, *truth.image_id} - {''})
+
+
+def test_deidentify_copies_without_names(hospital, tmp_path):
+    truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
+    some = hospital/'dicom'/Path(truth[truth.broken==''].path.iloc[0]).parts[0]
+    run_cli('deidentify', some, '--out', tmp_path/'one', '--key', tmp_path/'key', '--retain', 'dates_modified')
+    run_cli('deidentify', some, '--out', tmp_path/'two', '--key', tmp_path/'key', '--retain', 'dates_modified')
+    files = [sorted(p.relative_to(tmp_path/k) for p in (tmp_path/k).rglob('*.dcm')) for k in ('one', 'two')]
+    assert files[0]==files[1] and files[0]
+    names = {str(v) for v in truth.patient_id} | set(truth.image_id) - {''}
+    for f in files[0]:
+        data = (tmp_path/'one'/f).read_bytes()
+        assert not any(v.encode() in data for v in names if v) and not any(v in str(f) for v in names if v)
+    assert fails('deidentify', some, '--out', tmp_path/'one')
 
 
 def test_preprocess_stores_the_readable_and_lists_the_others(hospital, store):
