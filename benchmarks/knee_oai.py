@@ -11,7 +11,8 @@ import numpy as np, pandas as pd, torch
 from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, resnet18, set_seed, vision_learner
 
 from radiology_ai.metrics.classification import auroc_ci, delong_test
-from radiology_ai.preprocess.store import preprocess_folder, recipe
+from radiology_ai.preprocess.scale import preprocess_folder
+from radiology_ai.preprocess.store import recipe
 from radiology_ai.tasks.knee import read_run, train_knee
 
 DATA = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'knee_oai'

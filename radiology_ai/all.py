@@ -21,7 +21,9 @@ from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
 from .dicom.deidentify import deidentify
 from .preprocess.intensity import clahe, percentile_window, square_pad
 from .preprocess.knee import Knee, locate_knees
-from .preprocess.store import ImageStore, Preprocess, preprocess_folder, recipe
+from .preprocess.background import clean_background, find_field
+from .preprocess.store import ImageStore, Preprocess, recipe
+from .preprocess.scale import preprocess_folder
 from .data.labels import KELLGREN_LAWRENCE, SCHATZKER, make_manifest, read_labels, validate_manifest
 from .data.split import assert_no_leakage, patient_folds, patient_split, split_hash
 from .data.sampler import BalancedBatchSampler

@@ -100,7 +100,8 @@ def preprocess(
     scheduler: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, such as tcp://10.0.0.1:8786.")]=None,
 ):
     "Turn a folder of radiographs into an image store that training reads at memory speed."
-    from radiology_ai.preprocess.store import preprocess_folder, recipe as named
+    from radiology_ai.preprocess.scale import preprocess_folder
+    from radiology_ai.preprocess.store import recipe as named
     r = named(recipe, **({} if size is None else dict(size=size)))
     store = preprocess_folder(folder, out, r, workers=workers, scheduler=scheduler)
     _errors(store.errors, folder)

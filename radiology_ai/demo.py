@@ -19,7 +19,8 @@ import pandas as pd
 from .core import RadiologyError, atomic_path
 from .phantom.hospital import simulate_hospital
 from .dicom.index import image_files, index_dicoms, write_index
-from .preprocess.store import ImageStore, preprocess_folder, recipe
+from .preprocess.store import ImageStore, recipe
+from .preprocess.scale import preprocess_folder
 from .metrics.classification import wilson_ci
 from .bundle import load_bundle
 from .explain import hottest

@@ -20,7 +20,8 @@ import pandas as pd
 from .core import BundleError, DicomError, Radiograph, RadiologyError, atomic_path, progress, resize_array, transform_boxes
 from .dicom.index import image_files
 from .dicom.read import read_radiograph
-from .preprocess.store import ImageStore, preprocess_folder
+from .preprocess.store import ImageStore
+from .preprocess.scale import preprocess_folder
 from .bundle import Bundle, load_bundle
 from .explain import heat_overlay, heat_to_stored, hottest
 from .tasks.knee import fracture_score, heat_maps, model_folders

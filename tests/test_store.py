@@ -1,5 +1,6 @@
-"""The image store survives what happens in hospitals: kills, crashing decoders, full folders, copies."""
-import os, shutil, signal, subprocess, sys, time
+"""The image store survives what happens in hospitals: kills, crashing decoders, full disks, locked folders, copies, lost cluster workers."""
+import errno, importlib.util, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,23 @@ import pandas as pd
 import pytest
 
 from radiology_ai.core import StoreError
-from radiology_ai.preprocess.store import ImageStore, Preprocess, preprocess_folder, recipe
+from radiology_ai.preprocess.scale import preprocess_folder
+from radiology_ai.preprocess.store import ImageStore, Preprocess, recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 class Killer(Preprocess):
     "A recipe that ends its process on images of one size, as a native decoder may on a damaged file."
     def __call__(self, r):
         if r.shape==(33, 44): os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(r)
+
+
+class Slow(Preprocess):
+    "A recipe that takes its time."
+    def __call__(self, r):
+        time.sleep(.05)
         return super().__call__(r)
 
 
@@ -56,19 +67,94 @@ def test_a_run_that_a_file_killed_resumes_without_it(pictures, tmp_path):
     assert runs[-1].stdout.strip()=='37'
 
 
-def test_killed_five_times_is_the_same_store(hospital, tmp_path):
-    words = [sys.executable, '-c', f"from radiology_ai.preprocess.store import *; preprocess_folder({str(hospital/'dicom')!r}, {str(tmp_path/'store')!r}, recipe('plain', size=64), workers=1, show=False)"]
+def started(src, out, workers=1, r="recipe('knee', size=64)"):
+    "A process that writes a store, as far as its imports."
+    code = (f"import sys; sys.path[:0] = {[str(ROOT/'tests'), str(ROOT)]!r}\nfrom test_store import *\nif __name__=='__main__':\n"
+            f"    print('go', flush=True)\n    preprocess_folder({str(src)!r}, {str(out)!r}, {r}, workers={workers}, show=False, shard_size=4)\n")
+    file = Path(out).with_suffix('.py')
+    file.write_text(code)
+    process = subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline()=='go\n'
+    return process
+
+
+def shards(out) -> int: return len(list(Path(out).glob('shards/0*.json')))
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_killed_five_times_is_the_same_store(hospital, tmp_path, workers):
+    gen, left = np.random.default_rng(workers), []
     for _ in range(5):
-        have = len(list((tmp_path/'store').rglob('*.npy')))
-        process = subprocess.Popen(words, stderr=subprocess.PIPE)
-        while process.poll() is None and len(list((tmp_path/'store').rglob('*.npy')))<=have: time.sleep(.01)
+        have, process = shards(tmp_path/'store'), started(hospital/'dicom', tmp_path/'store', workers)
+        while process.poll() is None and shards(tmp_path/'store')<=have: time.sleep(.002) # each run gets somewhere, and is then killed at any moment
+        time.sleep(gen.uniform(0, .05))
         process.kill()
         process.wait()
-    for f in tmp_path.glob('store/**/.*'): f.unlink()   # what was being written
-    killed = preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('plain', size=64), workers=1, show=False)
-    preprocess_folder(hospital/'dicom', tmp_path/'whole', recipe('plain', size=64), workers=2, show=False)
-    assert len(killed)>50
+        left.append((tmp_path/'store/index.parquet').exists())
+    assert sum(left)<=1, 'the runs ended before they were killed'
+    killed = preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), workers=1, show=False)
+    preprocess_folder(hospital/'dicom', tmp_path/'whole', recipe('knee', size=64), workers=2, show=False, shard_size=4)
+    assert len(killed)>50 and not len(killed.verify())
     same(tmp_path/'store', tmp_path/'whole')
+
+
+def test_two_files_of_a_shard_that_kill_their_process(pictures, tmp_path):
+    shutil.copy(pictures/'11.png', pictures/'12.png')
+    for _ in range(6):
+        process = started(pictures, tmp_path/'store', r='Killer(size=16)')
+        if process.wait()==0: break
+    assert process.returncode==0
+    store = ImageStore(tmp_path/'store')
+    assert len(store)==36 and set(Path(p).name for p in store.errors.path)=={'07.png', '11.png', '12.png', '30.png'}
+
+
+def test_two_runs_into_one_store(pictures, tmp_path):
+    first = started(pictures, tmp_path/'store', r='Slow(size=16)')
+    while first.poll() is None and not shards(tmp_path/'store'): time.sleep(.01)
+    assert first.poll() is None
+    with pytest.raises(StoreError, match='Another run is writing'): preprocess_folder(pictures, tmp_path/'store', Slow(size=16), workers=1, shard_size=4)
+    assert first.wait()==0
+    store = preprocess_folder(pictures, tmp_path/'store', Slow(size=16), workers=1)
+    assert len(store)==39 and not len(store.verify())
+
+
+def test_a_full_disk(pictures, tmp_path, monkeypatch):
+    "The disk is full in the midst of the third shard, and again while the index is written; each time the same call resumes."
+    real, calls = os.fsync, [0]
+    def full(fd, at):
+        calls[0] += 1
+        if calls[0]==at: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd)
+    whole = preprocess_folder(pictures, tmp_path/'whole', recipe('plain', size=16), workers=1, shard_size=8)
+    for at, done in ((1 + 2*4 + 2, 2), (3*4 + 2, 5)):
+        monkeypatch.setattr(os, 'fsync', lambda fd, at=at: full(fd, at))
+        calls[0] = 0
+        with pytest.raises(StoreError, match='No space left on device.*resumes'): preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, shard_size=8)
+        assert shards(tmp_path/'store')==done
+        with pytest.raises(StoreError, match='incomplete'): ImageStore(tmp_path/'store')
+    monkeypatch.undo()
+    assert preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1).fingerprint==whole.fingerprint
+    same(tmp_path/'store', tmp_path/'whole')
+
+
+@contextmanager
+def small_disk(folder: Path, size: str):
+    "A file system of that size at `folder`; skips where none may be mounted."
+    folder.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], capture_output=True, text=True) if shutil.which('mount') else None
+    if done is None or done.returncode: pytest.skip('no file system can be mounted here')
+    try: yield folder
+    finally: subprocess.run(['umount', folder], check=True)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_disk_that_is_really_full(pictures, tmp_path, workers):
+    with small_disk(tmp_path/'disk', '200k') as disk:
+        with pytest.raises(StoreError, match='cannot be written.*No space left'): preprocess_folder(pictures, disk/'store', recipe('plain', size=96), workers=workers, shard_size=4, show=False)
+        assert 0<shards(disk/'store')<10
+        shutil.copytree(disk/'store', tmp_path/'store')
+    store = preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=96), workers=1, show=False)
+    assert len(store)==39 and not len(store.verify())
 
 
 def test_copies_are_stored_once(hospital, tmp_path):
@@ -85,10 +171,29 @@ def test_a_damaged_store_says_so(pictures, tmp_path):
     with pytest.raises(StoreError, match='damaged'): ImageStore(tmp_path/'store')
 
 
-@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid()==0, reason='root may write anywhere')
-def test_a_folder_that_cannot_be_written(pictures, tmp_path):
-    (tmp_path/'locked').mkdir(mode=0o500)
-    with pytest.raises(StoreError, match='cannot be written'): preprocess_folder(pictures, tmp_path/'locked/store', 'plain')
+@contextmanager
+def a_user():
+    "Not root, who may write anywhere; the files of the test are in a folder that this user can read."
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = hasattr(os, 'geteuid') and os.geteuid()==0
+        try: yield Path(folder), lambda: os.seteuid(65534) if root else None
+        finally:
+            if root: os.seteuid(0)
+            for p in Path(folder).rglob('*'): p.chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_written(pictures):
+    with a_user() as (folder, become):
+        shutil.copytree(pictures, folder/'pictures')
+        whole = preprocess_folder(folder/'pictures', folder/'store', recipe('plain', size=16), workers=1)
+        (folder/'locked').mkdir()
+        for p in (folder/'locked', folder/'store', folder/'store/shards'): p.chmod(0o555)
+        become()
+        with pytest.raises(StoreError, match='cannot be written.*Permission denied'): preprocess_folder(folder/'pictures', folder/'locked/store', 'plain')
+        again = preprocess_folder(folder/'pictures', folder/'store', recipe('plain', size=16)) # whole: nothing is written
+        assert again.fingerprint==whole.fingerprint and not len(again.verify())
+        with pytest.raises(StoreError, match='cannot be written'): again.to_png(folder/'locked/png')
 
 
 def test_loader_workers_share_the_store(pictures, tmp_path):
@@ -97,3 +202,71 @@ def test_loader_workers_share_the_store(pictures, tmp_path):
     store = preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, show=False)
     there = np.concatenate([b.numpy() for b in DataLoader(store, batch_size=8, num_workers=2, multiprocessing_context='spawn')])
     assert (there==np.stack(list(store))).all()
+
+
+@pytest.fixture
+def cluster(tmp_path, request):
+    "The address of a Dask scheduler with two workers, each a process of its own, and those processes, the scheduler last."
+    if importlib.util.find_spec('distributed') is None: pytest.skip('distributed is not installed: pip install radiology_ai[cluster]')
+    nanny = getattr(request, 'param', '--no-nanny')
+    env = {**os.environ, 'PYTHONPATH': f"{ROOT}{os.pathsep}{ROOT/'tests'}", 'OMP_NUM_THREADS': '1', 'DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES': '3' if nanny=='--no-nanny' else '0'}
+    file, processes = tmp_path/'scheduler.json', []
+    start = lambda name, *words: processes.append(subprocess.Popen([sys.executable, '-m', f'distributed.cli.dask_{name}', *words, '--scheduler-file', str(file), '--no-dashboard'],
+                                                                  env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True))
+    try:
+        start('scheduler', '--host', '127.0.0.1', '--port', '0')
+        while not file.exists(): time.sleep(.05)
+        for _ in range(2): start('worker', '--nthreads', '1', nanny)
+        yield json.loads(file.read_text())['address'], [*processes[1:], processes[0]]
+    finally:
+        for p in processes:
+            try: os.killpg(p.pid, signal.SIGKILL) # a nanny and its worker
+            except ProcessLookupError: pass
+            p.wait()
+
+
+def test_a_cluster_that_loses_a_worker(hospital, cluster, tmp_path):
+    "One of two workers is killed in the middle: nothing is lost, nothing comes twice, the bytes are those of one process."
+    address, workers = cluster
+    alive = []
+    def kill():
+        while shards(tmp_path/'store')<3: time.sleep(.002)
+        alive.append(not (tmp_path/'store/index.parquet').exists())
+        workers[0].kill()
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    there = preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), scheduler=address, show=False, shard_size=4)
+    killer.join(10)
+    assert alive==[True] and workers[0].wait(10)==-signal.SIGKILL and workers[1].poll() is None
+    preprocess_folder(hospital/'dicom', tmp_path/'here', recipe('knee', size=64), workers=1, show=False, shard_size=4)
+    assert not there.index.path.duplicated().any() and not len(there.verify())
+    same(tmp_path/'store', tmp_path/'here')
+
+
+def test_a_scheduler_that_dies(hospital, cluster, tmp_path):
+    "A clear error, whole shards, and the same call resumes, here without a cluster."
+    address, processes = cluster
+    def kill():
+        while shards(tmp_path/'store')<3: time.sleep(.002)
+        processes[-1].kill()
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(StoreError, match='cluster.*failed.*resumes'): preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), scheduler=address, show=False, shard_size=4)
+    assert 3<=shards(tmp_path/'store')<20 and not (tmp_path/'store/index.parquet').exists()
+    preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), workers=1, show=False)
+    preprocess_folder(hospital/'dicom', tmp_path/'here', recipe('knee', size=64), workers=1, show=False, shard_size=4)
+    same(tmp_path/'store', tmp_path/'here')
+
+
+@pytest.mark.parametrize('cluster', ['--nanny'], indirect=True)
+def test_a_file_that_kills_a_cluster_worker(pictures, cluster, tmp_path):
+    "Nannies replace the workers that die; the file is listed."
+    (pictures/'30.png').unlink()
+    store = preprocess_folder(pictures, tmp_path/'store', Killer(size=16), scheduler=cluster[0], show=False)
+    assert len(store)==37 and dict(zip((Path(p).name for p in store.errors.path), store.errors.cause))['11.png']=='its decoder crashed'
+
+
+def test_a_scheduler_that_is_not_there(pictures, tmp_path, monkeypatch):
+    pytest.importorskip('distributed', reason='distributed is not installed: pip install radiology_ai[cluster]')
+    from radiology_ai.preprocess import scale
+    monkeypatch.setattr(scale._client.__wrapped__, '__defaults__', (1,))
+    with pytest.raises(StoreError, match='does not answer'): preprocess_folder(pictures, tmp_path/'store', 'plain', scheduler='tcp://127.0.0.1:1')

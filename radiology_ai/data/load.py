@@ -90,7 +90,9 @@ class XrayDataset:
             raise DataError(f"{int(lost.sum())} of {len(rows)} images are not in the store (such as {self.items.image_id[lost].iloc[0]})", "Preprocess these files, or leave out their rows")
         self.targets = None if targets is None else np.asarray(targets)
         self.target_type = None if targets is None else TensorCategory if self.targets.ndim==1 else TensorMultiCategory
-        self.shape = tuple(store[int(self.positions[0])].shape)
+        first = store[int(self.positions[0])]
+        if first.dtype!=np.uint8: raise DataError(f"The store holds {first.dtype}", "Preprocess with bits=8: batches for training have 8 bits")
+        self.shape = tuple(first.shape)
 
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
