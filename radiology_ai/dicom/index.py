@@ -25,7 +25,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from ..core import DataError, DicomError, atomic_path
-from .file import MAX_FRAGMENTS, MAX_PIXELS, file_kind
+from .file import MAX_FRAGMENTS, file_kind, pixel_limit
 from .tags import TAGS, laterality, spacing, tags_of, view
 from .read import read_header
 from ..parallel import run_parallel
@@ -282,7 +282,7 @@ def _pixel_fault(file, tags, at, n, size):
     "What is wrong with the pixel data, without decoding it; '' if nothing."
     rows,cols,frames,samples,bits = (int(_number(tags.get(k), d)) for k,d in (('Rows', 0), ('Columns', 0), ('NumberOfFrames', 1), ('SamplesPerPixel', 1), ('BitsAllocated', 8)))
     if frames>2**20: return f'it declares {frames} frames'
-    limit = MAX_PIXELS//max(1, samples)//(4 if bits>16 else 1)
+    limit = pixel_limit(samples, bits)
     if rows*cols>limit: return f'it declares {rows} x {cols} pixels, above the limit of {limit}'
     if at<0 or n==0 or rows*cols<=0: return 'it has no pixel data'
     if n==_OPEN: return _fragments_fault(file, at, size, max(1, frames))

@@ -8,7 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.quality.html.md"""
 __all__ = ['RADIOGRAPHS', 'pixel_digest', 'file_digest', 'find_duplicates', 'next_text', 'sides_disagree', 'find_attention']
 
 # %% ../../nbs/16_dicom.quality.ipynb #0125d967
-import hashlib, warnings
+import hashlib, os, warnings
 
 import numpy as np
 import pandas as pd
@@ -36,8 +36,9 @@ def pixel_digest(
     return hashlib.sha256(str(a.shape).encode() + np.ascontiguousarray(a).data).hexdigest(),low==high,''
 
 def file_digest(path) -> str:
-    "SHA-256 of a file's bytes; '' if it cannot be read."
+    "SHA-256 of a file's bytes; '' if it cannot be read or is a pipe or device."
     try:
+        if not os.path.isfile(path): return ''
         with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
     except OSError: return ''
 

@@ -18,7 +18,7 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
 from ..core import DicomError, Radiograph, fit_size, resize_array, scale, shift
-from .file import MAX_PIXELS, file_kind, open_dicom, open_parts, read_head
+from .file import MAX_PIXELS, file_kind, open_dicom, open_parts, pixel_limit, read_head
 from .tags import TAGS, spacing, tags_of, value_of
 from .stored import decode
 
@@ -200,7 +200,7 @@ def _read_still(path, frame, max_pixels):
 def _still_grey(path, frame, max_pixels):
     "What `_read_still` gives, with Pillow's own errors."
     with _open_still(path) as im:
-        limit = max_pixels//len(im.getbands())//(4 if im.mode in ('I', 'F') else 1)
+        limit = pixel_limit(len(im.getbands()), 32 if im.mode in ('I', 'F') else 16, max_pixels)
         if im.width*im.height>limit: raise DicomError(path, f'it declares {im.height} x {im.width} pixels, above the limit of {limit}', 'Raise max_pixels if you trust the file')
         if im.format=='PNG': _check_png(path)
         n = getattr(im, 'n_frames', 1)

@@ -59,8 +59,8 @@ def layout(
     "dtype, shape and number of frames that the header declares. `DicomError` where there is nothing to decode."
     declared_frame(ds, path, max_pixels)
     try: rows,cols,alloc,samples,n_frames = (int(ds.get(k) or d) for k,d in (('Rows', 0), ('Columns', 0), ('BitsAllocated', 0), ('SamplesPerPixel', 1), ('NumberOfFrames', 1)))
-    except Exception as e: raise DicomError(path, 'its declared size is not a number', _copy) from None # pydicom converts late and raises many types
-    if value is not None and value.vr in ('OF', 'OD') and 'BitsStored' not in ds: raise DicomError(path, 'its pixels are floating point numbers', 'Export it as integers')
+    except Exception: raise DicomError(path, 'its declared size is not a number', _copy) from None # pydicom converts late and raises many types
+    if value is not None and value.vr in ('OF', 'OD'): raise DicomError(path, 'its pixels are floating point numbers', 'Export it as integers')
     if value is None or not value.length: raise DicomError(path, 'it has no pixel data', 'Leave it out (a report or structured object), or copy it again if it should be an image')
     if not value.size: raise DicomError(path, 'the pixel data ends early', _copy)
     if not rows or not cols: raise DicomError(path, f'it declares {rows} x {cols} pixels', _copy)

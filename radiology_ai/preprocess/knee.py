@@ -60,15 +60,22 @@ def convolve(
     cols = np.stack([x[:, i*dilation:i*dilation+h*stride:stride, j*dilation:j*dilation+wd*stride:stride][:, :h, :wd] for i in range(k) for j in range(k)], 1)
     return (w.reshape(len(w), -1)@cols.reshape(-1, h*wd) + b[:, None]).reshape(len(w), h, wd)
 
+@lru_cache(1)
+def _pools():
+    "The thread pools of this process."
+    from threadpoolctl import ThreadpoolController
+    return ThreadpoolController()
+
 def answer(
     image: np.ndarray, # (H, W) as `evened` gives it, padded
     weights: dict,     # w0, b0, w1, ... of `LAYERS`
 ) -> np.ndarray:
     "(5, H / 4, W / 4): logits of right and left knee, x and y of the joint in cells from the cell's middle, log of size."
     x = image[None].astype(np.float32)
-    for i,(_,_,stride,dilation) in enumerate(LAYERS):
-        x = convolve(x, weights[f'w{i}'], weights[f'b{i}'], stride, dilation)
-        if i<len(LAYERS)-1: x = np.maximum(x, 0)
+    with _pools().limit(limits=1, user_api='blas'): # the last bits of a product depend on the number of threads, a store must not
+        for i,(_,_,stride,dilation) in enumerate(LAYERS):
+            x = convolve(x, weights[f'w{i}'], weights[f'b{i}'], stride, dilation)
+            if i<len(LAYERS)-1: x = np.maximum(x, 0)
     return x
 
 # %% ../../nbs/21_preprocess.knee.ipynb #569b192a

@@ -22,7 +22,8 @@ from .. import __version__
 from ..core import DataError, RadiologyError, StoreError, optional, progress
 from ..parallel import n_workers, run_parallel
 from ..dicom.index import image_files
-from .store import PARTS, RECIPES, ImageStore, Preprocess, Source, begin_store, file_hash, join_shards, prepare, put, read_account, shard_file, write_shard
+from ..dicom.quality import file_digest
+from .store import PARTS, RECIPES, ImageStore, Preprocess, Source, begin_store, join_shards, prepare, put, read_account, shard_file, write_shard
 
 # %% ../../nbs/24_preprocess.scale.ipynb #1a51859a
 def _sources(src) -> tuple[list, list]:
@@ -117,7 +118,7 @@ def _plan(store, sources, n, workers=1, content=False):
     accounts = {k: a for k in numbers if (a:=read_account(store, k)) and not (content and _spoilt(store, k, a))}
     was = {f[0]: f for a in accounts.values() for f in a['files']}
     known,whole = _known_paths(store, was)
-    hashes = dict(zip(was, run_parallel(file_hash, list(was), workers, chunk=8, desc='compare'))) if content else {}
+    hashes = dict(zip(was, run_parallel(file_digest, list(was), workers, chunk=8, desc='compare'))) if content else {}
     same = lambda s: s.path in was and s.name==was[s.path][1] and (hashes[s.path]==was[s.path][4] if content else [s.bytes, s.mtime]==was[s.path][2:4])
     kept = {k for k,a in accounts.items() if k<len(shards) and [f[0] for f in a['files']]==[s.path for s in shards[k]] and all(map(same, shards[k]))}
     other = [(k, s) for k,shard in enumerate(shards) if k not in kept for s in shard]
@@ -128,7 +129,7 @@ def _plan(store, sources, n, workers=1, content=False):
 
 def _spoilt(store, k, account):
     "Are the bytes of a shard not those that were written?"
-    return any(file_hash(str(shard_file(store, k, p)))!=key for p,key in account['sums'].items())
+    return any(file_digest(str(shard_file(store, k, p)))!=key for p,key in account['sums'].items())
 
 def _known_paths(store, was):
     "The paths that the store has seen, and whether it has an index that can be read."
@@ -146,7 +147,7 @@ def _prepare(item): return prepare(*item)
 
 def _lost(item, cause): return cause # in place of a result
 
-def _error(item, cause, remedy='Leave it out: the file is damaged'): return None,dict(path=item.source.path, cause=cause, remedy=remedy),file_hash(item.source.path)
+def _error(item, cause, remedy='Leave it out: the file is damaged'): return None,dict(path=item.source.path, cause=cause, remedy=remedy),file_digest(item.source.path)
 
 def _apart(item):
     "Try a file on which a process died in two others."
