@@ -4,7 +4,7 @@
 
 Warm page cache, one thread a process. The three parts:
 1. one 5-megapixel film (2560 x 2048, 12 bits, a simulated knee with the noise of a detector) in JPEG Lossless: the decoder alone (stored integers), `read_radiograph` (grey values in [0, 1]),
-   and `prepare` (reading, locating the knee, crop, window, CLAHE, 512 px, record, hash of the file); all take turns, the median counts;
+   and `prepare` (reading, locating the knee, finding the exposed field, crop, window, CLAHE, 512 px, record, hash of the file); all take turns, the median counts;
 2. random images of 512 x 512 copied into a batch: from the store, and the same images from PNG files by OpenCV and by Pillow (zlib's usual level);
 3. `preprocess_folder` over copies of that film (copies are prepared like any file, and listed at the end): one process, two, and two workers of a local Dask cluster if it
    is installed. The start of the processes is included; the images a second without it come from the time between the first shard and the last. The writer's own processor time (with

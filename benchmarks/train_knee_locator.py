@@ -1,18 +1,21 @@
-"""Learn the knee localiser's network on simulated radiographs and judge it on unseen ones.
+"""Learn the two networks of the knee localiser on simulated knees and judge them on unseen ones.
 
-    python benchmarks/train_knee_locator.py [--films 5000] [--epochs 8] [--workers 2]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/train_knee_locator.py [--films 6000] [--epochs 8] [--workers 2]
 
-Needs torch, which the localiser itself does not. Real radiographs take no part; `benchmarks/knee_locator.py` reports on them.
+Needs torch, which the localiser itself does not. All knees are simulated. Of real radiographs only chests without a knee take part, as what is not to be taken for one: those of
+ChestX-ray14 (NIH Clinical Center; Wang et al., CVPR 2017) whose patient number is even, if RADIOLOGY_AI_REAL_DATA is set. `benchmarks/knee_locator.py` judges on real
+knees, on the other half of those patients and on chests of other hospitals.
 """
-import argparse, time
+import argparse, os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import cv2, numpy as np
-from safetensors.numpy import save_file
+import cv2, numpy as np, pandas as pd
+from safetensors.numpy import load_file, save_file
 
-from radiology_ai.core import Radiograph, resize_array, rng, scale, shift
+from radiology_ai.core import Radiograph, resize_array, rng, scale, shift, transform_points
+from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.limbs import simulate_hand, simulate_hip
@@ -54,6 +57,10 @@ def other_grey(a: np.ndarray, g) -> np.ndarray:
 
 def clutter(a: np.ndarray, g) -> np.ndarray:
     "Bars, letters and covers that are no anatomy."
+    if g.random()<.2: # a dressing, a filter, a part evened out by itself
+        n, (r, c), (y, x) = g.uniform(.15, .6)*max(a.shape), g.uniform(0, 1, 2)*a.shape, np.ogrid[:a.shape[0], :a.shape[1]]
+        inside = np.clip((n/2-np.maximum(np.abs(y-r), np.abs(x-c)))/(.1*n), 0, 1).astype(np.float32)
+        a = np.clip(a*(1-inside) + inside*((a-a.mean())*float(np.exp(g.normal(0, .4))) + a.mean() + float(g.normal(0, .12))), 0, 1)
     a = np.rint(a*255).astype(np.uint8)
     for _ in range(int(g.integers(0, 4)) if g.random()<.5 else 0):
         r, c = g.uniform(0, 1, 2)*a.shape
@@ -64,37 +71,59 @@ def clutter(a: np.ndarray, g) -> np.ndarray:
     return a.astype(np.float32)/255
 
 
-def view(r: Radiograph, knees: list, g, part: str):
-    "One training view: (CANVAS, CANVAS) int8 and its knees as (x, y, is_left, log size)."
-    size = np.exp(g.uniform(-.3, .3)) if part=='knee' else np.exp(g.uniform(-.8, .8))
-    per = r.spacing[0]/K.MM*size
-    turn = np.radians(np.clip(g.normal(0, 9), -30, 30) if part=='knee' else g.uniform(-180, 180) if part=='hand' else g.normal(0, 25))
-    pixels, kind = r.pixels, g.random()
-    if knees and kind<.4: # a narrow film around the joint
+def turned(part: str, g) -> float:
+    "By how much a film lies askew, in radians."
+    if part=='hand' and g.random()<.4: return float(np.radians(g.uniform(-180, 180))) # an upright wrist is what is most like a knee
+    return float(np.radians(np.clip(g.normal(0, 9), -32, 32) if g.random()<.75 else g.uniform(-32, 32)))
+
+
+def narrowed(pixels: np.ndarray, knees: list, mm: float, g):
+    "A narrow film around the joint, or one on its head, or the film as it is; and its knees."
+    kind = g.random()
+    if knees and kind<.45:
         row, col, _ = knees[int(g.integers(len(knees)))]
-        t, b, le, ri = (float(v)/r.spacing[0] for v in g.uniform(40, 85, 4))
-        rows, cols = (max(0, int(row-t)), int(row+b)), (max(0, int(col-le)), int(col+ri))
-        pixels = np.ascontiguousarray(pixels[rows[0]:rows[1], cols[0]:cols[1]])
-        knees = [(a-rows[0], c-cols[0], s) for a, c, s in knees if rows[0]<a<rows[1] and cols[0]<c<cols[1]]
-    elif knees and kind<.5: # on its head it is not to be found: a shank above a joint is an ankle
-        pixels, knees = np.ascontiguousarray(pixels[::-1] if g.random()<.7 else pixels.T), []
+        t, b, le, ri = (float(v)/mm for v in g.uniform(36, 90, 4))
+        r, c = max(0, int(row-t)), max(0, int(col-le))
+        knees = [(y-r, x-c, s) for y, x, s in knees if r<y<row+b and c<x<col+ri]
+        pixels = pixels[r:int(row+b), c:int(col+ri)]
+    elif not knees and kind<.5: # a part
+        (h, w), (a, b) = pixels.shape, g.uniform(.35, 1, 2)
+        r, c = int(g.uniform(0, 1-a)*h), int(g.uniform(0, 1-b)*w)
+        pixels = pixels[r:r+max(32, int(a*h)), c:c+max(32, int(b*w))]
+    elif knees and kind<.52: # on its head it is not to be found: a shank above a joint is an ankle
+        pixels, knees = pixels[::-1] if g.random()<.7 else pixels.T, []
+    return np.ascontiguousarray(pixels), knees
+
+
+def view(r: Radiograph, knees: list, g, part: str):
+    "One view for the first look: (CANVAS, CANVAS) int8 and its knees as (x, y, is_left, log size)."
+    size = np.exp(g.uniform(-.3, .3)) if part=='knee' else np.exp(g.uniform(-.8, .8))
+    per, turn = r.spacing[0]/K.MM*size, turned(part, g)
+    pixels, knees = narrowed(r.pixels, knees, r.spacing[0], g)
     h, w = pixels.shape
     if knees and g.random()<.8: # a knee in the view
         row, col, _ = knees[int(g.integers(len(knees)))]
         at = g.uniform(.12, .88, 2)*CANVAS
     else: row, col, at = *(g.uniform(.1, .9, 2)*(h, w)), g.uniform(.2, .8, 2)*CANVAS
-    rot = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
-    m = shift(*at)@rot@scale(per, per)@shift(-col, -row)
+    m = shift(*at)@rotation(turn)@scale(per, per)@shift(-col, -row)
     a = clutter(other_grey(pixels, g), g)
     if per<.9: a = cv2.GaussianBlur(a, (0, 0), .45/per)
-    to = (shift(-.5, -.5)@m@shift(.5, .5))[:2]
-    out = cv2.warpAffine(a, to, (CANVAS, CANVAS), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    mask = cv2.warpAffine(np.ones_like(a), to, (CANVAS, CANVAS), flags=cv2.INTER_NEAREST)
+    out, mask = warped(a, m, (CANVAS, CANVAS))
     where = []
     for row, col, s in knees:
         x, y, _ = m@[col, row, 1]
         if 4<x<CANVAS-4 and 4<y<CANVAS-4: where.append((x, y, s=='L', np.log(size)))
     return np.rint(K.evened(out, mask)*31).astype(np.int8), where
+
+
+def rotation(turn): return np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+
+
+def warped(a, m, shape, border=None):
+    "`a` moved by `m` (3, 3), and where it lies; around it its edge goes on, or `border`."
+    to = (shift(-.5, -.5)@m@shift(.5, .5))[:2]
+    out = cv2.warpAffine(a, to, shape[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE if border is None else cv2.BORDER_CONSTANT, borderValue=float(border or 0))
+    return out, cv2.warpAffine(np.ones_like(a), to, shape[::-1], flags=cv2.INTER_NEAREST)
 
 
 def views(job):
@@ -106,8 +135,62 @@ def views(job):
     return [view(r, knees, g, part) for _ in range(n)]
 
 
+def scene(r: Radiograph, knees: list, g, part: str):
+    "A film as a hospital may send it: askew, narrow, on a larger black or white ground. Its record with the spacing, and its knees."
+    pixels, knees = narrowed(r.pixels, knees, r.spacing[0], g)
+    a, turn = clutter(other_grey(pixels, g), g), turned(part, g)
+    h, w = a.shape
+    room = g.uniform(1, 1.8, 2) if g.random()<.25 else np.ones(2)
+    size = int(h*room[0]), int(w*room[1])
+    m = shift(*(np.array(size[::-1])/2 + g.uniform(-.5, .5, 2)*(np.array(size[::-1])-(w, h))))@rotation(turn)@shift(-w/2, -h/2)
+    out, _ = warped(a, m, size, None if g.random()<.4 and (room==1).all() else float(g.choice([0., 0., 1., .5])))
+    knees = [(*transform_points(m, [x, y])[::-1], s) for y, x, s in knees]
+    return Radiograph(out, r.spacing), [k for k in knees if 0<k[0]<size[0] and 0<k[1]<size[1]]
+
+
+def proposed(r: Radiograph, knees: list, g, weights, truth: int=2):
+    "What the first look proposes, and `truth` views near each knee, cut out for the second look: (VIEW, VIEW) int8 and (is_knee, dx, dy, log size); is_knee is NaN where it is neither."
+    mm, out = r.spacing, []
+    assumed = [mm, *((n/max(r.shape),)*2 for n in K.LENGTHS)] if g.random()<.6 else [mm]
+    found = [p for at in assumed for p in K.places(r.pixels, at, weights) if p.logit>-4.5]
+    for y, x, _ in knees*truth:
+        f = float(np.exp(g.normal(0, .13)))
+        found.append(K.Place(0, y+g.normal(0, 4)/mm[0], x+g.normal(0, 4)/mm[1], (mm[0]*f, mm[1]*f)))
+    for p in found:
+        cut, (top, left, a, b) = K.cut_out(r.pixels, p)
+        at = [((x-left)/b, (y-top)/a) for y, x, _ in knees]
+        x, y = min(at, key=lambda o: np.hypot(o[0]-K.VIEW/2, o[1]-K.VIEW/2), default=(1e3, 1e3))
+        far, size = max(abs(x-K.VIEW/2), abs(y-K.VIEW/2)), np.log(p.mm[0]/mm[0])
+        good = far<9 and abs(size)<.45
+        is_knee = 1. if good else 0. if far>14 or abs(size)>.7 else np.nan
+        out.append((np.rint(cut*31).astype(np.int8), (is_knee, (x-K.VIEW/2)/8 if good else 0, (y-K.VIEW/2)/8 if good else 0, size if good else 0)))
+    return out
+
+
+def cuts(job):
+    "Views for the second look from one film, in `n` scenes."
+    seed, part, n, weights = job
+    cv2.setNumThreads(1)
+    r, knees = film(seed, part)
+    g, out = rng(seed, 'cuts', part), []
+    for _ in range(n): out += proposed(*scene(r, knees, g, part), g, weights)
+    return out
+
+
+def chest_cuts(job):
+    "Views for the second look from a real chest."
+    path, n, weights = job
+    cv2.setNumThreads(1)
+    r, g, out = read_radiograph(path), rng(0, 'chest', Path(path).name), []
+    for _ in range(n):
+        mm = float(np.exp(g.uniform(np.log(.2), np.log(.9))))
+        a, _ = scene(Radiograph(r.pixels, (mm, mm)), [], g, 'chest')
+        out += proposed(a, [], g, weights)
+    return out
+
+
 def mistakes(job):
-    "Views around the likeliest knees that the present network sees in a film without one."
+    "Views around the likeliest knees that the present first look sees in a film without one."
     seed, part, weights = job
     cv2.setNumThreads(1)
     r, _ = film(seed, part)
@@ -117,7 +200,7 @@ def mistakes(job):
         for mm in K.LENGTHS:
             s = mm/max(pixels.shape)*np.exp(g.uniform(-.15, .15))/K.MM
             image = np.pad(K.evened(resize_array(pixels, tuple(max(4, round(n*s)) for n in pixels.shape))), CANVAS)
-            heat = K.answer(image, weights)[:2].max(0)
+            heat = K.first_look(image, weights)[:2].max(0)
             at = np.unravel_index(heat.argmax(), heat.shape)
             if heat[at]<-2.2: continue
             y, x = (int(np.clip(k*K.CELL - g.uniform(.3, .7)*CANVAS, 0, n-CANVAS)) for k, n in zip(at, image.shape))
@@ -128,7 +211,7 @@ def mistakes(job):
 def parts(n: int, start: int, share: float=.6) -> list:
     "Seeds and parts of `n` films."
     k = int(n*share)
-    return [(start+i, 'knee') for i in range(k)] + [(start+i, ('chest', 'hand', 'hip')[i%3]) for i in range(n-k)]
+    return [(start+i, 'knee') for i in range(k)] + [(start+i, ('chest', 'hand', 'hip', 'hand')[i%4]) for i in range(n-k)]
 
 
 def targets(where: list):
@@ -146,18 +229,18 @@ def targets(where: list):
     return heat, reg, weight*(weight>.2)
 
 
-def network():
-    import torch
+def network(table, last=()):
+    "The convolutions of `table` with batch normalisation between them, and `last`."
     from torch import nn
     layers, c = [], 1
-    for i, (k, size, stride, dilation) in enumerate(K.LAYERS):
-        layers += [nn.Conv2d(c, k, size, stride, dilation*(size//2), dilation)] + ([nn.BatchNorm2d(k), nn.ReLU()] if i<len(K.LAYERS)-1 else [])
+    for i, (k, size, stride, dilation) in enumerate(table):
+        layers.append(nn.Conv2d(c, k, size, stride, dilation*(size//2), dilation))
+        if last or i<len(table)-1: layers += [nn.BatchNorm2d(k), nn.ReLU()]
         c = k
-    layers[-1].bias.data[:2] = -4.
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, *last)
 
 
-def folded(net) -> dict:
+def folded(net, name: str) -> dict:
     "Weights with the batch normalisation folded in, float16."
     convs, norms = [m for m in net if hasattr(m, 'kernel_size')], [m for m in net if hasattr(m, 'running_mean')]
     out = {}
@@ -167,7 +250,8 @@ def folded(net) -> dict:
             n = norms[i]
             s = (n.weight/(n.running_var+n.eps).sqrt()).detach().numpy()
             w, b = w*s[:, None, None, None], (b-n.running_mean.numpy())*s + n.bias.detach().numpy()
-        out |= {f'w{i}': np.ascontiguousarray(w, np.float16), f'b{i}': np.ascontiguousarray(b, np.float32)} # safetensors writes bytes as they lie
+        out |= {f'{name}.w{i}': np.ascontiguousarray(w, np.float16), f'{name}.b{i}': np.ascontiguousarray(b, np.float32)} # safetensors writes bytes as they lie
+    if hasattr(net[-1], 'in_features'): out |= {f'{name}.w': np.ascontiguousarray(net[-1].weight.detach().numpy(), np.float16), f'{name}.b': np.ascontiguousarray(net[-1].bias.detach().numpy(), np.float32)}
     return out
 
 
@@ -190,28 +274,59 @@ def loss_of(out, heat, reg, weight):
     return (focal + .5*l1)/max(1, int((heat>.999).sum()))
 
 
-def train(data, epochs, threads, bs=64):
+def fit(net, n: int, step, epochs: int, bs: int, lr: float, threads: int):
+    "Train `net`; `step(rows)` gives the loss of some of `n` examples."
     import torch
-    torch.manual_seed(0)
     torch.set_num_threads(threads)
-    net = network().to(memory_format=torch.channels_last)
-    x = torch.from_numpy(np.stack([d[0] for d in data]))
-    wanted = [torch.from_numpy(np.stack(o).astype(np.float16)) for o in zip(*(targets(d[1]) for d in data))]
-    opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1e-4)
-    plan = torch.optim.lr_scheduler.OneCycleLR(opt, 5e-3, total_steps=epochs*(len(x)//bs))
+    opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*(n//bs))
     for epoch in range(epochs):
-        order, total = torch.randperm(len(x)), 0.
-        for b in order[:len(x)//bs*bs].split(bs):
-            xb, *t = flipped(x[b][:, None].float()/31, *(o[b].float() for o in wanted), torch.rand(bs)<.5)
-            with torch.autocast('cpu', torch.bfloat16): out = net(xb.to(memory_format=torch.channels_last))
-            loss = loss_of(out.float(), *t)
+        order, total = torch.randperm(n), 0.
+        for rows in order[:n//bs*bs].split(bs):
+            loss = step(rows)
             opt.zero_grad()
             loss.backward()
             opt.step()
             plan.step()
             total += loss.item()
-        print(f'epoch {epoch}: loss {total/(len(x)//bs):.3f}', flush=True)
-    return folded(net.eval())
+        print(f'epoch {epoch}: loss {total/(n//bs):.3f}', flush=True)
+    return net.eval()
+
+
+def learn_first(data, epochs, threads, bs=64) -> dict:
+    import torch
+    torch.manual_seed(0)
+    net = network(K.FIRST)
+    net[-1].bias.data[:2] = -4.
+    net = net.to(memory_format=torch.channels_last)
+    x = torch.from_numpy(np.stack([d[0] for d in data]))
+    wanted = [torch.from_numpy(np.stack(o).astype(np.float16)) for o in zip(*(targets(d[1]) for d in data))]
+    def step(rows):
+        xb, *t = flipped(x[rows][:, None].float()/31, *(o[rows].float() for o in wanted), torch.rand(bs)<.5)
+        with torch.autocast('cpu', torch.bfloat16): out = net(xb.to(memory_format=torch.channels_last))
+        return loss_of(out.float(), *t)
+    return folded(fit(net, len(x), step, epochs, bs, 5e-3, threads), 'first')
+
+
+def learn_second(data, epochs, threads, bs=128) -> dict:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    torch.manual_seed(0)
+    net = network(K.SECOND, [nn.Flatten(), nn.Linear(K.SECOND[-1][0]*(K.VIEW//8)**2, 4)]).to(memory_format=torch.channels_last)
+    x, t = torch.from_numpy(np.stack([d[0] for d in data])), torch.tensor([d[1] for d in data], dtype=torch.float32)
+    sign = torch.tensor([1., -1, 1, 1]) # of what a mirror does to dx
+    def step(rows):
+        xb, tb = x[rows][:, None].float()/31, t[rows]
+        on = torch.rand(len(rows))<.5
+        xb, tb = torch.where(on[:, None, None, None], xb.flip(-1), xb), torch.where(on[:, None], tb*sign, tb)
+        xb = torch.roll(xb, tuple(int(v) for v in torch.randint(-1, 2, (2,))), (2, 3))*(1+.1*torch.randn(len(rows), 1, 1, 1))
+        with torch.autocast('cpu', torch.bfloat16): out = net(xb.to(memory_format=torch.channels_last))
+        out, known, knee = out.float(), ~tb[:, 0].isnan(), tb[:, 0]==1
+        loss = F.binary_cross_entropy_with_logits(out[known, 0], tb[known, 0])
+        if knee.any(): loss = loss + (out[knee, 1:]-tb[knee, 1:]).abs().mean()
+        return loss
+    return folded(fit(net, len(x), step, epochs, bs, 3e-3, threads), 'second')
 
 
 def judge(job):
@@ -221,38 +336,65 @@ def judge(job):
     r, knees = film(seed, part)
     K._weights = lambda: weights
     g = rng(seed, 'judge')
+    mm = r.spacing[0]
     r = Radiograph(other_grey(r.pixels, g), r.spacing if known else None)
-    mm = np.sqrt(np.prod(r.spacing)) if known else film(seed, part)[0].spacing[0]
-    found, best = K.locate_knees(r, threshold=.3), K.locate_knees(r, threshold=0.)
-    score = best[0].score if best else 0.
+    best, found = K.locate_knees(r, threshold=0.), K.locate_knees(r, threshold=.3) # two knees are told by their order
     errors = [min(((np.hypot(k.center[0]-row, k.center[1]-col)*mm, k.side==side) for k in found), default=(999., False)) for row, col, side in knees]
-    return part, known, score, max((e for e, _ in errors), default=np.nan), all(s for _, s in errors), len(knees)
+    return part, known, best[0].score if best else 0., max((e for e, _ in errors), default=np.nan), all(s for _, s in errors), len(knees)
+
+
+def real_chests() -> list:
+    "Files of ChestX-ray14 patients with an even number."
+    folder = Path(os.environ.get('RADIOLOGY_AI_REAL_DATA', ''))/'chest_nih'
+    if not (folder/'manifest.csv').exists(): return []
+    table = pd.read_csv(folder/'manifest.csv', usecols=['path', 'patient_id'])
+    return [str(folder/p) for p in table.path[table.patient_id%2==0]]
+
+
+def f32(weights): return {k: v.astype(np.float32) for k, v in weights.items()}
+
+
+def first_weights(args, pool, said) -> dict:
+    "Learn the first look: a few epochs, then the mistakes of these with the rest."
+    data = flat(pool.map(views, [(*p, args.views) for p in parts(args.films, 10_000)], chunksize=8))
+    said(f'{len(data)} views of {args.films} films, {sum(len(d[1])>0 for d in data)} with a knee')
+    early = f32(learn_first(data, 3, args.threads))
+    data += flat(pool.map(mistakes, [(*p, early) for p in parts(args.films//4, 500_000, share=0)], chunksize=8))
+    said(f'{len(data)} views with the mistakes of the first turn')
+    return learn_first(data, args.epochs, args.threads)
+
+
+def flat(results): return [v for vs in results for v in vs]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--films', type=int, default=5000, help='films to learn from')
+    parser.add_argument('--films', type=int, default=6000, help='films to learn from')
     parser.add_argument('--views', type=int, default=4, help='views of each film')
     parser.add_argument('--epochs', type=int, default=8)
     parser.add_argument('--test', type=int, default=600, help='unseen films')
     parser.add_argument('--workers', type=int, default=2, help='processes of simulation')
+    parser.add_argument('--threads', type=int, default=1, help='threads of torch')
     parser.add_argument('--out', type=Path, default=OUT)
+    parser.add_argument('--first', type=Path, help='weights of an earlier run whose first look is kept; only the second is learnt')
     args = parser.parse_args()
     start = time.time()
+    def said(what): print(f'{what}, {time.time()-start:.0f} s', flush=True)
     with ProcessPoolExecutor(args.workers, mp_context=get_context('spawn')) as pool:
-        data = [v for vs in pool.map(views, [(*p, args.views) for p in parts(args.films, 10_000)], chunksize=8) for v in vs]
-        print(f'{len(data)} views of {args.films} films, {sum(len(d[1])>0 for d in data)} with a knee, {time.time()-start:.0f} s', flush=True)
-        first = {k: v.astype(np.float32) for k, v in train(data, 3, 1).items()}
-        more = [(*p, first) for p in parts(args.films//4, 500_000, share=0)]
-        data += [v for vs in pool.map(mistakes, more, chunksize=8) for v in vs]
-        print(f'{len(data)} views with the mistakes of the first turn, {time.time()-start:.0f} s', flush=True)
-        weights = train(data, args.epochs, 1)
-        print(f'trained, {time.time()-start:.0f} s', flush=True)
-        w = {k: v.astype(np.float32) for k, v in weights.items()} | {'threshold': np.float32([0])}
+        if args.first is None: weights = first_weights(args, pool, said)
+        else: weights = {k: v for k, v in load_file(args.first).items() if k.startswith('first.')}
+        first = f32(weights)
+        cut = flat(pool.map(cuts, [(*p, 3, first) for p in parts(args.films, 2_000_000, .4)], chunksize=8))
+        chests = real_chests()
+        real = flat(pool.map(chest_cuts, [(p, 2, first) for p in chests], chunksize=8))
+        said(f'{len(cut)} views for the second look, {sum(d[1][0]==1 for d in cut)} of a knee, and {len(real)} of {len(chests)} real chests')
+        weights |= learn_second(cut+real, args.epochs, args.threads)
+        said('trained')
+        w = f32(weights) | {'threshold': np.float32([0])}
         rows = list(pool.map(judge, [(*p, w, known) for p in parts(args.test, 900_000) for known in (True, False)], chunksize=8))
     part, known, score, error, side, n = (np.array(o) for o in zip(*rows))
     knee = part=='knee'
-    weights['threshold'] = np.float32([np.clip(np.quantile(score[~knee], .99), .3, .7)]) # one other film in a hundred may pass
+    weights['threshold'] = np.float32([np.clip(np.quantile(score[~knee], .99), .5, .8)]) # one other film in a hundred may pass
     save_file(weights, args.out)
     t = weights['threshold'][0]
     for k, name in ((True, 'spacing known'), (False, 'spacing unknown')):

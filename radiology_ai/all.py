@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89_all.ipynb #00b40034
+# %% ../nbs/89_all.ipynb #27967cef
 from .core import (BundleError, DataError, DicomError, MissingPackageError, ModelError, Radiograph, RadiologyError, StoreError, rng,
     transform_boxes, transform_points)
 from .phantom.xray import Exposure, Phantom, expose
@@ -19,15 +19,25 @@ from .dicom.read import read_header, read_radiograph
 from .dicom.index import index_dicoms, read_index, write_index
 from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
 from .dicom.deidentify import deidentify
-from .preprocess.intensity import clahe, percentile_window, square_pad
+from .preprocess.intensity import Clahe, CropTo, Equalise, Mirror, Resize, SquarePad, Steps, Window, clahe, equalise, percentile_window, square_pad
 from .preprocess.knee import Knee, locate_knees
 from .preprocess.background import clean_background, find_field
 from .preprocess.store import ImageStore, Preprocess, recipe
 from .preprocess.scale import preprocess_folder
-from .data.labels import KELLGREN_LAWRENCE, SCHATZKER, make_manifest, read_labels, validate_manifest
-from .data.split import assert_no_leakage, patient_folds, patient_split, split_hash
-from .data.sampler import BalancedBatchSampler
-from .data.load import xray_dataloaders, xray_test_dl
+from .data.labels import KELLGREN_LAWRENCE, SCHATZKER, Dataset, make_manifest, read_labels, validate_manifest
+from .data.tree import LabelTree, chest_tree, resolve_uncertain
+from .data.regions import fuse_boxes, image_mask, rle_decode, rle_encode
+from .data.chest import chestxray14, chexpert, padchest, rsna_pneumonia, siim_pneumothorax, vinbig
+from .data.datasets import from_csv, from_folders, link, oai_knees
+from .data.duplicates import find_copies, same_images
+from .data.split import (assert_no_leakage, fewer_negatives, held_out_split, load_split, official_split, patient_folds, patient_split, save_split,
+    split_deviation, split_hash)
+from .data.sampler import (BalancedBatchSampler, OrderedBatchSampler, PairedBatchSampler, PositiveShareSampler, RepeatedBatchSampler, ShuffledBatchSampler,
+    WeightedBatchSampler, inverse_frequency)
+from .data.targets import MaskStore, stored_boxes, write_masks
+from .data.load import study_rows, xray_dataloaders, xray_test_dl
+from .data.annotate import (Question, add_labels, agreement, assign_readers, cohen_kappa, dawid_skene, fleiss_kappa, labels_at, majority, next_readers,
+    read_templates, write_templates)
 from .vision.augment import BatchAugment
 from .losses import BCEWithNaN, BinaryFocalLoss, FocalLoss, WeightedCrossEntropy, class_weights
 from .metrics.classification import (Interval, auroc, auroc_ci, average_precision, bootstrap_ci, calibration, confusion, delong_test,
@@ -35,6 +45,7 @@ from .metrics.classification import (Interval, auroc, auroc_ci, average_precisio
 from .models.backbone import create_backbone, create_model, list_backbones
 from .learner import ValidAUROC, predict_scores, run_record, xray_learner
 from .bundle import Bundle, export_onnx, load_bundle, save_bundle
+from .active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
 from .explain import gradcam, heat_overlay, heat_to_stored, hottest
 from .report import ReportData, write_report
 from .tasks.knee import GradedLoss, evaluate_run, heat_maps, report_run, train_knee

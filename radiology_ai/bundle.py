@@ -115,7 +115,7 @@ def _batch(x, n_in: int) -> torch.Tensor:
     if not (lo>=-1e-3 and hi<=1+1e-3): raise DataError(f"The pixels reach from {lo:.4g} to {hi:.4g}", "Give uint8, or floats in [0, 1]")
     return x
 
-# %% ../nbs/49_bundle.ipynb #0a06fb3f
+# %% ../nbs/49_bundle.ipynb #148eac3e
 def load_bundle(
     path,         # a folder of `save_bundle`
     device='cpu', # where the network shall run
@@ -129,7 +129,7 @@ def load_bundle(
     try: model.load_state_dict(state)
     except RuntimeError as e: raise BundleError(f"The weights of {path.name} do not fit its network {meta['arch']}", "Install the versions in bundle.json, or save the bundle again") from e
     try: recipe = Preprocess.from_dict(meta['recipe'])
-    except (RadiologyError, TypeError) as e: raise BundleError(f"The recipe of {path.name} cannot be read: {e}", "Update radiology_ai") from e
+    except (RadiologyError, TypeError) as e: raise BundleError(f"The recipe of {path.name} cannot be read: {e}", getattr(e, 'remedy', '') or "Update radiology_ai") from e
     return Bundle(model.eval().to(device), recipe, meta['vocab'], meta['task'], meta['threshold'], meta, path)
 
 def _read_meta(path: Path) -> dict:

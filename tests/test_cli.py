@@ -12,9 +12,9 @@ from conftest import COMMAND, fails, run_cli
 
 def test_help_names_every_command():
     text = run_cli('--help').stdout
-    for command in ('demo','index','explore','deidentify','preprocess','train','evaluate','predict','explain'):
+    for command in ('demo','index','explore','deidentify','preprocess','verify','train','evaluate','predict','explain'):
         assert command in text
-        assert '--out' in run_cli(command, '--help').stdout
+        assert ('--out' in run_cli(command, '--help').stdout)==(command!='verify')
 
 
 def test_index_lists_good_and_bad_files(hospital, tmp_path):
@@ -65,6 +65,43 @@ def test_preprocess_stores_the_readable_and_lists_the_others(hospital, store):
     assert set(s.index.image_id)==set(truth[truth.broken==''].image_id)
     assert set(s.errors.path)=={str(hospital/'dicom'/p) for p in truth[truth.broken!=''].path}
     assert (s.errors.cause.str.len()>0).all()
+
+
+def test_preprocess_notices_what_has_changed(hospital, tmp_path):
+    from radiology_ai.preprocess.store import ImageStore
+    truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
+    films = [hospital/'dicom'/p for p in truth[truth.broken==''].path[:7]]
+    (tmp_path/'films').mkdir()
+    for k, f in enumerate(films[:6]): shutil.copy(f, tmp_path/f'films/{k}.dcm')
+    words = ['preprocess', tmp_path/'films', '--recipe', 'plain', '--size', 32, '--bits', 16, '--shard-size', 2, '--workers', 1, '--out', tmp_path/'store']
+    run_cli(*words)
+    before = ImageStore(tmp_path/'store')
+    assert before.recipe.bits==16 and before[0].dtype=='uint16' and before.index.shard.max()==2
+    first = before.index.image_id[0]
+    shutil.copy(films[6], tmp_path/'films/0.dcm')
+    assert '--update' in fails(*words) and 'made of other files' in fails(*words)
+    assert list(ImageStore(tmp_path/'store').index.image_id)==list(before.index.image_id)
+    run_cli(*words, '--update')
+    after = ImageStore(tmp_path/'store')
+    assert first not in set(after.index.image_id) and len(after)==6 and '6 images' in run_cli('verify', tmp_path/'store').stdout
+    assert 'bits are 12' in fails(*words[:-4], '--bits', 12, '--out', tmp_path/'other')
+
+
+def test_verify_finds_a_flipped_bit_and_content_mends_it(hospital, store, tmp_path):
+    shutil.copytree(store, tmp_path/'store')
+    assert 'all as written' in run_cli('verify', tmp_path/'store').stdout
+    shard = tmp_path/'store/shards/00001.npy'
+    data = shard.read_bytes()
+    shard.write_bytes(data[:3000] + bytes([data[3000]^1]) + data[3001:])
+    line = fails('verify', tmp_path/'store')
+    assert '00001.npy' in line and 'not those that were written' in line and 'content' in line
+    words = ['preprocess', hospital/'dicom', '--recipe', 'knee', '--size', 64, '--out', tmp_path/'store']
+    run_cli(*words) # sizes and times are as they were
+    fails('verify', tmp_path/'store')
+    run_cli(*words, '--content')
+    run_cli('verify', tmp_path/'store')
+    assert shard.read_bytes()==data
+    assert 'no image store' in fails('verify', tmp_path/'nowhere')
 
 
 def test_train_evaluate_predict_explain(hospital, run, tmp_path):

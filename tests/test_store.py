@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from radiology_ai.core import StoreError
+from radiology_ai.core import DicomError, Radiograph, StoreError, rng
+from radiology_ai.phantom.chest import simulate_chest
+from radiology_ai.phantom.xray import expose
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import ImageStore, Preprocess, recipe
+from radiology_ai.preprocess.store import ImageStore, Preprocess, Source, prepare, recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -257,6 +259,18 @@ def test_a_scheduler_that_dies(hospital, cluster, tmp_path):
     same(tmp_path/'store', tmp_path/'here')
 
 
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='page faults are counted as on Linux')
+def test_a_cluster_worker_keeps_its_memory():
+    "Page faults of ten large arrays under the environment that Dask's nanny sets."
+    code = ("import resource, numpy as np\nfrom radiology_ai.preprocess.scale import _keep_memory\nif {keep}: _keep_memory()\n"
+            "def work(): return float(np.full(4_000_000, 2, np.float32).max())\nwork()\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "for _ in range(10): work()\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
+    env = {**os.environ, 'MALLOC_TRIM_THRESHOLD_': '65536', 'PYTHONPATH': str(ROOT)}
+    given, kept = (int(subprocess.run([sys.executable, '-c', code.format(keep=k)], env=env, capture_output=True, text=True, check=True).stdout) for k in (False, True))
+    if given<100: pytest.skip('this C library keeps its memory anyway')
+    assert kept<given/10
+
+
 @pytest.mark.parametrize('cluster', ['--nanny'], indirect=True)
 def test_a_file_that_kills_a_cluster_worker(pictures, cluster, tmp_path):
     "Nannies replace the workers that die; the file is listed."
@@ -270,3 +284,104 @@ def test_a_scheduler_that_is_not_there(pictures, tmp_path, monkeypatch):
     from radiology_ai.preprocess import scale
     monkeypatch.setattr(scale._client.__wrapped__, '__defaults__', (1,))
     with pytest.raises(StoreError, match='does not answer'): preprocess_folder(pictures, tmp_path/'store', 'plain', scheduler='tcp://127.0.0.1:1')
+
+
+# Bad input: a record with its reason or an error with its cause, never a crash, never a random crop
+
+def marked(shape, where, value) -> np.ndarray:
+    "Noise with one pixel of another value."
+    p = np.random.default_rng(0).random(shape).astype(np.float32)
+    p[where] = value
+    return p
+
+
+STRANGE = { # pixels, and whether they are stored (else they are an error)
+    'black': (lambda: np.zeros((300, 260), np.float32), True),
+    'white': (lambda: np.ones((300, 260), np.float32), True),
+    'grey': (lambda: np.full((256, 256), .4, np.float32), True),
+    'noise': (lambda: marked((301, 257), (0, 0), 0), True),
+    'smallest': (lambda: marked((16, 16), (0, 0), 0), True),
+    'too_small': (lambda: marked((15, 40), (0, 0), 0), False),
+    'one_pixel': (lambda: np.zeros((1, 1), np.float32), False),
+    'one_row': (lambda: marked((1, 900), (0, 0), 0), False),
+    'long': (lambda: marked((100, 1500), (0, 0), 0), True),
+    'flat_strip': (lambda: marked((8, 4000), (0, 0), 0), False),
+    'strip': (lambda: marked((20, 6000), (0, 0), 0), False),
+    'upright_strip': (lambda: marked((6000, 20), (0, 0), 0), False),
+    'nan': (lambda: marked((1100, 1300), (500, 700), np.nan), False),
+    'nan_in_the_last_row': (lambda: marked((1103, 1301), (1102, 4), np.nan), False),
+    'nan_in_the_last_column': (lambda: marked((1103, 1301), (7, 1300), np.nan), False),
+    'infinite': (lambda: marked((300, 260), (5, 5), np.inf), False),
+    'chest': (lambda: expose(simulate_chest(3, size=300), rng(3)).pixels, True),
+}
+RECIPE_NAMES = ('knee', 'chest', 'plain')
+
+
+def is_whole(affine, shape, size: int):
+    "Does the square show the film to its four corners, along its longer side from edge to edge?"
+    corners = Radiograph(np.zeros(shape, np.float32), affine=affine).from_stored([[0, 0], [shape[1], shape[0]]])
+    lengths = np.ptp(corners, axis=0)
+    assert corners.min()>-1e-6 and corners.max()<size + 1e-6 and abs(lengths.max() - size)<1e-6
+    assert np.allclose(lengths, size*np.array(shape[::-1])/max(shape), atol=.51) # the shorter side is rounded to a pixel
+    assert np.allclose(corners.mean(0), size/2, atol=.51)
+
+
+@pytest.mark.parametrize('name', RECIPE_NAMES)
+@pytest.mark.parametrize('kind', STRANGE)
+def test_a_recipe_on_strange_pixels(kind, name):
+    pixels, stored = STRANGE[kind]
+    r = Radiograph(pixels(), (.9, .9) if kind=='chest' else None, path=f'{kind}.dcm')
+    if not stored:
+        with pytest.raises(DicomError) as e: recipe(name, size=64)(r)
+        assert e.value.cause and e.value.remedy and kind in str(e.value)
+        return
+    out = recipe(name, size=64)(r)
+    assert out.shape==(64, 64) and np.isfinite(out.pixels).all() and 0<=out.pixels.min() and out.pixels.max()<=1
+    is_whole(out.affine, r.shape, 64)
+    if name=='knee': assert out.tags['knee_found'] is False and 'no knee' in out.tags['reason']
+    if name!='plain' and kind in ('black', 'white', 'grey', 'smallest', 'long'): assert out.tags['reason']
+    if kind=='black': assert out.pixels.max()<.5/255
+
+
+def test_a_folder_of_strange_pictures(tmp_path):
+    import cv2
+    folder = tmp_path/'strange'
+    folder.mkdir()
+    stored, refused = set(), set()
+    for kind, (pixels, good) in STRANGE.items():
+        p = pixels()
+        if np.isfinite(p).all(): cv2.imwrite(str(folder/f'{kind}.png'), np.rint(p*65535).astype(np.uint16))
+        else: cv2.imwrite(str(folder/f'{kind}.tiff'), p) # of float32, which no reader of radiographs takes
+        (stored if good else refused).add(kind)
+    for name in RECIPE_NAMES:
+        store = preprocess_folder(folder, tmp_path/name, recipe(name, size=64), workers=1, show=False)
+        assert {Path(p).stem for p in store.index.path}==stored and {Path(p).stem for p in store.errors.path}==refused
+        assert (store.errors.cause!='').all() and (store.errors.remedy!='').all()
+        assert not len(store.verify())
+        for i, row in enumerate(store.index.itertuples()):
+            shape = STRANGE[Path(row.path).stem][0]().shape
+            is_whole(np.array(row.affine).reshape(3, 3), shape, 64)
+        if name=='knee': assert not store.index.knee_found.any() and store.index.reason.str.contains('no knee').all()
+
+
+def test_a_crop_is_only_made_around_a_knee(hospital):
+    "Each film of the hospital by the knee recipe: a box of its millimetres where a knee was found, else the whole."
+    truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
+    found = 0
+    for path in truth[truth.broken==''].path:
+        image, record, _ = prepare(Source(str(hospital/'dicom'/path)), recipe('knee', size=64))
+        assert image.shape==(64, 64) and image.dtype==np.uint8
+        if record['knee_found']: found += 1
+        else: is_whole(np.array(record['affine']).reshape(3, 3), (record['Rows'], record['Columns']), 64)
+        assert bool(record['reason'])>=(not record['knee_found'])
+    assert found>30
+
+
+def test_a_store_of_an_older_recipe(pictures, tmp_path):
+    preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, show=False)
+    file = tmp_path/'store/recipe.json'
+    d = json.loads(file.read_text())
+    d['recipe'] = {k: v for k, v in d['recipe'].items() if k!='background'} | {'version': 1}
+    file.write_text(json.dumps(d))
+    with pytest.raises(StoreError, match='version 1.*Preprocess the files again'): ImageStore(tmp_path/'store')
+    with pytest.raises(StoreError, match='version 1.*Preprocess the files again'): preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, show=False)

@@ -7,8 +7,9 @@ Docs: https://lluissalord.github.io/radiology_ai/preprocess.background.html.md""
 # %% auto #0
 __all__ = ['Field', 'find_field', 'clean_background']
 
-# %% ../../nbs/22_preprocess.background.ipynb #0466e380
+# %% ../../nbs/22_preprocess.background.ipynb #fa03b125
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -30,115 +31,156 @@ class Field:
         found = ', '.join(f'{k} {v}' for k,v in self.sides.items()) or 'no border'
         return f"Field({self.mask.shape[0]} x {self.mask.shape[1]}, {self.mask.sum()/max(self.mask.size, 1):.0%} exposed, {self.reason or found})"
 
-# %% ../../nbs/22_preprocess.background.ipynb #44b44cbc
+# %% ../../nbs/22_preprocess.background.ipynb #e1ed837a
 _COARSE,_FINE = 256,1024 # longer side in pixels of the copies for the search and for the exact place
-_SLOPES = np.tan(np.radians(np.r_[-10:-3, -3:3.01:.5, 4:11]))
+_REACH = 2               # places in a pixel at which a line is looked for
+_SLOPES = tuple(np.tan(np.radians(np.r_[-10:-3, -3:3.01:.5, 4:11])).tolist())
 _SIDES = ('left', 'right', 'top', 'bottom')
 
 def _turned(a, side):
-    "The view of `a` whose left is `side`; applied twice it gives `a` again, but for the bottom."
-    return np.ascontiguousarray({'left':a, 'right':a[:, ::-1], 'top':a.T, 'bottom':a[::-1].T}[side])
+    "The view of `a` whose left is `side`."
+    return {'left':a, 'right':a[:, ::-1], 'top':a.T, 'bottom':a[::-1].T}[side]
 
-def _sheared(a, slope, at=0, width=None, interpolation=cv2.INTER_LINEAR):
-    "`a` with the lines x = x0 + slope * (y - h/2) upright, from column `at` on; 0 outside."
-    h,w = a.shape[:2]
-    m = np.array([[1, slope, at-slope*(h-1)/2], [0, 1, 0]], np.float64)
-    return cv2.warpAffine(a, m, (width or w, h), flags=interpolation|cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+def _sheared(a, slope, width, interpolation=cv2.INTER_LINEAR):
+    "The first `width` columns of `a` with the lines x = x0 + slope * (y - h/2) upright; 0 outside."
+    h = a.shape[0]
+    m = np.array([[1, slope, -slope*(h-1)/2], [0, 1, 0]], np.float64)
+    return cv2.warpAffine(a, m, (width, h), flags=interpolation|cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
 
 def _steps(p, d):
     "At x: the mean of the `d` pixels left of the boundary x minus that of the `d` right of it."
     box = cv2.blur(cv2.copyMakeBorder(p, 0, 0, d, d, cv2.BORDER_REPLICATE), (d, 1), anchor=(0, 0), borderType=cv2.BORDER_REPLICATE)
     return box[:, :p.shape[1]]-box[:, d:d+p.shape[1]]
 
-def _votes(step, inside, slopes, clip, at=0, width=None):
-    "(slopes, x) in [-2, 1]: how steadily `step` (already with its sign) rises along each line; -1 where too little of the line is inside."
-    h,w = step.shape
-    n = max(8, h//4)                                    # rows are averaged by fours first, which is four times faster
-    weight = inside.astype(np.float32)
-    vote = cv2.resize((np.clip(step/clip, -1, 1) - np.float32(2)*(step<-clip))*weight, (w, n), interpolation=cv2.INTER_AREA)
-    both = cv2.merge([vote, cv2.resize(weight, (w, n), interpolation=cv2.INTER_AREA)])
-    v,seen = np.moveaxis(np.array([_sheared(both, s*h/n, at, width).sum(0) for s in slopes]), 2, 0)
-    return np.where(seen>=.4*max(.5*n, inside.any(1).sum()*n/h), v/np.maximum(seen, 1), -1)
+@lru_cache(16)
+def _places(slopes, n, tall, pad, first, width, stride):
+    "(slopes, n, width) places in an array of `n` rows of `stride`: column x of the line `slope`, for rows `tall` pixels apart."
+    y = (np.arange(n)-(n-1)/2)*tall
+    x = np.rint((np.arange(first, first+width)+.5+np.array(slopes)[:, None, None]*y[:, None])*_REACH-.5).astype(np.intp)
+    return np.clip(x+pad*_REACH, 0, stride-1)+np.arange(n)[:, None]*stride
 
-# %% ../../nbs/22_preprocess.background.ipynb #1fc5ebf0
-def _strips(P, W, x):
-    "Pixels well outside and close inside of column `x` as two masks."
-    O,I = W.copy(),W.copy()
-    O[:, max(1, x-2 if x>4 else x-1):] = False
-    I[:, :x+2] = False; I[:, x+2+max(12, x//2):] = False
-    return O,I
+def _along(a, slopes, tall, first, width):
+    "(slopes, width, 4) sums of `a` (n, w, 4) float32 along lines; 0 outside."
+    n,w,_ = a.shape
+    pad = 1+int(np.ceil(max(map(abs, slopes))*n*tall/2))
+    a = cv2.copyMakeBorder(a, 0, 0, pad, pad, cv2.BORDER_CONSTANT, value=(0, 0, 0, 0))
+    a = cv2.resize(a, (a.shape[1]*_REACH, n), interpolation=cv2.INTER_LINEAR)
+    at = _places(slopes, n, tall, pad, first, width, a.shape[1])
+    return a.view(np.complex128).take(at).view(np.float32).reshape(*at.shape, 4).sum(1) # 16 bytes are fetched at once
 
-def _doubt(p, inside, slope, x, sign, vote):
-    "Why what lies left of the line is no border; empty if it is one."
-    P,W = _sheared(p, slope),_sheared(inside.astype(np.float32), slope, interpolation=cv2.INTER_NEAREST)>.5
-    O,I = _strips(P, W, x)
-    if O.sum()<.2*len(p) or I.sum()<20: return 'too thin'
-    lo,mid,hi = np.percentile(P[O], [3, 50, 97])
+def _rows(a, n):
+    "`a` (H, W) with its rows averaged to `n`."
+    if len(a)%n: return cv2.resize(a, (a.shape[1], n), interpolation=cv2.INTER_AREA)
+    return np.add.reduce(a.reshape(n, -1, a.shape[1]), axis=1)*np.float32(n/len(a))
+
+def _votes(votes, inside, slopes, first, width):
+    "(len(votes), slopes, width) in [-2, 1]: how steady each of `votes` (H, W), three at most, is along the lines; -1 where too little of a line is inside."
+    (h,w),k = inside.shape,len(votes)
+    n = max(8, h//8)                                    # rows are averaged by eights first, which is eight times faster
+    weight,planes,whole = inside.astype(np.float32, order='C'),np.zeros((n, w, 4), np.float32),inside.all()
+    for i,v in enumerate(votes): planes[..., i] = _rows(v if whole else v*weight, n)
+    planes[..., 3] = _rows(weight, n)
+    sums = np.moveaxis(_along(planes, slopes, h/n, first, width), 2, 0)
+    return np.where(sums[3]>=.4*max(.5*n, inside.any(1).sum()*n/h), sums[:k]/np.maximum(sums[3], 1), -1)
+
+def _vote(step, clip): return np.clip(step/clip, -1, 1) - np.float32(2)*(step<-clip)
+
+# %% ../../nbs/22_preprocess.background.ipynb #643d3de4
+def _quantiles(v, *q):
+    "Of values, in parts of 1; of every few of them where they are many; 0 of none."
+    v = np.sort(v.ravel()[::1+v.size//4096]) if v.size else np.zeros(1)
+    return [float(v[round(k*(len(v)-1))]) for k in q]
+
+def _doubt(p, inside, ground, slope, x, sign, vote):
+    "Why what lies left of the line is no border; empty if it is one. `ground`: the 3rd and the 85th percentile of the field."
+    n = max(1, x-2 if x>4 else x-1)
+    if sign<0 and _uneven(p[::8], inside[::8], 8*slope, n): return 'not flat'
+    width = min(p.shape[1], x+3+max(12, x//2))
+    P,W = _sheared(p, slope, width),_sheared(inside, slope, width, cv2.INTER_NEAREST)>0
+    outer,inner = P[:, :n][W[:, :n]],P[:, x+2:][W[:, x+2:]]
+    if outer.size<.2*len(p) or inner.size<20: return 'too thin'
+    lo,mid,hi = _quantiles(outer, .03, .5, .97)
     flat,rows = hi-lo<.02,W[:, x]
-    step,wide = (sign*_steps(P, d)[rows, x] for d in (2, 5))
+    step,wide = (sign*(P[:, max(0, x-d):x].mean(1)-P[:, x:x+d].mean(1))[rows] for d in (2, 5))
     strong = step>.012
     if strong.mean()<(.6 if not flat else .2 if sign>0 else .3): return 'faint'
-    soft = np.median(step[strong])<.55*np.median(wide[strong])
+    soft = np.median(step[strong])<(.7 if sign<0 and hi-lo>.004 else .55)*np.median(wide[strong])
     if sign<0:
         noisy = hi-lo>.004 and (np.median(step[strong])<.06 or strong.mean()<.5) # dark tissue is not quite even
-        soft = soft and (hi-lo>.001 or strong.mean()<.6 or _crooked(-P, W, x)) # half-shadow beside a shutter drawn later
-        return 'not flat' if not flat or noisy else 'soft' if soft else 'not black' if mid>np.percentile(p[inside], 3)+.03 else ''
-    steady = vote>.75 and (step>-.01).mean()>.97 and np.median(step)>.1
-    sure = steady and vote>.8 and np.median(step)>.12     # no anatomy ends on so long a straight line
-    if soft and not flat and not sure and _crooked(sign*P, W, x): return 'soft'
-    if mid<np.percentile(P[I], 25) or not steady and mid<(np.percentile(P[I], 75) if flat else max(np.percentile(P[I], 80), np.percentile(p[inside], 85))): return 'not brighter'
-    return '' if flat else 'faint' if np.median(step)<.05 else _features(P, O, W, x, np.median(step), sure)
+        soft = soft and (hi-lo>.001 or strong.mean()<.6) or (soft or hi-lo>.004) and _crooked(-P, W, x) # half-shadow beside a shutter drawn later
+        return 'not flat' if not flat or noisy else 'soft' if soft else 'not black' if mid>ground[0]+.03 else ''
+    typical = float(np.median(step))
+    steady = vote>.75 and (step>-.01).mean()>.97 and typical>.1
+    sure = steady and vote>.8 and typical>.12     # no anatomy ends on so long a straight line
+    if soft and not flat and not sure and _crooked(P, W, x): return 'soft'
+    low,high,top = _quantiles(inner, .25, .75, .8)
+    if mid<low or not steady and mid<(high if flat else max(top, ground[1])): return 'not brighter'
+    return '' if flat else 'faint' if typical<.05 else _features(P[:, :x+6], W[:, :x+6], n, x, typical, sure)
+
+def _uneven(p, inside, slope, n):
+    "A quick look: whether grey values left of column `n` are plainly not one."
+    v = _sheared(p, slope, n)[_sheared(inside, slope, n, cv2.INTER_NEAREST)>0]
+    return v.size>9 and np.subtract(*_quantiles(v, .94, .06))>.02
 
 def _crooked(P, W, x):
     "Whether the steepest place strays by more than two pixels from the line."
     a,b = max(0, x-8),x+9
-    steep = cv2.blur(_steps(P, 3), (1, 9), borderType=cv2.BORDER_REPLICATE)[:, a:b]
+    c = max(0, a-3)
+    steep = cv2.blur(_steps(P[:, c:b+3], 3), (1, 9), borderType=cv2.BORDER_REPLICATE)[:, a-c:b-c]
     at = np.argmax(steep, 1)[W[:, x] & (steep.max(1)>.02)]
-    return len(at)<20 or np.ptp(np.percentile(at, [10, 90]))>2
+    return len(at)<20 or np.subtract(*_quantiles(at, .9, .1))>2
 
-def _features(P, O, W, x, step, sure):
-    "Whether grey values change along the line outside of it, or change as they do inside; empty if not."
+def _features(P, W, n, x, step, sure):
+    "Whether grey values change along the line in the `n` columns outside of it, or change as they do inside; empty if not."
     S,e = cv2.blur(P, (3, 3), borderType=cv2.BORDER_REPLICATE),4
     bent = np.zeros_like(P)
     bent[e:-e] = S[2*e:]+S[:-2*e]-2*S[e:-e]                # the second difference along the line: slow changes do not count
     V = cv2.erode(W.astype(np.uint8), np.ones((2*e+1, 1), np.uint8))>0
-    if (t := np.abs(bent[O & V])).size==0: return 'too thin'
-    if np.percentile(t, 95)>np.clip((.5 if sure else .35)*step, .02, .06): return 'features'
+    if (t := np.abs(bent[:, :n][V[:, :n]])).size==0: return 'too thin'
+    if _quantiles(t, .95)[0]>np.clip((.5 if sure else .35)*step, .02, .06): return 'features'
     if sure: return ''
     rows = V[:, max(0, x-4)] & V[:, min(x+4, P.shape[1]-1)]
     a,b = (np.clip(v, -3*np.median(np.abs(v)), 3*np.median(np.abs(v))) for v in (bent[rows, max(0, x-4)], bent[rows, min(x+4, P.shape[1]-1)]))
     return 'goes on' if len(a)>20 and (a*b).sum()>.4*np.sqrt((a*a).sum()*(b*b).sum()) else ''
 
-# %% ../../nbs/22_preprocess.background.ipynb #f8f4a1c8
-def _side_line(p, inside, least):
+# %% ../../nbs/22_preprocess.background.ipynb #ad22e6b7
+def _side(p, side):
+    "The picture turned so that `side` is at the left, and the votes for a white and a black border there."
+    p = np.ascontiguousarray(_turned(p, side))
+    step = _steps(p[:, :int(.45*p.shape[1])+2+int(np.ceil(max(_SLOPES)*len(p)/2))], 2)
+    return p,(_vote(step, .03), _vote(-step, .012))
+
+def _side_line(p, votes, inside, ground, least):
     "(slope, x, sign) of the border at the left, or None."
-    step = _steps(p, 2)
-    w = p.shape[1]
-    v = np.stack([_votes(step, inside, _SLOPES, .03), _votes(-step, inside, _SLOPES, .012)])
-    v[..., int(.45*w):] = v[..., :1] = -1
-    best = []
+    v = _votes(votes, inside[:, :votes[0].shape[1]], _SLOPES, 0, int(.45*p.shape[1]))
+    v[..., :1] = -1
+    best,inside = [],np.ascontiguousarray(inside).view(np.uint8)
     for i,sign in enumerate((1, -1)):
         for _ in range(4):
             j,x = np.unravel_index(np.argmax(v[i]), v[i].shape)
-            if (vote:=float(v[i, j, x]))<least: break
-            if not _doubt(p, inside, _SLOPES[j], x, sign, vote): best.append((vote, (_SLOPES[j], int(x), sign))); break
+            if (vote := float(v[i, j, x]))<least: break
+            if not _doubt(p, inside, ground, _SLOPES[j], int(x), sign, vote): best.append((vote, (_SLOPES[j], int(x), sign))); break
             v[i, :, max(0, x-4):x+5] = -1
     return max(best)[1] if best else None
 
-def _left_of(shape, slope, x):
-    "(H, W) bool: left of the line x + slope * (y - h/2)."
-    y = np.arange(shape[0])[:, None]+.5
-    return np.arange(shape[1])[None]+.5 < x + slope*(y-shape[0]/2)
+def _cut(mask, slope, x):
+    "Make `mask` False left of the line x + slope * (y - h/2)."
+    h,w = mask.shape
+    n = int(np.clip(np.ceil(x+abs(slope)*h/2), 0, w))
+    mask[:, :n] &= np.arange(n)[None]+.5 >= x + slope*(np.arange(h)[:, None]+.5-h/2)
+    return mask
 
 def _refined(p, inside, line, k):
-    "The line of the coarse copy on one `k` times as large: (slope, x, sign), x to a pixel."
-    slope,x,sign = line
+    "The line of the coarse copy on one `k` (rows, columns) times as large: (slope, x, sign), x to a pixel."
+    (slope,x,sign),(tall,k),(h,w) = line,k,p.shape
+    slope *= k/tall
     m = int(np.ceil(3*k))
-    at,width = round(x*k)-m,2*m+1
-    step = sign*_steps(p, 2)
+    at,width,reach = round(x*k)-m,2*m+1,int(np.ceil((abs(slope)+.031)*h/2))+3
+    a,b = max(0, at-reach),min(w, at+width+reach)
+    vote,inside = _vote(sign*_steps(np.ascontiguousarray(p[:, a:b]), 2), .6),inside[:, a:b]
     for reach in (.026, .004):
-        slopes = slope + np.linspace(-reach, reach, 9)
-        v = _votes(step, inside, slopes, .6, at, width)
+        slopes = tuple((slope + np.linspace(-reach, reach, 9)).tolist())
+        v = _votes((vote,), inside, slopes, at-a, width)[0]
         j,i = np.unravel_index(np.argmax(v), v.shape)
         slope = slopes[j]
     return float(slope),float(at+i),sign
@@ -147,33 +189,34 @@ def _lines(p, least):
     "[(side, slope, x, sign)] on the pixels of `p`, outermost first, and the field (H, W) bool."
     (h,w),small = p.shape,p
     k = max(h, w)/_COARSE
-    if k>1: small = resize_array(p, (max(8, round(h/k)), max(8, round(w/k))))
-    inside,whole,found,last = np.ones(small.shape, bool),np.ones(p.shape, bool),[],{}
+    if k>1: small = resize_array(p, tuple(max(8, 8*round(n/k/8)) for n in (h, w)))
+    inside,whole,found,last,looked = np.ones(small.shape, bool),np.ones(p.shape, bool),[],{},{}
+    turned = {side: _side(small, side) for side in _SIDES}
+    ground = lambda: _quantiles(small[::2, ::2][inside[::2, ::2]], .03, .85)
     for _ in range(3):
         before = len(found)
         for side in _SIDES:
-            line = _side_line(_turned(small, side), _turned(inside, side), least)
+            if looked.get(side)==len(found): continue   # nothing has changed since
+            looked[side] = len(found)
+            field,full = _turned(inside, side),_turned(whole, side)
+            line = _side_line(*turned[side], field, ground(), least)
             if line is None or line[1]<last.get((side, line[2]), -9)+6: continue # what is left of a blurred edge is no second border
             last[side, line[2]] = line[1]
-            t = _turned(inside, side); t &= ~_left_of(t.shape, line[0], line[1]+1.5)
-            inside = _back(t, side)
-            if k>1: line = _refined(_turned(p, side), _turned(whole, side), line, max(_turned(p, side).shape)/max(t.shape))
-            t = _turned(whole, side); t &= ~_left_of(t.shape, line[0], line[1]-.5)       # half a pixel to the safe side
-            whole = _back(t, side)
+            _cut(field, line[0], line[1]+1.5)
+            if k>1: line = _refined(_turned(p, side), full, line, [a/b for a,b in zip(full.shape, field.shape)])
+            _cut(full, line[0], line[1]-.75)            # a little to the safe side
             found.append((side, *line))
         if len(found)==before: break
     return found,whole
 
-def _back(t, side):
-    "Undoes `_turned`."
-    return {'left':t, 'right':t[:, ::-1], 'top':t.T, 'bottom':t.T[::-1]}[side]
-
-# %% ../../nbs/22_preprocess.background.ipynb #0e3337b6
+# %% ../../nbs/22_preprocess.background.ipynb #9a4e5cf1
 def _circle(p):
     "(x, y, radius, sign) of a round field on the pixels of `p`, or None."
     h,w = p.shape
     for value,sign in ((float(p.max()), 1), (float(p.min()), -1)):
-        n,labels = cv2.connectedComponents((np.abs(p-value)<.012).astype(np.uint8))
+        near = np.abs(p-value)<.012
+        if sum(near[i, j] for i in (0, -1) for j in (0, -1))<3: continue
+        n,labels = cv2.connectedComponents(near.astype(np.uint8))
         flat = np.isin(labels, [c for c in (labels[0, 0], labels[0, -1], labels[-1, 0], labels[-1, -1]) if c])
         if sum(flat[i, j] for i in (0, -1) for j in (0, -1))<3: continue
         rest = cv2.morphologyEx((~flat).astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
@@ -181,34 +224,31 @@ def _circle(p):
         keep = (x>1) & (y>1) & (x<w-2) & (y<h-2)
         x,y = x[keep]+.5,y[keep]+.5
         if len(x)<max(h, w): continue
-        a,b,c = np.linalg.lstsq(np.c_[x, y, np.ones(len(x))], x*x+y*y, rcond=None)[0]
+        a,b,c = np.linalg.lstsq(np.c_[x, y, np.ones(len(x))], x*x+y*y, rcond=None)[0].round(6) # the last digits depend on the number of threads
         r = float(np.sqrt(max(c+a*a/4+b*b/4, 0)))
         if .25*min(h, w)<r<.75*max(h, w) and np.mean(np.abs(np.hypot(x-a/2, y-b/2)-r)<1.5)>.9: return float(a/2),float(b/2),r,sign
     return None
+
 
 def _in_circle(shape, x, y, r):
     "(H, W) bool: inside the circle."
     rows,cols = np.ogrid[:shape[0], :shape[1]]
     return (cols+.5-x)**2 + (rows+.5-y)**2 < (r+.5)**2
 
-# %% ../../nbs/22_preprocess.background.ipynb #fb6e9a3d
-def _ends(side, slope, x, shape):
-    "Two points x, y on a line of `side` in the picture's own frame."
-    h,w = shape
-    n = h if side in ('left', 'right') else w
-    a = np.array([[x-slope*n/2, 0], [x+slope*n/2, n]], float)
-    if side in ('top', 'bottom'): a = a[:, ::-1]
-    if side=='right': a[:, 0] = w-a[:, 0]
-    if side=='bottom': a[:, 1] = h-a[:, 1]
-    return a
+# %% ../../nbs/22_preprocess.background.ipynb #78926483
+def _straight(side, slope, x, shape):
+    "(a, b, c) with a x + b y + c = 0 on a line of `side`, in the picture's own frame."
+    upright,far = side in ('left', 'right'),side in ('right', 'bottom')
+    across,along = shape[::-1] if upright else shape
+    a,b,c = -1. if far else 1.,-slope,slope*along/2-x+(across if far else 0)
+    return (a, b, c) if upright else (b, a, c)
 
 def _corners(found, shape):
     "(4, 2) corners from the top left clockwise, or None without a line."
     if not found: return None
     best = {s: max([(x,slope) for side,slope,x,_ in found if side==s], default=(0., 0.)) for s in _SIDES}
-    ends = {s: _ends(s, slope, x, shape) for s,(x,slope) in best.items()}
-    homo = {s: np.cross([*e[0], 1], [*e[1], 1]) for s,e in ends.items()}
-    out = [np.cross(homo[a], homo[b]) for a,b in (('top','left'), ('top','right'), ('bottom','right'), ('bottom','left'))]
+    lines = {s: _straight(s, slope, x, shape) for s,(x,slope) in best.items()}
+    out = [np.cross(lines[a], lines[b]) for a,b in (('top','left'), ('top','right'), ('bottom','right'), ('bottom','left'))]
     return np.array([c[:2]/c[2] for c in out])
 
 # %% ../../nbs/22_preprocess.background.ipynb #2dca92b0
@@ -240,7 +280,7 @@ def _on_even_ground(p, inside, top, box):
     letter = p[s][top[s]>.12]
     return bool(hi-lo<.2 and np.median(letter)>hi+.12)
 
-# %% ../../nbs/22_preprocess.background.ipynb #b8affdc9
+# %% ../../nbs/22_preprocess.background.ipynb #ae0cace0
 _LEAST = dict(limb=.3, chest=.4) # votes that a line needs
 
 def _unit(film):
@@ -263,6 +303,7 @@ def _no_answer(p):
 def find_field(
     film,             # a Radiograph, or (H, W) pixels: floats in [0, 1], or integers of any range
     kind: str='limb', # limb or chest
+    letters: bool=True, # look for letters too
 ) -> Field:
     "The exposed field. The whole picture, with a reason, where it cannot be told."
     if kind not in _LEAST: raise RadiologyError(f"kind is {kind!r}", f"Choose from {', '.join(_LEAST)}")
@@ -275,35 +316,34 @@ def find_field(
     round_ = _circle(small:=resize_array(fine, tuple(max(8, round(n*min(1, _COARSE/max(fine.shape)))) for n in fine.shape)))
     if round_: found,inside = [],cv2.resize(_in_circle(small.shape, *round_[:3]).astype(np.uint8), fine.shape[::-1], interpolation=cv2.INTER_NEAREST)>0
     else: found,inside = _lines(fine, _LEAST[kind])
-    inside = _without_rim(fine, inside)
+    if not inside.all(): inside = _without_rim(fine, inside)
     if inside.mean()<.1: return replace(whole, reason="less than a tenth of the picture would be left")
-    parts = _parts(fine, found, inside)
-    if (letters := _letters(fine, inside)).any(): parts['marker'] = letters
-    full = lambda m: cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST)>0
+    parts = {} if inside.all() else _parts(fine, found, inside)
+    if letters and (marker := _letters(fine, inside)).any(): parts['marker'] = marker
+    full = lambda m: m if m.shape==(h, w) else cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST)>0
     mask,corners = full(inside),_corners(found, fine.shape)
     sides = {s: 'white' if sign>0 else 'black' for s,_,_,sign in found}
     if round_: sides = dict(around='white' if round_[3]>0 else 'black')
-    return Field(mask, _box(mask), None if corners is None else corners*[w/fine.shape[1], h/fine.shape[0]], {n: full(m) for n,m in parts.items()}, sides)
+    x,y,bw,bh = cv2.boundingRect(mask.astype(np.uint8))
+    return Field(mask, (x, y, x+bw, y+bh), None if corners is None else corners*[w/fine.shape[1], h/fine.shape[0]], {n: full(m) for n,m in parts.items()}, sides)
+
 
 def _without_rim(p, inside):
     "`inside` without the pixels at its edge that are as white as their neighbours outside: a line between pixels leaves such steps."
     white = cv2.dilate(np.where(inside, np.float32(0), p), np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return inside & ~((white>.6) & (p>white-.02))
 
-def _box(mask):
-    "x1, y1, x2, y2 around the True pixels."
-    x,y = np.flatnonzero(mask.any(0)),np.flatnonzero(mask.any(1))
-    return int(x[0]),int(y[0]),int(x[-1])+1,int(y[-1])+1
-
-# %% ../../nbs/22_preprocess.background.ipynb #4ed3a6ba
+# %% ../../nbs/22_preprocess.background.ipynb #0382fc57
 def _parts(p, found, inside):
     "Border and margin as masks: a margin is upright and of one exact value."
     margin = np.zeros(p.shape, bool)
     for side,slope,x,_ in found:
-        out = _back(_left_of(_turned(p, side).shape, slope, x-1), side)
-        if abs(slope)<.003 and out.any() and np.ptp(p[out])<1.5/255: margin |= _back(_left_of(_turned(p, side).shape, slope, x), side)
+        q,m = _turned(p, side),_turned(margin, side)
+        out = ~_cut(np.ones(q.shape, bool), slope, x-1)
+        if abs(slope)<.003 and out.any() and np.ptp(q[out])<1.5/255: m |= ~_cut(np.ones(q.shape, bool), slope, x)
     parts = dict(border=~inside & ~margin, margin=margin)
     return {n: m for n,m in parts.items() if m.any()}
+
 
 def _letters(p, inside):
     "(H, W) bool: the boxes of letters."

@@ -7,11 +7,12 @@ Docs: https://lluissalord.github.io/radiology_ai/preprocess.scale.html.md"""
 # %% auto #0
 __all__ = ['preprocess_folder']
 
-# %% ../../nbs/24_preprocess.scale.ipynb #2dda7b86
-import json, os, shutil, warnings
+# %% ../../nbs/24_preprocess.scale.ipynb #d429b462
+import ctypes, json, os, shutil, warnings
 from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def _alone(store: Path):
         for p in [*store.glob('.index-*.parquet'), *store.glob('.errors-*.parquet'), *store.glob('.recipe-*.json'), *(store/'shards').glob('.[0-9]*-*')]: p.unlink(missing_ok=True)
         yield
 
-# %% ../../nbs/24_preprocess.scale.ipynb #e5f8cba2
+# %% ../../nbs/24_preprocess.scale.ipynb #dd51388f
 @dataclass
 class _Plan:
     "What is left of a run, and what has changed since the last one."
@@ -137,7 +138,7 @@ def _known_paths(store, was):
     try: return set(was).union(*(pd.read_parquet(store/f'{name}.parquet', columns=['path']).path for name in ('index', 'errors'))),True
     except (OSError, ValueError, KeyError): return set(was),False
 
-# %% ../../nbs/24_preprocess.scale.ipynb #65749d51
+# %% ../../nbs/24_preprocess.scale.ipynb #719e4773
 class _Item(NamedTuple):
     "What travels to a worker."
     source: Source
@@ -177,13 +178,21 @@ def _in_processes(items, workers, show):
     "Prepare `items` in worker processes."
     for item,out in zip(items, run_parallel(_prepare, items, workers, desc='preprocess', show=show, few=0, lost=_lost)): yield _settled(item, out)
 
-# %% ../../nbs/24_preprocess.scale.ipynb #80a792a5
+# %% ../../nbs/24_preprocess.scale.ipynb #b606c14f
 def _version(): return __version__
+
+@lru_cache(1)
+def _keep_memory():
+    "Let this process keep the memory that it frees; only where the C library is glibc."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return
+    mallopt(-1, 2**28); mallopt(-3, 2**25)              # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 def _remotely(items):
     "`prepare` on a cluster's worker, whose threads share its cores."
     import cv2
     cv2.setNumThreads(1)
+    _keep_memory()
     return [prepare(*o) for o in items]
 
 @contextmanager
@@ -258,7 +267,7 @@ def _restart(store, plan):
         if k>=plan.n_shards:
             for p in PARTS: shard_file(store, k, p).unlink(missing_ok=True)
 
-# %% ../../nbs/24_preprocess.scale.ipynb #14e418dd
+# %% ../../nbs/24_preprocess.scale.ipynb #dbec7cc0
 def preprocess_folder(
     src,                      # a folder, a list of files or folders, or a table of `index_dicoms`
     store,                    # the folder of the store: new, or of an earlier or interrupted run
@@ -292,7 +301,7 @@ def _whole(store, recipe, shard_size, sources, workers, content, known, schedule
     "Make the store whole, by whoever holds its lock."
     new,n = _claim(store, recipe, shard_size, len(sources))
     plan = _plan(store, sources, n, workers, content)
-    if plan and not update: raise StoreError(f"The store {store} was made of other files: {plan}", "Call with update=True to redo what has changed, or give another folder")
+    if plan and not update: raise StoreError(f"The store {store} was made of other files: {plan}", "Call with update=True (--update on the command line) to redo what has changed, or give another folder")
     if plan.todo and not new: _same_library(store)
     if plan: _restart(store, plan)
     for k,shard in plan.touched: _touch(store, k, shard)

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../../nbs/70_tasks.knee.ipynb #f7271cb1
+# %% ../../nbs/70_tasks.knee.ipynb #6721d1c3
 from ..core import DataError, RadiologyError, StoreError
 from ..preprocess.store import ImageStore
 from ..data.labels import make_manifest, read_labels
-from ..data.split import assert_no_leakage, patient_folds, patient_split, split_hash
+from ..data.duplicates import find_copies
+from ..data.split import assert_no_leakage, patient_folds, patient_split, save_split, split_hash
 from ..data.load import xray_dataloaders, xray_test_dl
 from ..vision.augment import BatchAugment
 from ..metrics.classification import Interval, youden_threshold
@@ -151,7 +152,7 @@ def score_knees(
     out = out.assign(target=(grade>0).astype(int), score=fracture_score(p), grade=grade, grade_predicted=p.argmax(1))
     return out.assign(**{f'p_{k}': p[:,k] for k in range(p.shape[1])})
 
-# %% ../../nbs/70_tasks.knee.ipynb #e238ba7c
+# %% ../../nbs/70_tasks.knee.ipynb #d88830e6
 def train_knee(
     store,           # an `ImageStore` or its folder
     labels,          # a table or its path, with `image_id` or `path`, the label, and optionally `split`
@@ -169,28 +170,30 @@ def train_knee(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as tmp:
         tmp = Path(tmp)/'run'
         tmp.mkdir()
-        manifest,predictions,records = (_fit_folds if s.folds else _fit_once)(store, manifest, s, tmp, show)
+        copies = find_copies(store, ids=manifest.image_id.tolist(), show=show)
+        manifest,predictions,records = (_fit_folds if s.folds else _fit_once)(store, manifest, s, copies, tmp, show)
         manifest.to_csv(tmp/'manifest.csv', index=False)
         predictions.to_csv(tmp/'predictions.csv', index=False)
         flow |= {f'{k} images': int((manifest.split==k).sum()) for k in ('train','valid','test') if not s.folds}
-        record = {'task': 'knee', 'store': str(store.path.absolute()), 'settings': asdict(s), 'flow': flow, 'recipe': store.recipe.to_dict(), 'split_hash': split_hash(manifest), 'fits': records,
+        record = {'task': 'knee', 'store': str(store.path.absolute()), 'settings': asdict(s), 'flow': flow, 'recipe': store.recipe.to_dict(), 'split_hash': split_hash(manifest), 'fits': records, 'copies': copies.to_dict('records'),
                   'unreadable': store.errors[['path','cause']].assign(path=store.errors.path.map(lambda p: Path(p).name)).to_dict('records')}
         (tmp/'run.json').write_text(json.dumps(record, indent=1, default=float))
         if out.exists(): shutil.rmtree(out)
         tmp.rename(out)
     return out
 
-def _fit_once(store, manifest, s, out, show):
+def _fit_once(store, manifest, s, copies, out, show):
     "One split: the given one, or one drawn by patients."
     if 'split' not in manifest or manifest.split.isna().any() or (manifest.split=='').any():
-        manifest = patient_split(manifest, {'train': s.train, 'valid': s.valid, 'test': 1-s.train-s.valid}, label=s.label, seed=s.seed)
+        manifest = patient_split(manifest, {'train': s.train, 'valid': s.valid, 'test': 1-s.train-s.valid}, label=s.label, seed=s.seed, duplicates=copies)
+    save_split(manifest, out/'split.csv', duplicates=copies)
     learn,threshold,predictions = fit_knee(store, manifest, s, show)
     _save(learn, store, manifest, s, threshold, out/'model')
     return manifest,predictions.assign(fold=0),[run_record(learn)]
 
-def _fit_folds(store, manifest, s, out, show):
+def _fit_folds(store, manifest, s, copies, out, show):
     "Cross-validation: each fold is the test once, and the next one the validation."
-    folds,tables,records = patient_folds(manifest, s.folds, label=s.label, seed=s.seed),[],[]
+    folds,tables,records = patient_folds(manifest, s.folds, label=s.label, seed=s.seed, duplicates=copies),[],[]
     for k in range(s.folds):
         split = np.where(folds==k, 'test', np.where(folds==(k+1)%s.folds, 'valid', 'train'))
         learn,threshold,predictions = fit_knee(store, manifest.assign(split=split), s, show)
@@ -204,7 +207,7 @@ def _save(learn, store, manifest, s, threshold, path):
     save_bundle(learn, path, recipe=store.recipe, vocab=list(range(int(manifest[s.label].max())+1)), task='knee', arch=s.arch, threshold=threshold,
         card={'label': s.label, 'images': len(manifest), 'patients': int(manifest.patient_id.nunique())})
 
-# %% ../../nbs/70_tasks.knee.ipynb #0e55d787
+# %% ../../nbs/70_tasks.knee.ipynb #930ab362
 def read_run(
     run, # a folder written by `train_knee`
 ) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
@@ -243,16 +246,19 @@ def evaluate_run(
     "The figures of a run on its own test patients, or on another store without any patient it was trained on."
     record,manifest,predictions = read_run(run)
     label = record['settings']['label']
+    if not record['settings']['folds']: assert_no_leakage(manifest, duplicates=pd.DataFrame(record['copies'])) # somebody may have edited the table
     table = predictions[predictions.split=='test'].reset_index(drop=True) if store is None else _score_elsewhere(run, store, labels, label, manifest)
     table = table.rename(columns=SUBGROUPS)
     return KneeEvaluation(label, table, evaluate_table(table, subgroups=[c for c in SUBGROUPS.values() if c in table], grade_names=list(range(int(table.filter(like='p_').shape[1])))))
 
 def _score_elsewhere(run, store, labels, label, manifest):
-    "The table of scores on another store, averaged over the run's models."
+    "The table of scores on another store, averaged over the run's models. Raises `DataError` where it holds patients or images of the training."
     store = store if isinstance(store, ImageStore) else ImageStore(store)
     other = knee_manifest(store, labels, label)[0].assign(split='test')
     learnt = manifest[manifest.split!='test'].assign(split='train')
-    assert_no_leakage(pd.concat([learnt, other], ignore_index=True))
+    try: copies = find_copies(ImageStore(read_run(run)[0]['store']), store, learnt.image_id.tolist(), other.image_id.tolist(), show=False)
+    except StoreError: copies = warnings.warn("The store of the training is gone: its images cannot be compared with these, only their identifiers", stacklevel=3)
+    assert_no_leakage(pd.concat([learnt, other], ignore_index=True), duplicates=copies)
     tables = []
     for folder in model_folders(run):
         bundle = load_bundle(folder)
