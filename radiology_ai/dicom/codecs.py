@@ -189,7 +189,9 @@ class _Other:
 
     def _stop(self):
         if self.process and self.owner==os.getpid():
-            self.process.kill(); self.process.wait(); self.process.stdin.close()
+            self.process.kill(); self.process.wait()
+            try: self.process.stdin.close()
+            except OSError: pass # what it had not read goes with it
         self.process = None
 
     def decode(self, decoder: str, file: bytes, seconds=20) -> bytes:
