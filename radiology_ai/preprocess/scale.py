@@ -205,7 +205,7 @@ def _client(address, seconds=60):
         try: client.wait_for_workers(1, timeout=seconds)
         except TimeoutError as e: raise StoreError(f"The Dask scheduler {address} has no workers", f"Start some with `dask worker {address}`") from e
         try: versions = set(client.run(_version).values())
-        except Exception as e: raise StoreError(f"The workers of {address} cannot run radiology_ai ({type(e).__name__}: {e})", "Install it there, in the same version") from e
+        except Exception as e: raise StoreError(f"The workers of {address} cannot run radiology_ai ({_said(e)})", "Install it there, in the same version") from e
         if versions!={__version__}: raise StoreError(f"The workers of {address} have radiology_ai {', '.join(sorted(versions))}, here it is {__version__}", "Install the same version everywhere")
         yield client
 
@@ -233,6 +233,8 @@ def _alone_there(client, item, seconds):
     try: return _result(client, client.submit(_remotely, [item], pure=False), seconds)[0]
     except _Gone as e: return _error(item, f'its decoder {e}')
 
+def _said(e) -> str: return f"{type(e).__name__}: {' '.join(str(e).split())}" # on one line
+
 class _Gone(Exception): "A task that no worker could do."
 
 def _result(client, future, seconds):
@@ -243,7 +245,7 @@ def _result(client, future, seconds):
     except TimeoutError as e:
         if client.nthreads(): raise _Gone(f'did not answer within {seconds:g} s') from e
         raise StoreError("The Dask cluster has lost all its workers", "Start some; the same call then resumes") from e
-    except Exception as e: raise StoreError(f"The Dask cluster failed ({type(e).__name__}: {e})", "Check its scheduler and workers; the same call then resumes") from e
+    except Exception as e: raise StoreError(f"The Dask cluster failed ({_said(e)})", "Check its scheduler and workers; the same call then resumes") from e
 
 # %% ../../nbs/24_preprocess.scale.ipynb #e9e74c60
 def _results(items, note, workers, scheduler, show):
