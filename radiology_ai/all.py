@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89_all.ipynb #27967cef
+# %% ../nbs/89_all.ipynb #0e420c47
 from .core import (BundleError, DataError, DicomError, MissingPackageError, ModelError, Radiograph, RadiologyError, StoreError, rng,
     transform_boxes, transform_points)
 from .phantom.xray import Exposure, Phantom, expose
@@ -38,11 +38,20 @@ from .data.targets import MaskStore, stored_boxes, write_masks
 from .data.load import study_rows, xray_dataloaders, xray_test_dl
 from .data.annotate import (Question, add_labels, agreement, assign_readers, cohen_kappa, dawid_skene, fleiss_kappa, labels_at, majority, next_readers,
     read_templates, write_templates)
-from .vision.augment import BatchAugment
-from .losses import BCEWithNaN, BinaryFocalLoss, FocalLoss, WeightedCrossEntropy, class_weights
+from .vision.augment import BatchAugment, rand_augment
+from .vision.mix import CutMix, MixedLoss, MixUp
+from .vision.tta import predict_tta
+from radiology_ai.losses import (AsymmetricLoss, BCEWithNaN, BinaryFocalLoss, FocalLoss, LogitAdjustedBCE, LogitAdjustedLoss, WeightedCrossEntropy, class_weights,
+    default_loss)
+from .robust_losses import DMILoss, RobustLoss
+from .structured_losses import CORN, TreeLoss
+from .region_losses import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
+from .teacher_losses import DistillationLoss, SuppressedConsistency
 from .metrics.classification import (Interval, auroc, auroc_ci, average_precision, bootstrap_ci, calibration, confusion, delong_test,
     dice_ci, operating_point, quadratic_kappa, wilson_ci, youden_threshold)
 from .models.backbone import create_backbone, create_model, list_backbones
+from .callbacks import EMA, LogMLflow, LogTensorBoard, Plateau
+from .checkpoint import Checkpoint
 from .learner import ValidAUROC, predict_scores, run_record, xray_learner
 from .bundle import Bundle, export_onnx, load_bundle, save_bundle
 from .active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
