@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/learner.html.md"""
 
 # %% auto #0
 __all__ = ['XrayLearner', 'body_and_head', 'train_prior', 'compile_model', 'xray_learner', 'predict_scores', 'data_hash',
-           'split_hash', 'run_identity', 'run_record']
+           'run_identity', 'run_record']
 
 # %% ../nbs/48_learner.ipynb #9d604e75
 import copy, hashlib, itertools, json, math, platform, re, time, warnings
@@ -23,11 +23,12 @@ from fastai.torch_core import TensorMask, params
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-# %% ../nbs/48_learner.ipynb #21b85d92
+# %% ../nbs/48_learner.ipynb #6099cbec
 import radiology_ai
 from .callbacks import EMA, Accumulate, CheckBatches, KeepBest, Plateau, Precision, SeededRun, TrainingBar, ValidAUROC, scores_auroc
 from .checkpoint import Checkpoint, starting_at
 from .core import DataError, ModelError, RadiologyError
+from .data.split import split_hash
 from .losses import default_loss
 from .models.backbone import create_model
 from .optimizer import AdamW
@@ -247,7 +248,7 @@ def predict_scores(
     if activation: logits = learn_or_model.loss_func.activation(logits)
     return logits.numpy(),torch.cat(targets).numpy() if targets else None
 
-# %% ../nbs/48_learner.ipynb #f755a554
+# %% ../nbs/48_learner.ipynb #ffadd82a
 def data_hash(
     items, # a manifest, or any table
 ) -> str:
@@ -255,12 +256,10 @@ def data_hash(
     df = items[sorted(items.columns, key=str)] if isinstance(items, pd.DataFrame) else pd.DataFrame(items)
     return hashlib.sha256(df.to_csv(index=False).encode()).hexdigest()
 
-def split_hash(
-    tables: dict, # for each split a table with `image_id` and perhaps `patient_id`
-) -> str:
-    "sha256 of which image (and patient) is in which split; the order of rows does not matter."
-    rows = sorted((str(image), str(patient), name) for name,t in tables.items() for image,patient in zip(t.image_id, t.patient_id if 'patient_id' in t else ['']*len(t)))
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def _split_hash(tables) -> str|None:
+    "The hash of which image (and patient, where it is known) is in which split."
+    if not tables or not all('image_id' in t for t in tables.values()): return None
+    return split_hash(pd.concat([t[['image_id']].assign(patient_id=t.patient_id if 'patient_id' in t else t.image_id, split=name) for name,t in tables.items()]))
 
 def _versions() -> dict:
     import fastai, timm, torchvision
@@ -293,7 +292,7 @@ def _data(learn) -> dict:
     dls,tables = learn.dls,_tables(learn)
     store = getattr(dls.train_ds, 'store', None)
     return dict(images={k: len(ds) for k,ds in (('train', dls.train_ds), ('valid', dls.valid_ds))}, data_hash={k: data_hash(t) for k,t in tables.items()},
-        split_hash=split_hash(tables) if tables and all('image_id' in t for t in tables.values()) else None, store=getattr(store, 'fingerprint', None), recipe=store.recipe.to_dict() if hasattr(store, 'recipe') else None,
+        split_hash=_split_hash(tables), store=getattr(store, 'fingerprint', None), recipe=store.recipe.to_dict() if hasattr(store, 'recipe') else None,
         labels=_plain(dls.__dict__.get('labels')), views=_plain(dls.__dict__.get('views')), vocab=_plain(dls.vocab) if getattr(dls, 'vocab', None) is not None else None,
         bs=int(dls.train.bs or 0), sampler=_plain(_sampler(dls.train)), transforms=[_plain(t) for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', [])])
 

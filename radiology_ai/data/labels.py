@@ -123,7 +123,7 @@ def validate_manifest(
     if found := find_problems(df, labels, grades): _refuse(found, "The manifest breaks its contract", "`manifest_problems`")
     return df
 
-# %% ../../nbs/30_data.labels.ipynb #44724d42
+# %% ../../nbs/30_data.labels.ipynb #5fd4bb72
 _IDS = {'image_id', 'patient_id', 'study_id', 'path', 'split', 'view', 'laterality', 'patientid', 'studyinstanceuid', 'seriesinstanceuid', 'sopinstanceuid', 'accessionnumber',
         'file', 'filename', 'file_name', 'image', 'imageid', 'image index', 'patient', 'patient id'}
 _WORDS = {'true': 1., 'false': 0., 'yes': 1., 'no': 0., 'positive': 1., 'negative': 0.}
@@ -138,8 +138,9 @@ def _decode(path: Path, found: list|None=None) -> str:
     except UnicodeDecodeError: return _decode_lines(path.name, data, found)
 
 def _is_utf8(line: bytes) -> bool:
-    try: return bool(line.decode('utf-8-sig')) or True
+    try: line.decode('utf-8-sig')
     except UnicodeDecodeError: return False
+    return True
 
 def _decode_lines(name: str, data: bytes, found: list|None) -> str:
     "Windows-1252, unless other lines are UTF-8: then each line as what it is, and the cells that are not UTF-8 are problems."

@@ -209,7 +209,7 @@ def _save(learn, store, manifest, s, threshold, path):
     save_bundle(learn, path, recipe=store.recipe, vocab=list(range(int(manifest[s.label].max())+1)), task='knee', arch=s.arch, threshold=threshold,
         card={'label': s.label, 'images': len(manifest), 'patients': int(manifest.patient_id.nunique())})
 
-# %% ../../nbs/70_tasks.knee.ipynb #efd10bcd
+# %% ../../nbs/70_tasks.knee.ipynb #db4fb7f7
 def read_run(
     run, # a folder written by `train_knee`
 ) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
@@ -248,7 +248,7 @@ def evaluate_run(
     "The figures of a run on its own test patients, or on another store without any patient it was trained on."
     record,manifest,predictions = read_run(run)
     label = record['settings']['label']
-    if not record['settings']['folds']: assert_no_leakage(manifest, duplicates=pd.DataFrame(record['copies'])) # somebody may have edited the table
+    if not record['settings']['folds']: assert_no_leakage(manifest, duplicates=pd.DataFrame(record.get('copies', []))) # somebody may have edited the table
     table = predictions[predictions.split=='test'].reset_index(drop=True) if store is None else _score_elsewhere(run, store, labels, label, manifest)
     table = table.rename(columns=SUBGROUPS)
     return KneeEvaluation(label, table, evaluate_table(table, subgroups=[c for c in SUBGROUPS.values() if c in table], grade_names=list(range(int(table.filter(like='p_').shape[1])))))
