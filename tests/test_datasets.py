@@ -4,6 +4,7 @@ import gzip, itertools, warnings
 import numpy as np
 import pandas as pd
 import pytest
+import fastai.vision.all  # it changes PIL's `size`, in whatever order the tests run
 from PIL import Image
 
 from radiology_ai.core import DataError

@@ -97,7 +97,7 @@ def oai_knees(
     df['split'] = (df.split.map(_SPLITS).fillna(df.split) if 'split' in df else pd.Series('', df.index)).fillna('')
     return make_dataset(df, grades={'kl': KELLGREN_LAWRENCE}, images=images or root, found=found, errors=errors, file=file.name if file.is_file() else str(root))
 
-# %% ../../nbs/31_data.datasets.ipynb #1973b0c9
+# %% ../../nbs/31_data.datasets.ipynb #908ece60
 def from_csv(
     path,                    # a CSV, also .csv.gz
     columns: dict,           # {'image_id': 'File', 'patient_id': 'Case', ...}; also label, reader, x1, y1, x2, y2 (or w, h), rle, mask (a file), height, width
@@ -191,7 +191,7 @@ def _mask_files(m, images, file) -> tuple[pd.DataFrame, list]:
                 with Image.open(r.path) as mask, Image.open(r.image) as image: sizes = mask.size,image.size
             except (UnidentifiedImageError, OSError) as e: add(f"cannot be read ({e})")
             else:
-                m.loc[i, ['width', 'height']] = sizes[0]
+                m.loc[i, ['width', 'height']] = list(sizes[0])
                 if sizes[0]!=sizes[1]: add(f"the mask has {sizes[0][0]} x {sizes[0][1]} pixels, its image {sizes[1][0]} x {sizes[1][1]}")
     return m,wrong
 
