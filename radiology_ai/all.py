@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89_all.ipynb #0e420c47
+# %% ../nbs/89_all.ipynb #77f8c336
 from .core import (BundleError, DataError, DicomError, MissingPackageError, ModelError, Radiograph, RadiologyError, StoreError, rng,
     transform_boxes, transform_points)
 from .phantom.xray import Exposure, Phantom, expose
@@ -47,8 +47,14 @@ from .robust_losses import DMILoss, RobustLoss
 from .structured_losses import CORN, TreeLoss
 from .region_losses import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
 from .teacher_losses import DistillationLoss, SuppressedConsistency
-from .metrics.classification import (Interval, auroc, auroc_ci, average_precision, bootstrap_ci, calibration, confusion, delong_test,
-    dice_ci, operating_point, quadratic_kappa, wilson_ci, youden_threshold)
+from .metrics.intervals import Interval, bootstrap_ci, mean_ci, proportion_ci, wilson_ci
+from .metrics.masks import dice, dice_ci, hausdorff95, iou, mask_table, surface_dice
+from .metrics.calibration import brier_parts, calibration, calibration_ci, decision_curve, reliability_curve
+from .metrics.classification import (auroc, auroc_ci, auroc_table, average_precision, balanced_accuracy, confusion, cost_threshold, delong_test, f_beta, f_threshold,
+    label_table, mcc, operating_point, quadratic_kappa, threshold_for, youden_threshold)
+from .metrics.compare import compare_models, holm, mcnemar_test, paired_bootstrap
+from .metrics.detection import coco_map, coco_map_ci, detection_table, froc, rsna_map, rsna_map_ci, threshold_sweep
+from .metrics.recalibration import IsotonicCalibration, PlattScaling, TemperatureScaling, VennAbers, recalibration_from
 from .models.backbone import create_backbone, create_model, list_backbones
 from .callbacks import EMA, LogMLflow, LogTensorBoard, Plateau
 from .checkpoint import Checkpoint
@@ -56,7 +62,9 @@ from .learner import ValidAUROC, predict_scores, run_record, xray_learner
 from .bundle import Bundle, export_onnx, load_bundle, save_bundle
 from .active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
 from .explain import gradcam, heat_overlay, heat_to_stored, hottest
-from .report import ReportData, write_report
+from .evaluation import Thresholds, choose_thresholds, evaluate_table
+from .modelcard import Example, ReportData
+from .report import write_report
 from .tasks.knee import GradedLoss, evaluate_run, heat_maps, report_run, train_knee
 from .predict import explain_files, load_models, predict
 from .demo import run_demo

@@ -34,7 +34,7 @@ def _number(v: float) -> str:
     "A tick's label: no needless zeros."
     return f'{v:,.0f}' if abs(v)>=1000 else f'{v:.6g}'
 
-# %% ../nbs/61_charts.ipynb #4fba0b76
+# %% ../nbs/61_charts.ipynb #8dda9b02
 class Chart:
     "An SVG chart; its methods add marks and return the chart."
     def __init__(self,
@@ -50,8 +50,9 @@ class Chart:
         self.title,self.desc,self.xr,self.yr = title,desc,tuple(map(float, x)),tuple(map(float, y))
         if not (self.xr[1]>self.xr[0] and self.yr[1]>self.yr[0]): raise RadiologyError(f"The axes {x} and {y} do not grow", "Give (low, high) with low < high")
         self.xlabel,self.ylabel,self.width,self.height = xlabel,ylabel,width,height
+        self.left = 62 + 7*max(0, max(len(_number(v)) for v in ticks(*self.yr))-5) # room for long numbers
         self.marks,self.legend = [],[]
-    left,top,right,bottom = 62,12,12,46
+    top,right,bottom = 12,12,46
 
     def px(self, x):
         "Horizontal position of `x` in the drawing."

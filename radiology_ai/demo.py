@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/84_demo.ipynb #cd7c937a
+# %% ../nbs/84_demo.ipynb #bb5897e3
 from .core import RadiologyError, atomic_path
 from .phantom.hospital import simulate_hospital
 from .dicom.index import image_files, index_dicoms, write_index

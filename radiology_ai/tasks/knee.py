@@ -20,7 +20,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../../nbs/70_tasks.knee.ipynb #6721d1c3
+# %% ../../nbs/70_tasks.knee.ipynb #6c45b56b
 from ..core import DataError, RadiologyError, StoreError
 from ..preprocess.store import ImageStore
 from ..data.labels import make_manifest, read_labels
@@ -33,7 +33,8 @@ from ..learner import ValidAUROC, predict_scores, run_record, xray_learner
 from ..bundle import load_bundle, save_bundle
 from ..explain import gradcam
 from ..evaluation import evaluate_table
-from ..report import Example, ReportData, choose_examples, write_report
+from ..modelcard import Example, ReportData
+from ..report import choose_examples, write_report
 
 # %% ../../nbs/70_tasks.knee.ipynb #3a1a6d38
 DROPPED = ('unreadable','no knee found','without a label') # why an image does not take part
@@ -209,7 +210,7 @@ def _save(learn, store, manifest, s, threshold, path):
     save_bundle(learn, path, recipe=store.recipe, vocab=list(range(int(manifest[s.label].max())+1)), task='knee', arch=s.arch, threshold=threshold,
         card={'label': s.label, 'images': len(manifest), 'patients': int(manifest.patient_id.nunique())})
 
-# %% ../../nbs/70_tasks.knee.ipynb #db4fb7f7
+# %% ../../nbs/70_tasks.knee.ipynb #40359e55
 def read_run(
     run, # a folder written by `train_knee`
 ) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
@@ -231,13 +232,13 @@ class KneeEvaluation:
     @property
     def auroc(self) -> Interval:
         "AUROC of fractured or not, with its 95 % interval over patients."
-        return Interval(*(self.figures['auroc'][k] for k in ('value','low','high')))
+        return Interval(*(self.figures['labels'][0]['auroc'][k] for k in ('value','low','high')))
 
     def lines(self) -> list[str]:
         "The figures as a few lines of text."
-        f,said = self.figures,lambda d: f"{d['value']:.3f} (95 % CI {d['low']:.3f} to {d['high']:.3f})" if not d['reason'] else f"n/a, {d['reason']}"
-        out = [f"{f['images']} test images of {f['patients']} patients, {f['positives']} positive", f"AUROC {said(f['auroc'])}", f"average precision {said(f['average_precision'])}"]
-        out += [f"{k} at threshold {f['threshold']:.3f}: {said(f['operating'][k])}" for k in ('sensitivity','specificity')]
+        f,one,said = self.figures,self.figures['labels'][0],lambda d: f"{d['value']:.3f} (95 % CI {d['low']:.3f} to {d['high']:.3f})" if not d['reason'] else f"n/a, {d['reason']}"
+        out = [f"{f['images']} test images of {f['patients']} patients, {one['positives']} positive", f"AUROC {said(one['auroc'])}", f"average precision {said(one['average_precision'])}"]
+        out += [f"{k} at threshold {one['threshold']:.3f}: {said(one['operating'][k])}" for k in ('sensitivity','specificity')]
         return out + ([f"quadratic kappa of the grade {said(f['grades']['quadratic kappa'])}"] if f['grades'] else [])
 
 def evaluate_run(
