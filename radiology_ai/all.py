@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89_all.ipynb #77f8c336
+# %% ../nbs/89_all.ipynb #c4318b65
 from .core import (BundleError, DataError, DicomError, MissingPackageError, ModelError, Radiograph, RadiologyError, StoreError, rng,
     transform_boxes, transform_points)
 from .phantom.xray import Exposure, Phantom, expose
@@ -60,6 +60,15 @@ from .callbacks import EMA, LogMLflow, LogTensorBoard, Plateau
 from .checkpoint import Checkpoint
 from .learner import ValidAUROC, predict_scores, run_record, xray_learner
 from .bundle import Bundle, export_onnx, load_bundle, save_bundle
+from .semi.step import gentle, harsh, semi_dataloaders
+from .pretrain.metadata import HeaderRules, metadata_labels, metadata_learner, metadata_report, metadata_targets
+from .pretrain.views import Views, radiograph_views, ssl_dataloaders
+from .pretrain.scope import OutOfScope, scope_learner, scope_manifest
+from .pretrain.ssl import SelfSupervised, pretrained_body, save_body, ssl_learner, task_model
+from .pretrain.monitor import embed, knn_probe, linear_probe
+from .semi.mixmatch import MixMatch
+from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
+from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
 from .active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
 from .explain import gradcam, heat_overlay, heat_to_stored, hottest
 from .evaluation import Thresholds, choose_thresholds, evaluate_table

@@ -248,7 +248,7 @@ def predict_scores(
     if activation: logits = learn_or_model.loss_func.activation(logits)
     return logits.numpy(),torch.cat(targets).numpy() if targets else None
 
-# %% ../nbs/48_learner.ipynb #ffadd82a
+# %% ../nbs/48_learner.ipynb #2832ea8c
 def data_hash(
     items, # a manifest, or any table
 ) -> str:
@@ -273,7 +273,7 @@ def _plain(x):
     "Values for JSON; what is none is told by its kind and settings."
     if isinstance(x, np.generic): return x.item()
     if x is None or isinstance(x, (bool, int, float, str)): return x
-    if torch.is_tensor(x) or isinstance(x, np.ndarray): return _plain(x.tolist()) if np.size(x)<=64 else hashlib.sha256(np.ascontiguousarray(torch.as_tensor(x).detach().cpu().float()).tobytes()).hexdigest()
+    if torch.is_tensor(x) or isinstance(x, np.ndarray): return _plain(x.tolist()) if math.prod(x.shape)<=64 else hashlib.sha256(np.ascontiguousarray(torch.as_tensor(x).detach().cpu().float()).tobytes()).hexdigest()
     if isinstance(x, dict): return {str(k): _plain(v) for k,v in x.items()}
     if isinstance(x, (list, tuple, L)): return [_plain(v) for v in x]
     return re.sub(r' at 0x[0-9a-f]+', '', repr(x))
@@ -301,7 +301,7 @@ def _sampler(dl):
     s = dl.__dict__.get('sampler')
     return None if s is None else dict(kind=type(s).__name__, seed=getattr(s, 'seed', None), bs=getattr(s, 'bs', None), min_per_class=getattr(s, 'min_per_class', None), batches=len(dl))
 
-# %% ../nbs/48_learner.ipynb #7ea0d33c
+# %% ../nbs/48_learner.ipynb #77bf1bb5
 def run_identity(
     learn: Learner, # before or after training
 ) -> dict:
@@ -310,7 +310,7 @@ def run_identity(
     model = learn.model
     return json.loads(json.dumps(dict(seed=learn.seed, plan=learn.plan, settings=getattr(learn, 'settings', {}), lr=float(learn.lr), wd=float(learn.wd), loss=_described(learn.loss_func),
         network=_plain(getattr(model, 'config', None) or type(model).__name__), weights={k: list(v.shape) for k,v in model.state_dict().items()}, data=_data(learn), targets=targets,
-        callbacks=sorted(cb.name for cb in learn.cbs if not getattr(type(cb), 'watches', False) and not isinstance(cb, Checkpoint))), default=str))
+        callbacks={cb.name: getattr(cb, 'settings', None) for cb in sorted(learn.cbs, key=lambda cb: cb.name) if not getattr(type(cb), 'watches', False) and not isinstance(cb, Checkpoint)}), default=str))
 
 def run_record(
     learn: Learner, # after training

@@ -152,6 +152,9 @@ def test_paired(y, bs, mu, balanced, world):
         seen += np.bincount(b.ravel(), minlength=len(y))
         assert (seen[unknown]>e).all() and np.ptp(seen[unknown])<=1
     if not balanced: assert np.ptp(seen[~unknown])<=1
+    whole = PairedBatchSampler(y, bs, mu, int(balanced), world=world, among=True)
+    b = np.concatenate([whole.batches(e) for e in range(2)])
+    assert not unknown[b[:,:bs]].any() and np.ptp(np.bincount(b[:,bs:].ravel(), minlength=len(y)))<=1 and set(b[:,bs:].ravel())==set(range(len(y)))
 
 
 def every_sampler(world=1, rank=0, seed=0):

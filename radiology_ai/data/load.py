@@ -29,7 +29,7 @@ from .regions import XYXY
 from .sampler import BalancedBatchSampler, ShuffledBatchSampler
 from .split import assert_no_leakage
 
-# %% ../../nbs/34_data.load.ipynb #2ede5aaa
+# %% ../../nbs/34_data.load.ipynb #886c321d
 def _check_columns(rows, columns):
     for c in columns:
         if c not in rows: raise DataError(f"The manifest has no label column {c!r} (columns: {', '.join(map(str, rows.columns))})", "Name a column that is there")
@@ -47,7 +47,7 @@ def category_codes(
     _check_columns(rows, [column])
     values = rows[column].astype(object).where(rows[column].notna(), None).map(lambda v: None if v is None else _plain(v))
     known = values[values.notna()]
-    try: vocab = [_plain(v) for v in vocab] if vocab is not None else sorted(known.unique())
+    try: vocab = [_plain(v) for v in vocab] if vocab is not None else sorted(_plain(v) for v in known.unique())
     except TypeError as e: raise DataError(f"Label column {column!r} mixes numbers and text", "Write all its values the same way") from e
     if vocab and len(vocab)>max(50, len(known)//2) and len(known)>100: raise DataError(f"Label column {column!r} holds {len(vocab)} different values", "Choose a column of classes")
     codes = values.map({v: i for i,v in enumerate(vocab)})

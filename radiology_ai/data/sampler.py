@@ -302,7 +302,7 @@ class RepeatedBatchSampler(BatchSampler):
         copies = np.repeat(_walk(self.n, epoch*images, images, self.seed, 'repeated'), self.m)
         return copies.reshape(-1, self.bs, self.world).swapaxes(1, 2).reshape(-1, self.bs)
 
-# %% ../../nbs/33_data.sampler.ipynb #36b82287
+# %% ../../nbs/33_data.sampler.ipynb #99c2167a
 class PairedBatchSampler(BatchSampler):
     "Iterates over batches of row numbers: the first `bs` are labelled, the following `n_unlabelled` are not. `set_epoch`, `rank` and `world` as in the others."
     def __init__(self,
@@ -314,6 +314,7 @@ class PairedBatchSampler(BatchSampler):
         seed: int=0,              # another seed, another order
         rank: int=0,              # this process
         world: int=1,             # number of processes
+        among: bool=False,        # labelled images come among the unlabelled ones too
     ):
         known = ~pd.isna(np.asarray(labels))
         known = known.any(1) if known.ndim==2 else known
@@ -323,6 +324,7 @@ class PairedBatchSampler(BatchSampler):
         if self.n_unlabelled<1: raise DataError(f"mu is {mu}", "Give the number of unlabelled images for each labelled one")
         for rows,what in ((self.labelled, 'labelled'), (self.unlabelled, 'unlabelled')):
             if not len(rows): raise DataError(f"None of {self.n} images is {what}", "Semi-supervised training needs both")
+        if among: self.unlabelled = np.arange(self.n)
         self.balanced = BalancedBatchSampler(np.asarray(labels)[known], bs, min_per_class, seed) if min_per_class else None
         self.n_batches = self._whole(-(-len(self.unlabelled)//self.n_unlabelled) if n_batches is None else int(n_batches))
     def _labelled(self, start: int, count: int) -> np.ndarray:
