@@ -19,7 +19,7 @@ import numpy as np, pandas as pd
 
 PARTS = ('KNEE', 'CHEST', 'HAND', 'HIP')
 FATES = dict(right=.74, silent=.13, torn=.06, wrong=.07) # of headers
-LEARNT = dict(KNEE=320, CHEST=200, HAND=200, HIP=200)    # simulated patients
+LEARNT = dict(KNEE=800, CHEST=300, HAND=300, HIP=300)    # simulated patients
 JUDGED = dict(KNEE=600, CHEST=200, HAND=200, HIP=200)
 MAKERS = (('FUJIFILM Corporation', 'MONOCHROME1', 10, 'linear'), ('Philips Medical Systems', 'MONOCHROME2', 12, 'lut'), ('SIEMENS', 'MONOCHROME2', 14, 'sigmoid'), ('Agfa', 'MONOCHROME2', 12, 'linear'),
           ('Canon Inc.', 'MONOCHROME2', 16, None), ('GE Healthcare', 'MONOCHROME1', 14, 'linear'))
@@ -113,7 +113,7 @@ def make_folders(work, data, workers):
     "Both folders with their truth.csv, once."
     from radiology_ai.parallel import run_parallel
     from radiology_ai.phantom.hospital import BREAKS
-    for name, counts, first in (('learnt', LEARNT, 0), ('judged', JUDGED, 1_000_000)):
+    for name, counts, first in (('learnt', LEARNT, 0), ('judged', JUDGED, 2_000_000)):
         if (work/f'{name}.csv').exists(): continue
         (work/name).mkdir(parents=True, exist_ok=True)
         jobs = [(str(work/name), part, first+i, '') for part, n in counts.items() for i in range(n)]

@@ -33,7 +33,7 @@ def pseudo_labels(
     known = rows[list(truth)].to_numpy(object) if truth is not None else np.full(p.shape, np.nan, object)
     return pd.concat([pd.DataFrame(dict(image_id=rows.image_id.to_numpy(), label=v, guess=(p[:,k]>=.5).astype(int).astype(object), confidence=np.maximum(p[:,k], 1-p[:,k]), truth=known[:,k])) for k,v in enumerate(vocab)], ignore_index=True)
 
-# %% ../../nbs/54_semi.audit.ipynb #2da71f3c
+# %% ../../nbs/54_semi.audit.ipynb #230f49fe
 def audit(
     table: pd.DataFrame, # of `pseudo_labels`
     tau: float=.95,      # confidence from which a guess counts
@@ -69,9 +69,9 @@ def draw_audit(
 ):
     "Left: how often a guess of some confidence is right. Right: what counts and what is right by threshold."
     import matplotlib.pyplot as plt
-    if axs is None: _,axs = plt.subplots(1, 2, figsize=(7, 2.6), dpi=80, layout='constrained')
     seen = table[table.truth.notna()]
     if seen.empty: raise DataError("No guess has a known truth", "Read some of the unlabelled images and name their column: truth=")
+    if axs is None: _,axs = plt.subplots(1, 2, figsize=(7, 2.6), dpi=80, layout='constrained')
     hit,where = (seen.guess==seen.truth).to_numpy(),np.minimum((seen.confidence*bins).astype(int), bins-1)
     for b in sorted(set(where)):
         p,low,high = wilson_ci(int(hit[where==b].sum()), int((where==b).sum()))
