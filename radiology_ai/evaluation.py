@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/62_evaluation.ipynb #a6253571
+# %% ../nbs/62_evaluation.ipynb #d56f549d
 from .core import DataError, rng
 from .curves import pr_curve, roc_curve, thinned
 from .metrics.calibration import calibration, calibration_ci, decision_curve, reliability_curve
-from radiology_ai.metrics.classification import (auroc_ci, average_precision, bootstrap_ci, confusion, f_threshold, label_table, operating_point, quadratic_kappa,
+from radiology_ai.metrics.classification import (auroc_ci, bootstrap_ci, confusion, f_threshold, label_table, operating_point, quadratic_kappa,
     threshold_for, youden_threshold)
 from .metrics.compare import compare_models
 from .metrics.intervals import Interval, mean_ci, proportion_ci
@@ -164,7 +164,7 @@ def calibration_figures(
     except DataError: curve = [] # one patient: no band
     return {k: {'value': c.value[k], 'low': c.low[k], 'high': c.high[k], 'n': int(c.n[k]), 'reason': c.reason[k]} for k in CALIBRATION} | {'bins': table.to_dict('records'), 'curve': curve}
 
-# %% ../nbs/62_evaluation.ipynb #98071553
+# %% ../nbs/62_evaluation.ipynb #ff62cde3
 def operating_figures(
     targets,             # (N,) of 1 and 0
     calls: np.ndarray,   # (N,) bool, called positive
@@ -185,6 +185,12 @@ def _curves(t, s, g, n, seed) -> dict:
         out[name] = {k: o.to_numpy().T.tolist() for k,o in (('line', thinned(line)), ('band', band))}
     if s.min()>=0 and s.max()<=1: out['decision'] = decision_curve(t, s, g, n=n, seed=seed).to_dict('list')
     return out
+
+def _average_precision(t, s, g, n, seed) -> Interval:
+    "With the interval of `label_table`, which has a width for a perfect score too."
+    row = label_table(t[:,None], s[:,None], ['label'], g, n=n, seed=seed, mean=False).iloc[0]
+    if row.reason: raise DataError(row.reason)
+    return Interval(row.ap, row.ap_low, row.ap_high)
 
 def _histogram(t, s) -> dict:
     edges = np.histogram_bin_edges(s, 20, (0, 1) if s.min()>=0 and s.max()<=1 else None)
@@ -207,7 +213,7 @@ def label_figures(
         calls = s>=cut
         out |= {'threshold': float(cut.mean()), 'operating': operating_figures(t, calls, g, n, seed),
                 'confusion': [[int(((t>0)==a)[calls==b].sum()) for b in (False, True)] for a in (False, True)]}
-    return out | {'auroc': figure(len(k), auroc_ci, t, s, g), 'average_precision': figure(len(k), bootstrap_ci, average_precision, t, s, g, n, seed),
+    return out | {'auroc': figure(len(k), auroc_ci, t, s, g), 'average_precision': figure(len(k), _average_precision, t, s, g, n, seed),
                   'calibration': calibration_figures(t, s, g, n=n, seed=seed), 'curves': _curves(t, s, g, n, seed), 'histogram': _histogram(t, s)}
 
 def worst_errors(
