@@ -1,6 +1,6 @@
 """Does the out-of-scope filter keep the wanted films and nothing else? A mixed folder of DICOM files, learnt from headers that are partly missing or wrong, judged on other patients.
 
-    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/scope.py [--settings real] [--seeds 3] [--work DIR]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/scope.py --settings real [--seeds 3] [--work DIR]
 
 Learnt: simulated knees, chests, hands and hips as DICOM of many makers. Of their headers 74 % are right, 13 % say nothing, 6 % contradict themselves and 7 % name another part throughout.
   simulated   nothing else is learnt: real films are judged by a network that has never seen one

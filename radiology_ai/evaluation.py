@@ -6,8 +6,8 @@ Docs: https://lluissalord.github.io/radiology_ai/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['CALIBRATION', 'Predictions', 'check_predictions', 'Thresholds', 'choose_thresholds', 'thresholds_of', 'figure',
-           'calibration_figures', 'operating_figures', 'label_figures', 'worst_errors', 'grade_figures', 'in_ranges',
-           'subgroup_figures', 'comparison_figures', 'evaluate_table']
+           'calibration_figures', 'operating_figures', 'label_figures', 'worst_errors', 'grade_figures', 'in_years',
+           'in_ranges', 'subgroup_figures', 'comparison_figures', 'evaluate_table']
 
 # %% ../nbs/62_evaluation.ipynb #882ca68f
 import math, re
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/62_evaluation.ipynb #d56f549d
+# %% ../nbs/62_evaluation.ipynb #69664cac
 from .core import DataError, rng
 from .curves import pr_curve, roc_curve, thinned
 from .metrics.calibration import calibration, calibration_ci, decision_curve, reliability_curve
-from radiology_ai.metrics.classification import (auroc_ci, bootstrap_ci, confusion, f_threshold, label_table, operating_point, quadratic_kappa,
+from radiology_ai.metrics.classification import (auroc_ci, average_precision, bootstrap_ci, confusion, f_threshold, label_table, operating_point, quadratic_kappa,
     threshold_for, youden_threshold)
 from .metrics.compare import compare_models
-from .metrics.intervals import Interval, mean_ci, proportion_ci
+from .metrics.intervals import Interval, proportion_ci
 
 # %% ../nbs/62_evaluation.ipynb #5ae7538c
 @dataclass
@@ -164,7 +164,7 @@ def calibration_figures(
     except DataError: curve = [] # one patient: no band
     return {k: {'value': c.value[k], 'low': c.low[k], 'high': c.high[k], 'n': int(c.n[k]), 'reason': c.reason[k]} for k in CALIBRATION} | {'bins': table.to_dict('records'), 'curve': curve}
 
-# %% ../nbs/62_evaluation.ipynb #ff62cde3
+# %% ../nbs/62_evaluation.ipynb #98071553
 def operating_figures(
     targets,             # (N,) of 1 and 0
     calls: np.ndarray,   # (N,) bool, called positive
@@ -185,12 +185,6 @@ def _curves(t, s, g, n, seed) -> dict:
         out[name] = {k: o.to_numpy().T.tolist() for k,o in (('line', thinned(line)), ('band', band))}
     if s.min()>=0 and s.max()<=1: out['decision'] = decision_curve(t, s, g, n=n, seed=seed).to_dict('list')
     return out
-
-def _average_precision(t, s, g, n, seed) -> Interval:
-    "With the interval of `label_table`, which has a width for a perfect score too."
-    row = label_table(t[:,None], s[:,None], ['label'], g, n=n, seed=seed, mean=False).iloc[0]
-    if row.reason: raise DataError(row.reason)
-    return Interval(row.ap, row.ap_low, row.ap_high)
 
 def _histogram(t, s) -> dict:
     edges = np.histogram_bin_edges(s, 20, (0, 1) if s.min()>=0 and s.max()<=1 else None)
@@ -213,7 +207,7 @@ def label_figures(
         calls = s>=cut
         out |= {'threshold': float(cut.mean()), 'operating': operating_figures(t, calls, g, n, seed),
                 'confusion': [[int(((t>0)==a)[calls==b].sum()) for b in (False, True)] for a in (False, True)]}
-    return out | {'auroc': figure(len(k), auroc_ci, t, s, g), 'average_precision': figure(len(k), _average_precision, t, s, g, n, seed),
+    return out | {'auroc': figure(len(k), auroc_ci, t, s, g), 'average_precision': figure(len(k), bootstrap_ci, average_precision, t, s, g, n, seed),
                   'calibration': calibration_figures(t, s, g, n=n, seed=seed), 'curves': _curves(t, s, g, n, seed), 'histogram': _histogram(t, s)}
 
 def worst_errors(
@@ -232,7 +226,7 @@ def worst_errors(
             out += [{'label': l, 'kind': kind, 'image_id': str(ids[i]), 'score': float(s[i]), 'threshold': float(cut[i])} for i in rows]
     return out
 
-# %% ../nbs/62_evaluation.ipynb #9f809b78
+# %% ../nbs/62_evaluation.ipynb #8b26e56d
 def grade_figures(
     table: pd.DataFrame,         # predictions with `grade` and `grade_predicted`
     names=None,                  # of the grades
@@ -246,21 +240,27 @@ def grade_figures(
     hits = table.grade==table.grade_predicted
     out = {'names': names, 'confusion': confusion(table.grade, table.grade_predicted, k).to_numpy().tolist(),
            'quadratic kappa': figure(len(table), bootstrap_ci, quadratic_kappa, table.grade, table.grade_predicted, g, n, seed),
-           'accuracy': figure(len(table), mean_ci, hits.astype(float), g, n, seed), 'found': []}
+           'accuracy': figure(len(table), proportion_ci, hits, None, g), 'found': []}
     for i in range(k) if calls is not None else ():
         m = (table.grade==i).to_numpy()
         out['found'].append({'grade': names[i], **(figure(m.sum(), proportion_ci, calls==(i>0), m, g) if m.any() else _undefined(0, 'no such images'))})
     return out
 
-# %% ../nbs/62_evaluation.ipynb #5f080230
+# %% ../nbs/62_evaluation.ipynb #4e74b6ee
+def in_years(
+    values: pd.Series, # a column of the table
+) -> pd.Series:
+    "DICOM's ages (045Y, 003M, ...) as years, if most values are such; any other column as it is."
+    if not (values.dtype==object or pd.api.types.is_string_dtype(values)): return values
+    age = values.astype(str).str.extract(r'^(\d{1,3})([YMWD])$')
+    if not len(values) or age[0].notna().mean()<=.5: return values
+    return (age[0].astype(float)*age[1].map({'Y': 1, 'M': 1/12, 'W': 1/52, 'D': 1/365})).rename(values.name)
+
 def in_ranges(
     values: pd.Series, # a column of the table
 ) -> pd.Series:
     "The column as text: ages as ranges of years, other numbers with many values as quarters, '' and NaN as 'unknown'."
-    v = values
-    if v.dtype==object or pd.api.types.is_string_dtype(v):
-        age = v.astype(str).str.extract(r'^(\d{1,3})([YMWD])$')
-        if len(v) and age[0].notna().mean()>.5: v = age[0].astype(float)*age[1].map({'Y': 1, 'M': 1/12, 'W': 1/52, 'D': 1/365})
+    v = in_years(values)
     if pd.api.types.is_numeric_dtype(v) and not pd.api.types.is_bool_dtype(v) and v.nunique()>8:
         years = 'age' in re.split(r'[^a-z]+', re.sub(r'(?<=[a-z])(?=[A-Z])', '_', str(values.name)).lower())
         edges,names = ([0, 18, 40, 65, 200],['under 18','18 to 39','40 to 64','65 and over']) if years else (np.unique(v.quantile([0, .25, .5, .75, 1])),None)
@@ -274,7 +274,8 @@ def in_ranges(
 
 def _in_group(p, c, m, thresholds) -> dict:
     "AUROC, sensitivity and specificity of label `c` in the rows `m` (bool)."
-    k,t,s,g = (o[m[p.known(c)[0]]] for o in p.known(c))
+    known = p.known(c)
+    k,t,s,g = (o[m[known[0]]] for o in known)
     out = {'label': p.labels[c], 'images': len(k), 'positives': int(t.sum()), 'auroc': figure(len(k), auroc_ci, t, s, g) if len(k) else _undefined(0, 'no such images')}
     if np.isnan(thresholds[:,c]).any(): return out
     calls = s>=thresholds[k,c]

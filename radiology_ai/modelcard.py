@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/63_modelcard.ipynb #068efb1e
+# %% ../nbs/63_modelcard.ipynb #886df549
 import radiology_ai
 from .core import DataError
 from .data.split import assert_no_leakage, patient_keys, split_hash
 from .checklist import claim_checklist
-from .evaluation import in_ranges
+from .evaluation import in_ranges, in_years
 
 # %% ../nbs/63_modelcard.ipynb #625df31d
 LIMITS = ("Evaluated on the images described here only; other scanners, positioning, patients or prevalence may give other figures.",
@@ -116,7 +116,7 @@ def warnings_of(
     if flat: out.append("All scores are equal" + (f" for {_listed(flat)}" if len(labels)>1 else '') + ": the model says nothing.")
     return out
 
-# %% ../nbs/63_modelcard.ipynb #dc333b0e
+# %% ../nbs/63_modelcard.ipynb #eb1f7521
 def characteristics(
     manifest: pd.DataFrame, # all images of the run
     columns=(),             # columns to count
@@ -130,7 +130,7 @@ def characteristics(
     rows += [(f'{l}', [share(int((o[l]==1).sum()), int(o[l].notna().sum())) for o in parts.values()]) for l in labels if l in m]
     for c in columns:
         if c not in m: continue
-        values = pd.to_numeric(m[c].astype(str).str.removesuffix('Y'), errors='coerce')
+        values = pd.to_numeric(in_years(m[c]), errors='coerce')
         if values.notna().mean()>.5 and values.nunique()>8:
             quartiles = [values[o.index].quantile([.25, .5, .75]).round(1) for o in parts.values()]
             rows.append((f'{c}, median (quartiles)', [f'{q[.5]:g} ({q[.25]:g} to {q[.75]:g})' if q.notna().all() else 'unknown' for q in quartiles]))
@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError: out[name] = 'not installed'
     return out
 
-# %% ../nbs/63_modelcard.ipynb #860716ae
+# %% ../nbs/63_modelcard.ipynb #5aa3373f
 OPEN = 'Open: not recorded with this run.'
 
 def _find(facts: dict, *names):
@@ -182,7 +182,7 @@ def _joined(facts: dict, **names) -> str:
     "Those of the facts that are there, as 'name: value'."
     return '; '.join(f"{k.replace('_', ' ')}: {fact_text(v)}" for k,ns in names.items() if (v := _find(facts, *ns)) is not None)
 
-def _sizes(counts, e: dict, which: tuple) -> str:
+def _sizes(counts, which: tuple=()) -> str:
     rows = [f"{c['split']}: {c['images']:,} images of {c['patients']:,} patients" for c in counts if c['split'] in which or not which]
     return '; '.join(rows)
 
@@ -196,13 +196,13 @@ def model_card(
     model = _joined(f, task=('task',), network=('architecture', 'arch', 'network'), parameters=('parameters',), first_weights=('pretrained',), seed=('seed',))
     procedure = _joined(f, loss=('loss',), epochs=('epochs',), batch=('bs',), learning_rate=('lr',), sampler=('sampler',), monitor=('monitor',), plan=('plan',))
     folds = not any(c['split']=='train' for c in counts) and bool(counts)
-    card = {'Model': some(model), 'Intended use': some(d.intended_use), 'Training data': some(_sizes(counts, e, () if folds else ('train','valid')) + (' (each fold was tested on once)' if folds else '')) if counts else OPEN,
+    card = {'Model': some(model), 'Intended use': some(d.intended_use), 'Training data': some(_sizes(counts, () if folds else ('train','valid')) + (' (each fold was tested on once)' if folds else '')) if counts else OPEN,
             'Training': some(procedure), 'Input': some(_joined(f, recipe=('recipe',))),
             'Evaluation data': f"{e['images']:,} images of {e['patients']:,} patients" + (f"; {e['unknown']:,} more without a known truth were left out" if e['unknown'] else '') + '.',
             'Factors': f"Figures are given by {', '.join(d.subgroups)}." if d.subgroups else 'Open: no subgroups were looked at.', 'Risks and ethics': OPEN}
     return list((card | d.card).items())
 
-# %% ../nbs/63_modelcard.ipynb #fb81b22b
+# %% ../nbs/63_modelcard.ipynb #da30db8f
 def claim_answers(
     d: ReportData,
     e: dict,          # of `evaluate_table`
@@ -210,17 +210,17 @@ def claim_answers(
     counts=(),        # of `split_facts`
 ) -> list[dict]:
     "The 44 points as of `claim_checklist`, answered by the record where it can, and by `d.claim`."
-    f,folds = d.facts,any(o['kind'] and o['heat'] is not None for o in map(vars, d.examples))
+    f,heat = d.facts,any(x.heat is not None for x in d.examples)
     out = [f"{k.lstrip('- ')}: {v:,}" for k,v in d.flow.items() if str(k).startswith('-')]
     flow = f"{next(iter(d.flow.values())):,} files; left out: {', '.join(out) or 'none'}" if d.flow else ''
     card = dict(model_card(d, e, counts))
     known = {1: f"Deep learning ({fact_text(_find(f, 'architecture', 'arch'))})" if _find(f, 'architecture', 'arch') else '', 8: flow, 9: card['Input'],
         12: f"Images without a known truth are left out ({e['unknown']:,}); an unknown label does not count in its image.",
-        19: f"Split with hash {split['hash']}. {_sizes(counts, e, ())}" if split else '', 20: f"Patients: {split['text']}" if split and split['ok'] else '',
+        19: f"Split with hash {split['hash']}. {_sizes(counts)}" if split else '', 20: f"Patients: {split['text']}" if split and split['ok'] else '',
         22: card['Model'], 23: fact_text(_find(f, 'versions') or versions()), 24: _joined(f, pretrained=('pretrained',), seed=('seed',)), 25: card['Training'],
         26: _joined(f, best_epoch_by=('monitor',)), 28: "AUROC, average precision, calibration, net benefit" + (', and figures at a threshold chosen beforehand' if any(o['operating'] for o in e['labels']) else ''),
         29: "95 % intervals with the patient as unit: DeLong, Wilson, bootstrap" + ('; paired tests with Holm\'s correction' if e['comparison'] else ''),
-        30: f"Subgroups: {', '.join(d.subgroups)}" if d.subgroups else '', 31: 'Heat maps of examples' if folds else '', 32: card['Evaluation data'], 35: flow + (f". {_sizes(counts, e, ())}" if flow and counts else ''),
+        30: f"Subgroups: {', '.join(d.subgroups)}" if d.subgroups else '', 31: 'Heat maps of examples' if heat else '', 32: card['Evaluation data'], 35: flow + (f". {_sizes(counts)}" if flow and counts else ''),
         36: 'Table of the patients in each part' if d.manifest is not None and d.subgroups else '', 37: 'Sections Discrimination and Calibration', 38: 'Section Discrimination' if any(o['operating'] for o in e['labels']) else '',
         39: 'Table of the worst errors' if e['worst'] else '', 40: ' '.join(d.limits)}
     return claim_checklist({k: v for k,v in known.items() if v!=OPEN} | d.claim, tuple(d.claim))

@@ -10,7 +10,7 @@ __all__ = ['columns_of', 'macro_auroc', 'label_table', 'auroc_table', 'confusion
            'auroc_ci', 'DelongTest', 'delong_test', 'PROPORTIONS', 'youden_threshold', 'threshold_for', 'f_threshold',
            'cost_threshold', 'operating_point', 'Calibration', 'calibration', 'dice', 'dice_ci']
 
-# %% ../../nbs/42_metrics.classification.ipynb #365cce92
+# %% ../../nbs/42_metrics.classification.ipynb #a42ba525
 import math, warnings
 from functools import partial
 
@@ -24,7 +24,7 @@ from radiology_ai.metrics.intervals import (NA, Interval, binary, bootstrap, boo
 from .calibration import Calibration, calibration
 from .masks import dice, dice_ci
 from .operating import PROPORTIONS, call_cells, call_rates, cost_threshold, f_threshold, operating_point, point_intervals, threshold_for, youden_threshold
-from .ranking import DelongTest, Ranked, auroc, auroc_ci, average_precision, delong_test, perfect_auroc, refuse_constant
+from .ranking import DelongTest, Ranked, auroc, auroc_ci, average_precision, delong_test, refuse_constant
 
 # %% ../../nbs/42_metrics.classification.ipynb #f6686c3a
 _all_ = ['Interval','bootstrap_ci','mean_ci','proportion_ci','wilson_ci','auroc','average_precision','auroc_ci','DelongTest','delong_test','PROPORTIONS','youden_threshold','threshold_for',
@@ -75,7 +75,7 @@ def _macro(targets, scores):
     return lambda w: np.mean([r.auroc(w) for r in ranked], 0)
 macro_auroc.weighted,macro_auroc.by_class = _macro,True
 
-# %% ../../nbs/42_metrics.classification.ipynb #f335499f
+# %% ../../nbs/42_metrics.classification.ipynb #c9ddda95
 class _Label:
     "One label: figures of R draws from weights (N, R), and the intervals of the label itself."
     def __init__(self, t, s, g, threshold, aucs=('auroc','ap'), **kwargs):
@@ -97,11 +97,8 @@ class _Label:
         k = ~np.isnan(self.t)
         t,s,g = self.t[k]>0,self.s[k],self.g[k]
         patients = fewest(t, g)
-        out = {a: percentile_ci(self.value[a], drawn[a], level, patients) for a in self.aucs}
-        if self.value.get('auroc') in (0, 1): out['auroc'] = perfect_auroc(self.value['auroc'], t, g, level)
-        if out.get('ap', NA).value==1: # every positive above every negative: Wilson's limit of the specificity of the cut between them
-            alarms = (1 - wilson_ci(*[len(np.unique(g[~t]))]*2, level).low)*(~t).sum()
-            out['ap'] = Interval(1., float(t.sum()/(t.sum() + alarms)), 1.)
+        limits = dict(auroc=auroc.at_limit, ap=average_precision.at_limit)
+        out = {a: limits[a](self.value[a], t, g, level) or percentile_ci(self.value[a], drawn[a], level, patients) for a in self.aucs}
         if self.cells is not None: out |= {k: ci for k,(ci,_) in point_intervals(t, s>=self.threshold, g, drawn, level, **self.kwargs).items()}
         return out
 
@@ -116,7 +113,7 @@ def _mean_row(there, lost, names, drawn, t, g, level, missing, figures, cut) -> 
     "The row of the mean over the labels `there` (number -> `_Label`)."
     reason = 'without ' + '; '.join(f'{names[c]}: {why}' for c,why in lost.items()) if lost else ''
     if not there or (lost and missing!='skip'):
-        return _row('mean', figures, {}, f"{', '.join(str(names[c]) for c in lost)} lack positives or negatives: a mean would hide it (missing='skip' leaves them out)", t, g, cut)
+        return _row('mean', figures, {}, f"{'; '.join(f'{names[c]}: {why}' for c,why in lost.items())}: a mean would hide it (missing='skip' leaves them out)", t, g, cut)
     out = {}
     for k in figures:
         value = np.mean([o.value[k] for o in there.values()])

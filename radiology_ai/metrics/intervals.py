@@ -246,7 +246,7 @@ def mean_ci(
     if not len(v): raise DataError("There are no values", "Give at least two images")
     return percentile_ci(v.mean(), bootstrap(lambda w: (v@w)/w.sum(0, dtype=float), g, None, n, seed), level, fewest(v[:,None], g))
 
-# %% ../../nbs/40_metrics.intervals.ipynb #8e6aad9d
+# %% ../../nbs/40_metrics.intervals.ipynb #6c42debb
 def weighted_form(metric, t, s):
     "Function of weights (N, R) that gives the metric of each draw (R,): its own fast one, `metric.weighted`, or one call a draw, NaN where it raises `DataError`."
     if hasattr(metric, 'weighted'): return metric.weighted(t, s)
@@ -271,8 +271,9 @@ def bootstrap_ci(
     level: float=.95,  # confidence
     stratify: bool|None=None, # draw within classes; None: if the metric has `by_class`
 ) -> Interval:
-    "Percentile interval of any metric over patients drawn with replacement."
+    "Percentile interval of any metric over patients drawn with replacement; at a perfect value that of the metric's `at_limit`, if it has one, as all draws are alike there."
     check_repetitions(n)
     t,s,g = known(targets, scores, groups)
     value = metric(t, s)
+    if hasattr(metric, 'at_limit') and (ci := metric.at_limit(value, t, g, level)): return ci
     return percentile_ci(value, bootstrap(weighted_form(metric, t, s), g, strata_for(metric, t, stratify), n, seed), level, fewest(t, g))

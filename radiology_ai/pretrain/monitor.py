@@ -13,16 +13,24 @@ import pandas as pd
 import torch
 from fastai.learner import Learner, Metric
 
-# %% ../../nbs/52_pretrain.monitor.ipynb #e20f136d
+# %% ../../nbs/52_pretrain.monitor.ipynb #d7a1e335
 from ..core import DataError
+from ..learner import predict_scores
 from ..metrics.classification import macro_auroc
 from ..metrics.ranking import auroc
 
-# %% ../../nbs/52_pretrain.monitor.ipynb #99605919
+# %% ../../nbs/52_pretrain.monitor.ipynb #3a48a0a1
 def _features(body, x):
     "(B, F) of a body's maps, in its present mode."
     f = body(x.as_subclass(torch.Tensor))
     return (f.mean((2, 3)) if f.ndim==4 else f).float()
+
+class _Pooled(torch.nn.Module):
+    "A body whose answer is its pooled features."
+    def __init__(self, body):
+        super().__init__()
+        self.body,self.training = body,body.training
+    def forward(self, x): return _features(self.body, x)
 
 def embed(
     learn_or_body, # a Learner or model with `.body`, or a body
@@ -30,18 +38,7 @@ def embed(
 ) -> tuple[np.ndarray, np.ndarray|None]:
     "(N, F) float32 features, pooled over the image, and the targets (N,) or None, in the order of `dl`."
     model = learn_or_body.model if isinstance(learn_or_body, Learner) else learn_or_body
-    body = getattr(model, 'body', model)
-    device,training,out,targets = next(body.parameters()).device,body.training,[],[]
-    body.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for b in dl:
-                x,*y = (b,) if torch.is_tensor(b) else b
-                out.append(_features(body, x.to(device)).cpu())
-                if y: targets.append(y[-1].as_subclass(torch.Tensor).cpu())
-    finally: body.train(training)
-    if not out: raise DataError("The loader gave no batch", "Give at least one image")
-    return torch.cat(out).numpy(),torch.cat(targets).numpy() if targets else None
+    return predict_scores(_Pooled(getattr(model, 'body', model)), dl)
 
 # %% ../../nbs/52_pretrain.monitor.ipynb #46970ab4
 def _unit(f, mean):

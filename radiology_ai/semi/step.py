@@ -235,7 +235,7 @@ class SemiSupervised(Callback):
     def views(self, x, y, u): raise NotImplementedError
     def unlabelled_loss(self, rest): raise NotImplementedError
 
-# %% ../../nbs/50_semi.step.ipynb #93fad8ba
+# %% ../../nbs/50_semi.step.ipynb #1e2cdc60
 @patch
 def before_fit(self:SemiSupervised):
     dl = self.learn.dls.train
@@ -251,7 +251,7 @@ def before_fit(self:SemiSupervised):
     if self.scope is not None and not ((self.scope>=0) & (self.scope<=1)).all(): raise DataError(f"Column {self.in_scope!r} holds weights outside 0 .. 1, or none", "Give each row a weight in [0, 1]")
     if self.truth and self.multi: raise ModelError(f"truth is {self.truth!r}, and these are several labels", "Leave it out; pseudo_labels and audit hold them against the truth")
     if self.truth: self.true = category_codes(dl.dataset.items, self.truth, self.learn.dls.vocab)[0]
-    self.expected,self.epoch_rows,self.warned = _labelled_shares(targets, self.n_out),(None, None),False
+    self.expected,self.epoch_rows,self.warned = class_shares('labels', targets, self.n_out),(None, None),False
     n = self.ramp*self.learn.n_epoch*len(dl)
     self.ramp_steps = n if 0<self.ramp<1 else self.ramp
     self.learn.metrics = list(self.learn.metrics) + [GuessFigure(self, k) for k in ('used','confidence', *(['guess_accuracy'] if self.true is not None else []))]
@@ -262,10 +262,6 @@ def _column(items, name):
     if name is None: return None
     if name not in items: raise DataError(f"The manifest has no column {name!r}", "Name a column that is there")
     return items[name].to_numpy(float)
-
-def _labelled_shares(targets, n):
-    "(L, K) shares of the labelled images."
-    return class_shares('labels', targets, n)
 
 class GuessFigure(Metric):
     "A figure of the epoch's guesses, for the recorder."
