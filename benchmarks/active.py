@@ -7,13 +7,17 @@ is trained anew after each round, for a fixed number of steps, and its last weig
 Each seed has its own first labels, weights and order of batches; the strategies share them. Labels needed are interpolated between rounds; a seed that never reaches the goal counts as infinite.
 """
 import os
+
 for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[k] = '1'
-import argparse, tempfile, warnings
+import argparse
+import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 SIZE, BS = 48, 16
 
@@ -23,9 +27,12 @@ def manifest_of(data: Path, store):
     from radiology_ai.data.split import patient_split
     table = pd.read_csv(data/'chest_child/manifest.csv')
     index = store.index.assign(name=store.index.path.map(lambda p: Path(p).name))
-    df = index.merge(table.assign(name=table.path.map(lambda p: Path(p).name))[['name', 'labels', 'patient_group']], on='name')
-    df = df.assign(patient_id=df.patient_group.astype(str), pneumonia=(~df.labels.str.lower().str.contains('normal')).astype(int))
-    return patient_split(df[['image_id', 'path', 'patient_id', 'study_id', 'view', 'laterality', 'pneumonia']].assign(study_id=''), {'train': .68, 'valid': .02, 'test': .3}, 'pneumonia', seed=0)
+    df = index.merge(table.assign(name=table.path.map(lambda p: Path(p).name))[['name', 'labels',
+        'patient_group']], on='name')
+    df = df.assign(patient_id=df.patient_group.astype(str),
+        pneumonia=(~df.labels.str.lower().str.contains('normal')).astype(int))
+    return patient_split(df[['image_id', 'path', 'patient_id', 'study_id', 'view', 'laterality',
+        'pneumonia']].assign(study_id=''), {'train': .68, 'valid': .02, 'test': .3}, 'pneumonia', seed=0)
 
 
 def run(job):
@@ -37,7 +44,7 @@ def run(job):
     from radiology_ai.active import simulate_active
     from radiology_ai.data.load import xray_dataloaders, xray_test_dl
     from radiology_ai.learner import predict_scores, xray_learner
-    from radiology_ai.metrics.classification import auroc
+    from radiology_ai.metrics.ranking import auroc
     from radiology_ai.preprocess.store import ImageStore
     store = ImageStore(store)
     df = manifest_of(Path(data), store)
@@ -46,8 +53,12 @@ def run(job):
         dls = xray_dataloaders(store, manifest, 'pneumonia', bs=BS, seed=seed, vocab=[0, 1])
         learn = xray_learner(dls, 'resnet10t', pretrained=False, seed=seed, monitor=None)
         return learn.fit_two_phase(max(1, round(steps/len(dls.train))))
-    def evaluate(learn): return float(auroc(test.pneumonia.to_numpy(), predict_scores(learn, xray_test_dl(learn.dls, test), activation=True)[0][:, 1]))
-    if strategy=='all': return pd.DataFrame([('all', seed, int((df.split=='train').sum()), evaluate(train(df, seed)))], columns=['strategy', 'seed', 'labels', 'value'])
+    def evaluate(learn):
+        return float(auroc(test.pneumonia.to_numpy(),
+            predict_scores(learn, xray_test_dl(learn.dls, test), activation=True)[0][:, 1]))
+    if strategy=='all':
+        return pd.DataFrame([('all', seed, int((df.split=='train').sum()), evaluate(train(df, seed)))],
+            columns=['strategy', 'seed', 'labels', 'value'])
     return simulate_active(df, 'pneumonia', train, evaluate, strategy, start, step, rounds, seed)
 
 
@@ -55,7 +66,8 @@ def main():
     from radiology_ai.active import STRATEGIES, labels_needed
     from radiology_ai.preprocess.scale import preprocess_folder
     from radiology_ai.preprocess.store import recipe
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--strategies', default=','.join(STRATEGIES))
     parser.add_argument('--start', type=int, default=60, help="labels at the beginning")
@@ -68,24 +80,32 @@ def main():
     data = os.environ.get('RADIOLOGY_AI_REAL_DATA')
     if not data: raise SystemExit('RADIOLOGY_AI_REAL_DATA is not set')
     with tempfile.TemporaryDirectory() as folder:
-        store = preprocess_folder(Path(data)/'chest_child/images', Path(folder)/'store', recipe('chest', size=SIZE), workers=args.workers, show=False)
-        jobs = [(str(store.path), data, s, seed, args.start, args.step, args.rounds, args.steps) for s in ['all', *args.strategies.split(',')] for seed in range(args.seeds)]
+        store = preprocess_folder(Path(data)/'chest_child/images', Path(folder)/'store',
+            recipe('chest', size=SIZE), workers=args.workers, show=False)
+        jobs = [(str(store.path), data, s, seed, args.start, args.step, args.rounds, args.steps)
+            for s in ['all', *args.strategies.split(',')] for seed in range(args.seeds)]
         out = []
         with ProcessPoolExecutor(args.workers, mp_context=get_context('spawn')) as pool:
             for r in pool.map(run, jobs):
                 out.append(r)
-                print(f'{r.strategy[0]:9s} seed {r.seed[0]}: ' + ' '.join(f'{n}:{v:.3f}' for n, v in zip(r.labels, r.value)), flush=True)
+                print(f'{r.strategy[0]:9s} seed {r.seed[0]}: '
+                    + ' '.join(f'{n}:{v:.3f}' for n, v in zip(r.labels, r.value)), flush=True)
     t = pd.concat(out, ignore_index=True)
     if args.out: t.to_csv(args.out, index=False)
     full = t[t.strategy=='all']
     goal = full.value.mean() - .02
-    print(f'\nall {full.labels.iloc[0]} labels: AUROC {full.value.mean():.3f} (seeds {full.value.min():.3f} to {full.value.max():.3f}); goal {goal:.3f}\n')
-    need = {s: [labels_needed(c, goal) for _, c in g.groupby('seed')] for s, g in t[t.strategy!='all'].groupby('strategy', sort=False)}
+    print(f'\nall {full.labels.iloc[0]} labels: AUROC {full.value.mean():.3f} (seeds {full.value.min():.3f} '
+        f'to {full.value.max():.3f}); goal {goal:.3f}\n')
+    need = {s: [labels_needed(c, goal) for _, c in g.groupby('seed')]
+        for s, g in t[t.strategy!='all'].groupby('strategy', sort=False)}
     base = np.array(need.get('random', []))
     for s, n in need.items():
         n, area = np.array(n), t[t.strategy==s].groupby('seed').value.mean()
-        better = f', fewer than random in {int((n<base).sum())} of {len(n)} seeds' if len(base) and s!='random' else ''
-        print(f'{s:9s} labels needed: median {np.median(n):.0f} ({", ".join("never" if np.isinf(v) else f"{v:.0f}" for v in sorted(n))}){better}; mean AUROC over the rounds {area.mean():.3f} (SD over seeds {area.std():.3f})')
+        better = (f', fewer than random in {int((n<base).sum())} of {len(n)} seeds' if len(base)
+            and s!='random' else '')
+        print(f'{s:9s} labels needed: median {np.median(n):.0f} '
+            f'({", ".join("never" if np.isinf(v) else f"{v:.0f}" for v in sorted(n))}){better}; mean AUROC '
+            f'over the rounds {area.mean():.3f} (SD over seeds {area.std():.3f})')
 
 
 if __name__=='__main__': main()

@@ -6,18 +6,36 @@ child:  paediatric chests (Kermany 2018), pneumonia or normal.   nih: ChestX-ray
 Patients are divided once, 55 to 15 to 30 %. Both train a resnet18 from random weights and keep their last epoch. Each seed has other weights, batches and draws. The interval of the difference comes from
 drawing the test patients anew, for the mean over the seeds of (mean over the labels of) the AUROC.
 """
-import argparse, os, tempfile, time, warnings
+import argparse
+import os
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
-from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, MultiCategoryBlock, Resize, aug_transforms, resnet18, set_seed, vision_learner, ColSplitter
+import numpy as np
+import pandas as pd
+import torch
 from fastai.losses import BCEWithLogitsLossFlat
+from fastai.vision.all import (
+    CategoryBlock,
+    ColReader,
+    ColSplitter,
+    DataBlock,
+    ImageBlock,
+    MultiCategoryBlock,
+    Resize,
+    aug_transforms,
+    resnet18,
+    set_seed,
+    vision_learner,
+)
 
 from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders, xray_test_dl
 from radiology_ai.data.split import patient_split
 from radiology_ai.learner import predict_scores, xray_learner
-from radiology_ai.metrics.classification import auroc
+from radiology_ai.metrics.ranking import auroc
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import recipe
 from radiology_ai.vision.augment import BatchAugment
@@ -30,10 +48,12 @@ def table(task: str) -> tuple[pd.DataFrame, list, Path]:
     "The images with patient, labels and split; the label columns; the folder."
     folder = DATA/('chest_child' if task=='child' else 'chest_nih')
     t = pd.read_csv(folder/'manifest.csv')
-    if task=='child': t = t.assign(patient_id=t.patient_group.astype(str), y=(t.binary!='NORMAL').astype(float))
+    if task=='child':
+        t = t.assign(patient_id=t.patient_group.astype(str), y=(t.binary!='NORMAL').astype(float))
     else: t = t.assign(patient_id=t.patient_id.astype(str), y=(t[FINDINGS].sum(1)>0).astype(float))
     labels = [c for c in FINDINGS if t[c].sum()>=40] if task=='labels' else ['y']
-    t = patient_split(t.assign(image_id=t.path)[['image_id', 'path', 'patient_id', *labels]], {'train': .55, 'valid': .15, 'test': .3}, labels, seed=0)
+    t = patient_split(t.assign(image_id=t.path)[['image_id', 'path', 'patient_id', *labels]],
+        {'train': .55, 'valid': .15, 'test': .3}, labels, seed=0)
     return t, labels, folder
 
 
@@ -42,7 +62,8 @@ def ours(t, labels, folder, args, seed, store):
     ids = dict(zip(store.index.path.map(lambda p: Path(p).name), store.index.image_id))
     t = t.assign(image_id=t.path.map(lambda p: ids[Path(p).name]))
     what = labels if len(labels)>1 else labels[0]
-    aug = BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.1, contrast=.2, gamma=(.8, 1.25), noise=.02, seed=seed)
+    aug = BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.1, contrast=.2,
+        gamma=(.8, 1.25), noise=.02, seed=seed)
     dls = xray_dataloaders(store, t, what, bs=32, batch_tfms=[aug], seed=seed)
     learn = xray_learner(dls, 'resnet18', pretrained=False, seed=seed, monitor=None)
     start = time.perf_counter()
@@ -55,12 +76,17 @@ def ours(t, labels, folder, args, seed, store):
 def plain(t, labels, folder, args, seed, store):
     "The same of a plain fastai learner."
     several = len(labels)>1
-    rows = t[t.split!='test'].assign(is_valid=lambda d: d.split=='valid', words=lambda d: [' '.join(c for c in labels if r[c]==1) if several else str(int(r['y'])) for r in d.to_dict('records')])
+    rows = t[t.split!='test'].assign(is_valid=lambda d: d.split=='valid',
+        words=lambda d: [' '.join(c for c in labels if r[c]==1) if several else str(int(r['y']))
+        for r in d.to_dict('records')])
     set_seed(seed)
-    block = DataBlock(blocks=(ImageBlock, MultiCategoryBlock(vocab=labels) if several else CategoryBlock), get_x=ColReader('path', pref=f'{folder}/'), get_y=ColReader('words', label_delim=' ' if several else None),
+    block = DataBlock(blocks=(ImageBlock, MultiCategoryBlock(vocab=labels) if several else CategoryBlock),
+        get_x=ColReader('path', pref=f'{folder}/'),
+        get_y=ColReader('words', label_delim=' ' if several else None),
         splitter=ColSplitter('is_valid'), item_tfms=Resize(args.size), batch_tfms=aug_transforms())
     dls = block.dataloaders(rows, bs=32, num_workers=0)
-    learn = vision_learner(dls, resnet18, pretrained=False, **(dict(loss_func=BCEWithLogitsLossFlat(), metrics=[]) if several else {}))
+    learn = vision_learner(dls, resnet18, pretrained=False,
+        **(dict(loss_func=BCEWithLogitsLossFlat(), metrics=[]) if several else {}))
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(args.epochs)
@@ -85,22 +111,32 @@ def compare(task: str, args, folder: Path):
             p, s = f(t, labels, images, args, seed, store)
             scores[name].append(p)
             seconds[name] += s
-        print(f'{task} seed {seed}: ' + ', '.join(f'{n} {mean_auroc(y, v[-1]):.3f}' for n, v in scores.items()), flush=True)
-    def figures(rows): return np.array([np.mean([mean_auroc(y[rows], p[rows]) for p in v]) for v in scores.values()])
+        print(f'{task} seed {seed}: ' + ', '.join(f'{n} {mean_auroc(y, v[-1]):.3f}'
+            for n, v in scores.items()), flush=True)
+    def figures(rows):
+        return np.array([np.mean([mean_auroc(y[rows], p[rows]) for p in v]) for v in scores.values()])
     gen, of = rng(0, 'patients'), [np.flatnonzero(patients==k) for k in range(patients.max()+1)]
-    draws = np.array([figures(np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))])) for _ in range(args.draws)])
+    draws = np.array([figures(np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))]))
+        for _ in range(args.draws)])
     a, b = figures(np.arange(len(y)))
     def span(v): return '{:.3f} to {:.3f}'.format(*np.percentile(v, [2.5, 97.5]))
     d = draws[:, 0]-draws[:, 1]
-    print(f"{task}: {len(t)} images of {t.patient_id.nunique()} patients, {(t.split=='train').sum()} to train, {len(test)} to test, {len(labels)} labels; {args.seeds} seeds, {args.epochs} epochs, {args.size} px")
-    print(f'  radiology_ai           AUROC {a:.3f} ({span(draws[:, 0])})   {seconds["ours"]:.0f} s\n  fastai vision_learner  AUROC {b:.3f} ({span(draws[:, 1])})   {seconds["fastai"]:.0f} s')
-    print(f'  difference {a-b:+.3f} ({span(d)}), p = {max(2*min((d<=0).mean(), (d>=0).mean()), 1/args.draws):.2g}; time {seconds["ours"]/seconds["fastai"]:.2f} of the peer', flush=True)
+    print(f"{task}: {len(t)} images of {t.patient_id.nunique()} patients, {(t.split=='train').sum()} to "
+        f"train, {len(test)} to test, {len(labels)} labels; {args.seeds} seeds, {args.epochs} epochs, {args.size} px")
+    print(f'  radiology_ai           AUROC {a:.3f} ({span(draws[:, 0])})   {seconds["ours"]:.0f} s\n  fastai '
+        f'vision_learner  AUROC {b:.3f} ({span(draws[:, 1])})   {seconds["fastai"]:.0f} s')
+    print(f'  difference {a-b:+.3f} ({span(d)}), p = '
+        f'{max(2*min((d<=0).mean(), (d>=0).mean()), 1/args.draws):.2g}; time '
+        f'{seconds["ours"]/seconds["fastai"]:.2f} of the peer', flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('tasks', nargs='*', default=['child', 'nih', 'labels'])
-    for name, value in (('seeds', 3), ('epochs', 8), ('size', 96), ('draws', 1000), ('threads', os.cpu_count())): parser.add_argument(f'--{name}', type=int, default=value)
+    for name, value in (('seeds', 3), ('epochs', 8), ('size', 96), ('draws', 1000),
+            ('threads', os.cpu_count())):
+        parser.add_argument(f'--{name}', type=int, default=value)
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
     torch.set_num_threads(args.threads)

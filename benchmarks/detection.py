@@ -11,15 +11,19 @@ lists, which computes each IoU once and skips what can't hit.
 pycocotools gets its dictionaries built inside its time, as `coco_map` does; it is timed with its usual settings and again with only what AP needs (all areas, 100 boxes an image).
 """
 import os
+
 for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[k] = '1'
-import argparse, contextlib, io, statistics, time
+import argparse
+import contextlib
+import io
+import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 
 from radiology_ai.core import rng
 from radiology_ai.metrics.detection import COCO_IOUS, RSNA_IOUS, coco_map, froc, rsna_map, rsna_map_ci, threshold_sweep
-
 
 # ---- boxes ---------------------------------------------------------------------------------------------------
 
@@ -30,7 +34,8 @@ def predictions(truths: list, seed: int, false: float=.7, size: int=1024):
         found = truth[gen.random(len(truth))<.8]
         side = np.tile(found[:,2:]-found[:,:2], 2)
         corner = gen.uniform(0, size-260, (gen.poisson(false), 2))
-        boxes.append(np.vstack([found + side*gen.uniform(-.15, .15, found.shape), np.hstack([corner, corner+gen.uniform(60, 250, corner.shape)])]))
+        boxes.append(np.vstack([found + side*gen.uniform(-.15, .15, found.shape),
+            np.hstack([corner, corner+gen.uniform(60, 250, corner.shape)])]))
         scores.append(np.r_[gen.beta(5, 2, len(found)), gen.beta(2, 4, len(corner))])
     return boxes, scores
 
@@ -85,7 +90,8 @@ def plain_rsna(boxes, scores, truths) -> float:
 
 
 def tuned_rsna(boxes, scores, truths) -> float:
-    "The same without NumPy: Python lists (made within its time), images without boxes or lesions skipped, the overlaps of an image computed once for all thresholds."
+    """The same without NumPy: Python lists (made within its time), images without boxes or lesions skipped,
+    the overlaps of an image computed once for all thresholds."""
     total, count = 0., 0
     for p, s, t in zip(boxes, scores, truths):
         p, s, t = p.tolist(), s.tolist(), t.tolist()
@@ -112,14 +118,19 @@ def pycoco(boxes, scores, truths, only_ap: bool=False) -> np.ndarray:
         truth, found = [], []
         for i, t in enumerate(truths):
             for x1, y1, x2, y2 in t.tolist():
-                truth.append(dict(id=len(truth)+1, image_id=i, category_id=0, bbox=[x1, y1, x2-x1, y2-y1], area=(x2-x1)*(y2-y1), iscrowd=0))
+                truth.append(dict(id=len(truth)+1, image_id=i, category_id=0, bbox=[x1, y1, x2-x1, y2-y1],
+                    area=(x2-x1)*(y2-y1), iscrowd=0))
         for i, (p, s) in enumerate(zip(boxes, scores)):
-            for (x1, y1, x2, y2), v in zip(p.tolist(), s.tolist()): found.append(dict(image_id=i, category_id=0, bbox=[x1, y1, x2-x1, y2-y1], score=v))
+            for (x1, y1, x2, y2), v in zip(p.tolist(), s.tolist()):
+                found.append(dict(image_id=i, category_id=0, bbox=[x1, y1, x2-x1, y2-y1], score=v))
         gt = COCO()
-        gt.dataset = dict(info={}, images=[dict(id=i) for i in range(len(truths))], categories=[dict(id=0)], annotations=truth)
+        gt.dataset = dict(info={}, images=[dict(id=i) for i in range(len(truths))], categories=[dict(id=0)],
+            annotations=truth)
         gt.createIndex()
         e = COCOeval(gt, gt.loadRes(found), 'bbox')
-        if only_ap: e.params.areaRng, e.params.areaRngLbl, e.params.maxDets = e.params.areaRng[:1], e.params.areaRngLbl[:1], [100]
+        if only_ap:
+            e.params.areaRng, e.params.areaRngLbl, e.params.maxDets = e.params.areaRng[
+                :1], e.params.areaRngLbl[:1], [100]
         e.evaluate()
         e.accumulate()
     return e.eval['precision'][:,:,0,0,-1].mean(1)
@@ -141,7 +152,8 @@ def turns(ways: dict, repeats: int) -> dict:
 
 def table(title: str, times: dict, ours: str):
     print(f'\n{title}')
-    for name, (cpu, clock) in times.items(): print(f'  {name:48} {cpu*1e3:9.1f} ms   clock {clock*1e3:9.1f} ms   {cpu/times[ours][0]:6.1f} x')
+    for name, (cpu, clock) in times.items():
+        print(f'  {name:48} {cpu*1e3:9.1f} ms   clock {clock*1e3:9.1f} ms   {cpu/times[ours][0]:6.1f} x')
 
 
 def compare(name: str, truths: list, repeats: int):
@@ -150,18 +162,23 @@ def compare(name: str, truths: list, repeats: int):
     given = boxes, scores, truths
     gap = max(abs(rsna_map(*given)-f(*given)) for f in (plain_rsna, tuned_rsna))
     assert gap<1e-12, gap
-    ways = {'rsna_map': lambda: rsna_map(*given), 'plain Python': lambda: plain_rsna(*given), 'plain Python, lists, each IoU once': lambda: tuned_rsna(*given)}
-    table(f'RSNA score {rsna_map(*given):.4f}, largest difference {gap:.0e}', turns(ways, repeats), 'rsna_map')
+    ways = {'rsna_map': lambda: rsna_map(*given), 'plain Python': lambda: plain_rsna(*given),
+        'plain Python, lists, each IoU once': lambda: tuned_rsna(*given)}
+    table(f'RSNA score {rsna_map(*given):.4f}, largest difference {gap:.0e}', turns(ways, repeats),
+        'rsna_map')
     ways = {'coco_map': lambda: coco_map(boxes, scores, truths)}
     try:
         gap = np.abs(coco_map(boxes, scores, truths).by_iou.to_numpy()-pycoco(boxes, scores, truths)).max()
         assert gap<1e-9, gap
-        ways |= {'pycocotools': lambda: pycoco(boxes, scores, truths), 'pycocotools, only what AP needs': lambda: pycoco(boxes, scores, truths, True)}
+        ways |= {'pycocotools': lambda: pycoco(boxes, scores, truths),
+            'pycocotools, only what AP needs': lambda: pycoco(boxes, scores, truths, True)}
         note = f'largest difference at {len(COCO_IOUS)} IoUs {gap:.0e}'
     except ImportError: note = 'pycocotools is not installed'
     table(f'COCO AP {coco_map(boxes, scores, truths).AP:.4f}, {note}', turns(ways, repeats), 'coco_map')
-    ways = {'threshold_sweep, 50 thresholds, no new matching': lambda: threshold_sweep(boxes, scores, truths, n=1000),
-        'rsna_map_ci, 1,000 draws': lambda: rsna_map_ci(boxes, scores, truths), 'froc with its band, 1,000 draws': lambda: froc(boxes, scores, truths)}
+    ways = {'threshold_sweep, 50 thresholds, no new matching': lambda: threshold_sweep(boxes, scores, truths,
+        n=1000),
+        'rsna_map_ci, 1,000 draws': lambda: rsna_map_ci(boxes, scores, truths),
+        'froc with its band, 1,000 draws': lambda: froc(boxes, scores, truths)}
     table('With intervals', turns(ways, max(2, repeats//3)), 'rsna_map_ci, 1,000 draws')
 
 
@@ -170,7 +187,8 @@ def main():
     real = os.environ.get('RADIOLOGY_AI_REAL_DATA')
     p.add_argument('--images', type=int, default=3000)
     p.add_argument('--repeats', type=int, default=7)
-    p.add_argument('--labels', default=str(Path(real)/'labels/rsna/stage_2_train_labels.csv.gz') if real else None)
+    p.add_argument('--labels', default=str(Path(real)/'labels/rsna/stage_2_train_labels.csv.gz') if real
+        else None)
     a = p.parse_args()
     if a.labels:
         compare('RSNA films with lesions', rsna_truths(a.labels, a.images, 0, True), a.repeats)

@@ -22,15 +22,30 @@ A peer that is not installed is left out with a line; none of them is a dependen
 Then: two processes; and the memory that one worker needs above its imports, up to the largest permitted file (50 million pixels).
 """
 import os
-for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS', 'NUMEXPR_NUM_THREADS'): os.environ[k] = '1'
-import argparse, importlib.metadata, json, multiprocessing, platform, subprocess, sys, tempfile, time, warnings
+
+for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS',
+        'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS', 'NUMEXPR_NUM_THREADS'):
+    os.environ[k] = '1'
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
-import cv2, numpy as np
+import cv2
+import numpy as np
 
 SIZE = (512, 512)
-CASES = dict(explicit='uncompressed', jpeg_lossless='JPEG Lossless SV1 (.70)', jpegls='JPEG-LS (.80)', jpeg2000='JPEG 2000 lossless (.90)', rle='RLE (.5)', htj2k='HTJ2K lossless (.201)')
-TARGETS = [('explicit', 'fastai.medical hist_scaled', 20), ('explicit', 'MONAI PydicomReader', 8), ('jpeg_lossless', 'pydicom', 6), ('jpeg2000', 'gdcm decode only', 4)]
+CASES = dict(explicit='uncompressed', jpeg_lossless='JPEG Lossless SV1 (.70)', jpegls='JPEG-LS (.80)',
+    jpeg2000='JPEG 2000 lossless (.90)', rle='RLE (.5)', htj2k='HTJ2K lossless (.201)')
+TARGETS = [('explicit', 'fastai.medical hist_scaled', 20), ('explicit', 'MONAI PydicomReader', 8),
+    ('jpeg_lossless', 'pydicom', 6), ('jpeg2000', 'gdcm decode only', 4)]
 
 
 # ---------------------------------------------------------------- files
@@ -78,23 +93,25 @@ def plain_pydicom():
 
 def fastai_medical(way: str):
     import torch
-    from fastai.medical.imaging import dcmread # patches pathlib.Path
     shrink = lambda t: torch.nn.functional.interpolate(t[None, None].float(), SIZE, mode='area')[0, 0].numpy()
     def read(path):
         ds = Path(path).dcmread()
-        return shrink(ds.hist_scaled() if way=='hist_scaled' else ds.windowed(float(ds.WindowWidth), float(ds.WindowCenter)))
+        return shrink(ds.hist_scaled() if way=='hist_scaled'
+            else ds.windowed(float(ds.WindowWidth), float(ds.WindowCenter)))
     return read
 
 
 def monai(reader: str):
     from monai.transforms import Compose, LoadImage, Resize, ScaleIntensity
-    if reader=='ITKReader': import itk
-    steps = Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True), ScaleIntensity(), Resize(SIZE, mode='area')])
+    if reader=='ITKReader': pass
+    steps = Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True), ScaleIntensity(),
+        Resize(SIZE, mode='area')])
     def read(path):
         a = steps(str(path))[0].numpy()
         return np.ascontiguousarray((a[..., 0] if a.ndim==3 else a).T, np.float32) # MONAI's first axis is x
     if reader!='ITKReader': return read
-    steps = Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True), lambda x: x[..., 0] if x.ndim==4 else x, ScaleIntensity(), Resize(SIZE, mode='area')])
+    steps = Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True),
+        lambda x: x[..., 0] if x.ndim==4 else x, ScaleIntensity(), Resize(SIZE, mode='area')])
     return lambda path: np.ascontiguousarray(steps(str(path))[0].numpy().T, np.float32)
 
 
@@ -115,8 +132,12 @@ def gdcm_decode():
     return read
 
 
-READERS = {'radiology_ai': ours, 'pydicom': plain_pydicom, 'fastai.medical hist_scaled': lambda: fastai_medical('hist_scaled'), 'fastai.medical windowed': lambda: fastai_medical('windowed'),
-           'MONAI PydicomReader': lambda: monai('PydicomReader'), 'MONAI ITKReader': lambda: monai('ITKReader'), 'torchxrayvision': lambda: xrayvision('skimage'), 'torchxrayvision, OpenCV': lambda: xrayvision('cv2'),
+READERS = {'radiology_ai': ours, 'pydicom': plain_pydicom,
+    'fastai.medical hist_scaled': lambda: fastai_medical('hist_scaled'),
+    'fastai.medical windowed': lambda: fastai_medical('windowed'),
+           'MONAI PydicomReader': lambda: monai('PydicomReader'),
+           'MONAI ITKReader': lambda: monai('ITKReader'), 'torchxrayvision': lambda: xrayvision('skimage'),
+           'torchxrayvision, OpenCV': lambda: xrayvision('cv2'),
            'gdcm decode only': gdcm_decode}
 
 
@@ -147,7 +168,8 @@ def plugin(path) -> str:
 # ---------------------------------------------------------------- one core
 
 def compare(path: Path, readers: dict, repeats: int) -> dict:
-    "Median milliseconds of each reader on a file, on the clock and of the processor, taking turns; NaN where a reader refuses the file."
+    """Median milliseconds of each reader on a file, on the clock and of the processor, taking turns; NaN
+    where a reader refuses the file."""
     times, likeness, wanted = {k: [] for k in readers}, {}, None
     for turn in range(repeats + 1): # the first turn warms up
         for name, read in readers.items():
@@ -156,11 +178,15 @@ def compare(path: Path, readers: dict, repeats: int) -> dict:
                 start, cpu = time.perf_counter(), time.process_time()
                 a = read(path)
                 spent = 1000*(time.perf_counter() - start), 1000*(time.process_time() - cpu)
-            except Exception as e: times[name] = None; print(f'    {name} refuses it: {type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ""}'); continue
+            except Exception as e:
+                times[name] = None
+                print(f'    {name} refuses it: {type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ""}')
+                continue
             if turn: times[name].append(spent); continue
             if name=='radiology_ai': wanted = a
             if a.ndim==2: likeness[name] = check(name, a, wanted)
-    return {k: (*(np.median(v, 0) if v else (np.nan, np.nan)), likeness.get(k, np.nan)) for k, v in times.items()}
+    return {k: (*(np.median(v, 0) if v else (np.nan, np.nan)), likeness.get(k, np.nan))
+        for k, v in times.items()}
 
 
 def check(name, a, wanted) -> float:
@@ -178,10 +204,14 @@ def speed_table(files: dict, repeats: int) -> dict:
         mine, mine_cpu, _ = result['radiology_ai']
         for name, (ms, cpu, like) in result.items():
             found[s, name] = ms/mine
-            if not np.isnan(ms): print(f'    {name:28s} {ms:8.1f} ms {1000/ms:8.1f} images/s {ms/mine:6.2f} x ours   processor {cpu:8.1f} ms {cpu/mine_cpu:6.2f} x ours' + ('' if np.isnan(like) else f'   correlation {like:.4f}'))
+            if not np.isnan(ms):
+                print(f'    {name:28s} {ms:8.1f} ms {1000/ms:8.1f} images/s {ms/mine:6.2f} x ours   '
+                    f'processor {cpu:8.1f} ms {cpu/mine_cpu:6.2f} x ours'
+                    + ('' if np.isnan(like) else f'   correlation {like:.4f}'))
     print('\nTargets on one core')
     for s, name, times in TARGETS:
-        if not np.isnan(r := found.get((s, name), np.nan)): print(f'    {CASES[s]:26s} {r:6.2f} x {name} (target {times}): {"reached" if r>=times else "missed"}')
+        if not np.isnan(r := found.get((s, name), np.nan)):
+            print(f'    {CASES[s]:26s} {r:6.2f} x {name} (target {times}): {"reached" if r>=times else "missed"}')
     return found
 
 
@@ -203,18 +233,21 @@ def rate(name: str, path: Path, processes: int, n: int, rounds: int=3) -> float:
     "Images a second of several processes that start together: the median of some rounds."
     context = multiprocessing.get_context('spawn')
     gate, out = context.Barrier(processes), context.Queue()
-    running = [context.Process(target=_loop, args=(name, str(path), n, rounds, gate, out)) for _ in range(processes)]
+    running = [context.Process(target=_loop, args=(name, str(path), n, rounds, gate, out))
+        for _ in range(processes)]
     for p in running: p.start()
     spans = [out.get() for _ in range(rounds*processes)]
     for p in running: p.join()
-    return float(np.median([processes*n/(max(e for j, _, e in spans if j==k) - min(b for j, b, _ in spans if j==k)) for k in range(rounds)]))
+    return float(np.median([processes*n/(max(e for j, _, e in spans if j==k)
+        - min(b for j, b, _ in spans if j==k)) for k in range(rounds)]))
 
 
 def two_processes(files: dict):
     print('\nTwo processes, images a second')
     for s, path in files.items():
         mine, theirs = (rate(name, path, 2, n) for name, n in (('radiology_ai', 40), ('pydicom', 10)))
-        target = f' (targets 45 /s, 6 x): {"reached" if mine>=45 and mine/theirs>=6 else "missed"}' if s=='jpeg_lossless' else ''
+        target = (f' (targets 45 /s, 6 x): {"reached" if mine>=45 and mine/theirs>=6 else "missed"}'
+            if s=='jpeg_lossless' else '')
         print(f'    {CASES[s]:26s} ours {mine:8.1f}   pydicom {theirs:8.1f}   {mine/theirs:6.2f} x{target}')
 
 
@@ -222,7 +255,8 @@ def two_processes(files: dict):
 
 def peak() -> float:
     "MB at most in memory since the mark was reset."
-    return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))/1024
+    return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines()
+        if l.startswith('VmHWM'))/1024
 
 
 def memory(path: str, size: int):
@@ -237,7 +271,8 @@ def memory(path: str, size: int):
     Path('/proc/self/clear_refs').write_text('5')
     floor, start = peak(), time.perf_counter()
     image = r.read_radiograph(path, size=size or None)
-    print(json.dumps(dict(mb=peak() - floor, ms=1000*(time.perf_counter() - start), shape=image.shape, codec=image.codec)))
+    print(json.dumps(dict(mb=peak() - floor, ms=1000*(time.perf_counter() - start), shape=image.shape,
+        codec=image.codec)))
 
 
 def memory_table(folder: Path, sides: list):
@@ -250,15 +285,21 @@ def memory_table(folder: Path, sides: list):
             path = folder/'large'
             write_dicom(path, image, syntax=s, bits=16, window='linear', spacing=.1)
             for size in (512, 0):
-                done = subprocess.run([sys.executable, __file__, '--memory', str(path), str(size)], capture_output=True, text=True)
-                if done.returncode: print(f'    {side} x {side} {s:16s} size={size or None}: {done.stderr.strip().splitlines()[-1][:120]}'); continue
+                done = subprocess.run([sys.executable, __file__, '--memory', str(path), str(size)],
+                    capture_output=True, text=True)
+                if done.returncode:
+                    print(f'    {side} x {side} {s:16s} size={size or None}: {done.stderr.strip().splitlines()[-1][:120]}')
+                    continue
                 m = json.loads(done.stdout.splitlines()[-1])
-                print(f"    {side} x {side} of 16 bits, {s:16s} {path.stat().st_size/2**20:6.1f} MiB, size={str(size or None):5s} {m['mb']:7.0f} MB {m['ms']:8.0f} ms  {m['codec']}{'  ABOVE' if m['mb']>512 else ''}", flush=True)
+                print(f"    {side} x {side} of 16 bits, {s:16s} {path.stat().st_size/2**20:6.1f} MiB, "
+                    f"size={str(size or None):5s} {m['mb']:7.0f} MB {m['ms']:8.0f} ms  "
+                    f"{m['codec']}{'  ABOVE' if m['mb']>512 else ''}", flush=True)
             path.unlink()
 
 
 def machine():
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor())
+    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines()
+        if l.startswith('model name')), platform.processor())
     print(f'{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}')
     names = 'numpy opencv-python-headless pydicom imagecodecs python-gdcm fastai torch monai itk-core torchxrayvision scikit-image pylibjpeg pylibjpeg-openjpeg'.split()
     def version(n):
@@ -268,7 +309,8 @@ def machine():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--only', nargs='*', default=list(CASES), help='transfer syntaxes')
     parser.add_argument('--sides', nargs='*', type=int, default=[4096, 7071], help='sides of the large files')

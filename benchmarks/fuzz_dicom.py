@@ -16,14 +16,34 @@ of `MUTATIONS` (every fifth by two), put on a RAM disk and given to `read_radiog
   result: the reader is asked again with `verify=True`. What it still does not refuse is *silent garbage*, a fault; so is a PNG whose own
   checksum is wrong.
 """
-import argparse, hashlib, io, json, logging, multiprocessing, os, re, resource, shutil, signal, struct, subprocess, sys, tempfile, time, traceback, warnings, zlib
+import argparse
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-import imagecodecs, numpy as np, pydicom
+import imagecodecs
+import numpy as np
+import pydicom
 from PIL import Image
 from pydicom.encaps import encapsulate
 
@@ -58,9 +78,12 @@ def walk(data: bytes, p: int, implicit: bool, big: bool) -> list:
         g, e = struct.unpack_from(order + 'HH', data, p)
         vr = b'' if implicit else data[p+4:p+6]
         if implicit: v, n = p + 8, struct.unpack_from(order + 'I', data, p + 4)[0]
-        elif vr in (b'OB', b'OW', b'SQ', b'UN', b'UT', b'UC', b'UR', b'OF', b'OL'): v, n = p + 12, struct.unpack_from(order + 'I', data, p + 8)[0]
+        elif vr in (b'OB', b'OW', b'SQ', b'UN', b'UT', b'UC', b'UR', b'OF', b'OL'):
+            v, n = p + 12, struct.unpack_from(order + 'I', data, p + 8)[0]
         else: v, n = p + 8, struct.unpack_from(order + 'H', data, p + 6)[0]
-        if n==0xFFFFFFFF: n = len(data) - v if (g, e)==(0x7FE0, 0x10) else data.index(b'\xfe\xff\xdd\xe0\0\0\0\0', v) + 8 - v
+        if n==0xFFFFFFFF:
+            n = (len(data) - v if (g, e)==(0x7FE0, 0x10)
+                else data.index(b'\xfe\xff\xdd\xe0\0\0\0\0', v) + 8 - v)
         out.append((p, v, v + n, g<<16|e, vr.decode('latin1')))
         p = v + n
     return out
@@ -81,10 +104,12 @@ def film(seed: int=0) -> np.ndarray:
     from radiology_ai.core import resize_array
     from radiology_ai.phantom.knee import simulate_knee
     from radiology_ai.phantom.xray import expose
-    return np.clip(resize_array(expose(simulate_knee(seed, size=128), rng(seed, 'film')).pixels, (ROWS, COLS)), 0, 1)
+    return np.clip(resize_array(expose(simulate_knee(seed, size=128), rng(seed, 'film')).pixels,
+        (ROWS, COLS)), 0, 1)
 
 
-_HEADER = dict(PatientName='SECRET^NAME', PatientID='SECRET', PatientBirthDate='19700101', StudyDescription='SECRET^NAME knee', InstitutionName='SECRET', OtherPatientNames='SECRET^NAME')
+_HEADER = dict(PatientName='SECRET^NAME', PatientID='SECRET', PatientBirthDate='19700101',
+    StudyDescription='SECRET^NAME knee', InstitutionName='SECRET', OtherPatientNames='SECRET^NAME')
 
 
 def written(tmp: Path, image: np.ndarray, **how) -> bytes:
@@ -101,7 +126,8 @@ def reset(data: bytes, pixels: bytes, encapsulated: bool=False, drop=(), **chang
         else: setattr(ds, k, v)
     for k in drop:
         if k in ds: del ds[k]
-    ds.add_new('PixelData', 'OB' if encapsulated or ds.BitsAllocated==8 else 'OW', pixels + b'\0'*(len(pixels)%2))
+    ds.add_new('PixelData', 'OB' if encapsulated or ds.BitsAllocated==8 else 'OW',
+        pixels + b'\0'*(len(pixels)%2))
     if encapsulated: ds['PixelData'].is_undefined_length = True
     out = io.BytesIO()
     ds.save_as(out)
@@ -110,8 +136,10 @@ def reset(data: bytes, pixels: bytes, encapsulated: bool=False, drop=(), **chang
 
 def grey_bases(tmp: Path, image: np.ndarray) -> list:
     "One-frame grey files: every transfer syntax with several kinds of windows, tables and signs."
-    kinds = [dict(bits=12, window='linear'), dict(bits=16, window=None, photometric='MONOCHROME1'), dict(bits=10, window='lut'),
-             dict(bits=14, window='sigmoid', rescale=(2, -512)), dict(bits=8, window='linear_exact'), dict(bits=12, rescale='lut', window=None),
+    kinds = [dict(bits=12, window='linear'), dict(bits=16, window=None, photometric='MONOCHROME1'),
+        dict(bits=10, window='lut'),
+             dict(bits=14, window='sigmoid', rescale=(2, -512)), dict(bits=8, window='linear_exact'),
+             dict(bits=12, rescale='lut', window=None),
              dict(bits=12, window='linear', signed=True)]
     out = []
     for n, syntax in enumerate(SYNTAXES):
@@ -121,10 +149,12 @@ def grey_bases(tmp: Path, image: np.ndarray) -> list:
             if syntax in ('jpeg', 'jpeg12'): how['rescale'] = None
             name = f'{syntax} ' + ' '.join(str(v) for v in how.values())
             out.append(dicom_base(name, written(tmp, image, syntax=syntax, **how), syntax))
-    padded = written(tmp, image, syntax='explicit', header=dict(PixelPaddingValue=0, PixelPaddingRangeLimit=20))
+    padded = written(tmp, image, syntax='explicit',
+        header=dict(PixelPaddingValue=0, PixelPaddingRangeLimit=20))
     out.append(dicom_base('explicit padding', padded, 'explicit'))
     plain = written(tmp, image, syntax='implicit')
-    return out + [dicom_base('implicit without preamble', plain[144 + struct.unpack_from('<I', plain, 140)[0]:], 'implicit')]
+    return out + [dicom_base('implicit without preamble',
+        plain[144 + struct.unpack_from('<I', plain, 140)[0]:], 'implicit')]
 
 
 def odd_bases(tmp: Path, image: np.ndarray) -> list:
@@ -135,32 +165,49 @@ def odd_bases(tmp: Path, image: np.ndarray) -> list:
     for s in ('jpegls', 'rle', 'jpeg_lossless', 'jpeg2000'):
         frame = encode_frame(stored, s, 12)
         data = written(tmp, image, bits=12, syntax=s)
-        out.append(dicom_base(f'{s} 2 frames', reset(data, encapsulate([frame, frame]), True, NumberOfFrames=2), s))
-        if s!='rle': out.append(dicom_base(f'{s} 4 fragments', reset(data, encapsulate([frame], fragments_per_frame=4), True), s))
+        out.append(dicom_base(f'{s} 2 frames', reset(data, encapsulate([frame, frame]), True,
+            NumberOfFrames=2), s))
+        if s!='rle':
+            out.append(dicom_base(f'{s} 4 fragments',
+                reset(data, encapsulate([frame], fragments_per_frame=4), True), s))
     rgb = np.stack([image, image**2, 1 - image], -1)
     rgb = (255*rgb).astype(np.uint8)
-    colour = dict(SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7, PlanarConfiguration=0, drop=('WindowCenter', 'WindowWidth', 'PresentationLUTShape'))
-    out.append(dicom_base('explicit RGB', reset(grey, rgb.tobytes(), PhotometricInterpretation='RGB', **colour), 'explicit'))
+    colour = dict(SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7, PlanarConfiguration=0,
+        drop=('WindowCenter', 'WindowWidth', 'PresentationLUTShape'))
+    out.append(dicom_base('explicit RGB', reset(grey, rgb.tobytes(), PhotometricInterpretation='RGB',
+        **colour), 'explicit'))
     planes = rgb.transpose(2, 0, 1).tobytes()
-    out.append(dicom_base('big endian RGB planes', reset(written(tmp, image, bits=8, syntax='big_endian'), planes, PhotometricInterpretation='RGB', **colour | dict(PlanarConfiguration=1)), 'big_endian'))
+    out.append(dicom_base('big endian RGB planes',
+        reset(written(tmp, image, bits=8, syntax='big_endian'), planes, PhotometricInterpretation='RGB',
+        **colour | dict(PlanarConfiguration=1)), 'big_endian'))
     baseline = written(tmp, image, syntax='jpeg')
-    out.append(dicom_base('jpeg YBR', reset(baseline, encapsulate([imagecodecs.jpeg8_encode(rgb, level=90)]), True, PhotometricInterpretation='YBR_FULL_422', **colour), 'jpeg'))
+    out.append(dicom_base('jpeg YBR', reset(baseline, encapsulate([imagecodecs.jpeg8_encode(rgb, level=90)]),
+        True, PhotometricInterpretation='YBR_FULL_422', **colour), 'jpeg'))
     data = written(tmp, image, syntax='jpeg2000', bits=8)
-    out.append(dicom_base('jpeg2000 RGB', reset(data, encapsulate([imagecodecs.jpeg2k_encode(rgb, codecformat='j2k', reversible=True, mct=False)]), True, PhotometricInterpretation='RGB', **colour), 'jpeg2000'))
+    out.append(dicom_base('jpeg2000 RGB', reset(data,
+        encapsulate([imagecodecs.jpeg2k_encode(rgb, codecformat='j2k', reversible=True, mct=False)]), True,
+        PhotometricInterpretation='RGB', **colour), 'jpeg2000'))
     ramp = np.arange(256, dtype='<u2')*257
-    tables = {f'{c}PaletteColorLookupTable{k}': v for c in ('Red', 'Green', 'Blue') for k, v in (('Descriptor', [256, 0, 16]), ('Data', ramp.tobytes()))}
-    out.append(dicom_base('palette', reset(grey, rgb[..., 0].tobytes(), PhotometricInterpretation='PALETTE COLOR', **colour | dict(SamplesPerPixel=1), **tables), 'explicit'))
+    tables = {f'{c}PaletteColorLookupTable{k}': v for c in ('Red', 'Green', 'Blue')
+        for k, v in (('Descriptor', [256, 0, 16]), ('Data', ramp.tobytes()))}
+    out.append(dicom_base('palette', reset(grey, rgb[..., 0].tobytes(),
+        PhotometricInterpretation='PALETTE COLOR', **colour | dict(SamplesPerPixel=1), **tables), 'explicit'))
     return out
 
 
 def base_files() -> list:
     "All intact files."
     image = film()
-    with tempfile.TemporaryDirectory() as folder: out = grey_bases(Path(folder)/'a', image) + odd_bases(Path(folder)/'a', image)
+    with tempfile.TemporaryDirectory() as folder:
+        out = grey_bases(Path(folder)/'a', image) + odd_bases(Path(folder)/'a', image)
     g8, g16 = (255*image).astype(np.uint8), (65535*image).astype(np.uint16)
     rgb = np.stack([g8, g8//2, 255 - g8], -1)
-    for name, a, form, how in (('png 8', g8, 'PNG', {}), ('png 16', g16, 'PNG', {}), ('png RGB', rgb, 'PNG', {}), ('jpeg', g8, 'JPEG', {}), ('jpeg RGB progressive', rgb, 'JPEG', dict(progressive=True)),
-                               ('tiff 8', g8, 'TIFF', {}), ('tiff 16 deflate', g16, 'TIFF', dict(compression='tiff_adobe_deflate')), ('tiff lzw RGB', rgb, 'TIFF', dict(compression='tiff_lzw'))):
+    for name, a, form, how in (('png 8', g8, 'PNG', {}), ('png 16', g16, 'PNG', {}),
+            ('png RGB', rgb, 'PNG', {}), ('jpeg', g8, 'JPEG', {}),
+            ('jpeg RGB progressive', rgb, 'JPEG', dict(progressive=True)),
+                               ('tiff 8', g8, 'TIFF', {}), ('tiff 16 deflate', g16, 'TIFF',
+                               dict(compression='tiff_adobe_deflate')),
+                               ('tiff lzw RGB', rgb, 'TIFF', dict(compression='tiff_lzw'))):
         buffer = io.BytesIO()
         Image.fromarray(a).save(buffer, form, **how)
         out.append(Base('still ' + name, buffer.getvalue(), 'still', form.lower(), pixels=buffer.tell()//3))
@@ -174,11 +221,13 @@ def _flip(data: bytes, gen, lo: int, hi: int) -> bytes:
     out = bytearray(data)
     for p in gen.integers(lo, max(lo + 1, hi), int(gen.integers(1, 9))):
         if p>=len(out): continue
-        out[p] = out[p] ^ 1<<int(gen.integers(8)) if gen.random()<.7 else int(gen.choice([0, 1, 127, 128, 255, int(gen.integers(256))]))
+        out[p] = (out[p] ^ 1<<int(gen.integers(8)) if gen.random()<.7
+            else int(gen.choice([0, 1, 127, 128, 255, int(gen.integers(256))])))
     return bytes(out)
 
 
-def bits_header(b, gen, bases): return _flip(b.data, gen, 0 if b.kind=='still' else max(0, b.body - 60), b.pixels)
+def bits_header(b, gen, bases):
+    return _flip(b.data, gen, 0 if b.kind=='still' else max(0, b.body - 60), b.pixels)
 def bits_pixels(b, gen, bases): return _flip(b.data, gen, b.pixels, len(b.data))
 def bits_stream(b, gen, bases): return _flip(b.data, gen, b.pixels, min(b.pixels + 240, len(b.data)))
 def bits_any(b, gen, bases): return _flip(b.data, gen, 0, len(b.data))
@@ -193,7 +242,8 @@ def block(b, gen, bases):
     "A stretch overwritten with noise or one byte, taken out, or repeated."
     n, p = int(2**gen.uniform(0, 10)), int(gen.integers(len(b.data)))
     part, how = b.data[p:p + n], int(gen.integers(4))
-    new = gen.bytes(len(part)) if how==0 else bytes([int(gen.choice([0, 255]))])*len(part) if how==1 else b'' if how==2 else part*int(gen.integers(2, 9))
+    new = (gen.bytes(len(part)) if how==0 else bytes([int(gen.choice([0, 255]))])*len(part) if how==1 else b''
+        if how==2 else part*int(gen.integers(2, 9)))
     return b.data[:p] + new + b.data[p + n:]
 
 
@@ -212,7 +262,8 @@ def length(b, gen, bases):
     start, v, end, tag, vr = b.elements[-1] if gen.random()<.2 else _element(b, gen)
     wide = b.implicit or v - start==12
     n, order = end - v, 'big' if b.big else 'little'
-    new = int(gen.choice([0, 1, n + 1, max(0, n - 1), n + 2, 2*n, 0x7FFFFFFF, 0xFFFFFFF0, 0xFFFFFFFE, 0xFFFFFFFF, int(gen.integers(2**32)), int(gen.integers(2**16))]))
+    new = int(gen.choice([0, 1, n + 1, max(0, n - 1), n + 2, 2*n, 0x7FFFFFFF, 0xFFFFFFF0, 0xFFFFFFFE,
+        0xFFFFFFFF, int(gen.integers(2**32)), int(gen.integers(2**16))]))
     size = 4 if wide else 2
     return b.data[:v - size] + (new%2**(8*size)).to_bytes(size, order) + b.data[v:]
 
@@ -220,7 +271,8 @@ def length(b, gen, bases):
 def delete(b, gen, bases):
     "One to three elements left out."
     data = b.data
-    for k in sorted({int(gen.integers(len(b.elements))) for _ in range(int(gen.integers(1, 4)))}, reverse=True):
+    for k in sorted({int(gen.integers(len(b.elements))) for _ in range(int(gen.integers(1, 4)))},
+            reverse=True):
         start, _, end, *_ = b.elements[k]
         data = data[:start] + data[end:]
     return data
@@ -245,7 +297,8 @@ def value_type(b, gen, bases):
     "Another VR, or in an implicit file another tag."
     start, v, end, tag, vr = _element(b, gen)
     if b.implicit: return b.data[:start] + gen.bytes(4) + b.data[start + 4:]
-    new = gen.choice(['OB', 'OW', 'SQ', 'UN', 'US', 'SS', 'DS', 'IS', 'LO', 'PN', 'UI', 'AT', 'FD', 'UT', 'UV', 'XX', '\0\0', '\xff\xff'])
+    new = gen.choice(['OB', 'OW', 'SQ', 'UN', 'US', 'SS', 'DS', 'IS', 'LO', 'PN', 'UI', 'AT', 'FD', 'UT',
+        'UV', 'XX', '\0\0', '\xff\xff'])
     return b.data[:start + 4] + str(new).encode('latin1') + b.data[start + 6:]
 
 
@@ -254,16 +307,22 @@ def syntax(b, gen, bases):
     at = b.data.find(b'\x02\0\x10\0UI', 132, max(b.body, 133))
     if at<0: return truncate(b, gen, bases)
     n = struct.unpack_from('<H', b.data, at + 6)[0]
-    others = [*map(str, SYNTAXES.values()), '1.2.840.10008.1.2.4.81', '1.2.840.10008.1.2.4.202', '1.2.840.10008.1.2.4.203', '1.2.840.10008.1.2.4.100', '1.2.840.10008.1.2.4.110', '1.2.3', '', '9'*64]
+    others = [*map(str, SYNTAXES.values()), '1.2.840.10008.1.2.4.81', '1.2.840.10008.1.2.4.202',
+        '1.2.840.10008.1.2.4.203', '1.2.840.10008.1.2.4.100', '1.2.840.10008.1.2.4.110', '1.2.3', '', '9'*64]
     uid = str(gen.choice(others)).encode()
     uid += b'\0'*(len(uid)%2)
     meta = struct.unpack_from('<I', b.data, 140)[0] + len(uid) - n
-    data = b.data[:140] + struct.pack('<I', meta) + b.data[144:at + 6] + struct.pack('<H', len(uid)) + uid + b.data[at + 8 + n:]
+    data = b.data[:140] + struct.pack('<I', meta) + b.data[144:at + 6] + struct.pack('<H',
+        len(uid)) + uid + b.data[at + 8 + n:]
     return data
 
 
-_WHOLE = {0x00280002:'samples', 0x00280006:'planar', 0x00280010:'rows', 0x00280011:'columns', 0x00280100:'allocated', 0x00280101:'stored', 0x00280102:'high', 0x00280103:'sign', 0x00280120:'padding', 0x00280121:'limit'}
-_TEXTS = {0x00280008:'frames', 0x00281050:'center', 0x00281051:'width', 0x00281052:'intercept', 0x00281053:'slope', 0x00280004:'photometric', 0x20500020:'shape', 0x00281056:'function', 0x00181164:'spacing', 0x00280030:'spacing'}
+_WHOLE = {0x00280002:'samples', 0x00280006:'planar', 0x00280010:'rows', 0x00280011:'columns',
+    0x00280100:'allocated', 0x00280101:'stored', 0x00280102:'high', 0x00280103:'sign', 0x00280120:'padding',
+    0x00280121:'limit'}
+_TEXTS = {0x00280008:'frames', 0x00281050:'center', 0x00281051:'width', 0x00281052:'intercept',
+    0x00281053:'slope', 0x00280004:'photometric', 0x20500020:'shape', 0x00281056:'function',
+    0x00181164:'spacing', 0x00280030:'spacing'}
 
 
 def numbers(b, gen, bases):
@@ -274,10 +333,15 @@ def numbers(b, gen, bases):
     for k in sorted({int(gen.integers(len(hits))) for _ in range(int(gen.integers(1, 3)))}, reverse=True):
         start, v, end, tag, vr = hits[k]
         if tag in _WHOLE:
-            n = int(gen.choice([0, 1, 2, 3, 4, 7, 8, 9, 11, 12, 15, 16, 17, 24, 31, 32, 33, 55, 57, 63, 64, 65, 128, 255, 256, 1000, 4096, 8192, 32767, 32768, 65535, int(gen.integers(65536))]))
+            n = int(gen.choice([0, 1, 2, 3, 4, 7, 8, 9, 11, 12, 15, 16, 17, 24, 31, 32, 33, 55, 57, 63, 64,
+                65, 128, 255, 256, 1000, 4096, 8192, 32767, 32768, 65535, int(gen.integers(65536))]))
             new = struct.pack('>H' if b.big else '<H', n)
-        else: new = str(gen.choice(['0', '-1', '1', '2', '3', '1000', '2147483647', '2147483648', '1e308', '-1e308', '1e-320', 'nan', 'inf', '1\\2', '', 'abc', '0.0000001', '9'*16, 'MONOCHROME1', 'MONOCHROME2', 'RGB',
-                    'PALETTE COLOR', 'YBR_FULL_422', 'YBR_FULL', 'YBR_ICT', 'CMYK', 'SECRET^NAME', 'INVERSE', 'SIGMOID', 'LINEAR_EXACT', '4095\\4095'])).encode()
+        else:
+            new = str(gen.choice(['0', '-1', '1', '2', '3', '1000', '2147483647', '2147483648', '1e308',
+                '-1e308', '1e-320', 'nan', 'inf', '1\\2', '', 'abc', '0.0000001', '9'*16, 'MONOCHROME1',
+                'MONOCHROME2', 'RGB',
+                        'PALETTE COLOR', 'YBR_FULL_422', 'YBR_FULL', 'YBR_ICT', 'CMYK', 'SECRET^NAME',
+                        'INVERSE', 'SIGMOID', 'LINEAR_EXACT', '4095\\4095'])).encode()
         new += b' '*(len(new)%2)
         size = 4 if b.implicit or v - start==12 else 2
         data = data[:v - size] + len(new).to_bytes(size, 'big' if b.big else 'little') + new + data[end:]
@@ -295,7 +359,8 @@ def _items(data: bytes, p: int) -> list:
 
 
 def fragments(b, gen, bases):
-    "The fragments of compressed pixel data: repeated, left out, exchanged, split, of other lengths; another offset table."
+    """The fragments of compressed pixel data: repeated, left out, exchanged, split, of other lengths; another
+    offset table."""
     items = _items(b.data, b.pixels)
     if len(items)<2: return block(b, gen, bases)
     k, how, end = int(gen.integers(1, len(items))), int(gen.integers(7)), b'\xfe\xff\xdd\xe0\0\0\0\0'
@@ -306,15 +371,20 @@ def fragments(b, gen, bases):
         cut = 2*int(gen.integers(0, max(1, len(items[k])//2 - 4)))
         v = items[k][8:]
         items[k:k + 1] = [b'\xfe\xff\0\xe0' + struct.pack('<I', len(o)) + o for o in (v[:cut], v[cut:])]
-    elif how==4: items[k] = items[k][:4] + struct.pack('<I', int(gen.choice([0, 1, 0xFFFFFFFF, 0xFFFFFFF0, 0x7FFFFFFF, int(gen.integers(2**16))]))) + items[k][8:]
+    elif how==4:
+        items[k] = items[k][:4] + struct.pack('<I',
+            int(gen.choice([0, 1, 0xFFFFFFFF, 0xFFFFFFF0, 0x7FFFFFFF,
+            int(gen.integers(2**16))]))) + items[k][8:]
     elif how==5:
-        table = struct.pack(f'<{(n := int(gen.choice([1, 2, 3, 1000])))}I', *(int(o) for o in gen.integers(0, gen.choice([64, 2**16, 2**32]), n)))
+        table = struct.pack(f'<{(n := int(gen.choice([1, 2, 3, 1000])))}I',
+            *(int(o) for o in gen.integers(0, gen.choice([64, 2**16, 2**32]), n)))
         items[0] = b'\xfe\xff\0\xe0' + struct.pack('<I', len(table)) + table
     else: end = gen.bytes(int(gen.integers(12)))
     return b.data[:b.pixels] + b''.join(items) + end
 
 
-MUTATIONS = [bits_header, bits_header, bits_pixels, bits_stream, bits_stream, bits_any, truncate, block, splice, length, delete, duplicate, swap, value_type, syntax, numbers, numbers, fragments]
+MUTATIONS = [bits_header, bits_header, bits_pixels, bits_stream, bits_stream, bits_any, truncate, block,
+    splice, length, delete, duplicate, swap, value_type, syntax, numbers, numbers, fragments]
 _STILL = [bits_header, bits_header, bits_pixels, bits_any, truncate, block, splice]
 
 
@@ -326,7 +396,8 @@ def mutated(bases: list, seed: int, i: int) -> tuple:
     for _ in range(1 + (gen.random()<.2)):
         kinds = _STILL if b.kind=='still' or names else MUTATIONS # the second one knows no positions
         m = kinds[int(gen.integers(len(kinds)))]
-        now = Base(b.name, data, 'still', b.syntax, b.implicit, b.big, b.body, [], min(b.pixels, len(data)//2)) if names else b
+        now = (Base(b.name, data, 'still', b.syntax, b.implicit, b.big, b.body, [],
+            min(b.pixels, len(data)//2)) if names else b)
         if len(data)<2: break
         data = m(now, gen, bases)
         names.append(m.__name__)
@@ -338,7 +409,9 @@ def _deflate(b, data, gen):
     "A deflated file again; every second one damaged behind the compression too."
     z = zlib.compressobj(1, zlib.DEFLATED, -15)
     packed = z.compress(data[b.body:]) + z.flush()
-    if gen.random()<.5 and len(packed): packed = _flip(packed, gen, 0, len(packed)) if gen.random()<.5 else packed[:int(gen.integers(len(packed)))]
+    if gen.random()<.5 and len(packed):
+        packed = (_flip(packed, gen, 0, len(packed)) if gen.random()<.5
+            else packed[:int(gen.integers(len(packed)))])
     return data[:b.body] + packed
 
 
@@ -355,30 +428,36 @@ def element(tag: int, vr: str, value: bytes, length: int|None=None) -> bytes:
     "One explicit little endian element; `length` states another length than the value has."
     n = len(value) if length is None else length
     head = struct.pack('<HH', tag>>16, tag & 0xFFFF) + vr.encode()
-    return head + (struct.pack('<HI', 0, n) if vr in ('OB', 'OW', 'SQ', 'UN', 'UT') else struct.pack('<H', n)) + value
+    return head + (struct.pack('<HI', 0, n) if vr in ('OB', 'OW', 'SQ', 'UN', 'UT')
+        else struct.pack('<H', n)) + value
 
 
 def numbered(**values) -> bytes:
     "The elements that describe a picture: 2,048 x 2,048 pixels, 16 bits, unless told otherwise."
-    v = dict(samples=1, photometric=b'MONOCHROME2 ', frames=None, rows=2048, cols=2048, allocated=16, stored=16, signed=0) | values
+    v = dict(samples=1, photometric=b'MONOCHROME2 ', frames=None, rows=2048, cols=2048, allocated=16,
+        stored=16, signed=0) | values
     us = lambda tag, n: element(tag, 'US', struct.pack('<H', n))
     frames = element(0x00280008, 'IS', v['frames']) if v['frames'] else b''
-    return us(0x00280002, v['samples']) + element(0x00280004, 'CS', v['photometric']) + frames + us(0x00280010, v['rows']) + us(0x00280011, v['cols']) \
-        + us(0x00280100, v['allocated']) + us(0x00280101, v['stored']) + us(0x00280102, v['stored'] - 1) + us(0x00280103, v['signed'])
+    return us(0x00280002, v['samples']) + element(0x00280004, 'CS',
+        v['photometric']) + frames + us(0x00280010, v['rows']) + us(0x00280011, v['cols']) \
+        + us(0x00280100, v['allocated']) + us(0x00280101, v['stored']) + us(0x00280102,
+        v['stored'] - 1) + us(0x00280103, v['signed'])
 
 
 def part10(syntax: str, body: bytes) -> bytes:
     "Preamble and file meta before a data set."
     uid = str(SYNTAXES[syntax]).encode()
     uid += b'\0'*(len(uid)%2)
-    meta = element(0x00020002, 'UI', b'1.2.840.10008.5.1.4.1.1.1.1\0') + element(0x00020003, 'UI', b'2.25.1') + element(0x00020010, 'UI', uid)
+    meta = element(0x00020002, 'UI', b'1.2.840.10008.5.1.4.1.1.1.1\0') + element(0x00020003, 'UI',
+        b'2.25.1') + element(0x00020010, 'UI', uid)
     return b'\0'*128 + b'DICM' + element(0x00020000, 'UL', struct.pack('<I', len(meta))) + meta + body
 
 
 def packed(*frames: bytes, table: bytes=b'') -> bytes:
     "Compressed pixel data: an offset table and one fragment a frame."
     item = lambda v: b'\xfe\xff\0\xe0' + struct.pack('<I', len(v)) + v
-    return element(0x7FE00010, 'OB', item(table) + b''.join(item(f + b'\0'*(len(f)%2)) for f in frames) + b'\xfe\xff\xdd\xe0\0\0\0\0', 0xFFFFFFFF)
+    return element(0x7FE00010, 'OB', item(table) + b''.join(item(f + b'\0'*(len(f)%2)) for f in frames)
+        + b'\xfe\xff\xdd\xe0\0\0\0\0', 0xFFFFFFFF)
 
 
 def deflated(start: bytes, zeros: int, end: bytes=b'') -> bytes:
@@ -390,24 +469,30 @@ def deflated(start: bytes, zeros: int, end: bytes=b'') -> bytes:
 
 
 def declared(stream: bytes, marker: bytes, at: int, form: str) -> bytes:
-    "A codestream whose own header declares 65,535 x 65,535 (`form`: how the two numbers are written, `at` bytes behind `marker`)."
+    """A codestream whose own header declares 65,535 x 65,535 (`form`: how the two numbers are written, `at`
+    bytes behind `marker`)."""
     p = stream.index(marker) + at
     return stream[:p] + struct.pack(form, 65535, 65535) + stream[p + struct.calcsize(form):]
 
 
 def stream_bombs() -> dict:
-    "Codestreams that declare 65,535 x 65,535 pixels: with a header that tells the same, and with one that tells 64 x 56."
+    """Codestreams that declare 65,535 x 65,535 pixels: with a header that tells the same, and with one that
+    tells 64 x 56."""
     small = (film()*4095).astype(np.uint16)
-    streams = dict(jpeg_lossless=(b'\xff\xc3', 5, '>HH'), jpeg12=(b'\xff\xc1', 5, '>HH'), jpegls=(b'\xff\xf7', 5, '>HH'), jpeg2000=(b'\xff\x51', 6, '>II'), htj2k=(b'\xff\x51', 6, '>II'))
+    streams = dict(jpeg_lossless=(b'\xff\xc3', 5, '>HH'), jpeg12=(b'\xff\xc1', 5, '>HH'),
+        jpegls=(b'\xff\xf7', 5, '>HH'), jpeg2000=(b'\xff\x51', 6, '>II'), htj2k=(b'\xff\x51', 6, '>II'))
     out = {}
     for s, where in streams.items():
         stream = declared(encode_frame(small, s, 12), *where)
         if s in ('jpeg2000', 'htj2k'): # one tile of the whole size
             p = stream.index(b'\xff\x51') + 22
             stream = stream[:p] + struct.pack('>II', 65535, 65535) + stream[p + 8:]
-        out[f'{s} stream of 65535 x 65535, header the same'] = part10(s, numbered(rows=65535, cols=65535, stored=12) + packed(stream))
-        out[f'{s} stream of 65535 x 65535, header 64 x 56'] = part10(s, numbered(rows=ROWS, cols=COLS, stored=12) + packed(stream))
-        out[f'{s} stream of 7001 x 7001 in 3 kB'] = part10(s, numbered(rows=7001, cols=7001, stored=12) + packed(_sized(encode_frame(small, s, 12), where, s)))
+        out[f'{s} stream of 65535 x 65535, header the same'] = part10(s,
+            numbered(rows=65535, cols=65535, stored=12) + packed(stream))
+        out[f'{s} stream of 65535 x 65535, header 64 x 56'] = part10(s,
+            numbered(rows=ROWS, cols=COLS, stored=12) + packed(stream))
+        out[f'{s} stream of 7001 x 7001 in 3 kB'] = part10(s,
+            numbered(rows=7001, cols=7001, stored=12) + packed(_sized(encode_frame(small, s, 12), where, s)))
     return out
 
 
@@ -427,59 +512,88 @@ def rle_bombs() -> dict:
     far = struct.pack('<16I', 2, 64, 0xFFFFFFF0, *[0]*13)
     return {'4 MB of RLE that unpack to 256 MB': part10('rle', numbered() + packed(head + run*2)),
             'RLE segments far behind the end': part10('rle', numbered() + packed(far + run[:4096])),
-            'RLE of 15 segments of 4 MB': part10('rle', numbered() + packed(struct.pack('<16I', 15, *[64]*15) + run*2))}
+            'RLE of 15 segments of 4 MB': part10('rle',
+            numbered() + packed(struct.pack('<16I', 15, *[64]*15) + run*2))}
 
 
 def still_bombs() -> dict:
     "PNG and TIFF files of a few kB which declare or unpack to gigabytes."
     chunk = lambda kind, v: struct.pack('>I', len(v)) + kind + v + struct.pack('>I', zlib.crc32(kind + v))
-    png = lambda w, h, bits, data: b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, bits, 0, 0, 0, 0)) + chunk(b'IDAT', data) + chunk(b'IEND', b'')
+    png = lambda w, h, bits, data: b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR',
+        struct.pack('>IIBBBBB', w, h, bits, 0, 0, 0, 0)) + chunk(b'IDAT', data) + chunk(b'IEND', b'')
     z = zlib.compressobj(9)
     zeros = b''.join([z.compress(bytes(2**24)) for _ in range(16)]) + z.flush()
-    entries = [(256, 4, 1, 60000), (257, 4, 1, 60000), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, 60000), (279, 4, 1, 64)]
-    tiff = lambda entries: b'II*\0' + struct.pack('<I', 72) + zlib.compress(bytes(4096), 9).ljust(64, b'\0') + struct.pack('<H', len(entries)) + b''.join(struct.pack('<HHII', *e) for e in entries) + bytes(4)
+    entries = [(256, 4, 1, 60000), (257, 4, 1, 60000), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1),
+        (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, 60000), (279, 4, 1, 64)]
+    tiff = lambda entries: b'II*\0' + struct.pack('<I', 72) + zlib.compress(bytes(4096), 9).ljust(64,
+        b'\0') + struct.pack('<H', len(entries)) + b''.join(struct.pack('<HHII', *e)
+        for e in entries) + bytes(4)
     text = chunk(b'zTXt', b'Comment\0\0' + zeros)
     good = png(8, 8, 8, zlib.compress(bytes(72)))
-    return {'PNG of 60000 x 60000 pixels': png(60000, 60000, 16, zeros), 'PNG of 2**31 - 1 rows': png(2**31 - 1, 2**31 - 1, 8, zlib.compress(b'')), 'PNG whose text unpacks to 256 MB': good[:33] + text + good[33:],
-            'TIFF of 60000 x 60000 pixels': tiff(entries), 'TIFF of 2**31 x 2**31 pixels': tiff([(t, k, c, 2**31 - 1) if t in (256, 257, 278) else (t, k, c, v) for t, k, c, v in entries])}
+    return {'PNG of 60000 x 60000 pixels': png(60000, 60000, 16, zeros),
+        'PNG of 2**31 - 1 rows': png(2**31 - 1, 2**31 - 1, 8, zlib.compress(b'')),
+        'PNG whose text unpacks to 256 MB': good[:33] + text + good[33:],
+            'TIFF of 60000 x 60000 pixels': tiff(entries),
+            'TIFF of 2**31 x 2**31 pixels': tiff([(t, k, c, 2**31 - 1) if t in (256, 257, 278)
+            else (t, k, c, v) for t, k, c, v in entries])}
 
 
 def header_bombs() -> dict:
     "Headers that ask for too much: sizes, frames, depth, fragments, lengths."
     pixels = element(0x7FE00010, 'OW', bytes(1024))
     deep = bytearray()
-    for _ in range(10000): deep += element(0x00081140, 'SQ', b'', 0xFFFFFFFF) + b'\xfe\xff\0\xe0\xff\xff\xff\xff'
+    for _ in range(10000):
+        deep += element(0x00081140, 'SQ', b'', 0xFFFFFFFF) + b'\xfe\xff\0\xe0\xff\xff\xff\xff'
     deep_ended = bytes(deep) + (b'\xfe\xff\x0d\xe0\0\0\0\0' + b'\xfe\xff\xdd\xe0\0\0\0\0')*10000
     jls = encode_frame((film()*4095).astype(np.uint16), 'jpegls', 12)
     table = struct.pack('<I', 0)*2**20
-    return {'a header of 46341 x 46341': part10('explicit', numbered(rows=46341, cols=46341) + pixels), 'a header of 65535 x 65535': part10('jpegls', numbered(rows=65535, cols=65535) + packed(jls)),
-            '2**31 frames': part10('explicit', numbered(frames=b'2147483648') + pixels), '2**31 - 1 frames, compressed': part10('jpegls', numbered(rows=ROWS, cols=COLS, stored=12, frames=b'2147483647 ') + packed(jls)),
-            'a sequence 10,000 deep, open': part10('explicit', bytes(deep)), 'a sequence 10,000 deep, closed': part10('explicit', deep_ended + numbered(rows=8, cols=8) + pixels),
-            '1,000,000 fragments of 2 bytes': part10('jpegls', numbered(rows=ROWS, cols=COLS, stored=12) + packed(*[b'\xff\xd8']*10**6)), '1,000,000 empty fragments': part10('jpegls', numbered(rows=ROWS, cols=COLS, stored=12) + packed(*[b'']*10**6)),
-            'an offset table of 4 MB': part10('jpegls', numbered(rows=2048, cols=2048, stored=12) + packed(b'\xff\xd8', table=table)),
-            'an element of length 0xFFFFFFF0': part10('explicit', element(0x00091001, 'OB', b'ab', 0xFFFFFFF0) + numbered() + pixels), 'pixel data of length 0xFFFFFFF0': part10('explicit', numbered() + element(0x7FE00010, 'OW', bytes(1024), 0xFFFFFFF0)),
-            'file meta of length 0xFFFFFFF0': part10('explicit', numbered() + pixels)[:140] + struct.pack('<I', 0xFFFFFFF0) + part10('explicit', numbered() + pixels)[144:]}
+    return {'a header of 46341 x 46341': part10('explicit', numbered(rows=46341, cols=46341) + pixels),
+        'a header of 65535 x 65535': part10('jpegls', numbered(rows=65535, cols=65535) + packed(jls)),
+            '2**31 frames': part10('explicit', numbered(frames=b'2147483648') + pixels),
+            '2**31 - 1 frames, compressed': part10('jpegls',
+            numbered(rows=ROWS, cols=COLS, stored=12, frames=b'2147483647 ') + packed(jls)),
+            'a sequence 10,000 deep, open': part10('explicit', bytes(deep)),
+            'a sequence 10,000 deep, closed': part10('explicit',
+            deep_ended + numbered(rows=8, cols=8) + pixels),
+            '1,000,000 fragments of 2 bytes': part10('jpegls',
+            numbered(rows=ROWS, cols=COLS, stored=12) + packed(*[b'\xff\xd8']*10**6)),
+            '1,000,000 empty fragments': part10('jpegls',
+            numbered(rows=ROWS, cols=COLS, stored=12) + packed(*[b'']*10**6)),
+            'an offset table of 4 MB': part10('jpegls',
+            numbered(rows=2048, cols=2048, stored=12) + packed(b'\xff\xd8', table=table)),
+            'an element of length 0xFFFFFFF0': part10('explicit',
+            element(0x00091001, 'OB', b'ab', 0xFFFFFFF0) + numbered() + pixels),
+            'pixel data of length 0xFFFFFFF0': part10('explicit',
+            numbered() + element(0x7FE00010, 'OW', bytes(1024), 0xFFFFFFF0)),
+            'file meta of length 0xFFFFFFF0': part10('explicit', numbered() + pixels)[:140]
+            + struct.pack('<I', 0xFFFFFFF0) + part10('explicit', numbered() + pixels)[144:]}
 
 
 def bombs() -> dict:
     "Every bomb by its name: the bytes of the file."
     pixels = numbered(rows=64, cols=64) + element(0x7FE00010, 'OW', b'', 8192)
     private = element(0x00091001, 'OB', b'', 3*2**30)
-    out = {'1 MB deflated, pixel data of 1 GB where 8 kB are declared': part10('deflated', deflated(numbered(rows=64, cols=64) + element(0x7FE00010, 'OW', b'', 2**30), 2**30)),
+    out = {'1 MB deflated, pixel data of 1 GB where 8 kB are declared': part10('deflated',
+        deflated(numbered(rows=64, cols=64) + element(0x7FE00010, 'OW', b'', 2**30), 2**30)),
            '1 MB deflated, 1 GB behind honest pixel data': part10('deflated', deflated(pixels, 2**30)),
-           '3 MB deflated, a private element of 3 GB before the pixels': part10('deflated', deflated(private, 3*2**30, pixels + bytes(8192))),
-           '1 MB deflated, one element of 1 GB of text': part10('deflated', deflated(element(0x00081080, 'UT', b'', 2**30), 2**30, pixels + bytes(8192)))}
+           '3 MB deflated, a private element of 3 GB before the pixels': part10('deflated',
+           deflated(private, 3*2**30, pixels + bytes(8192))),
+           '1 MB deflated, one element of 1 GB of text': part10('deflated',
+           deflated(element(0x00081080, 'UT', b'', 2**30), 2**30, pixels + bytes(8192)))}
     return out | rle_bombs() | stream_bombs() | still_bombs() | header_bombs()
 
 
 def _peak() -> float:
     "MB at most in memory since `_forget`."
-    return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))/1024
+    return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines()
+        if l.startswith('VmHWM'))/1024
 
 
 def refusal(path: str) -> dict:
-    "In a fresh process: how `read_radiograph` (whole, and with `size=`; the slower counts) and `index_row` take a file, in milliseconds and MB. Honest files are read before."
+    """In a fresh process: how `read_radiograph` (whole, and with `size=`; the slower counts) and `index_row`
+    take a file, in milliseconds and MB. Honest files are read before."""
     import cv2
+
     from radiology_ai.dicom.index import index_row
     from radiology_ai.dicom.read import read_radiograph
     cv2.setNumThreads(1)
@@ -505,14 +619,21 @@ def refusal(path: str) -> dict:
     try: row = index_row(path)['error']
     except BaseException as e: row, said = f'{type(e).__name__}: {e}'[:300], 'FAULT in index_row'
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/1024
-    return dict(said=said, cause=cause, ms=ms, mb=mb, index=row, index_ms=1000*(time.perf_counter() - start), index_mb=_peak() - floor, children_mb=children)
+    return dict(said=said, cause=cause, ms=ms, mb=mb, index=row, index_ms=1000*(time.perf_counter() - start),
+        index_mb=_peak() - floor, children_mb=children)
 
 
 def fresh(path, seconds: float=120) -> dict:
     "The answer of `refusal` from a process of its own."
-    try: done = subprocess.run([sys.executable, __file__, '--bomb', str(path)], capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired: return dict(said='FAULT', cause=f'more than {seconds} s', ms=1000*seconds, mb=np.nan, index='', index_ms=np.nan, index_mb=np.nan, children_mb=np.nan)
-    if done.returncode or not done.stdout.strip(): return dict(said='FAULT', cause=f'exit code {done.returncode}: {done.stderr[-300:]}', ms=np.nan, mb=np.nan, index='', index_ms=np.nan, index_mb=np.nan, children_mb=np.nan)
+    try:
+        done = subprocess.run([sys.executable, __file__, '--bomb', str(path)], capture_output=True, text=True,
+            timeout=seconds, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return dict(said='FAULT', cause=f'more than {seconds} s', ms=1000*seconds, mb=np.nan, index='',
+            index_ms=np.nan, index_mb=np.nan, children_mb=np.nan)
+    if done.returncode or not done.stdout.strip():
+        return dict(said='FAULT', cause=f'exit code {done.returncode}: {done.stderr[-300:]}', ms=np.nan,
+            mb=np.nan, index='', index_ms=np.nan, index_mb=np.nan, children_mb=np.nan)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -528,7 +649,9 @@ def bomb_table() -> int:
             wrong = r['said']!='refused' or r['ms']>50 or not r['index_mb']<64
             bad += wrong
             answer = r['cause'].replace(str(path), '').strip(' :')[:110]
-            print(f"{name:62s} {len(data):9d} {r['ms']:8.1f} {r['mb']:7.1f} {r['index_ms']:8.1f} {r['index_mb']:7.1f} {r['children_mb']:11.0f}  {'* ' if wrong else ''}{r['said']}: {answer} | index: {r['index'][:60]}", flush=True)
+            print(f"{name:62s} {len(data):9d} {r['ms']:8.1f} {r['mb']:7.1f} {r['index_ms']:8.1f} "
+                f"{r['index_mb']:7.1f} {r['children_mb']:11.0f}  {'* ' if wrong else ''}{r['said']}: "
+                f"{answer} | index: {r['index'][:60]}", flush=True)
     print(f'{bad} beyond the limits of 50 ms and 64 MB, marked *')
     return int(bad>0)
 
@@ -540,40 +663,55 @@ def _kind(stream: bytes) -> str:
     if b'\xff\x4f\xff\x51' in stream[:200]: return 'htj2k' if b'\xff\x50' in stream[:200] else 'jpeg2000'
     p = 2
     while stream[:2]==b'\xff\xd8' and p + 4<len(stream) and stream[p]==0xFF:
-        if stream[p + 1] in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7): return {0xC3: 'jpeg_lossless57', 0xF7: 'jpegls'}.get(stream[p + 1], 'jpeg' if stream[p + 4]==8 else 'jpeg12')
+        if stream[p + 1] in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7):
+            return {0xC3: 'jpeg_lossless57', 0xF7: 'jpegls'}.get(stream[p + 1],
+                'jpeg' if stream[p + 4]==8 else 'jpeg12')
         p += 2 + int.from_bytes(stream[p + 2:p + 4], 'big')
     return ''
 
 
 def second_decode(path: str, frame: int) -> np.ndarray:
-    "The integers of a frame by gdcm, from a file made anew around the stream (pydicom for RLE and colour, OpenJPEG for HTJ2K)."
+    """The integers of a frame by gdcm, from a file made anew around the stream (pydicom for RLE and colour,
+    OpenJPEG for HTJ2K)."""
     ds = pydicom.dcmread(path, force=True)
-    uid, frames, samples = ds.file_meta.get('TransferSyntaxUID', ''), int(ds.get('NumberOfFrames') or 1), int(ds.get('SamplesPerPixel') or 1)
+    uid = ds.file_meta.get('TransferSyntaxUID', '')
+    frames = int(ds.get('NumberOfFrames') or 1)
+    samples = int(ds.get('SamplesPerPixel') or 1)
     try: # one fragment a frame needs no offset table, which may be damaged
         _, *parts = pydicom.encaps.generate_fragments(ds.PixelData)
-        stream = b''.join(parts) if frames<=1 else parts[frame] if len(parts)==frames else pydicom.encaps.get_frame(ds.PixelData, frame, number_of_frames=frames)
+        stream = (b''.join(parts) if frames<=1 else parts[frame] if len(parts)==frames
+            else pydicom.encaps.get_frame(ds.PixelData, frame, number_of_frames=frames))
     except Exception as e: raise LookupError from e
     kind, signed = _kind(stream), int(bool(ds.get('PixelRepresentation')))
     if not kind and uid!=SYNTAXES['rle']: raise LookupError
     if kind=='htj2k': return imagecodecs.jpeg2k_decode(stream)
     if not kind or samples!=1:
         if kind: ds.file_meta.TransferSyntaxUID = uid = SYNTAXES[kind]
-        if ds.get('PhotometricInterpretation') not in ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_RCT', 'YBR_ICT'): ds.PhotometricInterpretation = 'MONOCHROME2' if samples==1 else 'YBR_FULL_422' if kind=='jpeg' else 'RGB'
+        if ds.get('PhotometricInterpretation') not in ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_RCT',
+                'YBR_ICT'):
+            ds.PhotometricInterpretation = ('MONOCHROME2' if samples==1 else 'YBR_FULL_422' if kind=='jpeg'
+                else 'RGB')
         ds.SamplesPerPixel, ds.PixelRepresentation, ds.NumberOfFrames = samples, signed, 1
         ds.PixelData = pydicom.encaps.encapsulate([stream]) # without the file's own offset table
-        if not kind: ds.BitsStored, ds.HighBit = ds.BitsAllocated, ds.BitsAllocated - 1 # whole words, as RLE holds them
-        for k, v in (('BitsStored', ds.BitsAllocated), ('HighBit', ds.BitsAllocated - 1)): # pydicom refuses where one is missing, which says nothing of the stream
+        if not kind:
+            # whole words, as RLE holds them
+            ds.BitsStored, ds.HighBit = ds.BitsAllocated, ds.BitsAllocated - 1
+        # pydicom refuses where one is missing, which says nothing of the stream
+        for k, v in (('BitsStored', ds.BitsAllocated), ('HighBit', ds.BitsAllocated - 1)):
             if not isinstance(ds.get(k), int): setattr(ds, k, v)
-        return pydicom.pixels.get_decoder(uid).as_array(ds, index=0, raw=samples==1, decoding_plugin='pydicom' if uid==SYNTAXES['rle'] else 'gdcm')[0]
+        return pydicom.pixels.get_decoder(uid).as_array(ds, index=0, raw=samples==1,
+            decoding_plugin='pydicom' if uid==SYNTAXES['rle'] else 'gdcm')[0]
     import gdcm
     bits = ds.BitsAllocated if kind in ('jpeg12', 'jpeg_lossless57', 'jpegls', 'jpeg2000') else 8
-    bare = part10(kind, numbered(rows=ds.Rows, cols=ds.Columns, allocated=bits, stored=bits, signed=signed) + packed(stream))
+    bare = part10(kind, numbered(rows=ds.Rows, cols=ds.Columns, allocated=bits, stored=bits, signed=signed)
+        + packed(stream))
     Path(path + '.bare').write_bytes(bare)
     r = gdcm.ImageReader()
     r.SetFileName(path + '.bare')
     if not r.Read(): raise ValueError('gdcm refuses it')
     b = r.GetImage().GetBuffer()
-    return np.frombuffer(b.encode('utf-8', 'surrogateescape') if isinstance(b, str) else b, f'<u{bits//8}').reshape(ds.Rows, ds.Columns)
+    return np.frombuffer(b.encode('utf-8', 'surrogateescape') if isinstance(b, str) else b,
+        f'<u{bits//8}').reshape(ds.Rows, ds.Columns)
 
 
 def judge():
@@ -584,7 +722,8 @@ def judge():
     for line in sys.stdin:
         path, frame = line.rstrip('\n').rsplit(' ', 1)
         try:
-            with pydicom.config.disable_value_validation(): np.save(path + '.npy', second_decode(path, int(frame)))
+            with pydicom.config.disable_value_validation():
+                np.save(path + '.npy', second_decode(path, int(frame)))
             print('decoded', flush=True)
         except Exception as e: print('nothing' if isinstance(e, LookupError) else 'refused', flush=True)
 
@@ -596,7 +735,8 @@ class Judge:
     def ask(self, path: str, frame: int, seconds: float=10):
         "An array, or 'refused', 'nothing' (no frame for it), 'crashed', 'hung'."
         if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen([sys.executable, __file__, '--judge'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self.process = subprocess.Popen([sys.executable, __file__, '--judge'], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             self.process.stdout.readline()
         self.process.stdin.write(f'{path} {frame}\n'); self.process.stdin.flush()
         if not wait([self.process.stdout], seconds): self.process.kill(); self.process.wait(); return 'hung'
@@ -606,13 +746,20 @@ class Judge:
 
 
 def agreement(ours: np.ndarray, other, lossy: bool, bits: int, low: int) -> str:
-    "Are the integers of two decoders the same? Signs and unused high bits are left out of it; words may have been shifted by `low` bits, where the header says so."
-    if low and not isinstance(other, str) and agreement(ours, other>>low, lossy, bits, 0)=='second decoder agrees': return 'second decoder agrees'
-    if isinstance(other, str): return 'pydicom finds no such frame in the fragments' if other=='nothing' else 'second decoder ' + other
+    """Are the integers of two decoders the same? Signs and unused high bits are left out of it; words may
+    have been shifted by `low` bits, where the header says so."""
+    if (low and not isinstance(other, str) and agreement(ours, other>>low, lossy, bits,
+            0)=='second decoder agrees'):
+        return 'second decoder agrees'
+    if isinstance(other, str):
+        return ('pydicom finds no such frame in the fragments' if other=='nothing'
+            else 'second decoder ' + other)
     if ours.shape!=other.shape: return 'second decoder gives another shape'
     mask = 2**min(bits, 8*ours.dtype.itemsize) - 1
     gap = np.abs((ours.astype(np.int64) & mask) - (other.astype(np.int64) & mask))
-    if lossy: gap = gap*(np.minimum(gap, mask + 1 - gap)>max(3, mask//64)) # two inverse cosine transforms differ a little
+    if lossy:
+        # two inverse cosine transforms differ a little
+        gap = gap*(np.minimum(gap, mask + 1 - gap)>max(3, mask//64))
     return 'second decoder agrees' if (gap!=0).mean()<=(.01 if lossy else 0) else 'second decoder disagrees'
 
 
@@ -636,7 +783,10 @@ class Reader:
         from radiology_ai.dicom import index, read
         try: from radiology_ai.dicom import file, stored
         except ImportError: file = stored = read
-        self.read, self.index, self.open, self.stored = read.read_radiograph, index.index_row, file.open_dicom, stored.decode_stored
+        self.read = read.read_radiograph
+        self.index = index.index_row
+        self.open = file.open_dicom
+        self.stored = stored.decode_stored
         self.judge, self.logged, self.truth = Judge(), io.StringIO(), {}
         logging.getLogger().addHandler(logging.StreamHandler(self.logged))
         with tempfile.TemporaryDirectory(dir=ram()) as folder, warnings.catch_warnings():
@@ -660,7 +810,8 @@ class Reader:
             warnings.simplefilter('always')
             r = self.attempt(record, lambda: self.read(path, frame=self.frame(b)))
             record['seconds'] = time.perf_counter() - begin
-            if i%4==0: self.attempt(record, lambda: self.read(path, size=40, frame=self.frame(b)), first=False)
+            if i%4==0:
+                self.attempt(record, lambda: self.read(path, size=40, frame=self.frame(b)), first=False)
             row = self.attempt(record, lambda: self.index(str(path)), first=False)
         if row and says_secret(row['error']): record['faults'].append('header text in the error of index_row')
         if any(says_secret(w.message) for w in told): record['faults'].append('header text in a warning')
@@ -676,7 +827,8 @@ class Reader:
         except DicomError as e:
             if first: record.update(outcome='refused', cause=re.sub(r'\d+', '#', e.cause))
             if says_secret(e): record['faults'].append('header text in the message of an error')
-            elif any(says_secret(o, o.args) for o in chain(e)): record['note'] = 'header text behind the error (__cause__)'
+            elif any(says_secret(o, o.args) for o in chain(e)):
+                record['note'] = 'header text behind the error (__cause__)'
         except BaseException as e:
             if isinstance(e, KeyboardInterrupt): raise
             if first: record.update(outcome='exception', cause=type(e).__name__)
@@ -688,33 +840,44 @@ class Reader:
         "Were the pixels to be given?"
         p, (pixels, stored) = r.pixels, self.truth[b.name]
         declared = r.tags.get('Rows'), r.tags.get('Columns')
-        sane = p.dtype==np.float32 and p.ndim==2 and p.shape==declared and np.isfinite(p).all() and p.min()>=0 and p.max()<=1 and np.isfinite(r.affine).all()
-        if not sane: record['faults'].append(f'pixels are {p.dtype} {p.shape} in [{p.min()}, {p.max()}], declared {declared}')
-        if r.spacing is not None and not all(np.isfinite(v) and v>0 for v in r.spacing): record['faults'].append(f'spacing {r.spacing}')
+        sane = (p.dtype==np.float32 and p.ndim==2 and p.shape==declared and np.isfinite(p).all()
+            and p.min()>=0 and p.max()<=1 and np.isfinite(r.affine).all())
+        if not sane:
+            record['faults'].append(f'pixels are {p.dtype} {p.shape} in [{p.min()}, {p.max()}], declared {declared}')
+        if r.spacing is not None and not all(np.isfinite(v) and v>0 for v in r.spacing):
+            record['faults'].append(f'spacing {r.spacing}')
         if p.shape==pixels.shape and np.array_equal(p, pixels): record['outcome'] = 'same pixels'
         elif b.kind=='still': record['outcome'] = f'other pixels, {b.syntax}'
         else: self.compare(record, r, path, b, stored)
-        if record['outcome']=='other pixels, png' and not png_whole(path.read_bytes()): record['faults'].append("silent garbage: the PNG's own checksum is wrong")
+        if record['outcome']=='other pixels, png' and not png_whole(path.read_bytes()):
+            record['faults'].append("silent garbage: the PNG's own checksum is wrong")
 
     def compare(self, record, r, path, b, stored):
         "Other pixels of a DICOM file: by its header, uncompressed, or by a compressed stream?"
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            found = self.attempt(record, lambda: ((ds := self.open(path)), *self.stored(ds, self.frame(b), path)), first=False)
-            if found is None: record.update(outcome='read_radiograph reads it, decode_stored does not'); return
+            found = self.attempt(record, lambda: ((ds := self.open(path)),
+                *self.stored(ds, self.frame(b), path)), first=False)
+            if found is None:
+                record.update(outcome='read_radiograph reads it, decode_stored does not'); return
             ds, ours, codec = found
-            if ours.shape==stored.shape and np.array_equal(ours, stored): record['outcome'] = 'same integers, other window'
+            if ours.shape==stored.shape and np.array_equal(ours, stored):
+                record['outcome'] = 'same integers, other window'
             elif codec=='raw': record['outcome'] = 'other integers, uncompressed'
             else:
                 uid = str(getattr(getattr(ds, 'file_meta', None), 'TransferSyntaxUID', ''))
-                lossy = uid in (SYNTAXES['jpeg'], SYNTAXES['jpeg12'], SYNTAXES['jpeg2000_lossy']) or codec.endswith('jpeg8')
+                lossy = (uid in (SYNTAXES['jpeg'], SYNTAXES['jpeg12'], SYNTAXES['jpeg2000_lossy'])
+                    or codec.endswith('jpeg8'))
                 bits = int(ds.get('BitsStored') or 16)
                 low = int(ds.get('HighBit') or 0) + 1 - bits
-                answer = agreement(ours, self.judge.ask(str(path), self.frame(b) or 0), lossy, bits, low if 0<low<=int(ds.BitsAllocated) - bits else 0)
+                answer = agreement(ours, self.judge.ask(str(path), self.frame(b) or 0), lossy, bits,
+                    low if 0<low<=int(ds.BitsAllocated) - bits else 0)
                 record.update(outcome='other integers, compressed: ' + answer, codec=codec)
                 if 'agrees' in answer.split(): return
                 record['verify'] = self.verified(path, b)
-                if record['verify']!='refused under verify=True' and 'crashed' not in answer and 'no such frame' not in answer: record['faults'].append(f'silent garbage, {b.syntax}: {answer}, {record["verify"]}')
+                if (record['verify']!='refused under verify=True' and 'crashed' not in answer
+                        and 'no such frame' not in answer):
+                    record['faults'].append(f'silent garbage, {b.syntax}: {answer}, {record["verify"]}')
 
     def verified(self, path, b):
         "Does the reader itself refuse the file when it is asked to verify?"
@@ -775,14 +938,19 @@ class Run:
         self.context = multiprocessing.get_context('spawn')
         self.clock = self.context.Array('d', 2*self.workers, lock=False)
         self.bases, self.folder = base_files(), tempfile.mkdtemp(dir=ram(), prefix='fuzz')
-        self.outcomes, self.causes, self.faults, self.notes, self.kinds = Counter(), Counter(), Counter(), Counter(), Counter()
+        self.outcomes = Counter()
+        self.causes = Counter()
+        self.faults = Counter()
+        self.notes = Counter()
+        self.kinds = Counter()
         self.garbage, self.saved, self.slow, self.memory = Counter(), Counter(), [], (0, -1)
         self.live, self.total, self.examples = {}, 0, {}
 
     def start(self, k: int, at: int):
         here, there = self.context.Pipe(False)
         self.clock[2*k], self.clock[2*k + 1] = at, 0
-        p = self.context.Process(target=work, args=(k, at, self.workers, self.n, self.seed, self.folder, there, self.clock, self.deadline))
+        p = self.context.Process(target=work, args=(k, at, self.workers, self.n, self.seed, self.folder,
+            there, self.clock, self.deadline))
         p.start()
         there.close()
         self.live[k] = p, here
@@ -809,10 +977,14 @@ class Run:
         p, _ = self.live.pop(k)
         p.join()
         i = int(self.clock[2*k])
-        if how!='hang' and (p.exitcode==1 or not self.clock[2*k + 1]): raise RuntimeError(f'worker {k} failed by itself at file {i} (exit code {p.exitcode}): ' + (Path(self.folder)/f'stderr{k}').read_bytes().decode('latin1')[-1500:])
-        what = f'hang of more than {KILL:.0f} s' if how=='hang' else f'crash (signal {-p.exitcode})' if p.exitcode<0 else f'exit code {p.exitcode}'
+        if how!='hang' and (p.exitcode==1 or not self.clock[2*k + 1]):
+            raise RuntimeError(f'worker {k} failed by itself at file {i} (exit code {p.exitcode}): '
+                + (Path(self.folder)/f'stderr{k}').read_bytes().decode('latin1')[-1500:])
+        what = (f'hang of more than {KILL:.0f} s' if how=='hang' else f'crash (signal {-p.exitcode})'
+            if p.exitcode<0 else f'exit code {p.exitcode}')
         b, names, _ = mutated(self.bases, self.seed, i)
-        self.count(dict(i=i, base=b.name, how=names, outcome=how, cause='', faults=[what], note='', seconds=KILL if how=='hang' else 0, rise=0, grew=0))
+        self.count(dict(i=i, base=b.name, how=names, outcome=how, cause='', faults=[what], note='',
+            seconds=KILL if how=='hang' else 0, rise=0, grew=0))
         if i + self.workers<self.n: self.start(k, i + self.workers)
 
     def take(self, k: int, record: dict):
@@ -853,13 +1025,16 @@ class Run:
     def bad(self) -> int: return sum(self.faults.values())
 
     def report(self, seconds: float):
-        print(f'{self.total} of {self.n} files, seed {self.seed}, {len(self.bases)} intact files, {self.workers} processes, {seconds:.0f} s ({1000*seconds*self.workers/max(1, self.total):.1f} ms a file and process)\n')
+        print(f'{self.total} of {self.n} files, seed {self.seed}, {len(self.bases)} intact files, '
+            f'{self.workers} processes, {seconds:.0f} s ({1000*seconds*self.workers/max(1, self.total):.1f} ms a file and process)\n')
         table('outcome', self.outcomes, self.total)
         table('cause of a refusal (the first 25)', self.causes, self.total, self.examples, 25)
-        table('compressed, other integers, second decoder does not agree', self.garbage, self.total, self.examples)
+        table('compressed, other integers, second decoder does not agree', self.garbage, self.total,
+            self.examples)
         table('note', self.notes, self.total, self.examples)
         print('slowest: ' + '; '.join(f'{s:.2f} s ({i}, {b}, {h})' for s, i, b, h in self.slow))
-        print(f'memory: a worker grew by {getattr(self, "peak", 0):.0f} MB in all, by {self.memory[0]:.0f} MB in one file ({self.memory[1]})\n')
+        print(f'memory: a worker grew by {getattr(self, "peak", 0):.0f} MB in all, by {self.memory[0]:.0f} '
+            f'MB in one file ({self.memory[1]})\n')
         table('FAULT', self.faults, self.total, self.examples)
         if not self.faults: print('no fault')
 
@@ -867,7 +1042,8 @@ class Run:
 def table(title: str, counts: Counter, total: int, examples: dict|None=None, most: int=60):
     if not counts: return
     print(f'{title:110s} {"files":>7s} {"share":>7s}' + ('  first' if examples else ''))
-    for k, v in counts.most_common(most): print(f'{str(k)[:110]:110s} {v:7d} {v/total:7.2%}' + (f'  {examples.get(k)}' if examples else ''))
+    for k, v in counts.most_common(most):
+        print(f'{str(k)[:110]:110s} {v:7d} {v/total:7.2%}' + (f'  {examples.get(k)}' if examples else ''))
     print()
 
 
@@ -889,15 +1065,18 @@ def one(seed: int, i: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--n', type=int, default=2000)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2)
     parser.add_argument('--seconds', type=float, default=1e9, help='stop after this time')
-    parser.add_argument('--findings', type=Path, default=Path(tempfile.gettempdir())/'fuzz_findings', help='folder for the files with faults')
+    parser.add_argument('--findings', type=Path, default=Path(tempfile.gettempdir())/'fuzz_findings',
+        help='folder for the files with faults')
     parser.add_argument('--one', type=int, help='the number of one file')
     parser.add_argument('--judge', action='store_true', help='used by the script itself')
-    parser.add_argument('--bombs', action='store_true', help='time and memory of refusing decompression bombs')
+    parser.add_argument('--bombs', action='store_true',
+        help='time and memory of refusing decompression bombs')
     parser.add_argument('--bomb', help='used by the script itself: one file')
     args = parser.parse_args()
     if args.judge: return judge()

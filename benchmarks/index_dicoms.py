@@ -5,7 +5,12 @@
 The files are those of a simulated hospital at 512 px (13 transfer syntaxes, lookup tables, some broken files), copied until there are enough, and read once before the clock starts (a warm disk).
 A loop that reads the same elements is the fair peer; one that reads ten is what notebooks do. Each figure is the best of three runs.
 """
-import argparse, os, shutil, tempfile, time, warnings
+import argparse
+import os
+import shutil
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
 import pydicom
@@ -29,7 +34,8 @@ def rate(f, n: int, times: int=3) -> float:
 
 
 def loop(files: list, keywords: list, only: bool) -> list:
-    "pydicom's own header reading, the values as text, errors skipped; `only` tells pydicom which elements are wanted."
+    """pydicom's own header reading, the values as text, errors skipped; `only` tells pydicom which elements
+    are wanted."""
     rows = []
     for f in files:
         try:
@@ -51,10 +57,12 @@ def grow(folder: Path, n: int) -> list:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--patients', type=int, default=400)
     parser.add_argument('--files', type=int, default=6000)
-    parser.add_argument('--pixels', type=int, default=0, help='also hash the pixels of so many files, with two processes')
+    parser.add_argument('--pixels', type=int, default=0,
+        help='also hash the pixels of so many files, with two processes')
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
     with tempfile.TemporaryDirectory() as tmp:
@@ -64,11 +72,14 @@ def main():
         files = grow(folder, args.files)
         for f in files: Path(f).read_bytes()
         ours = rate(lambda: index_dicoms(first, workers=1), len(first))
-        peers = [('pydicom loop, same elements', max(rate(lambda: loop(first, TAGS, only), len(first)) for only in (True, False))),
-                 ('pydicom loop, ten elements', max(rate(lambda: loop(first, TEN, only), len(first)) for only in (True, False)))]
+        peers = [('pydicom loop, same elements', max(rate(lambda: loop(first, TAGS, only), len(first))
+            for only in (True, False))),
+                 ('pydicom loop, ten elements', max(rate(lambda: loop(first, TEN, only), len(first))
+                 for only in (True, False)))]
         print(f'{len(first)} files once, {len(files)} with copies, {os.cpu_count()} cores, one process where nothing else is said')
         print(f"{'index_dicoms':58s} {ours:9.0f} files/s")
-        for name, peer in peers: print(f'{name:58s} {peer:9.0f} files/s   index_dicoms is {ours/peer:.1f} times as fast')
+        for name, peer in peers:
+            print(f'{name:58s} {peer:9.0f} files/s   index_dicoms is {ours/peer:.1f} times as fast')
         one = rate(lambda: index_dicoms(folder, workers=1), len(files))
         two = rate(lambda: index_dicoms(folder, workers=2), len(files))
         print(f"{f'index_dicoms, {len(files)} files':58s} {one:9.0f} files/s")
@@ -82,7 +93,9 @@ def main():
         if args.pixels:
             df = read_index(path)
             part = df[df.error==''].head(args.pixels).reset_index(drop=True)
-            for n in (1, 2): print(f"{f'explore_dicoms with the pixels of {len(part)} files, {n} process(es)':58s} {rate(lambda: explore_dicoms(part, pixels='all', workers=n, show=False), len(part), 1):9.0f} files/s")
+            for n in (1, 2):
+                print(f"{f'explore_dicoms with the pixels of {len(part)} files, {n} process(es)':58s} "
+                    f"{rate(lambda: explore_dicoms(part, pixels='all', workers=n, show=False), len(part), 1):9.0f} files/s")
 
 
 if __name__=='__main__': main()

@@ -7,10 +7,15 @@ other on one cassette; a joint 20 to 34 mm from an edge of the film. Real knees 
 turned; no real knee took part in training. The joint in a crop is where the mean of all crops, aligned with it, has its joint: the joint was marked once, in the mean.
 Of ChestX-ray14 only patients with an odd number are judged, since the others took part in training. `--pictures` writes the worst of each kind with the boxes that were found.
 """
-import argparse, os, tempfile, time
+import argparse
+import os
+import tempfile
+import time
 from pathlib import Path
 
-import cv2, numpy as np, pandas as pd
+import cv2
+import numpy as np
+import pandas as pd
 
 from radiology_ai.core import Radiograph, RadiologyError, resize_array, rng, transform_points
 from radiology_ai.dicom.read import read_radiograph
@@ -26,15 +31,18 @@ ROW, COL = .59, .5 # where in the mean of the crops the middle of the joint spac
 
 
 def joints(crops: list, sides: list, n: int=112) -> list:
-    "(row, col) of the joint in each crop, as shares of its sides: the mean of all crops is laid over each, by correlation, left knees mirrored."
+    """(row, col) of the joint in each crop, as shares of its sides: the mean of all crops is laid over each,
+    by correlation, left knees mirrored."""
     a = [resize_array(c, (n, n)) for c in crops]
-    a = np.stack([np.clip(evened(np.ascontiguousarray(c[:, ::-1] if s=='L' else c)), -3, 3) for c, s in zip(a, sides)])
+    a = np.stack([np.clip(evened(np.ascontiguousarray(c[:, ::-1] if s=='L' else c)), -3, 3)
+        for c, s in zip(a, sides)])
     (t, b, l, r), most, mean = (30, 95, 12, 100), 14, a.mean(0)
     for _ in range(4):
         at = []
         for c in a:
             room = cv2.copyMakeBorder(c, most, most, most, most, cv2.BORDER_REPLICATE)[t:b+2*most, l:r+2*most]
-            at.append(np.unravel_index(cv2.matchTemplate(room, mean[t:b, l:r], cv2.TM_CCOEFF_NORMED).argmax(), (2*most+1, 2*most+1)))
+            at.append(np.unravel_index(cv2.matchTemplate(room, mean[t:b, l:r], cv2.TM_CCOEFF_NORMED).argmax(),
+                (2*most+1, 2*most+1)))
         at = np.array(at) - most
         at -= np.rint(at.mean(0)).astype(int)
         mean = np.mean([np.roll(c, -o, (0, 1)) for c, o in zip(a, at)], 0).astype(np.float32)
@@ -51,7 +59,8 @@ def in_black(r: Radiograph, at, gen):
 
 
 def in_leg(r: Radiograph, at, side: str, gen):
-    "The crop laid over the joint of a simulated long leg with soft edges, the whole then turned; the joint's place (row, col)."
+    """The crop laid over the joint of a simulated long leg with soft edges, the whole then turned; the
+    joint's place (row, col)."""
     p = simulate_knee(int(gen.integers(10**6)), side=side, size=400, fov=float(gen.uniform(260, 400)))
     leg = expose(p, gen, marker=False).pixels
     n = int(round(CROP_MM/p.spacing))
@@ -64,7 +73,8 @@ def in_leg(r: Radiograph, at, side: str, gen):
     knee = (knee-knee.mean())/max(knee.std(), .01)*under.std() + under.mean()
     big[y:y+n, x:x+n] = alpha*knee + (1-alpha)*under
     film = np.clip(big[n:-n, n:-n], 0, 1)
-    m = cv2.getRotationMatrix2D((film.shape[1]/2, film.shape[0]/2), float(np.clip(gen.normal(0, 8), -20, 20)), 1)
+    m = cv2.getRotationMatrix2D((film.shape[1]/2, film.shape[0]/2), float(np.clip(gen.normal(0, 8), -20, 20)),
+        1)
     film = cv2.warpAffine(np.ascontiguousarray(film), m, film.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
     joint = transform_points(np.vstack([m, [0, 0, 1]]), [x-n+n*at[1], y-n+n*at[0]])
     return Radiograph(film, (p.spacing,)*2), (joint[1], joint[0])
@@ -73,12 +83,14 @@ def in_leg(r: Radiograph, at, side: str, gen):
 def letters(a, gen, mirrored):
     "Lead letters on a film, as they are or mirrored."
     layer = np.zeros(a.shape, np.uint8)
-    cv2.putText(layer, str(gen.choice(list('RL')))+str(gen.choice(['', 'AP', ' 7'])), (int(gen.uniform(0, .6)*a.shape[1]), int(gen.uniform(.1, .95)*a.shape[0])), 0, 1.2, 255, 3)
+    cv2.putText(layer, str(gen.choice(list('RL')))+str(gen.choice(['', 'AP', ' 7'])),
+        (int(gen.uniform(0, .6)*a.shape[1]), int(gen.uniform(.1, .95)*a.shape[0])), 0, 1.2, 255, 3)
     return np.maximum(a, (layer[:, ::-1] if mirrored else layer).astype(np.float32)/255)
 
 
 def whole_leg(seed, side, gen):
-    p = simulate_knee(seed, int(gen.integers(7)), side, 420, fov=float(gen.uniform(440, 520)), hardware=bool(gen.random()<.2))
+    p = simulate_knee(seed, int(gen.integers(7)), side, 420, fov=float(gen.uniform(440, 520)),
+        hardware=bool(gen.random()<.2))
     a = letters(expose(p, gen).pixels.copy(), gen, True)
     x, cm = int(gen.uniform(.05, .95)*a.shape[1]), 10/p.spacing
     a[:, max(0, x-1):x+1] = 1
@@ -88,7 +100,8 @@ def whole_leg(seed, side, gen):
 
 def both_legs(seed, side, gen):
     p = simulate_knee(seed, int(gen.integers(7)), side, 460, bilateral=True, fov=float(gen.uniform(440, 520)))
-    return expose(p, gen).pixels, p.spacing, [(*p.points['joint'], side), (*p.points['joint_other'], 'LR'[side=='L'])]
+    return expose(p, gen).pixels, p.spacing, [(*p.points['joint'], side),
+        (*p.points['joint_other'], 'LR'[side=='L'])]
 
 
 def two_exposures(seed, side, gen):
@@ -99,7 +112,8 @@ def two_exposures(seed, side, gen):
         a, mm = expose(p, gen).pixels, mm or p.spacing
         size = tuple(max(1, round(n*p.spacing/mm)) for n in a.shape)
         films.append(resize_array(a, size))
-        knees.append((p.points['joint'][0]*size[0]/a.shape[0], left+p.points['joint'][1]*size[1]/a.shape[1], s))
+        knees.append((p.points['joint'][0]*size[0]/a.shape[0], left+p.points['joint'][1]*size[1]/a.shape[1],
+            s))
         left += size[1] + gap
     h, grey = max(f.shape[0] for f in films), float(gen.choice([0, 1]))
     films = [np.vstack([f, np.full((h-f.shape[0], f.shape[1]), grey, np.float32)]) for f in films]
@@ -125,12 +139,16 @@ def unseen_framings(n: int):
             a, mm, knees = make(3_000_000+k, side, gen)
             for known in (True, False):
                 found = locate_knees(film:=Radiograph(a, (mm, mm) if known else None))
-                for row, col, s in knees: yield row_of(f"unseen: {make.__name__.replace('_', ' ')}, spacing {'' if known else 'un'}known", film, (row, col), s, mm, found)
+                for row, col, s in knees:
+                    yield row_of(f"unseen: {make.__name__.replace('_', ' ')}, spacing "
+                        f"{'' if known else 'un'}known", film, (row, col), s, mm, found)
 
 
 def unseen_others(n: int):
     "Simulated films without a knee: whole, and parts of them askew."
-    for make, name in ((lambda s: simulate_chest(s, size=384), 'chest'), (lambda s: simulate_hand(s, 'RL'[s%2], 384), 'hand'), (lambda s: simulate_hip(s, 'RL'[s%2], 384), 'hip')):
+    for make, name in ((lambda s: simulate_chest(s, size=384), 'chest'),
+            (lambda s: simulate_hand(s, 'RL'[s%2], 384), 'hand'),
+            (lambda s: simulate_hip(s, 'RL'[s%2], 384), 'hip')):
         for k in range(n//3):
             gen, p = rng(k, 'others', name), make(4_000_000+k)
             a = expose(p, gen).pixels
@@ -138,8 +156,11 @@ def unseen_others(n: int):
                 h, w = (int(gen.uniform(.4, 1)*v) for v in a.shape)
                 t, l = (int(gen.integers(0, v-u+1)) for v, u in zip(a.shape, (h, w)))
                 m = cv2.getRotationMatrix2D((w/2, h/2), float(gen.uniform(-30, 30)), 1)
-                a = cv2.warpAffine(np.ascontiguousarray(a[t:t+h, l:l+w]), m, (w, h), borderMode=cv2.BORDER_REPLICATE)
-            for known in (True, False): yield row_of(f"simulated {name}, spacing {'' if known else 'un'}known", Radiograph(a, (p.spacing,)*2 if known else None), (-1e6, -1e6), '', 1)
+                a = cv2.warpAffine(np.ascontiguousarray(a[t:t+h, l:l+w]), m, (w, h),
+                    borderMode=cv2.BORDER_REPLICATE)
+            for known in (True, False):
+                yield row_of(f"simulated {name}, spacing {'' if known else 'un'}known",
+                    Radiograph(a, (p.spacing,)*2 if known else None), (-1e6, -1e6), '', 1)
 
 
 def row_of(kind, film, joint, side, mm, found=None):
@@ -149,7 +170,8 @@ def row_of(kind, film, joint, side, mm, found=None):
     ms = 1000*(time.process_time()-start)
     nearest = min(found, key=lambda k: np.hypot(k.center[0]-joint[0], k.center[1]-joint[1]), default=None)
     error = np.hypot(nearest.center[0]-joint[0], nearest.center[1]-joint[1]) if found else np.inf
-    return dict(kind=kind, found=bool(found), error_mm=error*mm, within_5_percent=error<=.05*film.shape[1], side=bool(found) and nearest.side==side, ms=ms, film=film, knees=found)
+    return dict(kind=kind, found=bool(found), error_mm=error*mm, within_5_percent=error<=.05*film.shape[1],
+        side=bool(found) and nearest.side==side, ms=ms, film=film, knees=found)
 
 
 def real_knees(data: Path, n: int):
@@ -159,8 +181,10 @@ def real_knees(data: Path, n: int):
     table['at'] = joints([r.pixels for r in crops], table.side)
     for i in table.sample(min(n, len(table)), random_state=0).index:
         r, side, at = crops[i], table.side[i], table['at'][i]
-        yield row_of('OAI crop', Radiograph(r.pixels), (r.shape[0]*at[0], r.shape[1]*at[1]), side, CROP_MM/224)
-        for name, (film, joint) in (('OAI in black', in_black(r, at, gen)), ('OAI in a leg', in_leg(r, at, side, gen))):
+        yield row_of('OAI crop', Radiograph(r.pixels), (r.shape[0]*at[0], r.shape[1]*at[1]), side,
+            CROP_MM/224)
+        for name, (film, joint) in (('OAI in black', in_black(r, at, gen)),
+                ('OAI in a leg', in_leg(r, at, side, gen))):
             yield row_of(f'{name}, spacing known', film, joint, side, film.spacing[0])
             yield row_of(f'{name}, spacing unknown', Radiograph(film.pixels), joint, side, film.spacing[0])
 
@@ -171,16 +195,21 @@ def hospital(n: int):
         truth = simulate_hospital(d, n=n, seed=77, size=512, workers=1)
         for t in truth[truth.broken==''].itertuples():
             r = read_radiograph(Path(d)/t.path)
-            if t.body_part=='KNEE': yield row_of('simulated hospital', r, (t.joint_row, t.joint_col), t.laterality, t.spacing_mm)
+            if t.body_part=='KNEE':
+                yield row_of('simulated hospital', r, (t.joint_row, t.joint_col), t.laterality, t.spacing_mm)
             else: yield row_of('simulated other', r, (-1e6, -1e6), '', 1)
 
 
 def others(data: Path, n: int):
     "Real radiographs without a knee."
-    odd = pd.read_csv(data/'chest_nih/manifest.csv', usecols=['path', 'patient_id']).query('patient_id%2==1').path
-    sets = {'chest_nih': [data/'chest_nih'/p for p in odd], 'chest_covid': sorted((data/'chest_covid/images').iterdir()), 'chest_child': sorted((data/'chest_child/images').iterdir())}
+    odd = pd.read_csv(data/'chest_nih/manifest.csv',
+        usecols=['path', 'patient_id']).query('patient_id%2==1').path
+    sets = {'chest_nih': [data/'chest_nih'/p for p in odd],
+        'chest_covid': sorted((data/'chest_covid/images').iterdir()),
+        'chest_child': sorted((data/'chest_child/images').iterdir())}
     for name, files in sets.items():
-        for i in np.linspace(0, len(files)-1, min(n, len(files))).astype(int): yield row_of(name, read_radiograph(files[i]), (-1e6, -1e6), '', 1) | dict(file=files[i].name)
+        for i in np.linspace(0, len(files)-1, min(n, len(files))).astype(int):
+            yield row_of(name, read_radiograph(files[i]), (-1e6, -1e6), '', 1) | dict(file=files[i].name)
     for f in sorted((data/'dicom').glob('*.dcm')):
         try: yield row_of('dicom', read_radiograph(f), (-1e6, -1e6), '', 1) | dict(file=f.name)
         except RadiologyError: pass
@@ -191,7 +220,8 @@ def picture(rows, path):
     tiles = []
     for r in rows:
         f = 220/max(r['film'].shape)
-        a = cv2.cvtColor((resize_array(r['film'].pixels, tuple(max(1, int(n*f)) for n in r['film'].shape))*255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
+        a = cv2.cvtColor((resize_array(r['film'].pixels,
+            tuple(max(1, int(n*f)) for n in r['film'].shape))*255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
         for k in r['knees']:
             x1, y1, x2, y2 = (int(v*f) for v in k.box)
             cv2.rectangle(a, (x1, y1), (x2, y2), (0, 255, 255), 1)
@@ -223,17 +253,23 @@ def main():
     t = pd.DataFrame(rows)
     knee = t[t.kind.str.contains('unseen|hospital|OAI')]
     g = knee.groupby('kind', sort=False)
-    print(pd.DataFrame(dict(knees=g.size(), found=g.found.agg(share), median_mm=knee[knee.found].groupby('kind').error_mm.median().round(2), within_10_mm=g.error_mm.agg(lambda e: share(e<=10)),
-        within_5_percent_of_width=g.within_5_percent.agg(share), side_right=g.side.agg(share), median_ms=g.ms.median().round(1))).loc[knee.kind.unique()].to_string())
+    print(pd.DataFrame(dict(knees=g.size(), found=g.found.agg(share),
+        median_mm=knee[knee.found].groupby('kind').error_mm.median().round(2),
+        within_10_mm=g.error_mm.agg(lambda e: share(e<=10)),
+        within_5_percent_of_width=g.within_5_percent.agg(share), side_right=g.side.agg(share),
+        median_ms=g.ms.median().round(1))).loc[knee.kind.unique()].to_string())
     rest = t.drop(knee.index).groupby('kind', sort=False)
     print('\ntaken for a knee:')
-    print(pd.DataFrame(dict(films=rest.size(), alarms=rest.found.sum(), percent=rest.found.agg(share), median_ms=rest.ms.median().round(1))).to_string())
+    print(pd.DataFrame(dict(films=rest.size(), alarms=rest.found.sum(), percent=rest.found.agg(share),
+        median_ms=rest.ms.median().round(1))).to_string())
     if 'file' in t: print(t[t.found & t.file.notna()][['kind', 'file']].to_string(index=False))
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         for kind, part in t.groupby('kind', sort=False):
-            order = part.error_mm.where(part.found, 1e9).sort_values(ascending=False).index if kind in set(knee.kind) else part.sort_values('found', ascending=False).index
-            picture([rows[i] for i in order[:20]], args.pictures/f"{kind.replace(' ', '_').replace(',', '').replace(':', '')}.png")
+            order = (part.error_mm.where(part.found, 1e9).sort_values(ascending=False).index
+                if kind in set(knee.kind) else part.sort_values('found', ascending=False).index)
+            picture([rows[i] for i in order[:20]],
+                args.pictures/f"{kind.replace(' ', '_').replace(',', '').replace(':', '')}.png")
 
 
 if __name__=='__main__': main()

@@ -9,7 +9,10 @@ chest:  a network is pretrained on unlabelled chests (the training patients of c
         a linear probe is fitted on the frozen features and the network is fine-tuned, beside random weights with the same labels, schedule and augmentation. Macro AUROC on the test patients. The interval of the difference draws test patients
         and seeds anew. There is one pretraining a method.
 """
-import argparse, os, time, warnings
+import argparse
+import os
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +50,15 @@ def chest_tables() -> tuple[pd.DataFrame, dict]:
     "One row an image: `file`, `patient_id`, `split`, `kind` (None for chest_nih); and the folders."
     data = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])
     child = pd.read_csv(data/'chest_child'/'manifest.csv')
-    child = child.assign(file='child/' + child.path, patient_id='child ' + child.patient_group.astype(str), kind=child.labels)
-    child = patient_split(child.assign(image_id=child.path)[['image_id', 'file', 'patient_id', 'kind']], {'train': .6, 'valid': .1, 'test': .3}, 'kind', seed=0)
+    child = child.assign(file='child/' + child.path, patient_id='child ' + child.patient_group.astype(str),
+        kind=child.labels)
+    child = patient_split(child.assign(image_id=child.path)[['image_id', 'file', 'patient_id', 'kind']],
+        {'train': .6, 'valid': .1, 'test': .3}, 'kind', seed=0)
     nih = pd.read_csv(data/'chest_nih'/'manifest.csv')
-    nih = nih.assign(file='nih/' + nih.path, patient_id='nih ' + nih.patient_id.astype(str), kind=None, split='train')
-    return pd.concat([child, nih[['file', 'patient_id', 'kind', 'split']]], ignore_index=True), dict(child=data/'chest_child', nih=data/'chest_nih')
+    nih = nih.assign(file='nih/' + nih.path, patient_id='nih ' + nih.patient_id.astype(str), kind=None,
+        split='train')
+    return pd.concat([child, nih[['file', 'patient_id', 'kind', 'split']]],
+        ignore_index=True), dict(child=data/'chest_child', nih=data/'chest_nih')
 
 
 def chest_store(folder: Path, size: int) -> tuple:
@@ -72,21 +79,27 @@ def chest_store(folder: Path, size: int) -> tuple:
 
 
 def few(table, n: int, seed: int) -> pd.DataFrame:
-    "`n` images of each class from different training patients; the validation part is a formality of the loaders."
-    pool = table[(table.split=='train') & table.kind.notna()].sample(frac=1, random_state=seed).drop_duplicates('patient_id')
+    """`n` images of each class from different training patients; the validation part is a formality of the
+    loaders."""
+    pool = table[(table.split=='train') & table.kind.notna()].sample(frac=1,
+        random_state=seed).drop_duplicates('patient_id')
     rows = pd.concat([pool[pool.kind==k].head(n) for k in CLASSES])
     valid = table[(table.split=='valid') & table.kind.notna()].groupby('kind').head(2)
     return pd.concat([rows, valid])
 
 
 def pretrain(name: str, store, table, args):
-    backbone = dict(backbone='vit_tiny_patch16_224', model_args=dict(img_size=args.size, **VIT)) if name=='mae' else dict(backbone=args.network, model_args=narrow(args.network))
+    backbone = (dict(backbone='vit_tiny_patch16_224', model_args=dict(img_size=args.size, **VIT))
+        if name=='mae' else dict(backbone=args.network, model_args=narrow(args.network)))
     rows = pd.concat([table[table.split=='train'], table[table.split=='valid']])
-    learn = ssl_learner(store, rows, method=name, bs=args.bs, seed=0, dls_args=dict(device='cpu'), lr=args.lr, **backbone)
+    learn = ssl_learner(store, rows, method=name, bs=args.bs, seed=0, dls_args=dict(device='cpu'), lr=args.lr,
+        **backbone)
     start = time.perf_counter()
     learn.fit_two_phase(args.epochs, head_epochs=0, body_div=1)
     last = learn.history[-1]
-    print(f"{name}: pretrained {args.epochs} epochs of {len(learn.dls.train)} batches in {time.perf_counter()-start:.0f} s; loss {learn.history[0]['train_loss']:.3f} -> {last['train_loss']:.3f}, spread {last['spread']:.2f}, rank {last['rank']:.1f}", flush=True)
+    print(f"{name}: pretrained {args.epochs} epochs of {len(learn.dls.train)} batches in "
+        f"{time.perf_counter()-start:.0f} s; loss {learn.history[0]['train_loss']:.3f} -> "
+        f"{last['train_loss']:.3f}, spread {last['spread']:.2f}, rank {last['rank']:.1f}", flush=True)
     return learn
 
 
@@ -95,15 +108,20 @@ def judge(name: str, learn, store, table, args) -> list:
     test, out = table[(table.split=='test') & table.kind.notna()], []
     for seed in range(args.seeds):
         rows = few(table, args.labels, seed)
-        aug = BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.1, contrast=.2, gamma=(.8, 1.25), noise=.02, seed=seed)
-        dls = xray_dataloaders(store, rows, 'kind', bs=20, batch_tfms=[aug], vocab=CLASSES, seed=seed, device='cpu')
+        aug = BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.1, contrast=.2,
+            gamma=(.8, 1.25), noise=.02, seed=seed)
+        dls = xray_dataloaders(store, rows, 'kind', bs=20, batch_tfms=[aug], vocab=CLASSES, seed=seed,
+            device='cpu')
         fresh = dict(img_size=args.size, **VIT) if name=='random vit' else narrow(args.network)
-        model = task_model(learn, dls, seed=seed) if learn is not None else create_model('vit_tiny_patch16_224' if name=='random vit' else args.network, 3, pretrained=False, seed=seed, **fresh)
+        model = (task_model(learn, dls, seed=seed) if learn is not None
+            else create_model('vit_tiny_patch16_224' if name=='random vit' else args.network, 3,
+            pretrained=False, seed=seed, **fresh))
         labelled = rows[rows.split=='train']
         x, y = embed(model, xray_test_dl(store, labelled, labels='kind', vocab=CLASSES, device='cpu'))
         z, truth = embed(model, xray_test_dl(store, test, labels='kind', vocab=CLASSES, device='cpu'))
         probe = linear_probe(x, y, z)
-        task = xray_learner(dls, model, pretrained=False, seed=seed, monitor=None, metrics=[], lr=args.tune_lr)
+        task = xray_learner(dls, model, pretrained=False, seed=seed, monitor=None, metrics=[],
+            lr=args.tune_lr)
         task.fit_two_phase(args.tune_epochs, head_epochs=0, body_div=1)
         tuned = predict_scores(task, xray_test_dl(dls, test), activation=True)[0]
         out.append(dict(probe=probe, tuned=tuned, truth=truth))
@@ -114,7 +132,8 @@ def difference(ours, theirs, how: str, patients, draws: int) -> tuple:
     "(difference of the mean AUROCs, low, high) over draws of test patients and seeds."
     truth, gen = ours[0]['truth'], rng(0, 'patients')
     of = [np.flatnonzero(patients==k) for k in range(patients.max()+1)]
-    each = lambda rows: np.array([macro_auroc(truth[rows], o[how][rows]) - macro_auroc(truth[rows], t[how][rows]) for o, t in zip(ours, theirs)])
+    each = lambda rows: np.array([macro_auroc(truth[rows], o[how][rows])
+        - macro_auroc(truth[rows], t[how][rows]) for o, t in zip(ours, theirs)])
     values = []
     for _ in range(draws):
         d = each(np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))]))
@@ -127,14 +146,18 @@ def chest(args):
     store, table = chest_store(Path(args.cache), args.size)
     test = table[(table.split=='test') & table.kind.notna()]
     patients = pd.factorize(test.patient_id)[0]
-    print(f"{int((table.split=='train').sum())} images to pretrain on ({table[table.split=='train'].patient_id.nunique()} patients), {len(test)} to test ({patients.max()+1} patients), {args.labels} labels a class, {args.seeds} seeds, {args.network}, {args.size} px", flush=True)
+    print(f"{int((table.split=='train').sum())} images to pretrain on "
+        f"({table[table.split=='train'].patient_id.nunique()} patients), {len(test)} to test "
+        f"({patients.max()+1} patients), {args.labels} labels a class, {args.seeds} seeds, {args.network}, {args.size} px", flush=True)
     base, rows, took = {}, [], 0.
     def record(name, scores, plain):
         for how in ('probe', 'tuned'):
             a = [macro_auroc(s['truth'], s[how]) for s in scores]
             d = difference(scores, plain, how, patients, args.draws) if plain is not None else (0, 0, 0)
-            rows.append(dict(method=name, how=how, auroc=np.mean(a), sd=np.std(a, ddof=1), difference=d[0], low=d[1], high=d[2], each=' '.join(f'{v:.3f}' for v in a)))
-            print('  {method:8} {how:6} AUROC {auroc:.3f} (sd {sd:.3f})  against random {difference:+.3f} ({low:+.3f} to {high:+.3f})   {each}'.format(**rows[-1]), flush=True)
+            rows.append(dict(method=name, how=how, auroc=np.mean(a), sd=np.std(a, ddof=1), difference=d[0],
+                low=d[1], high=d[2], each=' '.join(f'{v:.3f}' for v in a)))
+            print('  {method:8} {how:6} AUROC {auroc:.3f} (sd {sd:.3f})  against random {difference:+.3f} '
+                '({low:+.3f} to {high:+.3f})   {each}'.format(**rows[-1]), flush=True)
         if args.out: pd.DataFrame(rows).to_csv(args.out, index=False)
     for name in args.methods:
         start = time.time()
@@ -161,7 +184,11 @@ class Ready:
 
 def example(name: str, body, n: int, s: dict) -> tuple:
     "(modules, step(views) -> loss) as in lightly's examples for PyTorch, with the settings `s`."
-    import copy, lightly.loss as losses, lightly.models.modules as parts, lightly.models.utils as utils
+    import copy
+
+    import lightly.loss as losses
+    import lightly.models.modules as parts
+    import lightly.models.utils as utils
     f = lambda x, net=body: net(x).mean((2, 3))
     if name=='mae': return example_mae(body, s, parts, utils)
     if name in ('swav', 'dino'): return example_crops(name, body, n, s, parts, utils, losses, f)
@@ -170,7 +197,8 @@ def example(name: str, body, n: int, s: dict) -> tuple:
         loss = dict(simclr=losses.NTXentLoss, barlow=losses.BarlowTwinsLoss, vicreg=losses.VICRegLoss)[name]()
         return [body, head], lambda v: loss(head(f(v[0])), head(f(v[1])))
     if name=='simsiam':
-        guess, loss = parts.SimSiamPredictionHead(s['dim'], s['predictor'], s['dim']), losses.NegativeCosineSimilarity()
+        guess = parts.SimSiamPredictionHead(s['dim'], s['predictor'], s['dim'])
+        loss = losses.NegativeCosineSimilarity()
         def step(v):
             z = [head(f(x)) for x in v]
             return .5*(loss(guess(z[0]), z[1].detach()) + loss(guess(z[1]), z[0].detach()))
@@ -185,7 +213,8 @@ def example(name: str, body, n: int, s: dict) -> tuple:
             follow()
             return loss(head(f(v[0])), ask(v[1]))
         return [body, head], step
-    guess, loss = parts.BYOLPredictionHead(s['dim'], s['predictor'], s['dim']), losses.NegativeCosineSimilarity()
+    guess = parts.BYOLPredictionHead(s['dim'], s['predictor'], s['dim'])
+    loss = losses.NegativeCosineSimilarity()
     def step(v):
         follow()
         return .5*(loss(guess(head(f(v[0]))), ask(v[1])) + loss(guess(head(f(v[1]))), ask(v[0])))
@@ -196,14 +225,18 @@ def example_crops(name, body, n, s, parts, utils, losses, f):
     "The same for the methods with small crops."
     import copy
     if name=='swav':
-        head, prototypes, loss = parts.SwaVProjectionHead(n, s['hidden'], s['dim']), parts.SwaVPrototypes(s['dim'], s['prototypes']), losses.SwaVLoss()
+        head = parts.SwaVProjectionHead(n, s['hidden'], s['dim'])
+        prototypes = parts.SwaVPrototypes(s['dim'], s['prototypes'])
+        loss = losses.SwaVLoss()
         def step(v):
             prototypes.normalize()
             out = [prototypes(torch.nn.functional.normalize(head(f(x)), dim=1)) for x in v]
             return loss(out[:2], out[2:])
         return [body, head, prototypes], step
     head = parts.DINOProjectionHead(n, s['hidden'], s['dim'], s['prototypes'])
-    body_m, head_m, loss = copy.deepcopy(body).requires_grad_(False), parts.DINOProjectionHead(n, s['hidden'], s['dim'], s['prototypes']).requires_grad_(False), losses.DINOLoss(s['prototypes'])
+    body_m = copy.deepcopy(body).requires_grad_(False)
+    head_m = parts.DINOProjectionHead(n, s['hidden'], s['dim'], s['prototypes']).requires_grad_(False)
+    loss = losses.DINOLoss(s['prototypes'])
     head_m.load_state_dict(head.state_dict())
     def step(v):
         utils.update_momentum(body, body_m, .996), utils.update_momentum(head, head_m, .996)
@@ -214,16 +247,21 @@ def example_crops(name, body, n, s, parts, utils, losses, f):
 
 def example_mae(body, s, parts, utils):
     "The same for the masked autoencoder."
-    vit, net = parts.MaskedVisionTransformerTIMM(body.net, weight_initialization='skip', pos_embed_initialization='skip'), body.net
+    vit = parts.MaskedVisionTransformerTIMM(body.net, weight_initialization='skip',
+        pos_embed_initialization='skip')
+    net = body.net
     patch, n = net.patch_embed.patch_size[0], vit.sequence_length
     decoder = parts.MaskedVisionTransformerDecoderTIMM(n-1, s['width'], s['depth'], s['heads'])
-    enter, draw, loss = torch.nn.Linear(net.embed_dim, s['width']), torch.nn.Linear(s['width'], patch**2), torch.nn.MSELoss()
+    enter = torch.nn.Linear(net.embed_dim, s['width'])
+    draw = torch.nn.Linear(s['width'], patch**2)
+    loss = torch.nn.MSELoss()
     def step(v):
         x = v[0]
         keep, mask = utils.random_token_mask((len(x), n), s['share'], device=x.device)
         seen = enter(vit.encode(x, idx_keep=keep))
         whole = utils.set_at_index(utils.repeat_token(decoder.mask_token, (len(x), n)), keep, seen)
-        return loss(draw(utils.get_at_index(decoder(whole), mask)), utils.get_at_index(utils.patchify(x, patch), mask-1))
+        return loss(draw(utils.get_at_index(decoder(whole), mask)),
+            utils.get_at_index(utils.patchify(x, patch), mask-1))
     return [vit, decoder, enter, draw], step
 
 
@@ -232,9 +270,14 @@ def transform(name: str, size: int, side: int, n_small: int):
     import lightly.transforms as t
     if name=='mae': return t.MAETransform(input_size=size, normalize=None)
     if name=='swav': return t.SwaVTransform(crop_sizes=(size, side), crop_counts=(2, n_small), normalize=None)
-    if name=='dino': return t.DINOTransform(global_crop_size=size, local_crop_size=side, n_local_views=n_small, normalize=None)
-    if name in ('byol', 'barlow'): return t.BYOLTransform(t.BYOLView1Transform(input_size=size, normalize=None), t.BYOLView2Transform(input_size=size, normalize=None))
-    return dict(simclr=t.SimCLRTransform, moco=t.MoCoV2Transform, simsiam=t.SimSiamTransform, vicreg=t.VICRegTransform)[name](input_size=size, normalize=None)
+    if name=='dino':
+        return t.DINOTransform(global_crop_size=size, local_crop_size=side, n_local_views=n_small,
+            normalize=None)
+    if name in ('byol', 'barlow'):
+        return t.BYOLTransform(t.BYOLView1Transform(input_size=size, normalize=None),
+            t.BYOLView2Transform(input_size=size, normalize=None))
+    return dict(simclr=t.SimCLRTransform, moco=t.MoCoV2Transform, simsiam=t.SimSiamTransform,
+        vicreg=t.VICRegTransform)[name](input_size=size, normalize=None)
 
 
 class Films(torch.utils.data.Dataset):
@@ -257,7 +300,8 @@ class Clock(Callback):
 class Memory:
     "Simulated chests in memory."
     def __init__(self, size, n=32):
-        self.x = np.stack([np.rint(255*expose(simulate_chest(k, size=size), rng(k)).pixels).astype(np.uint8) for k in range(n)])
+        self.x = np.stack([np.rint(255*expose(simulate_chest(k, size=size), rng(k)).pixels).astype(np.uint8)
+            for k in range(n)])
         self.index = pd.DataFrame({'image_id': [f'im{k}' for k in range(n)]})
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i]
@@ -266,23 +310,30 @@ class Memory:
 def step(args):
     store = Memory(args.size)
     rows = args.bs*args.batches
-    manifest = pd.DataFrame(dict(image_id=[f'im{k%len(store)}' for k in range(rows+2)], patient_id=[f'p{k}' for k in range(rows+2)], split=['train']*rows+['valid']*2))
-    print(f'{args.network}, {args.size} px, batches of {args.bs}, processor seconds a step, median of {args.rounds} rounds; ratio: median (lowest to highest)')
+    manifest = pd.DataFrame(dict(image_id=[f'im{k%len(store)}' for k in range(rows+2)],
+        patient_id=[f'p{k}' for k in range(rows+2)], split=['train']*rows+['valid']*2))
+    print(f'{args.network}, {args.size} px, batches of {args.bs}, processor seconds a step, median of '
+        f'{args.rounds} rounds; ratio: median (lowest to highest)')
     for name in args.methods:
         for how in ('ready', 'whole'): print(compare_steps(name, how, store, manifest, args), flush=True)
 
 
 def compare_steps(name, how, store, manifest, args) -> str:
-    backbone = dict(backbone='vit_tiny_patch16_224', model_args=dict(img_size=args.size, **VIT)) if name=='mae' else dict(backbone=args.network)
+    backbone = (dict(backbone='vit_tiny_patch16_224', model_args=dict(img_size=args.size, **VIT))
+        if name=='mae' else dict(backbone=args.network))
     m = METHODS[name]
     views = Views(1, big=radiograph_views(crop=(.4, 1.))) if name=='mae' else Views(2, m.small)
-    with torch.no_grad(): made = views(torch.from_numpy(store.x[np.arange(args.bs)%len(store)]).float()[:,None]/255, 0)
+    with torch.no_grad():
+        made = views(torch.from_numpy(store.x[np.arange(args.bs)%len(store)]).float()[:,None]/255, 0)
     clock = Clock()
-    learn = ssl_learner(store, manifest, method=name, bs=args.bs, cbs=[clock], views=Ready(made, views.n_small) if how=='ready' else views, dls_args=dict(device='cpu', check_leakage=False), collapse=None, **backbone)
+    learn = ssl_learner(store, manifest, method=name, bs=args.bs, cbs=[clock],
+        views=Ready(made, views.n_small) if how=='ready' else views,
+        dls_args=dict(device='cpu', check_leakage=False), collapse=None, **backbone)
     body = create_model(backbone['backbone'], 1, pretrained=False, **backbone.get('model_args', {})).body
     modules, f = example(name, body, body.n_features, learn.self_supervised.settings)
     opt = torch.optim.AdamW([p for mod in modules for p in mod.parameters() if p.requires_grad], lr=1e-3)
-    films = torch.utils.data.DataLoader(Films(store, args.bs*args.batches, transform(name, args.size, made[-1].shape[-1], views.n_small)), args.bs, shuffle=True)
+    films = torch.utils.data.DataLoader(Films(store, args.bs*args.batches,
+        transform(name, args.size, made[-1].shape[-1], views.n_small)), args.bs, shuffle=True)
     def theirs():
         start = time.process_time()
         for b in (learn.dls.train if how=='ready' else films):
@@ -301,18 +352,24 @@ def compare_steps(name, how, store, manifest, args) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest='what', required=True)
     c, s = sub.add_parser('chest'), sub.add_parser('step')
-    for p, methods in ((c, ['simclr', 'byol', 'vicreg', 'moco', 'barlow', 'simsiam', 'swav', 'dino', 'mae']), (s, list(METHODS))):
+    for p, methods in ((c, ['simclr', 'byol', 'vicreg', 'moco', 'barlow', 'simsiam', 'swav', 'dino', 'mae']),
+            (s, list(METHODS))):
         p.add_argument('--methods', nargs='+', default=methods, choices=list(METHODS))
         p.add_argument('--network', default='resnet10t')
         p.add_argument('--size', type=int, default=64)
         p.add_argument('--threads', type=int, default=1)
-    for name, value in (('bs', 32), ('epochs', 10), ('seeds', 5), ('labels', 20), ('tune_epochs', 25), ('draws', 300), ('minutes', 40)): c.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    for name, value in (('lr', 1e-3), ('tune_lr', 1e-3)): c.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
+    for name, value in (('bs', 32), ('epochs', 10), ('seeds', 5), ('labels', 20), ('tune_epochs', 25),
+            ('draws', 300), ('minutes', 40)):
+        c.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    for name, value in (('lr', 1e-3), ('tune_lr', 1e-3)):
+        c.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
     c.add_argument('--cache', default='/tmp/radiology_ai_ssl'); c.add_argument('--out')
-    for name, value in (('bs', 32), ('rounds', 7), ('batches', 4)): s.add_argument(f'--{name}', type=int, default=value)
+    for name, value in (('bs', 32), ('rounds', 7), ('batches', 4)):
+        s.add_argument(f'--{name}', type=int, default=value)
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
     torch.set_num_threads(args.threads)

@@ -11,19 +11,28 @@ Nothing is chosen on judged films: temperature and limit of distance come from v
 A film is wanted if it shows a frontal knee. Without RADIOLOGY_AI_REAL_DATA only `simulated` is run, on simulated films.
 """
 import os
+
 for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[k] = '1'
-import argparse, json, tempfile, time, warnings
+import argparse
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 PARTS = ('KNEE', 'CHEST', 'HAND', 'HIP')
 FATES = dict(right=.74, silent=.13, torn=.06, wrong=.07) # of headers
 LEARNT = dict(KNEE=800, CHEST=300, HAND=300, HIP=300)    # simulated patients
 JUDGED = dict(KNEE=600, CHEST=200, HAND=200, HIP=200)
-MAKERS = (('FUJIFILM Corporation', 'MONOCHROME1', 10, 'linear'), ('Philips Medical Systems', 'MONOCHROME2', 12, 'lut'), ('SIEMENS', 'MONOCHROME2', 14, 'sigmoid'), ('Agfa', 'MONOCHROME2', 12, 'linear'),
+MAKERS = (('FUJIFILM Corporation', 'MONOCHROME1', 10, 'linear'),
+    ('Philips Medical Systems', 'MONOCHROME2', 12, 'lut'), ('SIEMENS', 'MONOCHROME2', 14, 'sigmoid'),
+    ('Agfa', 'MONOCHROME2', 12, 'linear'),
           ('Canon Inc.', 'MONOCHROME2', 16, None), ('GE Healthcare', 'MONOCHROME1', 14, 'linear'))
-WORDS = dict(KNEE=('Knee AP', 'Knie ap', 'Rodilla AP', 'GENOU FACE', 'Ginocchio'), CHEST=('Chest PA', 'Thorax p.a.', 'TORAX PA', 'THORAX FACE'), HAND=('Hand PA', 'Mano AP', 'MAIN DROITE', 'Hand dp'),
+WORDS = dict(KNEE=('Knee AP', 'Knie ap', 'Rodilla AP', 'GENOU FACE', 'Ginocchio'),
+    CHEST=('Chest PA', 'Thorax p.a.', 'TORAX PA', 'THORAX FACE'),
+    HAND=('Hand PA', 'Mano AP', 'MAIN DROITE', 'Hand dp'),
              HIP=('Hip AP', 'Hüfte ap', 'CADERA', 'BASSIN FACE', 'Pelvis'))
 
 
@@ -31,11 +40,15 @@ def header(part, gen, patient, key):
     "Header elements of a film of `part`: right, silent, torn (two values contradict) or wrong."
     fate = str(gen.choice(list(FATES), p=list(FATES.values())))
     other = str(gen.choice([p for p in PARTS if p!=part]))
-    tag, words = {'right': (part, part), 'silent': (None, None), 'torn': (other, part), 'wrong': (other, other)}[fate]
+    tag, words = {'right': (part, part), 'silent': (None, None), 'torn': (other, part),
+        'wrong': (other, other)}[fate]
     if fate=='right' and gen.random()<.4: tag, words = (None, words) if gen.random()<.5 else (tag, None)
     from radiology_ai.phantom.hospital import made_up_uid
-    return fate, dict(PatientID=patient, BodyPartExamined=tag, SeriesDescription=str(gen.choice(WORDS[words])) if words else 'W012 Standard', StudyDescription=None, ViewPosition=None,
-        SOPInstanceUID=made_up_uid('scope', key), StudyInstanceUID=made_up_uid('scope study', key), SeriesInstanceUID=made_up_uid('scope series', key))
+    return fate, dict(PatientID=patient, BodyPartExamined=tag,
+        SeriesDescription=str(gen.choice(WORDS[words])) if words else 'W012 Standard', StudyDescription=None,
+        ViewPosition=None,
+        SOPInstanceUID=made_up_uid('scope', key), StudyInstanceUID=made_up_uid('scope study', key),
+        SeriesInstanceUID=made_up_uid('scope series', key))
 
 
 def simulated(job):
@@ -50,7 +63,9 @@ def simulated(job):
     from radiology_ai.phantom.limbs import simulate_hand, simulate_hip
     from radiology_ai.phantom.xray import expose
     gen, side = rng(seed, 'scope', part), 'RL'[seed%2]
-    if part=='KNEE': p = simulate_knee(seed, grade=int(gen.choice([0, 0, 0, 1, 2, 3, 4, 5, 6])), side=side, size=256, bilateral=bool(gen.random()<.05), hardware=bool(gen.random()<.05))
+    if part=='KNEE':
+        p = simulate_knee(seed, grade=int(gen.choice([0, 0, 0, 1, 2, 3, 4, 5, 6])), side=side, size=256,
+            bilateral=bool(gen.random()<.05), hardware=bool(gen.random()<.05))
     elif part=='CHEST': p = simulate_chest(seed, opacities=int(gen.choice([0, 0, 1, 2])), size=256)
     else: p = (simulate_hand if part=='HAND' else simulate_hip)(seed, side=side, size=256)
     pixels = expose(p, gen).pixels
@@ -59,9 +74,12 @@ def simulated(job):
     fate, tags = header(part, gen, f'SIM-{part}-{seed}', f'{part} {seed}')
     maker, photometric, bits, window = MAKERS[gen.integers(len(MAKERS))]
     path = Path(folder)/f'{part.lower()}_{seed}.dcm'
-    write_dicom(path, pixels, p, photometric=photometric, bits=bits, window=window, syntax='jpeg_lossless' if broken else str(gen.choice(['explicit', 'implicit', 'jpeg_lossless', 'rle'])), header=tags | dict(Manufacturer=maker))
+    write_dicom(path, pixels, p, photometric=photometric, bits=bits, window=window,
+        syntax='jpeg_lossless' if broken else str(gen.choice(['explicit', 'implicit', 'jpeg_lossless',
+        'rle'])), header=tags | dict(Manufacturer=maker))
     if broken: break_file(path, broken, gen)
-    return dict(path=str(path), part=part, patient=f'SIM-{part}-{seed}', source='simulated', fate=fate, broken=bool(broken))
+    return dict(path=str(path), part=part, patient=f'SIM-{part}-{seed}', source='simulated', fate=fate,
+        broken=bool(broken))
 
 
 def converted(job):
@@ -73,21 +91,28 @@ def converted(job):
     key = f'{source} {Path(file).stem}'
     fate, tags = header(part, rng(0, key), f'{source}-{patient}', key)
     path = Path(folder)/f'{source}_{Path(file).stem}.dcm'
-    write_dicom(path, read_radiograph(file).pixels, bits=8, window=None, header=tags | dict(ImageLaterality=None, ImagerPixelSpacing=None))
-    return dict(path=str(path), part=part, patient=f'{source}-{patient}', source=source, fate=fate, broken=False)
+    write_dicom(path, read_radiograph(file).pixels, bits=8, window=None,
+        header=tags | dict(ImageLaterality=None, ImagerPixelSpacing=None))
+    return dict(path=str(path), part=part, patient=f'{source}-{patient}', source=source, fate=fate,
+        broken=False)
 
 
 def real_films(data):
-    "Real films as (file, part, patient, source, learnt): half of the patients of chest_nih and chest_child and the knees of `train` may be learnt."
+    """Real films as (file, part, patient, source, learnt): half of the patients of chest_nih and chest_child
+    and the knees of `train` may be learnt."""
     out = []
-    for name, who, part, most in (('knee_oai', 'patient', 'KNEE', None), ('chest_nih', 'patient_id', 'CHEST', 500), ('chest_child', 'patient_group', 'CHEST', 500), ('chest_covid', 'patient', 'CHEST', None)):
+    for name, who, part, most in (('knee_oai', 'patient', 'KNEE', None),
+            ('chest_nih', 'patient_id', 'CHEST', 500), ('chest_child', 'patient_group', 'CHEST', 500),
+            ('chest_covid', 'patient', 'CHEST', None)):
         t = pd.read_csv(data/name/'manifest.csv')
         t['patient_key'] = t[who].astype(str)
         first = {p: k for k, p in enumerate(sorted(t.patient_key.unique(), key=lambda p: hash_of(p)))}
-        learnt = t.patient_key.isin(set(t[t.split=='train'].patient_key)) if name=='knee_oai' else t.patient_key.map(first)%2==0 if name!='chest_covid' else pd.Series(False, t.index)
+        learnt = (t.patient_key.isin(set(t[t.split=='train'].patient_key)) if name=='knee_oai'
+            else t.patient_key.map(first)%2==0 if name!='chest_covid' else pd.Series(False, t.index))
         for is_learnt, rows in t.groupby(learnt):
             rows = rows.assign(k=rows.path.map(hash_of)).sort_values('k').head(most or len(rows))
-            out += [(str(data/name/r.path), part, r.patient_key, name, bool(is_learnt)) for r in rows.itertuples()]
+            out += [(str(data/name/r.path), part, r.patient_key, name, bool(is_learnt))
+                for r in rows.itertuples()]
     return out
 
 
@@ -100,11 +125,15 @@ def loose_files(data):
     "The real DICOMs: path, part by their manifest, source."
     import pydicom
     out = []
-    def part(words): return next((k for k, w in (('CHEST', 'chest'), ('HIP', 'hip'), ('LEG', 'tibia'), ('HAND', 'hand'), ('KNEE', 'knee'), ('LEG', 'leg')) if w in words.lower()), 'OTHER')
+    def part(words):
+        return next((k for k, w in (('CHEST', 'chest'), ('HIP', 'hip'), ('LEG', 'tibia'), ('HAND', 'hand'),
+            ('KNEE', 'knee'), ('LEG', 'leg')) if w in words.lower()), 'OTHER')
     for name in ('dicom', 'dicom_edge'):
         said = pd.read_csv(data/name/'manifest.csv').set_index('path')['labels'].to_dict()
         out += [(str(f), part(str(said.get(f.name, ''))), name) for f in sorted((data/name).glob('*.dcm'))]
-    for root in (Path(pydicom.__file__).parent/'data/test_files', *( [Path(__import__('data_store').__file__).parent/'data'] if __import__('importlib').util.find_spec('data_store') else [] )):
+    for root in (Path(pydicom.__file__).parent/'data/test_files',
+            *( [Path(__import__('data_store').__file__).parent/'data']
+            if __import__('importlib').util.find_spec('data_store') else [] )):
         out += [(str(f), 'OTHER', 'pydicom') for f in sorted(root.rglob('*.dcm'))]
     return out
 
@@ -117,12 +146,17 @@ def make_folders(work, data, workers):
         if (work/f'{name}.csv').exists(): continue
         (work/name).mkdir(parents=True, exist_ok=True)
         jobs = [(str(work/name), part, first+i, '') for part, n in counts.items() for i in range(n)]
-        if name=='judged': jobs += [(str(work/name), 'KNEE', first+900_000+i, how) for i, how in enumerate([h for h in BREAKS for _ in range(3)])]
+        if name=='judged':
+            jobs += [(str(work/name), 'KNEE', first+900_000+i, how)
+                for i, how in enumerate([h for h in BREAKS for _ in range(3)])]
         rows = list(run_parallel(simulated, jobs, workers, chunk=16, show=False))
         if data:
             films = [f for f in real_films(data) if f[4]==(name=='learnt')]
-            rows += list(run_parallel(converted, [(str(work/name), *f[:4]) for f in films], workers, chunk=32, show=False))
-            if name=='judged': rows += [dict(path=p, part=part, patient=Path(p).name.split('_')[0], source=s, fate='', broken=False) for p, part, s in loose_files(data)]
+            rows += list(run_parallel(converted, [(str(work/name), *f[:4]) for f in films], workers, chunk=32,
+                show=False))
+            if name=='judged':
+                rows += [dict(path=p, part=part, patient=Path(p).name.split('_')[0], source=s, fate='',
+                    broken=False) for p, part, s in loose_files(data)]
         pd.DataFrame(rows).to_csv(work/f'{name}.csv', index=False)
 
 
@@ -135,7 +169,8 @@ def stores(work, size, workers):
     for name in ('learnt', 'judged'):
         truth = pd.read_csv(work/f'{name}.csv', keep_default_na=False)
         index = index_dicoms(list(truth.path), workers, show=False)
-        out[name] = truth, index, preprocess_folder(index, work/f'{name}_{size}', recipe('plain', size=size), workers=workers, show=False)
+        out[name] = truth, index, preprocess_folder(index, work/f'{name}_{size}', recipe('plain', size=size),
+            workers=workers, show=False)
     return out
 
 
@@ -144,11 +179,13 @@ def learn_filter(setting, seed, truth, index, store, args):
     from radiology_ai.pretrain.metadata import metadata_labels
     from radiology_ai.pretrain.scope import OutOfScope, scope_learner, scope_manifest
     leave = {'no_hips': 'HIP', 'no_hands': 'HAND', 'no_chests': 'CHEST'}.get(setting)
-    use = truth[(truth.part!=leave) & ((truth.source=='simulated') | (setting!='simulated')) & ~((setting=='no_real_chests') & truth.source.str.startswith('chest'))]
+    use = truth[(truth.part!=leave) & ((truth.source=='simulated') | (setting!='simulated'))
+        & ~((setting=='no_real_chests') & truth.source.str.startswith('chest'))]
     labels = metadata_labels(index[index.path.isin(use.path)])
     if leave: labels['label'] = labels.label.where(labels.label!=leave, 'OTHER')
     manifest = scope_manifest(store, 'KNEE', labels, seed=seed)
-    learn = scope_learner(store, manifest, args.arch, pretrained=False, seed=seed, outliers=args.outliers, mixup=args.mixup, lr=args.lr)
+    learn = scope_learner(store, manifest, args.arch, pretrained=False, seed=seed, outliers=args.outliers,
+        mixup=args.mixup, lr=args.lr)
     learn.fit_two_phase(args.epochs)
     return OutOfScope.fit(learn, 'KNEE', views=args.views, slack=args.slack), manifest, labels
 
@@ -159,25 +196,33 @@ def judge(table):
     read = table[(table.decision!='unreadable')]
     rows = []
     def add(what, films, decision):
-        if len(films): rows.append((what, decision, len(films), films.patient.nunique(), *proportion_ci(films.decision==decision, groups=films.patient)))
-    def sure(what, films): rows.append((what, 'sure, near or not', len(films), films.patient.nunique(), *proportion_ci(films.confidence>=.95, groups=films.patient)))
+        if len(films):
+            rows.append((what, decision, len(films), films.patient.nunique(),
+                *proportion_ci(films.decision==decision, groups=films.patient)))
+    def sure(what, films):
+        rows.append((what, 'sure, near or not', len(films), films.patient.nunique(),
+            *proportion_ci(films.confidence>=.95, groups=films.patient)))
     knees, others = read[read.part=='KNEE'], read[read.part!='KNEE']
     for source, t in knees.groupby('source'): add(f'knees, {source}', t, 'wanted')
-    for fate, t in knees[knees.source=='simulated'].groupby('fate'): add(f'knees, simulated, header {fate}', t, 'wanted')
+    for fate, t in knees[knees.source=='simulated'].groupby('fate'):
+        add(f'knees, simulated, header {fate}', t, 'wanted')
     add('others, all', others, 'wanted')
     sure('knees, simulated', knees[knees.source=='simulated'])
     sure('others, all', others)
-    for (source, part), t in others.groupby(['source', 'part']): add(f'others, {source} {part.lower()}', t, 'wanted')
+    for (source, part), t in others.groupby(['source', 'part']):
+        add(f'others, {source} {part.lower()}', t, 'wanted')
     for what, t in (('knees', knees), ('others', others)):
         for source, s in t.groupby('source'): add(f'{what}, {source}', s, 'unsure')
     return pd.DataFrame(rows, columns=['films', 'decision', 'n', 'patients', 'share', 'low', 'high'])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--settings', default='simulated,real,no_hips')
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--work', type=Path, help='a folder that keeps films and stores; None: a temporary one')
+    parser.add_argument('--work', type=Path,
+        help='a folder that keeps films and stores; None: a temporary one')
     parser.add_argument('--size', type=int, default=64)
     parser.add_argument('--arch', default='resnet10t')
     parser.add_argument('--epochs', type=int, default=14)
@@ -200,7 +245,8 @@ def main():
         make_folders(work, data, args.workers)
         sets = stores(work, args.size, args.workers)
         truth, index, store = sets['judged']
-        print(f"{len(sets['learnt'][0])} films to learn from, {len(truth)} to judge, {len(store.errors)} of these not readable or copies; {time.perf_counter()-start:.0f} s", flush=True)
+        print(f"{len(sets['learnt'][0])} films to learn from, {len(truth)} to judge, {len(store.errors)} of "
+            f"these not readable or copies; {time.perf_counter()-start:.0f} s", flush=True)
         results = []
         for setting in [s for s in args.settings.split(',') if data or s=='simulated']:
             for seed in range(args.seeds):
@@ -209,15 +255,23 @@ def main():
                 known = labels.merge(sets['learnt'][0], on='path')
                 taught = time.perf_counter()-start
                 table = scope.sort(store).merge(truth, on='path')
-                print(f"\n{setting}, seed {seed}: {len(manifest)} weak labels, {int((known.label=='unsure').sum())} unsure, {int(((known.label!=known.part) & ~known.label.isin(['unsure', 'OTHER'])).sum())} wrong; "
-                      f"temperature {scope.scaling.temperature:.2f}, {len(scope.suspects)} headers contradicted, {taught:.0f} s to learn, {(time.perf_counter()-start-taught)/len(store)*1e3:.0f} ms a film")
+                print(f"\n{setting}, seed {seed}: {len(manifest)} weak labels, "
+                    f"{int((known.label=='unsure').sum())} unsure, "
+                    f"{int(((known.label!=known.part) & ~known.label.isin(['unsure', 'OTHER'])).sum())} wrong; "
+                      f"temperature {scope.scaling.temperature:.2f}, {len(scope.suspects)} headers "
+                      f"contradicted, {taught:.0f} s to learn, {(time.perf_counter()-start-taught)/len(store)*1e3:.0f} ms a film")
                 figures = judge(table).assign(setting=setting, seed=seed)
                 results.append(figures)
-                if args.out: table.assign(setting=setting, seed=seed).to_csv(args.out.with_name(f'{args.out.stem}_{setting}_{seed}.csv'), index=False)
-                print(figures.drop(columns=['setting', 'seed']).to_string(index=False, float_format=lambda v: f'{v:.4f}'), flush=True)
+                if args.out:
+                    table.assign(setting=setting,
+                        seed=seed).to_csv(args.out.with_name(f'{args.out.stem}_{setting}_{seed}.csv'),
+                        index=False)
+                print(figures.drop(columns=['setting', 'seed']).to_string(index=False,
+                    float_format=lambda v: f'{v:.4f}'), flush=True)
         t = pd.concat(results)
         print('\nOver seeds: mean (least to most)')
-        print(t.groupby(['setting', 'films', 'decision'], sort=False).share.agg(['mean', 'min', 'max']).map(lambda v: f'{v:.4f}').to_string())
+        print(t.groupby(['setting', 'films', 'decision'],
+            sort=False).share.agg(['mean', 'min', 'max']).map(lambda v: f'{v:.4f}').to_string())
 
 
 if __name__=='__main__': main()

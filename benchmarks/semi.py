@@ -8,11 +8,18 @@ digits: scikit-learn's digits, 4 labels a class, a small convolutional network; 
 chest:  paediatric chests (Kermany 2018) at 64 px, patients apart; normal or pneumonia with 5 labels a class (AUROC), normal, bacterial or viral with 20 (macro AUROC). The interval of a difference comes from drawing seeds and test patients anew.
 step:   a training step with a method, as a ratio to a bare loop of the forward and backward passes that its arithmetic needs.
 """
-import argparse, hashlib, json, os, time, warnings
+import argparse
+import hashlib
+import json
+import os
+import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from sklearn.datasets import load_digits
 from torch import nn
@@ -40,13 +47,16 @@ def small(n_out: int, seed: int, width: int=32) -> XrayModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         block = lambda a, b: [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        body = nn.Sequential(*block(1, width), *block(width, width), nn.MaxPool2d(2), *block(width, 2*width), *block(2*width, 2*width))
-        return XrayModel(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*width, n_out)), {})
+        body = nn.Sequential(*block(1, width), *block(width, width), nn.MaxPool2d(2), *block(width, 2*width),
+            *block(2*width, 2*width))
+        return XrayModel(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(2*width, n_out)), {})
 
 
 def fit(dls, model, steps: int, seed: int, cb=None, lr: float=3e-3, wd: float=.05, ema: float=.99):
     "Train for `steps` batches; the average of the weights is kept."
-    learn = xray_learner(dls, model, pretrained=False, lr=lr, wd=wd, seed=seed, monitor=None, ema=ema, metrics=[], cbs=[] if cb is None else [cb])
+    learn = xray_learner(dls, model, pretrained=False, lr=lr, wd=wd, seed=seed, monitor=None, ema=ema,
+        metrics=[], cbs=[] if cb is None else [cb])
     epochs = max(1, round(steps/len(dls.train)))
     with learn.no_logging(): learn.fit_two_phase(epochs, schedule='flat_cos')
     return learn
@@ -63,7 +73,8 @@ def digits_data(seed: int, per_class: int=4):
     order = rng(0, 'held out').permutation(len(x))
     x,y = (x[order].reshape(-1, 8, 8)/16*255).astype(np.uint8),y[order]
     held = np.arange(len(x))>=len(x)*2//3
-    t = pd.DataFrame(dict(image_id=[f'im{i}' for i in range(len(x))], patient_id=[f'p{i}' for i in range(len(x))], split=np.where(held, 'valid', 'train'), truth=y))
+    t = pd.DataFrame(dict(image_id=[f'im{i}' for i in range(len(x))],
+        patient_id=[f'p{i}' for i in range(len(x))], split=np.where(held, 'valid', 'train'), truth=y))
     place = rng(seed, 'labelled').permutation(len(x))
     rank = t.assign(place=place)[~held].groupby('truth').place.rank()
     return Store(x),t.assign(digit=np.where(held | (rank.reindex(t.index)<=per_class), y, np.nan))
@@ -71,7 +82,8 @@ def digits_data(seed: int, per_class: int=4):
 def digit_views():
     "Shifts, small turns and zooms; the strong one with shear, exposure and blanked rectangles too."
     weak = gentle(rotation=8, translation=.1, scale=(.95, 1.05))
-    strong = harsh(rotation=20, translation=.15, scale=(.8, 1.2), shear=15, crop=None, perspective=0, elastic=0, salt=0, collimate=0, marker=0, noise=.1, blur=0, brightness=.2, erase=.6, n_ops=4)
+    strong = harsh(rotation=20, translation=.15, scale=(.8, 1.2), shear=15, crop=None, perspective=0,
+        elastic=0, salt=0, collimate=0, marker=0, noise=.1, blur=0, brightness=.2, erase=.6, n_ops=4)
     return weak,strong
 
 DIGITS = {
@@ -94,17 +106,22 @@ def digit_run(name: str, seed: int, args) -> tuple[float, float]:
     start = time.perf_counter()
     if DIGITS[name] is None:
         known = t.dropna(subset=['digit'])
-        dls = xray_dataloaders(store, known, 'digit', bs=16, sampler=Endless(int((known.split=='train').sum()), 16, args.epoch, seed), batch_tfms=[weak if name=='supervised' else strong], seed=seed, device='cpu')
+        dls = xray_dataloaders(store, known, 'digit', bs=16,
+            sampler=Endless(int((known.split=='train').sum()), 16, args.epoch, seed),
+            batch_tfms=[weak if name=='supervised' else strong], seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, lr=args.lr)
     else:
-        dls = semi_dataloaders(store, t, 'digit', bs=16, mu=1 if name=='mixmatch' else args.mu, n_batches=args.epoch, seed=seed, device='cpu')
+        dls = semi_dataloaders(store, t, 'digit', bs=16, mu=1 if name=='mixmatch' else args.mu,
+            n_batches=args.epoch, seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, DIGITS[name](weak, strong), lr=args.lr)
     p,y = predict_scores(learn, dls.valid)
     return float((p.argmax(1)!=y).mean()),time.perf_counter()-start
 
 class Endless:
-    "Batches of a few labelled rows, `n_batches` an epoch: as many steps as a semi-supervised epoch has, over the labels alone."
-    def __init__(self, n: int, bs: int, n_batches: int, seed: int): self.n,self.bs,self.n_batches,self.seed,self.epoch = n,bs,n_batches,seed,0
+    """Batches of a few labelled rows, `n_batches` an epoch: as many steps as a semi-supervised epoch has,
+    over the labels alone."""
+    def __init__(self, n: int, bs: int, n_batches: int, seed: int):
+        self.n,self.bs,self.n_batches,self.seed,self.epoch = n,bs,n_batches,seed,0
     def __len__(self): return self.n_batches
     def set_epoch(self, epoch: int):
         self.epoch = int(epoch)
@@ -124,10 +141,14 @@ def digits(args):
             print(f'seed {seed} {n:12s} error {e:.4f}   {s:.0f} s', flush=True)
     base,gen = np.array(errors['supervised']),rng(0, 'seeds')
     draws = gen.integers(args.seeds, size=(10000, args.seeds))
-    print(f'digits: 40 labels of {(digits_data(0)[1].split=="train").sum()} images, {args.steps} steps, {args.seeds} seeds; error on the held-out third')
+    print(f'digits: 40 labels of {(digits_data(0)[1].split=="train").sum()} images, {args.steps} steps, '
+        f'{args.seeds} seeds; error on the held-out third')
     for n in names:
         e = np.array(errors[n])
-        print(f'  {n:12s} {e.mean():.4f} (sd {e.std(ddof=1):.4f}; {e.min():.4f} to {e.max():.4f})  {e.mean()/base.mean():.2f} of supervised' + (f'  difference {(e-base).mean():+.4f} ({interval((e-base)[draws].mean(1))})' if n!='supervised' else ''), flush=True)
+        print(f'  {n:12s} {e.mean():.4f} (sd {e.std(ddof=1):.4f}; {e.min():.4f} to {e.max():.4f})  '
+            f'{e.mean()/base.mean():.2f} of supervised'
+            + (f'  difference {(e-base).mean():+.4f} ({interval((e-base)[draws].mean(1))})' if n!='supervised'
+            else ''), flush=True)
 
 
 # ---------------------------------------------------------------- chest
@@ -138,7 +159,8 @@ def chest_table(task: str) -> tuple[pd.DataFrame, list]:
     names = t.labels.str.replace('_pneumonia', '')
     truth = names.where(names=='normal', 'pneumonia') if task=='two' else names
     t = t.assign(patient_id=t.patient_group.astype(str), truth=truth, kind=names)
-    t = patient_split(t[['path', 'patient_id', 'truth', 'kind']], {'train': .55, 'valid': .15, 'test': .3}, 'kind', seed=0)
+    t = patient_split(t[['path', 'patient_id', 'truth', 'kind']], {'train': .55, 'valid': .15, 'test': .3},
+        'kind', seed=0)
     return t, sorted(truth.unique())
 
 def chest_store(folder: Path, size: int):
@@ -146,7 +168,9 @@ def chest_store(folder: Path, size: int):
     from radiology_ai.preprocess.scale import preprocess_folder
     from radiology_ai.preprocess.store import ImageStore, recipe
     path = folder/f'chest{size}'
-    if not path.exists(): preprocess_folder(Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'chest_child'/'images', path, recipe('chest', size=size), show=False)
+    if not path.exists():
+        preprocess_folder(Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'chest_child'/'images', path,
+            recipe('chest', size=size), show=False)
     return ImageStore(path)
 
 def chest_manifest(store, task: str, seed: int, per_class: int):
@@ -155,7 +179,8 @@ def chest_manifest(store, task: str, seed: int, per_class: int):
     ids = dict(zip(store.index.path.map(lambda p: Path(p).name), store.index.image_id))
     t = t.assign(image_id=t.path.map(lambda p: ids[Path(p).name]))
     place = pd.Series(rng(seed, 'labelled').permutation(len(t)), t.index)
-    train = t.assign(place=place)[t.split=='train'].sort_values('place').drop_duplicates(['patient_id', 'truth'])
+    train = t.assign(place=place)[t.split=='train'].sort_values('place').drop_duplicates(['patient_id',
+        'truth'])
     chosen = train.groupby('truth').head(per_class).index
     return t.assign(y=t.truth.where((t.split!='train') | t.index.isin(chosen)).astype(object)),vocab
 
@@ -163,13 +188,19 @@ WIDTH = dict(channels=(16, 32, 64, 128), stem_width=16)
 CHEST = {
     'supervised': None,
     'harsh':     None, # labels alone, with the strong views
-    'fixmatch':  lambda a: FixMatch(a.tau, a.lambda_u or 1., ramp=a.ramp, truth='truth', strong=harsh(a.level)),
-    'mixmatch':  lambda a: MixMatch(lambda_u=a.lambda_u or 25., ramp=.4, truth='truth', weak=harsh(a.mix_level) if a.mix_level else None),
+    'fixmatch':  lambda a: FixMatch(a.tau, a.lambda_u or 1., ramp=a.ramp, truth='truth',
+    strong=harsh(a.level)),
+    'mixmatch':  lambda a: MixMatch(lambda_u=a.lambda_u or 25., ramp=.4, truth='truth',
+    weak=harsh(a.mix_level) if a.mix_level else None),
     'mixaligned': lambda a: MixMatch(lambda_u=a.lambda_u or 25., ramp=.4, truth='truth', align='labels'),
-    'freematch': lambda a: FreeMatch(.98, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth', strong=harsh(a.level)),
-    'flexmatch': lambda a: FlexMatch(a.tau, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth', strong=harsh(a.level)),
-    'softmatch': lambda a: SoftMatch(.98, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth', strong=harsh(a.level)),
-    'aligned':   lambda a: FixMatch(a.tau, a.lambda_u or 1., ramp=a.ramp, truth='truth', strong=harsh(a.level), align='labels'),
+    'freematch': lambda a: FreeMatch(.98, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth',
+    strong=harsh(a.level)),
+    'flexmatch': lambda a: FlexMatch(a.tau, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth',
+    strong=harsh(a.level)),
+    'softmatch': lambda a: SoftMatch(.98, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth',
+    strong=harsh(a.level)),
+    'aligned':   lambda a: FixMatch(a.tau, a.lambda_u or 1., ramp=a.ramp, truth='truth',
+    strong=harsh(a.level), align='labels'),
     'meanteacher': lambda a: MeanTeacher(lambda_u=a.lambda_u or 10., truth='truth', strong=harsh(a.level)),
 }
 
@@ -179,10 +210,15 @@ def chest_run(name: str, seed: int, store, args):
     if CHEST[name] is None:
         known = t.dropna(subset=['y'])
         n = int((known.split=='train').sum())
-        dls = xray_dataloaders(store, known, 'y', bs=args.bs, sampler=Endless(n, args.bs, args.epoch, seed), batch_tfms=[gentle() if name=='supervised' else harsh(args.level)], seed=seed, device='cpu')
-    else: dls = semi_dataloaders(store, t, 'y', bs=args.bs, mu=args.mix_mu if name.startswith('mix') else args.mu, n_batches=args.epoch, seed=seed, device='cpu')
+        dls = xray_dataloaders(store, known, 'y', bs=args.bs, sampler=Endless(n, args.bs, args.epoch, seed),
+            batch_tfms=[gentle() if name=='supervised' else harsh(args.level)], seed=seed, device='cpu')
+    else:
+        dls = semi_dataloaders(store, t, 'y', bs=args.bs,
+            mu=args.mix_mu if name.startswith('mix') else args.mu, n_batches=args.epoch, seed=seed,
+            device='cpu')
     model = create_model('resnet10t', len(vocab), pretrained=False, batchnorm=False, seed=seed, **WIDTH)
-    learn = fit(dls, model, args.steps, seed, None if CHEST[name] is None else CHEST[name](args), args.lr, args.wd, args.ema)
+    learn = fit(dls, model, args.steps, seed, None if CHEST[name] is None else CHEST[name](args), args.lr,
+        args.wd, args.ema)
     return predict_scores(learn, xray_test_dl(dls, t[t.split==args.split]), activation=True)[0],learn.history
 
 def macro(truth, p, vocab) -> float:
@@ -190,12 +226,14 @@ def macro(truth, p, vocab) -> float:
     if len(vocab)==2: return auroc((truth==vocab[1]).astype(float), p[:,1])
     return float(np.mean([auroc((truth==v).astype(float), p[:,k]) for k,v in enumerate(vocab)]))
 
-UNUSED = {**dict.fromkeys(('mixmatch', 'mixaligned'), ('mu', 'tau', 'level', 'ramp')), **dict.fromkeys(('supervised', 'harsh'), ('mu', 'mix_mu', 'mix_level', 'tau', 'lambda_u', 'ramp'))}
+UNUSED = {**dict.fromkeys(('mixmatch', 'mixaligned'), ('mu', 'tau', 'level', 'ramp')),
+    **dict.fromkeys(('supervised', 'harsh'), ('mu', 'mix_mu', 'mix_level', 'tau', 'lambda_u', 'ramp'))}
 
 def run_key(name: str, args) -> str:
     "A hash of the settings that a run depends on."
     drop = ('what', 'methods', 'seeds', 'first', 'cache', 'draws', *UNUSED.get(name, ('mix_mu', 'mix_level')))
-    return hashlib.sha256(json.dumps({k: v for k,v in vars(args).items() if k not in drop}, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps({k: v for k,v in vars(args).items() if k not in drop},
+        sort_keys=True).encode()).hexdigest()[:8]
 
 def chest(args):
     folder = Path(args.cache)
@@ -213,9 +251,11 @@ def chest(args):
             if not path.exists():
                 p,history = chest_run(n, seed, store, args)
                 np.save(path, p)
-                for h in history[:: max(1, len(history)//5)]: print('      ', {k: v for k,v in h.items() if k not in ('phase',)}, flush=True)
+                for h in history[:: max(1, len(history)//5)]:
+                    print('      ', {k: v for k,v in h.items() if k not in ('phase',)}, flush=True)
             scores[n].append(np.load(path))
-            print(f'{args.task} seed {seed} {n:12s} AUROC {macro(truth, scores[n][-1], vocab):.4f}   {time.perf_counter()-start:.0f} s', flush=True)
+            print(f'{args.task} seed {seed} {n:12s} AUROC {macro(truth, scores[n][-1], vocab):.4f}   '
+                f'{time.perf_counter()-start:.0f} s', flush=True)
     report(args, truth, patients, vocab, scores)
 
 def report(args, truth, patients, vocab, scores):
@@ -225,17 +265,24 @@ def report(args, truth, patients, vocab, scores):
     each = {n: np.array([macro(truth, p, vocab) for p in v]) for n,v in scores.items()}
     draws = {n: [] for n in scores}
     for _ in range(args.draws):
-        i,s = np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))]),gen.integers(seeds, size=seeds)
+        i = np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))])
+        s = gen.integers(seeds, size=seeds)
         for n,v in scores.items(): draws[n].append(np.mean([macro(truth[i], v[k][i], vocab) for k in s]))
-    print(f'chest, {", ".join(vocab)}: {args.per_class or (5 if args.task=="two" else 20)} labels a class, {args.steps} steps, {args.size} px, {seeds} seeds, {len(truth)} {args.split} images of {patients.max()+1} patients')
+    print(f'chest, {", ".join(vocab)}: {args.per_class or (5 if args.task=="two" else 20)} labels a class, '
+        f'{args.steps} steps, {args.size} px, {seeds} seeds, {len(truth)} {args.split} images of {patients.max()+1} patients')
     for n,v in each.items():
         d = np.array(draws[n])-np.array(draws['supervised'])
-        print(f'  {n:12s} {v.mean():.4f} (sd {v.std(ddof=1) if seeds>1 else 0:.4f}; {v.min():.4f} to {v.max():.4f})' + (f'  difference {v.mean()-each["supervised"].mean():+.4f} ({interval(d)})' if n!='supervised' else ''), flush=True)
+        print(f'  {n:12s} {v.mean():.4f} (sd {v.std(ddof=1) if seeds>1 else 0:.4f}; {v.min():.4f} to '
+            f'{v.max():.4f})' + (f'  difference {v.mean()-each["supervised"].mean():+.4f} ({interval(d)})'
+            if n!='supervised' else ''), flush=True)
 
 
 # ---------------------------------------------------------------- step
 
-STEP = {'fixmatch': (FixMatch, 4., lambda n, u: (n+2*u, 0)), 'flexmatch': (FlexMatch, 4., lambda n, u: (n+2*u, 0)), 'freematch': (FreeMatch, 4., lambda n, u: (n+2*u, 0)), 'softmatch': (SoftMatch, 4., lambda n, u: (n+2*u, 0)),
+STEP = {'fixmatch': (FixMatch, 4., lambda n, u: (n+2*u, 0)),
+    'flexmatch': (FlexMatch, 4., lambda n, u: (n+2*u, 0)),
+    'freematch': (FreeMatch, 4., lambda n, u: (n+2*u, 0)),
+    'softmatch': (SoftMatch, 4., lambda n, u: (n+2*u, 0)),
         'meanteacher': (MeanTeacher, 4., lambda n, u: (n+u, u)), 'mixmatch': (MixMatch, 1., lambda n, u: (n+2*u, 2*u))} # images with a gradient, and without
 
 class StepTimes(Callback):
@@ -247,7 +294,8 @@ class StepTimes(Callback):
         if self.training: self.at.append(time.process_time())
 
 def bare(model, graded: int, asked: int, size: int, n: int) -> list:
-    "Processor seconds of `n` passes forward and backward over `graded` images, after one forward alone over `asked`."
+    """Processor seconds of `n` passes forward and backward over `graded` images, after one forward alone over
+    `asked`."""
     model,out = model.train().to(memory_format=torch.channels_last),[]
     x,y = torch.rand(graded+asked, 1, size, size),torch.zeros(graded, dtype=torch.int64)
     for _ in range(n+1):
@@ -262,38 +310,51 @@ def bare(model, graded: int, asked: int, size: int, n: int) -> list:
 def step(args):
     gen,bs = rng(0, 'noise'),8
     x = gen.integers(0, 255, (400, args.size, args.size)).astype(np.uint8)
-    t = pd.DataFrame(dict(image_id=[f'im{i}' for i in range(400)], patient_id=[f'p{i}' for i in range(400)], split=np.where(np.arange(400)<392, 'train', 'valid'), y=np.where((np.arange(400)<20) | (np.arange(400)>=392), np.arange(400)%2, np.nan)))
-    print(f'{args.arch}, {args.size} px, {bs} labelled images a batch, one thread; processor time of a step (reading, views, passes, losses, optimizer, callbacks) over that of the bare passes')
+    t = pd.DataFrame(dict(image_id=[f'im{i}' for i in range(400)], patient_id=[f'p{i}' for i in range(400)],
+        split=np.where(np.arange(400)<392, 'train', 'valid'),
+        y=np.where((np.arange(400)<20) | (np.arange(400)>=392), np.arange(400)%2, np.nan)))
+    print(f'{args.arch}, {args.size} px, {bs} labelled images a batch, one thread; processor time of a step '
+        '(reading, views, passes, losses, optimizer, callbacks) over that of the bare passes')
     for name in args.methods or STEP:
         make,mu,images = STEP[name]
         net = lambda: create_model(args.arch, 2, pretrained=False, batchnorm=False)
         graded,asked = images(bs, round(mu*bs))
         times,ratios = StepTimes(),[]
         dls = semi_dataloaders(Store(x), t, 'y', bs=bs, mu=mu, n_batches=args.steps+1, device='cpu')
-        learn = xray_learner(dls, net(), pretrained=False, monitor=None, metrics=[], cbs=[make(collapse=''), times])
+        learn = xray_learner(dls, net(), pretrained=False, monitor=None, metrics=[],
+            cbs=[make(collapse=''), times])
         for _ in range(args.repeats):
             with learn.no_logging(): learn.fit(1)
-            ours,theirs = np.median(np.diff(times.at)),np.median(bare(net(), graded, asked, args.size, args.steps))
+            ours = np.median(np.diff(times.at))
+            theirs = np.median(bare(net(), graded, asked, args.size, args.steps))
             ratios.append(ours/theirs)
-        print(f'  {name:12s} {np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})   {graded} images forward and backward, {asked} forward: {1000*theirs:.0f} ms', flush=True)
+        print(f'  {name:12s} {np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})   {graded} '
+            f'images forward and backward, {asked} forward: {1000*theirs:.0f} ms', flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest='what', required=True)
     a = sub.add_parser('digits')
-    for name, value in (('seeds', 5), ('first', 0), ('steps', 1000), ('epoch', 100), ('mu', 4)): a.add_argument(f'--{name}', type=int, default=value)
+    for name, value in (('seeds', 5), ('first', 0), ('steps', 1000), ('epoch', 100), ('mu', 4)):
+        a.add_argument(f'--{name}', type=int, default=value)
     a.add_argument('--lr', type=float, default=3e-3)
     a.add_argument('--methods', nargs='*', choices=list(DIGITS))
     a = sub.add_parser('chest')
-    for name, value in (('seeds', 5), ('first', 0), ('steps', 600), ('epoch', 100), ('size', 64), ('bs', 10), ('per-class', 0), ('draws', 1000)): a.add_argument(f'--{name}', type=int, default=value)
-    for name, value in (('mu', 4.), ('mix-mu', 1.), ('mix-level', 0.), ('tau', .95), ('lambda-u', 0.), ('ramp', 0.), ('level', 6.), ('lr', 2e-3), ('wd', .05), ('ema', .99)): a.add_argument(f'--{name}', type=float, default=value)
+    for name, value in (('seeds', 5), ('first', 0), ('steps', 600), ('epoch', 100), ('size', 64), ('bs', 10),
+            ('per-class', 0), ('draws', 1000)):
+        a.add_argument(f'--{name}', type=int, default=value)
+    for name, value in (('mu', 4.), ('mix-mu', 1.), ('mix-level', 0.), ('tau', .95), ('lambda-u', 0.),
+            ('ramp', 0.), ('level', 6.), ('lr', 2e-3), ('wd', .05), ('ema', .99)):
+        a.add_argument(f'--{name}', type=float, default=value)
     a.add_argument('--task', choices=['two', 'three'], default='two')
     a.add_argument('--split', choices=['valid', 'test'], default='test', help='settings are chosen on valid')
     a.add_argument('--cache', default='/tmp/semi_chest', help='the store and the scores of finished runs')
     a.add_argument('--methods', nargs='*', choices=list(CHEST))
     a = sub.add_parser('step')
-    for name, value in (('size', 64), ('steps', 5), ('repeats', 5)): a.add_argument(f'--{name}', type=int, default=value)
+    for name, value in (('size', 64), ('steps', 5), ('repeats', 5)):
+        a.add_argument(f'--{name}', type=int, default=value)
     a.add_argument('--arch', default='resnet10t')
     a.add_argument('--methods', nargs='*', choices=list(STEP))
     args = parser.parse_args()

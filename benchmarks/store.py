@@ -11,14 +11,22 @@ Warm page cache, one thread a process. The three parts:
    Dask that of the scheduler too, which runs in the same process here) bounds what one writer can take from many workers.
 """
 import os
+
 for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[k] = '1'
-import argparse, importlib.util, logging, shutil, tempfile, time, warnings
+import argparse
+import importlib.util
+import logging
+import shutil
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
-import cv2, numpy as np
+import cv2
+import numpy as np
+from dicom_speed import texture
 from PIL import Image
 
-from dicom_speed import texture
 from radiology_ai.core import rng
 from radiology_ai.dicom.file import open_dicom
 from radiology_ai.dicom.read import read_radiograph
@@ -42,27 +50,34 @@ def recipe_cost(film: Path, repeats: int):
     def decoded(): # opening included
         ds = open_dicom(film)
         decode_stored(ds, path=film)
-    ways = {'decoder alone': decoded, 'read_radiograph': lambda: read_radiograph(film), 'prepare, knee recipe to 512 px': lambda: prepare(Source(str(film)), r8),
+    ways = {'decoder alone': decoded, 'read_radiograph': lambda: read_radiograph(film),
+        'prepare, knee recipe to 512 px': lambda: prepare(Source(str(film)), r8),
             'the same, 16 bits': lambda: prepare(Source(str(film)), r16)}
     assert prepare(Source(str(film)), r8)[1]['knee_found']
     times = {name: [] for name in ways}
     for _ in range(repeats):
         for name, f in ways.items(): times[name].append(seconds(f))
     first = np.median(times['decoder alone'])
-    for name, t in times.items(): print(f'{name:40s} {1e3*np.median(t):8.1f} ms   {np.median(t)/first:5.2f} x the decoder alone')
+    for name, t in times.items():
+        print(f'{name:40s} {1e3*np.median(t):8.1f} ms   {np.median(t)/first:5.2f} x the decoder alone')
 
 
 def made_store(folder: Path, n: int) -> ImageStore:
     "A store of `n` different knees of 512 px: 24 simulated films, and those moved and with other noise."
     r, results, gen = recipe('knee', size=512), [], rng(0, 'noise')
-    for k in range(24): cv2.imwrite(str(folder/f'{k}.png'), np.rint(65535*expose(simulate_knee(k, size=768), rng(k)).pixels).astype(np.uint16))
+    for k in range(24):
+        cv2.imwrite(str(folder/f'{k}.png'), np.rint(65535*expose(simulate_knee(k, size=768),
+            rng(k)).pixels).astype(np.uint16))
     base = [prepare(Source(str(folder/f'{k}.png')), r) for k in range(24)]
     for k in range(n):
         image, record, key = base[k%24]
-        image = np.clip(np.roll(image, gen.integers(-20, 20, 2), (0, 1)).astype(np.float32) + gen.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
+        image = np.clip(np.roll(image, gen.integers(-20, 20, 2), (0, 1)).astype(np.float32)
+            + gen.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
         results.append((image, record | dict(image_id=str(k)), key))
     begin_store(folder/'store', r, 256)
-    for k in range(0, n, 256): write_shard(folder/'store', k//256, r, [Source(str(i)) for i in range(k, min(k + 256, n))], results[k:k + 256])
+    for k in range(0, n, 256):
+        write_shard(folder/'store', k//256, r, [Source(str(i)) for i in range(k, min(k + 256, n))],
+            results[k:k + 256])
     join_shards(folder/'store', -(-n//256))
     return ImageStore(folder/'store')
 
@@ -75,11 +90,15 @@ def reading(folder: Path, n: int, repeats: int):
     print(f"{n} images of 512 x 512, a PNG has {np.mean([os.path.getsize(f) for f in files])/1024:.0f} KiB, an array 256 KiB")
     def run(read):
         for k, i in enumerate(order): batch[k%32] = read(i)
-    ways = {'store': lambda i: store[i], 'PNG by OpenCV': lambda i: cv2.imread(files[i], cv2.IMREAD_UNCHANGED), 'PNG by Pillow': lambda i: np.asarray(Image.open(files[i]))}
+    ways = {'store': lambda i: store[i], 'PNG by OpenCV': lambda i: cv2.imread(files[i],
+        cv2.IMREAD_UNCHANGED), 'PNG by Pillow': lambda i: np.asarray(Image.open(files[i]))}
     for f in ways.values(): run(f) # everything in the page cache, and checked
     assert all((ways['PNG by OpenCV'](i)==store[i]).all() for i in order[:20])
-    rates = {name: len(order)/np.median([seconds(lambda: run(f)) for _ in range(min(5, repeats))]) for name, f in ways.items()}
-    for name, v in rates.items(): print(f'{name:40s} {v:10,.0f} images/s' + ('' if name=='store' else f'   the store is {rates["store"]/v:.1f} x as fast'))
+    rates = {name: len(order)/np.median([seconds(lambda: run(f)) for _ in range(min(5, repeats))])
+        for name, f in ways.items()}
+    for name, v in rates.items():
+        print(f'{name:40s} {v:10,.0f} images/s' + ('' if name=='store'
+            else f'   the store is {rates["store"]/v:.1f} x as fast'))
 
 
 def scale(folder: Path, film: Path, n: int):
@@ -88,24 +107,30 @@ def scale(folder: Path, film: Path, n: int):
     for k in range(n): shutil.copy(film, folder/'films'/f'{k:05d}.dcm')
     def run(name, **how):
         out, own = folder/name.replace(' ', '_'), time.process_time()
-        took = seconds(lambda: preprocess_folder(folder/'films', out, recipe('knee', size=512), show=False, shard_size=32, **how))
+        took = seconds(lambda: preprocess_folder(folder/'films', out, recipe('knee', size=512), show=False,
+            shard_size=32, **how))
         own = time.process_time() - own
         times = sorted(p.stat().st_mtime for p in (out/'shards').glob('*.json'))
         rate = 32*(len(times) - 1)/(times[-1] - times[0])
         rates.setdefault('all', []).append((n/took, rate))
         (one, steady), whole = rates['all'][0], (out/'shards/00000.npy').read_bytes()
         assert whole==(folder/'one_process/shards/00000.npy').read_bytes()
-        print(f'{name:40s} {n/took:8.1f} images/s with the start ({n/took/one:4.2f} x), {rate:8.1f} without ({rate/steady:4.2f} x); {1e3*own/n:5.2f} ms an image of the writer; load {os.getloadavg()[0]:.1f}', flush=True)
+        print(f'{name:40s} {n/took:8.1f} images/s with the start ({n/took/one:4.2f} x), {rate:8.1f} without '
+            f'({rate/steady:4.2f} x); {1e3*own/n:5.2f} ms an image of the writer; load {os.getloadavg()[0]:.1f}', flush=True)
     rates = {}
     run('one process', workers=1)
     run('two processes', workers=2)
-    if importlib.util.find_spec('distributed') is None: return print('distributed is not installed: no cluster')
+    if importlib.util.find_spec('distributed') is None:
+        return print('distributed is not installed: no cluster')
     from distributed import LocalCluster
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.ERROR) as cluster: run('Dask, two workers', scheduler=cluster.scheduler_address)
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None,
+            silence_logs=logging.ERROR) as cluster:
+        run('Dask, two workers', scheduler=cluster.scheduler_address)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--images', type=int, default=600)
     parser.add_argument('--files', type=int, default=480)

@@ -6,12 +6,16 @@ Needs torch, which the localiser itself does not. All knees are simulated. Of re
 ChestX-ray14 (NIH Clinical Center; Wang et al., CVPR 2017) whose patient number is even, if RADIOLOGY_AI_REAL_DATA is set. `benchmarks/knee_locator.py` judges on real
 knees, on the other half of those patients and on chests of other hospitals.
 """
-import argparse, os, time
+import argparse
+import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import cv2, numpy as np, pandas as pd
+import cv2
+import numpy as np
+import pandas as pd
 from safetensors.numpy import load_file, save_file
 
 from radiology_ai.core import Radiograph, resize_array, rng, scale, shift, transform_points
@@ -35,10 +39,14 @@ def film(seed: int, part: str) -> tuple[Radiograph, list]:
         both, long = g.random()<.2, g.random()<.4
         more = dict(fov=float(g.uniform(240, 420))) if long and not both else {}
         more |= dict(turn=float(g.normal(0, 6)), rotation=float(np.clip(g.normal(0, 6), -14, 14)))
-        p = simulate_knee(seed, int(g.integers(0, 7))*int(g.random()<.5), 'RL'[seed%2], int(g.integers(200, 320)), bilateral=both, hardware=bool(g.random()<.15), **more)
-        knees = [(*p.points['joint'], p.side)] + ([(*p.points['joint_other'], 'LR'[p.side=='L'])] if both else [])
+        p = simulate_knee(seed, int(g.integers(0, 7))*int(g.random()<.5), 'RL'[seed%2],
+            int(g.integers(200, 320)), bilateral=both, hardware=bool(g.random()<.15), **more)
+        knees = [(*p.points['joint'], p.side)] + ([(*p.points['joint_other'], 'LR'[p.side=='L'])] if both
+            else [])
     else:
-        make = dict(chest=lambda: simulate_chest(seed, size=256), hand=lambda: simulate_hand(seed, 'RL'[seed%2], 256), hip=lambda: simulate_hip(seed, 'RL'[seed%2], 256))
+        make = dict(chest=lambda: simulate_chest(seed, size=256),
+            hand=lambda: simulate_hand(seed, 'RL'[seed%2], 256),
+            hip=lambda: simulate_hip(seed, 'RL'[seed%2], 256))
         p, knees = make[part](), []
     return Radiograph(expose(p, g).pixels, (p.spacing, p.spacing)), knees
 
@@ -48,9 +56,12 @@ def other_grey(a: np.ndarray, g) -> np.ndarray:
     a = a**np.float32(np.exp(g.normal(0, .4)))
     if g.random()<.35: a = clahe(a, float(g.uniform(1.5, 5)), int(g.integers(3, 9)))
     if g.random()<.5: a = cv2.GaussianBlur(a, (0, 0), float(g.uniform(.3, 2.2)))
-    elif g.random()<.4: a = np.clip(a + float(g.uniform(.3, 1.5))*(a-cv2.GaussianBlur(a, (0, 0), float(g.uniform(1, 4)))), 0, 1)
+    elif g.random()<.4:
+        a = np.clip(a + float(g.uniform(.3, 1.5))*(a-cv2.GaussianBlur(a, (0, 0), float(g.uniform(1, 4)))), 0,
+            1)
     if g.random()<.5:  # uneven brightness
-        field = cv2.resize(g.normal(0, 1, (4, 4)).astype(np.float32), a.shape[::-1], interpolation=cv2.INTER_CUBIC)
+        field = cv2.resize(g.normal(0, 1, (4, 4)).astype(np.float32), a.shape[::-1],
+            interpolation=cv2.INTER_CUBIC)
         a = a + np.float32(g.uniform(0, .15))*field
     return np.clip(a + np.float32(g.uniform(0, .04))*g.standard_normal(a.shape, dtype=np.float32), 0, 1)
 
@@ -58,22 +69,29 @@ def other_grey(a: np.ndarray, g) -> np.ndarray:
 def clutter(a: np.ndarray, g) -> np.ndarray:
     "Bars, letters and covers that are no anatomy."
     if g.random()<.2: # a dressing, a filter, a part evened out by itself
-        n, (r, c), (y, x) = g.uniform(.15, .6)*max(a.shape), g.uniform(0, 1, 2)*a.shape, np.ogrid[:a.shape[0], :a.shape[1]]
+        n, (r, c), (y, x) = g.uniform(.15, .6)*max(a.shape), g.uniform(0, 1, 2)*a.shape, np.ogrid[:a.shape[0],
+            :a.shape[1]]
         inside = np.clip((n/2-np.maximum(np.abs(y-r), np.abs(x-c)))/(.1*n), 0, 1).astype(np.float32)
-        a = np.clip(a*(1-inside) + inside*((a-a.mean())*float(np.exp(g.normal(0, .4))) + a.mean() + float(g.normal(0, .12))), 0, 1)
+        a = np.clip(a*(1-inside) + inside*((a-a.mean())*float(np.exp(g.normal(0, .4))) + a.mean()
+            + float(g.normal(0, .12))), 0, 1)
     a = np.rint(a*255).astype(np.uint8)
     for _ in range(int(g.integers(0, 4)) if g.random()<.5 else 0):
         r, c = g.uniform(0, 1, 2)*a.shape
         grey, kind = int(g.choice([0, 255, g.integers(256)])), g.random()
-        if kind<.4: cv2.putText(a, str(g.choice(list('RLABX17'))), (int(c), int(r)), 0, float(g.uniform(.5, 2)), grey, int(g.integers(1, 5)))
-        elif kind<.7: cv2.line(a, (int(c), int(r)), tuple(int(v) for v in g.uniform(0, 1, 2)*a.shape[::-1]), grey, int(g.integers(1, 7)))
+        if kind<.4:
+            cv2.putText(a, str(g.choice(list('RLABX17'))), (int(c), int(r)), 0, float(g.uniform(.5, 2)), grey,
+                int(g.integers(1, 5)))
+        elif kind<.7:
+            cv2.line(a, (int(c), int(r)), tuple(int(v) for v in g.uniform(0, 1, 2)*a.shape[::-1]), grey,
+                int(g.integers(1, 7)))
         else: a[int(r):int(r)+int(g.uniform(5, 60)), int(c):int(c)+int(g.uniform(5, 60))] = grey
     return a.astype(np.float32)/255
 
 
 def turned(part: str, g) -> float:
     "By how much a film lies askew, in radians."
-    if part=='hand' and g.random()<.4: return float(np.radians(g.uniform(-180, 180))) # an upright wrist is what is most like a knee
+    if part=='hand' and g.random()<.4:
+        return float(np.radians(g.uniform(-180, 180))) # an upright wrist is what is most like a knee
     return float(np.radians(np.clip(g.normal(0, 9), -32, 32) if g.random()<.75 else g.uniform(-32, 32)))
 
 
@@ -116,13 +134,16 @@ def view(r: Radiograph, knees: list, g, part: str):
     return np.rint(K.evened(out, mask)*31).astype(np.int8), where
 
 
-def rotation(turn): return np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+def rotation(turn):
+    return np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
 
 
 def warped(a, m, shape, border=None):
     "`a` moved by `m` (3, 3), and where it lies; around it its edge goes on, or `border`."
     to = (shift(-.5, -.5)@m@shift(.5, .5))[:2]
-    out = cv2.warpAffine(a, to, shape[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE if border is None else cv2.BORDER_CONSTANT, borderValue=float(border or 0))
+    out = cv2.warpAffine(a, to, shape[::-1], flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE if border is None else cv2.BORDER_CONSTANT,
+        borderValue=float(border or 0))
     return out, cv2.warpAffine(np.ones_like(a), to, shape[::-1], flags=cv2.INTER_NEAREST)
 
 
@@ -136,20 +157,24 @@ def views(job):
 
 
 def scene(r: Radiograph, knees: list, g, part: str):
-    "A film as a hospital may send it: askew, narrow, on a larger black or white ground. Its record with the spacing, and its knees."
+    """A film as a hospital may send it: askew, narrow, on a larger black or white ground. Its record with the
+    spacing, and its knees."""
     pixels, knees = narrowed(r.pixels, knees, r.spacing[0], g)
     a, turn = clutter(other_grey(pixels, g), g), turned(part, g)
     h, w = a.shape
     room = g.uniform(1, 1.8, 2) if g.random()<.25 else np.ones(2)
     size = int(h*room[0]), int(w*room[1])
-    m = shift(*(np.array(size[::-1])/2 + g.uniform(-.5, .5, 2)*(np.array(size[::-1])-(w, h))))@rotation(turn)@shift(-w/2, -h/2)
-    out, _ = warped(a, m, size, None if g.random()<.4 and (room==1).all() else float(g.choice([0., 0., 1., .5])))
+    m = shift(*(np.array(size[::-1])/2 + g.uniform(-.5, .5,
+        2)*(np.array(size[::-1])-(w, h))))@rotation(turn)@shift(-w/2, -h/2)
+    out, _ = warped(a, m, size, None if g.random()<.4 and (room==1).all()
+        else float(g.choice([0., 0., 1., .5])))
     knees = [(*transform_points(m, [x, y])[::-1], s) for y, x, s in knees]
     return Radiograph(out, r.spacing), [k for k in knees if 0<k[0]<size[0] and 0<k[1]<size[1]]
 
 
 def proposed(r: Radiograph, knees: list, g, weights, truth: int=2):
-    "What the first look proposes, and `truth` views near each knee, cut out for the second look: (VIEW, VIEW) int8 and (is_knee, dx, dy, log size); is_knee is NaN where it is neither."
+    """What the first look proposes, and `truth` views near each knee, cut out for the second look: (VIEW,
+    VIEW) int8 and (is_knee, dx, dy, log size); is_knee is NaN where it is neither."""
     mm, out = r.spacing, []
     assumed = [mm, *((n/max(r.shape),)*2 for n in K.LENGTHS)] if g.random()<.6 else [mm]
     found = [p for at in assumed for p in K.places(r.pixels, at, weights) if p.logit>-4.5]
@@ -163,7 +188,8 @@ def proposed(r: Radiograph, knees: list, g, weights, truth: int=2):
         far, size = max(abs(x-K.VIEW/2), abs(y-K.VIEW/2)), np.log(p.mm[0]/mm[0])
         good = far<9 and abs(size)<.45
         is_knee = 1. if good else 0. if far>14 or abs(size)>.7 else np.nan
-        out.append((np.rint(cut*31).astype(np.int8), (is_knee, (x-K.VIEW/2)/8 if good else 0, (y-K.VIEW/2)/8 if good else 0, size if good else 0)))
+        out.append((np.rint(cut*31).astype(np.int8),
+            (is_knee, (x-K.VIEW/2)/8 if good else 0, (y-K.VIEW/2)/8 if good else 0, size if good else 0)))
     return out
 
 
@@ -199,11 +225,13 @@ def mistakes(job):
         pixels = other_grey(r.pixels, g)
         for mm in K.LENGTHS:
             s = mm/max(pixels.shape)*np.exp(g.uniform(-.15, .15))/K.MM
-            image = np.pad(K.evened(resize_array(pixels, tuple(max(4, round(n*s)) for n in pixels.shape))), CANVAS)
+            image = np.pad(K.evened(resize_array(pixels, tuple(max(4, round(n*s)) for n in pixels.shape))),
+                CANVAS)
             heat = K.first_look(image, weights)[:2].max(0)
             at = np.unravel_index(heat.argmax(), heat.shape)
             if heat[at]<-2.2: continue
-            y, x = (int(np.clip(k*K.CELL - g.uniform(.3, .7)*CANVAS, 0, n-CANVAS)) for k, n in zip(at, image.shape))
+            y, x = (int(np.clip(k*K.CELL - g.uniform(.3, .7)*CANVAS, 0, n-CANVAS))
+                for k, n in zip(at, image.shape))
             out.append((np.rint(image[y:y+CANVAS, x:x+CANVAS]*31).astype(np.int8), []))
     return out
 
@@ -211,13 +239,16 @@ def mistakes(job):
 def parts(n: int, start: int, share: float=.6) -> list:
     "Seeds and parts of `n` films."
     k = int(n*share)
-    return [(start+i, 'knee') for i in range(k)] + [(start+i, ('chest', 'hand', 'hip', 'hand')[i%4]) for i in range(n-k)]
+    return [(start+i, 'knee') for i in range(k)] + [(start+i, ('chest', 'hand', 'hip', 'hand')[i%4])
+        for i in range(n-k)]
 
 
 def targets(where: list):
     "Heat (2, h, w), regression (3, h, w) and its weight (h, w) of one view."
     n = CANVAS//K.CELL
-    heat, reg, weight = np.zeros((2, n, n), np.float32), np.zeros((3, n, n), np.float32), np.zeros((n, n), np.float32)
+    heat = np.zeros((2, n, n), np.float32)
+    reg = np.zeros((3, n, n), np.float32)
+    weight = np.zeros((n, n), np.float32)
     yy, xx = np.mgrid[:n, :n] + .5
     for x, y, left, size in where:
         x, y = x/K.CELL, y/K.CELL
@@ -242,7 +273,8 @@ def network(table, last=()):
 
 def folded(net, name: str) -> dict:
     "Weights with the batch normalisation folded in, float16."
-    convs, norms = [m for m in net if hasattr(m, 'kernel_size')], [m for m in net if hasattr(m, 'running_mean')]
+    convs = [m for m in net if hasattr(m, 'kernel_size')]
+    norms = [m for m in net if hasattr(m, 'running_mean')]
     out = {}
     for i, c in enumerate(convs):
         w, b = c.weight.detach().numpy(), c.bias.detach().numpy()
@@ -250,8 +282,12 @@ def folded(net, name: str) -> dict:
             n = norms[i]
             s = (n.weight/(n.running_var+n.eps).sqrt()).detach().numpy()
             w, b = w*s[:, None, None, None], (b-n.running_mean.numpy())*s + n.bias.detach().numpy()
-        out |= {f'{name}.w{i}': np.ascontiguousarray(w, np.float16), f'{name}.b{i}': np.ascontiguousarray(b, np.float32)} # safetensors writes bytes as they lie
-    if hasattr(net[-1], 'in_features'): out |= {f'{name}.w': np.ascontiguousarray(net[-1].weight.detach().numpy(), np.float16), f'{name}.b': np.ascontiguousarray(net[-1].bias.detach().numpy(), np.float32)}
+        # safetensors writes bytes as they lie
+        out |= {f'{name}.w{i}': np.ascontiguousarray(w, np.float16),
+            f'{name}.b{i}': np.ascontiguousarray(b, np.float32)}
+    if hasattr(net[-1], 'in_features'):
+        out |= {f'{name}.w': np.ascontiguousarray(net[-1].weight.detach().numpy(), np.float16),
+            f'{name}.b': np.ascontiguousarray(net[-1].bias.detach().numpy(), np.float32)}
     return out
 
 
@@ -313,14 +349,17 @@ def learn_second(data, epochs, threads, bs=128) -> dict:
     from torch import nn
     from torch.nn import functional as F
     torch.manual_seed(0)
-    net = network(K.SECOND, [nn.Flatten(), nn.Linear(K.SECOND[-1][0]*(K.VIEW//8)**2, 4)]).to(memory_format=torch.channels_last)
-    x, t = torch.from_numpy(np.stack([d[0] for d in data])), torch.tensor([d[1] for d in data], dtype=torch.float32)
+    net = network(K.SECOND, [nn.Flatten(), nn.Linear(K.SECOND[-1][0]*(K.VIEW//8)**2,
+        4)]).to(memory_format=torch.channels_last)
+    x = torch.from_numpy(np.stack([d[0] for d in data]))
+    t = torch.tensor([d[1] for d in data], dtype=torch.float32)
     sign = torch.tensor([1., -1, 1, 1]) # of what a mirror does to dx
     def step(rows):
         xb, tb = x[rows][:, None].float()/31, t[rows]
         on = torch.rand(len(rows))<.5
         xb, tb = torch.where(on[:, None, None, None], xb.flip(-1), xb), torch.where(on[:, None], tb*sign, tb)
-        xb = torch.roll(xb, tuple(int(v) for v in torch.randint(-1, 2, (2,))), (2, 3))*(1+.1*torch.randn(len(rows), 1, 1, 1))
+        xb = torch.roll(xb, tuple(int(v) for v in torch.randint(-1, 2, (2,))),
+            (2, 3))*(1+.1*torch.randn(len(rows), 1, 1, 1))
         with torch.autocast('cpu', torch.bfloat16): out = net(xb.to(memory_format=torch.channels_last))
         out, known, knee = out.float(), ~tb[:, 0].isnan(), tb[:, 0]==1
         loss = F.binary_cross_entropy_with_logits(out[known, 0], tb[known, 0])
@@ -338,9 +377,12 @@ def judge(job):
     g = rng(seed, 'judge')
     mm = r.spacing[0]
     r = Radiograph(other_grey(r.pixels, g), r.spacing if known else None)
-    best, found = K.locate_knees(r, threshold=0.), K.locate_knees(r, threshold=.3) # two knees are told by their order
-    errors = [min(((np.hypot(k.center[0]-row, k.center[1]-col)*mm, k.side==side) for k in found), default=(999., False)) for row, col, side in knees]
-    return part, known, best[0].score if best else 0., max((e for e, _ in errors), default=np.nan), all(s for _, s in errors), len(knees)
+    # two knees are told by their order
+    best, found = K.locate_knees(r, threshold=0.), K.locate_knees(r, threshold=.3)
+    errors = [min(((np.hypot(k.center[0]-row, k.center[1]-col)*mm, k.side==side) for k in found),
+        default=(999., False)) for row, col, side in knees]
+    return part, known, best[0].score if best else 0., max((e for e, _ in errors),
+        default=np.nan), all(s for _, s in errors), len(knees)
 
 
 def real_chests() -> list:
@@ -359,7 +401,8 @@ def first_weights(args, pool, said) -> dict:
     data = flat(pool.map(views, [(*p, args.views) for p in parts(args.films, 10_000)], chunksize=8))
     said(f'{len(data)} views of {args.films} films, {sum(len(d[1])>0 for d in data)} with a knee')
     early = f32(learn_first(data, 3, args.threads))
-    data += flat(pool.map(mistakes, [(*p, early) for p in parts(args.films//4, 500_000, share=0)], chunksize=8))
+    data += flat(pool.map(mistakes, [(*p, early) for p in parts(args.films//4, 500_000, share=0)],
+        chunksize=8))
     said(f'{len(data)} views with the mistakes of the first turn')
     return learn_first(data, args.epochs, args.threads)
 
@@ -376,7 +419,8 @@ def main():
     parser.add_argument('--workers', type=int, default=2, help='processes of simulation')
     parser.add_argument('--threads', type=int, default=1, help='threads of torch')
     parser.add_argument('--out', type=Path, default=OUT)
-    parser.add_argument('--first', type=Path, help='weights of an earlier run whose first look is kept; only the second is learnt')
+    parser.add_argument('--first', type=Path,
+        help='weights of an earlier run whose first look is kept; only the second is learnt')
     args = parser.parse_args()
     start = time.time()
     def said(what): print(f'{what}, {time.time()-start:.0f} s', flush=True)
@@ -387,20 +431,24 @@ def main():
         cut = flat(pool.map(cuts, [(*p, 3, first) for p in parts(args.films, 2_000_000, .4)], chunksize=8))
         chests = real_chests()
         real = flat(pool.map(chest_cuts, [(p, 2, first) for p in chests], chunksize=8))
-        said(f'{len(cut)} views for the second look, {sum(d[1][0]==1 for d in cut)} of a knee, and {len(real)} of {len(chests)} real chests')
+        said(f'{len(cut)} views for the second look, {sum(d[1][0]==1 for d in cut)} of a knee, and '
+            f'{len(real)} of {len(chests)} real chests')
         weights |= learn_second(cut+real, args.epochs, args.threads)
         said('trained')
         w = f32(weights) | {'threshold': np.float32([0])}
-        rows = list(pool.map(judge, [(*p, w, known) for p in parts(args.test, 900_000) for known in (True, False)], chunksize=8))
+        rows = list(pool.map(judge, [(*p, w, known) for p in parts(args.test, 900_000)
+            for known in (True, False)], chunksize=8))
     part, known, score, error, side, n = (np.array(o) for o in zip(*rows))
     knee = part=='knee'
-    weights['threshold'] = np.float32([np.clip(np.quantile(score[~knee], .99), .5, .8)]) # one other film in a hundred may pass
+    # one other film in a hundred may pass
+    weights['threshold'] = np.float32([np.clip(np.quantile(score[~knee], .99), .5, .8)])
     save_file(weights, args.out)
     t = weights['threshold'][0]
     for k, name in ((True, 'spacing known'), (False, 'spacing unknown')):
         a, b = knee & (known==k), ~knee & (known==k)
         found = a & (score>=t)
-        print(f'{name}: {a.sum()} knee films, found {np.mean(score[a]>=t):.3f}, median error {np.median(error[found]):.2f} mm, within 10 mm {np.mean(error[a]<=10):.3f}, side right {side[a].mean():.3f}; '
+        print(f'{name}: {a.sum()} knee films, found {np.mean(score[a]>=t):.3f}, median error '
+            f'{np.median(error[found]):.2f} mm, within 10 mm {np.mean(error[a]<=10):.3f}, side right {side[a].mean():.3f}; '
               f'{b.sum()} others, taken for a knee {np.mean(score[b]>=t):.3f}')
     print(f'threshold {t:.2f}, {args.out.stat().st_size/1024:.0f} kB, {time.time()-start:.0f} s in all')
 

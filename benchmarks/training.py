@@ -6,7 +6,10 @@ overhead: epochs of `xray_learner` (schedule, seeds, checks, recorder, best epoc
           128 px, weights, AdamW in the same groups. Seconds a batch, medians over the rounds, and their ratio within each round.
 loading:  images a second from an `ImageStore` through `BatchAugment` (its defaults) at 224 px, beside resnet18 training at 224 px on the same device; and the share of a training in which the network waits for its batch.
 """
-import argparse, os, tempfile, time, warnings
+import argparse
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
 import cv2
@@ -29,7 +32,9 @@ def made_store(folder: Path, size: int, films: int=16):
     "A store of simulated chests."
     source = folder/f'films{size}'
     source.mkdir()
-    for k in range(films): cv2.imwrite(str(source/f'{k}.png'), np.rint(255*expose(simulate_chest(k, size=size+32), rng(k)).pixels).astype(np.uint8))
+    for k in range(films):
+        cv2.imwrite(str(source/f'{k}.png'), np.rint(255*expose(simulate_chest(k, size=size+32),
+            rng(k)).pixels).astype(np.uint8))
     return preprocess_folder(source, folder/f'store{size}', recipe('chest', size=size), workers=1, show=False)
 
 
@@ -37,8 +42,10 @@ def loaders(store, n: int, bs: int, device: str, augment: bool=True):
     "`n` training batches an epoch and one for validation, of the images in turn."
     rows = (n+1)*bs
     ids = [store.index.image_id[k%len(store)] for k in range(rows)]
-    manifest = pd.DataFrame(dict(image_id=ids, patient_id=[f'p{k}' for k in range(rows)], label=np.arange(rows)%2, split=['train']*(n*bs)+['valid']*bs))
-    return xray_dataloaders(store, manifest, 'label', bs=bs, sampler=None, batch_tfms=[BatchAugment()] if augment else None, device=device, check_leakage=False)
+    manifest = pd.DataFrame(dict(image_id=ids, patient_id=[f'p{k}' for k in range(rows)],
+        label=np.arange(rows)%2, split=['train']*(n*bs)+['valid']*bs))
+    return xray_dataloaders(store, manifest, 'label', bs=bs, sampler=None,
+        batch_tfms=[BatchAugment()] if augment else None, device=device, check_leakage=False)
 
 
 class Clock(Callback):
@@ -71,7 +78,8 @@ def by_hand(learn):
     "A copy of the Learner's network with torch's AdamW over the same groups."
     import copy
     model = copy.deepcopy(learn.model).to(learn.dls.device, memory_format=torch.channels_last)
-    groups = [dict(params=[p for p in part.parameters() if (p.ndim>1)==decays], weight_decay=learn.wd*decays) for part in (model.body, model.head) for decays in (True, False)]
+    groups = [dict(params=[p for p in part.parameters() if (p.ndim>1)==decays], weight_decay=learn.wd*decays)
+        for part in (model.body, model.head) for decays in (True, False)]
     return model,torch.optim.AdamW(groups, lr=1e-3, betas=(.9, .99), eps=1e-5)
 
 
@@ -86,12 +94,15 @@ def bench_overhead(args, folder):
         hand.append(bare_epoch(dls.train, model, learn.loss_func, opt))
         learn.fit_two_phase(1)
         rich.fit_two_phase(1, checkpoint=folder/f'run{k}')
-    print(f"resnet18, 128 px, {args.bs} images a batch, {args.batches} batches an epoch, {args.rounds} rounds on {args.device}, {torch.get_num_threads()} threads")
+    print(f"resnet18, 128 px, {args.bs} images a batch, {args.batches} batches an epoch, {args.rounds} "
+        f"rounds on {args.device}, {torch.get_num_threads()} threads")
     per = lambda t: np.array(t[1:])/args.batches # the first round warms up
-    for name,t in (('bare loop', hand), ('xray_learner', plain.taken), ('... with average and clipping', full.taken)):
+    for name,t in (('bare loop', hand), ('xray_learner', plain.taken),
+            ('... with average and clipping', full.taken)):
         print(f"{name:32s} {1e3*np.median(per(t)):8.2f} ms a batch   overhead {100*(np.median(per(t)/per(hand))-1):+5.1f} %")
     own = loop_alone(args, dls)
-    print(f"{'the loop alone (tiny network)':32s} {1e3*own:8.2f} ms a batch more than the bare loop, {100*own/np.median(per(hand)):.2f} % of a resnet18's batch")
+    print(f"{'the loop alone (tiny network)':32s} {1e3*own:8.2f} ms a batch more than the bare loop, "
+        f"{100*own/np.median(per(hand)):.2f} % of a resnet18's batch")
 
 
 def loop_alone(args, dls) -> float:
@@ -99,7 +110,8 @@ def loop_alone(args, dls) -> float:
     from torch import nn
     body = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16, 8))
     clock,hand = Clock(),[]
-    learn = xray_learner(dls, nn.ModuleDict(dict(body=body, head=nn.Linear(8, 2))), cbs=[clock], monitor='valid_loss')
+    learn = xray_learner(dls, nn.ModuleDict(dict(body=body, head=nn.Linear(8, 2))), cbs=[clock],
+        monitor='valid_loss')
     learn.model.forward = lambda x: learn.model.head(learn.model.body(x.as_subclass(torch.Tensor)))
     model,opt = nn.Sequential(body, learn.model.head),torch.optim.AdamW(learn.model.parameters())
     for k in range(2*args.rounds + 1):
@@ -130,11 +142,13 @@ def bench_loading(args, folder):
         wait(args.device); train.append((time.perf_counter()-start)/2)
     step,rates = np.median(train),{k: n*bs/np.median(v) for k,v in seconds.items()}
     for k,v in rates.items(): print(f"{k:32s} {v:10,.0f} images/s   {v*step/bs:6.1f} x training")
-    print(f"{'training resnet18, 224 px':32s} {bs/step:10,.0f} images/s   waits for its batch {100/(1 + rates['loading and augmenting']*step/bs):.1f} % of the time, with one process for both")
+    print(f"{'training resnet18, 224 px':32s} {bs/step:10,.0f} images/s   waits for its batch "
+        f"{100/(1 + rates['loading and augmenting']*step/bs):.1f} % of the time, with one process for both")
 
 
 if __name__=='__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('parts', nargs='*', default=['overhead', 'loading'])
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--batches', type=int, default=12)

@@ -39,7 +39,8 @@ def margin(
     p,                       # (N, C) probabilities
     multi_label: bool=False,
 ) -> np.ndarray:
-    "(N,) from 0 (sure) to 1: one less the lead of the likeliest class over the next; the most unsure of several labels."
+    """(N,) from 0 (sure) to 1: one less the lead of the likeliest class over the next; the most unsure of
+    several labels."""
     p = np.asarray(p, float)
     if multi_label: return (1-np.abs(2*p-1)).max(1)
     top = np.sort(p, 1)
@@ -99,7 +100,8 @@ STRATEGIES = ('random', 'entropy', 'margin', 'bald', 'coreset', 'badge', 'balanc
 
 def _balanced(p, n, unsure, counts):
     "Row numbers: class by class, the one with the fewest labels and picks next, its most unsure image."
-    queues = [list(np.flatnonzero(p.argmax(1)==c)[np.argsort(unsure[p.argmax(1)==c], kind='stable')]) for c in range(p.shape[1])]
+    queues = [list(np.flatnonzero(p.argmax(1)==c)[np.argsort(unsure[p.argmax(1)==c], kind='stable')])
+        for c in range(p.shape[1])]
     have,out = np.array(counts, float),[]
     while len(out)<n:
         c = min((c for c in range(len(queues)) if queues[c]), key=lambda c: (have[c], c))
@@ -119,18 +121,26 @@ def pick(
     seed: int=0,
 ) -> np.ndarray:
     "(n,) different row numbers of the images to be labelled next."
-    if strategy not in STRATEGIES: raise DataError(f"There is no strategy {strategy!r}", f"Choose one of {', '.join(STRATEGIES)}")
-    needs = dict(random='p', entropy='p', margin='p', bald='draws', coreset='features', badge='features', balanced='p')[strategy]
+    if strategy not in STRATEGIES:
+        raise DataError(f"There is no strategy {strategy!r}", f"Choose one of {', '.join(STRATEGIES)}")
+    needs = dict(random='p', entropy='p', margin='p', bald='draws', coreset='features', badge='features',
+        balanced='p')[strategy]
     given = dict(p=p, draws=draws, features=features)
-    if given[needs] is None or (strategy=='badge' and p is None): raise DataError(f"The strategy {strategy!r} needs {needs}{' and p' if strategy=='badge' else ''}", "See `model_views`")
+    if given[needs] is None or (strategy=='badge' and p is None):
+        raise DataError(f"The strategy {strategy!r} needs {needs}{' and p' if strategy=='badge' else ''}",
+            "See `model_views`")
     size = np.shape(given[needs])[1 if strategy=='bald' else 0]
-    if not 1<=n<=size: raise DataError(f"{n} images are to be picked of {size}", "Give a number from 1 to the number of images without a label")
+    if not 1<=n<=size:
+        raise DataError(f"{n} images are to be picked of {size}",
+            "Give a number from 1 to the number of images without a label")
     gen = rng(seed, 'pick', strategy)
     if strategy=='random': return gen.permutation(size)[:n]
     if strategy=='coreset': return coreset(features, n, labelled)
     if strategy=='badge': return badge(p, features, n, gen, multi_label)
-    unsure = bald(draws, multi_label) if strategy=='bald' else entropy(p, multi_label) if strategy!='margin' else margin(p, multi_label)
-    if strategy=='balanced' and not multi_label: return _balanced(np.asarray(p), n, unsure, np.zeros(np.shape(p)[1]) if counts is None else counts)
+    unsure = (bald(draws, multi_label) if strategy=='bald' else entropy(p, multi_label) if strategy!='margin'
+        else margin(p, multi_label))
+    if strategy=='balanced' and not multi_label:
+        return _balanced(np.asarray(p), n, unsure, np.zeros(np.shape(p)[1]) if counts is None else counts)
     return np.lexsort((gen.random(size), -unsure))[:n]
 
 # %% ../nbs/54_active.ipynb #f6088866
@@ -167,7 +177,9 @@ def model_views(
                 p.append(activation(model.head(maps)).float().cpu())
                 features.append(_pooled(model, maps).float().cpu())
                 for m in drops: m.train(bool(draws))
-                if draws: several.append(torch.stack([activation(model.head(model.body(x) if inside else maps)).float().cpu() for _ in range(draws)]))
+                if draws:
+                    several.append(torch.stack([activation(model.head(model.body(x) if inside
+                        else maps)).float().cpu() for _ in range(draws)]))
                 for m in drops: m.eval()
     finally:
         model.head.drop.p = was
@@ -187,13 +199,15 @@ def pick_rows(
 ) -> np.ndarray:
     "(n,) row numbers of `pool`."
     views = model_views(learn, xray_test_dl(learn.dls, pool), draws=20 if strategy=='bald' else 0, seed=seed)
-    if strategy=='coreset': views['labelled'] = model_views(learn, xray_test_dl(learn.dls, labelled))['features']
+    if strategy=='coreset':
+        views['labelled'] = model_views(learn, xray_test_dl(learn.dls, labelled))['features']
     counts = [int((labelled[label]==v).sum()) for v in learn.dls.vocab] if strategy=='balanced' else None
     return pick(strategy, n, **views, counts=counts, seed=seed)
 
 # %% ../nbs/54_active.ipynb #89afafc3
 class ActiveLearning:
-    "Rounds of training, picking and reading. `train(manifest)` gives a Learner; rows of the split `train` without a label are the pool."
+    """Rounds of training, picking and reading. `train(manifest)` gives a Learner; rows of the split `train`
+    without a label are the pool."""
     def __init__(self,
         store,                   # an `ImageStore`
         manifest: pd.DataFrame,  # with `split` and the label, NaN where unknown
@@ -203,9 +217,18 @@ class ActiveLearning:
         strategy: str='badge',   # one of `STRATEGIES`
         seed: int=0,
     ):
-        if question.name not in manifest: raise DataError(f"The manifest has no column {question.name!r}", "The question's name is the label column")
-        if strategy not in STRATEGIES: raise DataError(f"There is no strategy {strategy!r}", f"Choose one of {', '.join(STRATEGIES)}")
-        self.store,self.manifest,self.question,self.train,self.folder,self.strategy,self.seed = store,manifest.copy(),question,train,Path(folder),strategy,seed
+        if question.name not in manifest:
+            raise DataError(f"The manifest has no column {question.name!r}",
+                "The question's name is the label column")
+        if strategy not in STRATEGIES:
+            raise DataError(f"There is no strategy {strategy!r}", f"Choose one of {', '.join(STRATEGIES)}")
+        self.store = store
+        self.manifest = manifest.copy()
+        self.question = question
+        self.train = train
+        self.folder = Path(folder)
+        self.strategy = strategy
+        self.seed = seed
         self.history,self.round,self.learn = None,0,None
         if (path := self.folder/'history.parquet').exists():
             self.history = pd.read_parquet(path)
@@ -226,7 +249,8 @@ class ActiveLearning:
         known = self.manifest[self.manifest[self.question.name].notna()]
         self.learn = self.train(known)
         pool,labelled = self.pool,known[known.split=='train']
-        return pool.iloc[pick_rows(self.learn, self.strategy, n, pool, labelled, self.question.name, self.seed+self.round)]
+        return pool.iloc[pick_rows(self.learn, self.strategy, n, pool, labelled, self.question.name,
+            self.seed+self.round)]
 
     def ask(self, rows: pd.DataFrame, readers, n: int=1, kind: str='xlsx') -> list[Path]:
         "Write the tables for `rows`, each to be read by `n` readers."
@@ -238,13 +262,17 @@ class ActiveLearning:
         return files
 
     def take(self, combine=majority) -> pd.DataFrame:
-        "Read the tables of the last round; `combine` makes labels of votes. Returns them by image_id; those in a tie have no value."
+        """Read the tables of the last round; `combine` makes labels of votes. Returns them by image_id; those
+        in a tie have no value."""
         folder = self.folder/f'round{self.round-1:03d}'
-        if self.round<1 or not folder.is_dir(): raise DataError("No tables have been written", "Call ask() first")
+        if self.round<1 or not folder.is_dir():
+            raise DataError("No tables have been written", "Call ask() first")
         votes = read_templates(folder, [self.question], pd.read_parquet(folder/'plan.parquet'))
-        if not len(votes): raise DataError(f"The tables in {folder} hold no answer", "Let the readers fill them in")
+        if not len(votes):
+            raise DataError(f"The tables in {folder} hold no answer", "Let the readers fill them in")
         labels = combine(votes)
-        self.history = add_labels(self.history, labels, self.question.name, f"round {self.round-1}, {votes.reader.nunique()} readers")
+        self.history = add_labels(self.history, labels, self.question.name,
+            f"round {self.round-1}, {votes.reader.nunique()} readers")
         self.history.astype({'value': str}).to_parquet(self.folder/'history.parquet', index=False)
         self._apply(labels.value.dropna())
         return labels
@@ -274,14 +302,16 @@ def simulate_active(
         rows.append((strategy, seed, int(have.sum()), evaluate(learn)))
         if k==rounds: break
         rest = np.setdiff1d(pool, np.flatnonzero(have))
-        have[rest[pick_rows(learn, strategy, min(step, len(rest)), manifest.iloc[rest], manifest[have], label, seed*1000+k)]] = True
+        have[rest[pick_rows(learn, strategy, min(step, len(rest)), manifest.iloc[rest], manifest[have], label,
+            seed*1000+k)]] = True
     return pd.DataFrame(rows, columns=['strategy', 'seed', 'labels', 'value'])
 
 def labels_needed(
     curve: pd.DataFrame, # of `simulate_active`, one strategy and seed
     goal: float,         # the figure to be reached
 ) -> float:
-    "Labels at which the figure first reaches `goal`, between rounds by interpolation; infinite where it never does."
+    """Labels at which the figure first reaches `goal`, between rounds by interpolation; infinite where it
+    never does."""
     c = curve.sort_values('labels')
     x,y = c.labels.to_numpy(float),np.maximum.accumulate(c.value.to_numpy(float))
     if y[-1]<goal: return np.inf

@@ -8,75 +8,174 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 __all__ = []
 
 # %% ../nbs/89_all.ipynb #c4318b65
-from .core import (BundleError, DataError, DicomError, MissingPackageError, ModelError, Radiograph, RadiologyError, StoreError, rng,
-    transform_boxes, transform_points)
-from .phantom.xray import Exposure, Phantom, expose
-from .phantom.knee import simulate_knee
-from .phantom.chest import simulate_chest
-from .phantom.limbs import simulate_hand, simulate_hip
-from .phantom.hospital import simulate_hospital, write_dicom
-from .dicom.read import read_header, read_radiograph
-from .dicom.index import index_dicoms, read_index, write_index
-from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
-from .dicom.deidentify import deidentify
-from .preprocess.intensity import Clahe, CropTo, Equalise, Mirror, Resize, SquarePad, Steps, Window, clahe, equalise, percentile_window, square_pad
-from .preprocess.knee import Knee, locate_knees
-from .preprocess.background import clean_background, find_field
-from .preprocess.store import ImageStore, Preprocess, recipe
-from .preprocess.scale import preprocess_folder
-from .data.labels import KELLGREN_LAWRENCE, SCHATZKER, Dataset, make_manifest, read_labels, validate_manifest
-from .data.tree import LabelTree, chest_tree, resolve_uncertain
-from .data.regions import fuse_boxes, image_mask, rle_decode, rle_encode
+from .active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
+from .bundle import Bundle, export_onnx, load_bundle, save_bundle
+from .callbacks import EMA, LogMLflow, LogTensorBoard, Plateau, ValidAUROC
+from .checkpoint import Checkpoint
+from radiology_ai.core import (
+    BundleError,
+    DataError,
+    DicomError,
+    MissingPackageError,
+    ModelError,
+    Radiograph,
+    RadiologyError,
+    StoreError,
+    rng,
+    transform_boxes,
+    transform_points,
+)
+from radiology_ai.data.annotate import (
+    Question,
+    add_labels,
+    agreement,
+    assign_readers,
+    cohen_kappa,
+    dawid_skene,
+    fleiss_kappa,
+    labels_at,
+    majority,
+    next_readers,
+    read_templates,
+    write_templates,
+)
 from .data.chest import chestxray14, chexpert, padchest, rsna_pneumonia, siim_pneumothorax, vinbig
 from .data.datasets import from_csv, from_folders, link, oai_knees
 from .data.duplicates import find_copies, same_images
-from .data.split import (assert_no_leakage, fewer_negatives, held_out_split, load_split, official_split, patient_folds, patient_split, save_split,
-    split_deviation, split_hash)
-from .data.sampler import (BalancedBatchSampler, OrderedBatchSampler, PairedBatchSampler, PositiveShareSampler, RepeatedBatchSampler, ShuffledBatchSampler,
-    WeightedBatchSampler, inverse_frequency)
-from .data.targets import MaskStore, stored_boxes, write_masks
+from radiology_ai.data.labels import (
+    KELLGREN_LAWRENCE,
+    SCHATZKER,
+    Dataset,
+    make_manifest,
+    read_labels,
+    validate_manifest,
+)
 from .data.load import study_rows, xray_dataloaders, xray_test_dl
-from .data.annotate import (Question, add_labels, agreement, assign_readers, cohen_kappa, dawid_skene, fleiss_kappa, labels_at, majority, next_readers,
-    read_templates, write_templates)
+from .data.regions import fuse_boxes, image_mask, rle_decode, rle_encode
+from radiology_ai.data.sampler import (
+    BalancedBatchSampler,
+    OrderedBatchSampler,
+    PairedBatchSampler,
+    PositiveShareSampler,
+    RepeatedBatchSampler,
+    ShuffledBatchSampler,
+    WeightedBatchSampler,
+    inverse_frequency,
+)
+from radiology_ai.data.split import (
+    assert_no_leakage,
+    fewer_negatives,
+    held_out_split,
+    load_split,
+    official_split,
+    patient_folds,
+    patient_split,
+    save_split,
+    split_deviation,
+    split_hash,
+)
+from .data.targets import MaskStore, stored_boxes, write_masks
+from .data.tree import LabelTree, chest_tree, resolve_uncertain
+from .demo import run_demo
+from .dicom.deidentify import deidentify
+from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
+from .dicom.index import index_dicoms, read_index, write_index
+from .dicom.read import read_header, read_radiograph
+from .evaluation import Thresholds, choose_thresholds, evaluate_table
+from .explain import gradcam, heat_overlay, heat_to_stored, hottest
+from .learner import predict_scores, run_record, xray_learner
+from radiology_ai.losses import (
+    AsymmetricLoss,
+    BCEWithNaN,
+    BinaryFocalLoss,
+    FocalLoss,
+    LogitAdjustedBCE,
+    LogitAdjustedLoss,
+    WeightedCrossEntropy,
+    class_weights,
+    default_loss,
+)
+from .metrics.calibration import brier_parts, calibration, calibration_ci, decision_curve, reliability_curve
+from radiology_ai.metrics.classification import (
+    auroc_table,
+    balanced_accuracy,
+    confusion,
+    f_beta,
+    label_table,
+    mcc,
+    quadratic_kappa,
+)
+from .metrics.compare import compare_models, holm, mcnemar_test, paired_bootstrap
+from radiology_ai.metrics.detection import (
+    coco_map,
+    coco_map_ci,
+    detection_table,
+    froc,
+    rsna_map,
+    rsna_map_ci,
+    threshold_sweep,
+)
+from .metrics.intervals import Interval, bootstrap_ci, mean_ci, proportion_ci, wilson_ci
+from .metrics.masks import dice, dice_ci, hausdorff95, iou, mask_table, surface_dice
+from .metrics.operating import cost_threshold, f_threshold, operating_point, threshold_for, youden_threshold
+from .metrics.ranking import auroc, auroc_ci, average_precision, delong_test
+from radiology_ai.metrics.recalibration import (
+    IsotonicCalibration,
+    PlattScaling,
+    TemperatureScaling,
+    VennAbers,
+    recalibration_from,
+)
+from .modelcard import Example, ReportData
+from .models.backbone import create_backbone, create_model, list_backbones
+from .phantom.chest import simulate_chest
+from .phantom.hospital import simulate_hospital, write_dicom
+from .phantom.knee import simulate_knee
+from .phantom.limbs import simulate_hand, simulate_hip
+from .phantom.xray import Exposure, Phantom, expose
+from .predict import explain_files, load_models, predict
+from .preprocess.background import clean_background, find_field
+from radiology_ai.preprocess.intensity import (
+    Clahe,
+    CropTo,
+    Equalise,
+    Mirror,
+    Resize,
+    SquarePad,
+    Steps,
+    Window,
+    clahe,
+    equalise,
+    percentile_window,
+    square_pad,
+)
+from .preprocess.knee import Knee, locate_knees
+from .preprocess.scale import preprocess_folder
+from .preprocess.store import ImageStore, Preprocess, recipe
+from radiology_ai.pretrain.metadata import (
+    HeaderRules,
+    metadata_labels,
+    metadata_learner,
+    metadata_report,
+    metadata_targets,
+)
+from .pretrain.monitor import embed, knn_probe, linear_probe
+from .pretrain.scope import OutOfScope, scope_learner, scope_manifest
+from .pretrain.ssl import SelfSupervised, pretrained_body, save_body, ssl_learner, task_model
+from .pretrain.views import Views, radiograph_views, ssl_dataloaders
+from .region_losses import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
+from .report import write_report
+from .robust_losses import DMILoss, RobustLoss
+from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
+from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
+from .semi.mixmatch import MixMatch
+from .semi.step import gentle, harsh, semi_dataloaders
+from .structured_losses import CORN, TreeLoss
+from .tasks.knee import GradedLoss, evaluate_run, heat_maps, report_run, train_knee
+from .teacher_losses import DistillationLoss, SuppressedConsistency
 from .vision.augment import BatchAugment, rand_augment
 from .vision.mix import CutMix, MixedLoss, MixUp
 from .vision.tta import predict_tta
-from radiology_ai.losses import (AsymmetricLoss, BCEWithNaN, BinaryFocalLoss, FocalLoss, LogitAdjustedBCE, LogitAdjustedLoss, WeightedCrossEntropy, class_weights,
-    default_loss)
-from .robust_losses import DMILoss, RobustLoss
-from .structured_losses import CORN, TreeLoss
-from .region_losses import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
-from .teacher_losses import DistillationLoss, SuppressedConsistency
-from .metrics.intervals import Interval, bootstrap_ci, mean_ci, proportion_ci, wilson_ci
-from .metrics.masks import dice, dice_ci, hausdorff95, iou, mask_table, surface_dice
-from .metrics.calibration import brier_parts, calibration, calibration_ci, decision_curve, reliability_curve
-from .metrics.classification import (auroc, auroc_ci, auroc_table, average_precision, balanced_accuracy, confusion, cost_threshold, delong_test, f_beta, f_threshold,
-    label_table, mcc, operating_point, quadratic_kappa, threshold_for, youden_threshold)
-from .metrics.compare import compare_models, holm, mcnemar_test, paired_bootstrap
-from .metrics.detection import coco_map, coco_map_ci, detection_table, froc, rsna_map, rsna_map_ci, threshold_sweep
-from .metrics.recalibration import IsotonicCalibration, PlattScaling, TemperatureScaling, VennAbers, recalibration_from
-from .models.backbone import create_backbone, create_model, list_backbones
-from .callbacks import EMA, LogMLflow, LogTensorBoard, Plateau
-from .checkpoint import Checkpoint
-from .learner import ValidAUROC, predict_scores, run_record, xray_learner
-from .bundle import Bundle, export_onnx, load_bundle, save_bundle
-from .semi.step import gentle, harsh, semi_dataloaders
-from .pretrain.metadata import HeaderRules, metadata_labels, metadata_learner, metadata_report, metadata_targets
-from .pretrain.views import Views, radiograph_views, ssl_dataloaders
-from .pretrain.scope import OutOfScope, scope_learner, scope_manifest
-from .pretrain.ssl import SelfSupervised, pretrained_body, save_body, ssl_learner, task_model
-from .pretrain.monitor import embed, knn_probe, linear_probe
-from .semi.mixmatch import MixMatch
-from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
-from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
-from .active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
-from .explain import gradcam, heat_overlay, heat_to_stored, hottest
-from .evaluation import Thresholds, choose_thresholds, evaluate_table
-from .modelcard import Example, ReportData
-from .report import write_report
-from .tasks.knee import GradedLoss, evaluate_run, heat_maps, report_run, train_knee
-from .predict import explain_files, load_models, predict
-from .demo import run_demo
 
 # %% ../nbs/89_all.ipynb #2a9ef50d
 __all__ = [name for name in dir() if not name.startswith('_')]

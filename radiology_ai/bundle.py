@@ -8,7 +8,13 @@ Docs: https://lluissalord.github.io/radiology_ai/bundle.html.md"""
 __all__ = ['FORMAT', 'save_bundle', 'Bundle', 'load_bundle', 'export_onnx']
 
 # %% ../nbs/49_bundle.ipynb #004214b8
-import hashlib, json, os, platform, shutil, tempfile, warnings
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,19 +48,28 @@ def save_bundle(
     from safetensors.torch import save_file
     model,path = getattr(learn_or_model, 'model', learn_or_model),Path(path)
     config = getattr(model, 'config', None)
-    if config is None: raise BundleError(f"A {type(model).__name__} does not say how it is built", "Make it by create_model")
+    if config is None:
+        raise BundleError(f"A {type(model).__name__} does not say how it is built", "Make it by create_model")
     vocab = [v.item() if isinstance(v, np.generic) else v for v in vocab]
-    if len(vocab)!=config['n_out']: raise BundleError(f"The vocabulary has {len(vocab)} entries for {config['n_out']} outputs", "Give one name for each output, in their order")
-    if path.exists() and not (path.is_dir() and ((path/'bundle.json').exists() or not any(path.iterdir()))): raise BundleError(f"{path} is there and is no bundle", "Choose another folder")
+    if len(vocab)!=config['n_out']:
+        raise BundleError(f"The vocabulary has {len(vocab)} entries for {config['n_out']} outputs",
+            "Give one name for each output, in their order")
+    if path.exists() and not (path.is_dir() and ((path/'bundle.json').exists() or not any(path.iterdir()))):
+        raise BundleError(f"{path} is there and is no bundle", "Choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}-') as d:
         tmp = Path(d)/'bundle'
         tmp.mkdir()
-        save_file({k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}, tmp/'model.safetensors')
-        meta = dict(format=FORMAT, task=task, arch=arch or config['name'], network=config, n_in=config['n_in'], vocab=vocab, labels=list(labels) if labels is not None else vocab,
-            recipe=recipe.to_dict(), threshold=_plain(threshold), sha256=_sha256(tmp/'model.safetensors'), versions=_versions(), training=_record(learn_or_model), card=card or {})
+        save_file({k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()},
+            tmp/'model.safetensors')
+        meta = dict(format=FORMAT, task=task, arch=arch or config['name'], network=config,
+            n_in=config['n_in'], vocab=vocab, labels=list(labels) if labels is not None else vocab,
+            recipe=recipe.to_dict(), threshold=_plain(threshold), sha256=_sha256(tmp/'model.safetensors'),
+            versions=_versions(), training=_record(learn_or_model), card=card or {})
         try: text = json.dumps(meta, indent=1, default=_plain)
-        except TypeError as e: raise BundleError(f"The bundle's entries cannot be written as JSON: {e}", "Give plain numbers, strings, lists and dicts as card, vocab and threshold") from e
+        except TypeError as e:
+            raise BundleError(f"The bundle's entries cannot be written as JSON: {e}",
+                "Give plain numbers, strings, lists and dicts as card, vocab and threshold") from e
         (tmp/'bundle.json').write_text(text, encoding='utf-8')
         if path.exists(): path.rename(Path(d)/'old')
         tmp.rename(path)
@@ -69,7 +84,8 @@ def _plain(x):
 
 def _versions() -> dict:
     import timm
-    return dict(radiology_ai=radiology_ai.__version__, torch=torch.__version__, timm=timm.__version__, numpy=np.__version__, python=platform.python_version())
+    return dict(radiology_ai=radiology_ai.__version__, torch=torch.__version__, timm=timm.__version__,
+        numpy=np.__version__, python=platform.python_version())
 
 def _record(learn) -> dict:
     "The training record of a Learner, {} of a bare model."
@@ -100,7 +116,8 @@ class Bundle:
     def probabilities(self, x) -> np.ndarray:
         "(B, C) softmax, or a sigmoid for each label."
         z = torch.from_numpy(self.scores(x))
-        return (z.sigmoid() if self.meta.get('network', {}).get('multi_label') or z.shape[1]==1 else z.softmax(1)).numpy()
+        return (z.sigmoid() if self.meta.get('network', {}).get('multi_label') or z.shape[1]==1
+            else z.softmax(1)).numpy()
 
 def _batch(x, n_in: int) -> torch.Tensor:
     "Images as float (B, n_in, H, W) in [0, 1]."
@@ -112,7 +129,8 @@ def _batch(x, n_in: int) -> torch.Tensor:
     if x.dtype==torch.uint8: return x.float()/255
     x = x.float()
     lo,hi = (float(v) for v in torch.aminmax(x)) if x.numel() else (0., 1.)
-    if not (lo>=-1e-3 and hi<=1+1e-3): raise DataError(f"The pixels reach from {lo:.4g} to {hi:.4g}", "Give uint8, or floats in [0, 1]")
+    if not (lo>=-1e-3 and hi<=1+1e-3):
+        raise DataError(f"The pixels reach from {lo:.4g} to {hi:.4g}", "Give uint8, or floats in [0, 1]")
     return x
 
 # %% ../nbs/49_bundle.ipynb #148eac3e
@@ -125,25 +143,44 @@ def load_bundle(
     meta = _read_meta(path)
     state = _read_weights(path/'model.safetensors', meta)
     try: model = create_model(**{**meta['network'], 'pretrained': False})
-    except (ModelError, TypeError) as e: raise BundleError(f"The network of {path.name} cannot be built: {e}", "Install the versions in bundle.json") from e
+    except (ModelError, TypeError) as e:
+        raise BundleError(f"The network of {path.name} cannot be built: {e}",
+            "Install the versions in bundle.json") from e
     try: model.load_state_dict(state)
-    except RuntimeError as e: raise BundleError(f"The weights of {path.name} do not fit its network {meta['arch']}", "Install the versions in bundle.json, or save the bundle again") from e
+    except RuntimeError as e:
+        raise BundleError(f"The weights of {path.name} do not fit its network {meta['arch']}",
+            "Install the versions in bundle.json, or save the bundle again") from e
     try: recipe = Preprocess.from_dict(meta['recipe'])
-    except (RadiologyError, TypeError) as e: raise BundleError(f"The recipe of {path.name} cannot be read: {e}", getattr(e, 'remedy', '') or "Update radiology_ai") from e
+    except (RadiologyError, TypeError) as e:
+        raise BundleError(f"The recipe of {path.name} cannot be read: {e}",
+            getattr(e, 'remedy', '') or "Update radiology_ai") from e
     return Bundle(model.eval().to(device), recipe, meta['vocab'], meta['task'], meta['threshold'], meta, path)
 
 def _read_meta(path: Path) -> dict:
     "bundle.json with all its entries there."
-    if path.is_file(): raise BundleError(f"{path.name} is a file", "Give the folder that holds bundle.json; pickled models (.pkl, .pth) are never loaded because they can run code")
+    if path.is_file():
+        raise BundleError(f"{path.name} is a file",
+            "Give the folder that holds bundle.json; pickled models (.pkl, .pth) are never loaded because they can run code")
     if not path.exists(): raise BundleError(f"There is no folder {path}", "Check the path")
-    if not (path/'bundle.json').is_file(): raise BundleError(f"{path} holds no bundle.json", "Give a folder that save_bundle or `radiology_ai train` has written")
+    if not (path/'bundle.json').is_file():
+        raise BundleError(f"{path} holds no bundle.json",
+            "Give a folder that save_bundle or `radiology_ai train` has written")
     try: meta = json.loads((path/'bundle.json').read_text(encoding='utf-8'))
-    except (ValueError, OSError) as e: raise BundleError(f"bundle.json of {path.name} is broken ({e})", "Copy the bundle again from its source") from e
+    except (ValueError, OSError) as e:
+        raise BundleError(f"bundle.json of {path.name} is broken ({e})",
+            "Copy the bundle again from its source") from e
     needed = ('format','network','arch','vocab','recipe','sha256','task','threshold','n_in')
     missing = [k for k in needed if not isinstance(meta, dict) or k not in meta]
-    if missing: raise BundleError(f"bundle.json of {path.name} has no entry {missing[0]!r}", "Copy the bundle again from its source")
-    if not isinstance(meta['format'], int) or meta['format']>FORMAT: raise BundleError(f"{path.name} has the format {meta['format']}, this version reads up to {FORMAT}", "Update radiology_ai")
-    if not isinstance(meta['network'], dict) or not isinstance(meta['vocab'], list) or len(meta['vocab'])!=meta['network'].get('n_out'): raise BundleError(f"bundle.json of {path.name} contradicts itself: {meta['vocab']} for {meta['network']}", "Copy the bundle again from its source")
+    if missing:
+        raise BundleError(f"bundle.json of {path.name} has no entry {missing[0]!r}",
+            "Copy the bundle again from its source")
+    if not isinstance(meta['format'], int) or meta['format']>FORMAT:
+        raise BundleError(f"{path.name} has the format {meta['format']}, this version reads up to {FORMAT}",
+            "Update radiology_ai")
+    if (not isinstance(meta['network'], dict) or not isinstance(meta['vocab'], list)
+            or len(meta['vocab'])!=meta['network'].get('n_out')):
+        raise BundleError(f"bundle.json of {path.name} contradicts itself: {meta['vocab']} for "
+            f"{meta['network']}", "Copy the bundle again from its source")
     return meta
 
 _PICKLES = (b'\x80', b'PK\x03\x04')
@@ -152,12 +189,20 @@ def _read_weights(path: Path, meta: dict) -> dict:
     "The checked weights."
     from safetensors import SafetensorError
     from safetensors.torch import load
-    if not path.is_file(): raise BundleError(f"{path.parent.name} holds no model.safetensors", "Copy the bundle again from its source")
+    if not path.is_file():
+        raise BundleError(f"{path.parent.name} holds no model.safetensors",
+            "Copy the bundle again from its source")
     data = path.read_bytes()
-    if data[:1]==_PICKLES[0] or data[:4]==_PICKLES[1]: raise BundleError(f"{path.name} of {path.parent.name} is a pickle in disguise", "Do not open it; ask its author for safetensors")
-    if hashlib.sha256(data).hexdigest()!=meta['sha256']: raise BundleError(f"{path.name} of {path.parent.name} has not the sha256 in bundle.json", "The file is damaged or exchanged: copy the bundle again from its source")
+    if data[:1]==_PICKLES[0] or data[:4]==_PICKLES[1]:
+        raise BundleError(f"{path.name} of {path.parent.name} is a pickle in disguise",
+            "Do not open it; ask its author for safetensors")
+    if hashlib.sha256(data).hexdigest()!=meta['sha256']:
+        raise BundleError(f"{path.name} of {path.parent.name} has not the sha256 in bundle.json",
+            "The file is damaged or exchanged: copy the bundle again from its source")
     try: return load(data)
-    except (SafetensorError, ValueError) as e: raise BundleError(f"{path.name} of {path.parent.name} cannot be read ({e})", "Copy the bundle again from its source") from e
+    except (SafetensorError, ValueError) as e:
+        raise BundleError(f"{path.name} of {path.parent.name} cannot be read ({e})",
+            "Copy the bundle again from its source") from e
 
 # %% ../nbs/49_bundle.ipynb #c4401212
 def export_onnx(
@@ -166,7 +211,8 @@ def export_onnx(
     size: int|None=None, # side of the images; None: that of the recipe
     check: bool=True,    # compare with onnxruntime, where it is installed
 ) -> Path:
-    "Write the network as ONNX (opset 17, inputs `pixels`, output `logits`). Raises `BundleError` if the answers differ."
+    """Write the network as ONNX (opset 17, inputs `pixels`, output `logits`). Raises `BundleError` if the
+    answers differ."""
     optional('onnx', 'onnx')
     path,size = Path(path),size or bundle.recipe.size
     model = bundle.model.to('cpu').eval()
@@ -178,7 +224,8 @@ def export_onnx(
         tmp = Path(d)/'model.onnx'
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')
-            torch.onnx.export(model, (x,), str(tmp), input_names=['pixels'], output_names=['logits'], opset_version=17, dynamic_axes={'pixels': {0: 'batch'}, 'logits': {0: 'batch'}}, dynamo=False)
+            torch.onnx.export(model, (x,), str(tmp), input_names=['pixels'], output_names=['logits'],
+                opset_version=17, dynamic_axes={'pixels': {0: 'batch'}, 'logits': {0: 'batch'}}, dynamo=False)
             if check: _check_onnx(model, tmp, torch.cat([x, x[:1]]))
         os.replace(tmp, path)
     return path
@@ -187,6 +234,9 @@ def _check_onnx(model, path, x):
     "Raises `BundleError` if onnxruntime gives other logits; nothing without onnxruntime."
     try: onnxruntime = optional('onnxruntime', 'onnx')
     except MissingPackageError: return
-    given = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider']).run(None, {'pixels': x.numpy()})[0]
+    given = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider']).run(None,
+        {'pixels': x.numpy()})[0]
     off = float(np.abs(given - model(x).numpy()).max())
-    if not np.allclose(given, model(x).numpy(), rtol=1e-3, atol=1e-4): raise BundleError(f"The ONNX file answers otherwise than the network (by up to {off:.2g})", "Export with another version of torch or another architecture")
+    if not np.allclose(given, model(x).numpy(), rtol=1e-3, atol=1e-4):
+        raise BundleError(f"The ONNX file answers otherwise than the network (by up to {off:.2g})",
+            "Export with another version of torch or another architecture")

@@ -9,7 +9,10 @@ __all__ = ['ValidAUROC', 'SeededRun', 'KeepBest', 'all_finite', 'Plateau', 'EMA'
            'TrainingBar', 'LogTensorBoard', 'LogMLflow']
 
 # %% ../nbs/47_callbacks.ipynb #f678a782
-import hashlib, math, random, sys
+import hashlib
+import math
+import random
+import sys
 
 import numpy as np
 import pandas as pd
@@ -32,13 +35,16 @@ class ValidAUROC(AUROC):
 
 # %% ../nbs/47_callbacks.ipynb #fd03a875
 class SeededRun(Callback):
-    "Fixes all random draws of a fit by `seed` and the batches seen so far; global generators are restored after it."
+    """Fixes all random draws of a fit by `seed` and the batches seen so far; global generators are restored
+    after it."""
     order = -100
-    def __init__(self, seed: int=0): self.seed,self.epochs,self.batches,self.kept,self.hook = seed,0,0,None,None
+    def __init__(self, seed: int=0):
+        self.seed,self.epochs,self.batches,self.kept,self.hook = seed,0,0,None,None
 
     def _sow(self, *keys):
         seed = int(hashlib.sha256(f'{self.seed} {keys}'.encode()).hexdigest()[:8], 16)
-        torch.default_generator.manual_seed(seed), np.random.seed(seed), random.seed(seed) # torch.manual_seed takes milliseconds before CUDA has begun
+        # torch.manual_seed takes milliseconds before CUDA has begun
+        torch.default_generator.manual_seed(seed), np.random.seed(seed), random.seed(seed)
         if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
         elif torch.backends.mps.is_available(): torch.mps.manual_seed(seed)
 
@@ -94,18 +100,23 @@ class _BeforeTransforms(Transform):
 
 # %% ../nbs/47_callbacks.ipynb #9ecf3da7
 def _monitored(learn, monitor: str) -> tuple[float, float]:
-    "The last value of `monitor` (minus it, where small is good) and minus the validation loss: larger is better, minus infinity where there is none."
-    falling = monitor.endswith('loss') or any(getattr(m, 'falling', False) and monitor in (m.name, f'valid_{m.name}', f'train_{m.name}') for m in learn.metrics)
+    """The last value of `monitor` (minus it, where small is good) and minus the validation loss: larger is
+    better, minus infinity where there is none."""
+    falling = (monitor.endswith('loss') or any(getattr(m, 'falling', False)
+        and monitor in (m.name, f'valid_{m.name}', f'train_{m.name}') for m in learn.metrics))
     values = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))
     value = values[monitor]
-    both = (None if value is None else -value if falling else value, None if values['valid_loss'] is None else -values['valid_loss'])
+    both = (None if value is None else -value if falling else value,
+        None if values['valid_loss'] is None else -values['valid_loss'])
     return tuple(-math.inf if v is None or math.isnan(v) else float(v) for v in both)
 
 def _check_monitor(learn, monitor: str) -> bool:
     "Whether this fit validates; raises `ModelError` for a figure that it does not record."
     names = list(learn.recorder.metric_names)[1:]
     run = not hasattr(learn, 'lr_finder') and 'valid_loss' in names
-    if run and monitor not in names: raise ModelError(f"{monitor!r} is not recorded", f"Monitor one of {', '.join(n for n in names if n!='time')}")
+    if run and monitor not in names:
+        raise ModelError(f"{monitor!r} is not recorded",
+            f"Monitor one of {', '.join(n for n in names if n!='time')}")
     return run
 
 class KeepBest(Callback):
@@ -127,7 +138,8 @@ class KeepBest(Callback):
         if self.best is None or key>self.best:
             self.best,self.epoch_of_best = key,self.epoch
             self.weights = {k: v.detach().clone() for k,v in self.learn.model.state_dict().items()}
-        elif self.patience is not None and self.epoch-self.epoch_of_best>=self.patience: raise CancelFitException
+        elif self.patience is not None and self.epoch-self.epoch_of_best>=self.patience:
+            raise CancelFitException
 
     def after_fit(self):
         if self.run and self.weights is not None: self.learn.model.load_state_dict(self.weights)
@@ -135,10 +147,13 @@ class KeepBest(Callback):
 
     def after_error(self):
         "Weights that are not finite any more give way to the best ones."
-        if self.weights is not None and not all_finite(self.learn.model): self.learn.model.load_state_dict(self.weights)
+        if self.weights is not None and not all_finite(self.learn.model):
+            self.learn.model.load_state_dict(self.weights)
         self.weights = None
 
-    def state_dict(self) -> dict: return {} if self.weights is None else dict(best=self.best, epoch=self.epoch_of_best, weights=self.weights)
+    def state_dict(self) -> dict:
+        return ({} if self.weights is None else dict(best=self.best, epoch=self.epoch_of_best,
+            weights=self.weights))
     def load_state_dict(self, d):
         if d: self.best,self.epoch_of_best,self.weights = tuple(d['best']),d['epoch'],d['weights']
 
@@ -159,7 +174,8 @@ class Plateau(Callback):
         if not 0<factor<1: raise ModelError(f"factor is {factor}", "Give a number between 0 and 1")
         self.monitor,self.patience,self.factor,self.least = monitor,patience,factor,least
 
-    def before_fit(self): self.run,self.best,self.wait,self.trained = _check_monitor(self.learn, self.monitor),None,0,False
+    def before_fit(self):
+        self.run,self.best,self.wait,self.trained = _check_monitor(self.learn, self.monitor),None,0,False
     def before_train(self): self.trained = True
     def after_epoch(self):
         if not self.trained: return
@@ -175,10 +191,13 @@ class Plateau(Callback):
 
 # %% ../nbs/47_callbacks.ipynb #e34c6253
 class EMA(Callback):
-    "Validates, and ends a fit with, the moving average of the weights; in its first steps the average is shorter: min(decay, (1 + n)/(10 + n))."
+    """Validates, and ends a fit with, the moving average of the weights; in its first steps the average is
+    shorter: min(decay, (1 + n)/(10 + n))."""
     order = 62
     def __init__(self, decay: float=.999):
-        if not 0<decay<1: raise ModelError(f"The decay of the average is {decay}", "Give a number between 0 and 1, such as 0.999")
+        if not 0<decay<1:
+            raise ModelError(f"The decay of the average is {decay}",
+                "Give a number between 0 and 1, such as 0.999")
         self.decay,self.shadow,self.live = decay,None,None
 
     def before_fit(self):
@@ -190,7 +209,8 @@ class EMA(Callback):
     def after_step(self):
         self.steps += 1
         pairs = [(s, o) for s,o in zip(self.shadow, self.own) if o.is_floating_point()]
-        torch._foreach_lerp_([s for s,_ in pairs], [o for _,o in pairs], 1 - min(self.decay, (1+self.steps)/(10+self.steps)))
+        torch._foreach_lerp_([s for s,_ in pairs], [o for _,o in pairs],
+            1 - min(self.decay, (1+self.steps)/(10+self.steps)))
 
     def _put(self, values):
         with torch.no_grad():
@@ -205,13 +225,15 @@ class EMA(Callback):
         self._put(self.live)
         self.live = None
     def after_fit(self):
-        if self.run and not any(isinstance(cb, KeepBest) and cb.best is not None for cb in self.learn.cbs): self._put(self.shadow)
+        if self.run and not any(isinstance(cb, KeepBest) and cb.best is not None for cb in self.learn.cbs):
+            self._put(self.shadow)
         self.shadow = self.live = None
     def after_error(self):
         self.after_epoch()
         self.shadow = None
 
-    def state_dict(self) -> dict: return {} if self.shadow is None else dict(steps=self.steps, shadow=self.shadow)
+    def state_dict(self) -> dict:
+        return {} if self.shadow is None else dict(steps=self.steps, shadow=self.shadow)
     def load_state_dict(self, d):
         if not d: return
         self.steps = d['steps']
@@ -224,7 +246,8 @@ class Accumulate(Callback):
     def __init__(self, n: int):
         if n<1: raise ModelError(f"accumulate is {n}", "Give the number of batches for one step")
         self.n = n
-    def after_loss(self): self.learn.loss_grad = self.learn.loss_grad/min(self.n, self.n_iter - self.iter//self.n*self.n)
+    def after_loss(self):
+        self.learn.loss_grad = self.learn.loss_grad/min(self.n, self.n_iter - self.iter//self.n*self.n)
     def before_step(self):
         if (self.iter+1)%self.n and self.iter+1<self.n_iter: raise CancelBatchException
 
@@ -250,13 +273,15 @@ class Precision(MixedPrecision):
         self.entered = False
     def after_error(self): self._leave()
 
-    def state_dict(self) -> dict: return self.learn.scaler.state_dict() if self.learn.scaler is not None else {}
+    def state_dict(self) -> dict:
+        return self.learn.scaler.state_dict() if self.learn.scaler is not None else {}
     def load_state_dict(self, d):
         if d: self.learn.scaler.load_state_dict(d)
 
 # %% ../nbs/47_callbacks.ipynb #78b6af19
 class CheckBatches(Callback):
-    "Raises `DataError` for pixels outside [0, 1], constant images and labels that do not exist, and `ModelError` for a loss that is not finite, with the images of the batch."
+    """Raises `DataError` for pixels outside [0, 1], constant images and labels that do not exist, and
+    `ModelError` for a loss that is not finite, with the images of the batch."""
     order = -50
     def before_batch(self):
         if self.iter and self.epoch: return
@@ -265,10 +290,15 @@ class CheckBatches(Callback):
         lo,hi = float(low.min()),float(high.max())
         if not (lo>=-1e-3 and hi<=1+1e-3):
             bad = ~((low>=-1e-3) & (high<=1+1e-3))
-            raise DataError(f"The pixels of a batch reach from {lo:.4g} to {hi:.4g}{self.images(bad)}", "Give pixels in [0, 1]; the network normalises them")
-        if (bad := low==high).any(): raise DataError(f"All pixels of {'an image' if bad.sum()==1 else f'{int(bad.sum())} images'} are {float(low[bad][0]):.4g}{self.images(bad)}", "Check the preprocessing and the augmentation, or leave these images out")
+            raise DataError(f"The pixels of a batch reach from {lo:.4g} to {hi:.4g}{self.images(bad)}",
+                "Give pixels in [0, 1]; the network normalises them")
+        if (bad := low==high).any():
+            raise DataError(f"All pixels of {'an image' if bad.sum()==1 else f'{int(bad.sum())} images'} are "
+                f"{float(low[bad][0]):.4g}{self.images(bad)}",
+                "Check the preprocessing and the augmentation, or leave these images out")
         n = len(vocab) if (vocab := getattr(self.learn.dls, 'vocab', None)) is not None else None
-        for y in self.learn.yb: self._check_target(y.as_subclass(torch.Tensor) if torch.is_tensor(y) else y, n)
+        for y in self.learn.yb:
+            self._check_target(y.as_subclass(torch.Tensor) if torch.is_tensor(y) else y, n)
 
     def _check_target(self, y, n):
         if isinstance(y, dict): return
@@ -276,17 +306,20 @@ class CheckBatches(Callback):
         else: bad,what = (y<-1) | (y>=n) if n else y<-1,f"which is not one of the {n} classes"
         if not bad.any(): return
         rows = bad.flatten(1).any(1) if bad.ndim>1 else bad
-        raise DataError(f"A label is {y[bad][0].item():g}, {what}{self.images(rows)}", "Correct the labels or the vocab")
+        raise DataError(f"A label is {y[bad][0].item():g}, {what}{self.images(rows)}",
+            "Correct the labels or the vocab")
 
     def after_loss(self):
         if not torch.isfinite(self.learn.loss_grad if self.training else self.learn.loss).all():
-            raise ModelError(f"The loss became {self.learn.loss.detach().item():g} in epoch {self.epoch}, batch {self.iter}{self.images()}", "Lower the learning rate, or look at these images")
+            raise ModelError(f"The loss became {self.learn.loss.detach().item():g} in epoch {self.epoch}, "
+                f"batch {self.iter}{self.images()}", "Lower the learning rate, or look at these images")
 
     def images(self, which=None) -> str:
         "The identifiers of the current batch's images, or of those where `which` (B,) is true."
-        try: rows = list(getattr(self.learn.dl, '_DataLoader__idxs'))
+        try: rows = list(self.learn.dl._DataLoader__idxs)
         except (AttributeError, TypeError): return ''
-        items,k = getattr(self.learn.dl.dataset, 'items', None),self.iter - (self.learn.__dict__.get('start_batch', 0) if self.training else 0)
+        items = getattr(self.learn.dl.dataset, 'items', None)
+        k = self.iter - (self.learn.__dict__.get('start_batch', 0) if self.training else 0)
         if not rows or not isinstance(items, pd.DataFrame) or 'image_id' not in items: return ''
         bs = self.learn.dl.bs
         rows = rows[k] if isinstance(rows[0], (list, tuple)) else rows[k*bs:(k+1)*bs]
@@ -303,12 +336,14 @@ class TrainingBar(Callback):
         if self.training: self.bar.update(self.train_iter - self.bar.n)
     def after_epoch(self):
         figures = zip(list(self.recorder.metric_names)[1:-1], self.recorder.values[-1])
-        self.bar.write(f'epoch {self.epoch+1} of {self.n_epoch}: ' + ', '.join(f'{k} {v:.4f}' for k,v in figures if v is not None), file=sys.stderr)
+        self.bar.write(f'epoch {self.epoch+1} of {self.n_epoch}: '
+            + ', '.join(f'{k} {v:.4f}' for k,v in figures if v is not None), file=sys.stderr)
     def after_fit(self): self.bar.close()
     def after_error(self): self.bar.close()
 
 class _Tracker(Callback):
-    "Gives `figure(name, value, step)` the loss and the rates every few steps and the recorder's figures after each epoch."
+    """Gives `figure(name, value, step)` the loss and the rates every few steps and the recorder's figures
+    after each epoch."""
     order,watches = 80,True
     def __init__(self, every: int): self.every,self.steps = every,0
     def after_batch(self):
@@ -331,7 +366,9 @@ class LogTensorBoard(_Tracker):
         every: int=10, # steps between two values of the loss
     ):
         super().__init__(every)
-        self.make,self.folder,self.writer = optional('torch.utils.tensorboard', 'tracking').SummaryWriter,str(folder),None
+        self.make = optional('torch.utils.tensorboard', 'tracking').SummaryWriter
+        self.folder = str(folder)
+        self.writer = None
     def figure(self, name, value, step):
         if self.writer is None: self.writer = self.make(self.folder, purge_step=step)
         self.writer.add_scalar(name, value, step)
@@ -340,18 +377,23 @@ class LogTensorBoard(_Tracker):
         self.writer = None
 
 class LogMLflow(_Tracker):
-    "Figures of a run for MLflow, in one run for all phases, also after a kill. Raises `MissingPackageError` where it is not installed."
+    """Figures of a run for MLflow, in one run for all phases, also after a kill. Raises `MissingPackageError`
+    where it is not installed."""
     def __init__(self,
         experiment: str='radiology_ai', # made if there is none
         uri=None,                       # of the tracking server or data base, such as 'sqlite:///runs.db'; None: MLflow's own setting
         every: int=10,                  # steps between two values of the loss
     ):
         super().__init__(every)
-        self.client,self.experiment,self.run_id = optional('mlflow', 'tracking').MlflowClient(tracking_uri=None if uri is None else str(uri)),experiment,None
+        self.client = optional('mlflow', 'tracking').MlflowClient(tracking_uri=None if uri is None
+            else str(uri))
+        self.experiment = experiment
+        self.run_id = None
     def figure(self, name, value, step):
         if self.run_id is None:
             found = self.client.get_experiment_by_name(self.experiment)
-            self.run_id = self.client.create_run(found.experiment_id if found else self.client.create_experiment(self.experiment)).info.run_id
+            self.run_id = self.client.create_run(found.experiment_id if found
+                else self.client.create_experiment(self.experiment)).info.run_id
         self.client.log_metric(self.run_id, name, value, step=step)
     def after_fit(self):
         if self.run_id is not None: self.client.set_terminated(self.run_id)

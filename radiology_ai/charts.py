@@ -48,7 +48,8 @@ class Chart:
         height: int=360,
     ):
         self.title,self.desc,self.xr,self.yr = title,desc,tuple(map(float, x)),tuple(map(float, y))
-        if not (self.xr[1]>self.xr[0] and self.yr[1]>self.yr[0]): raise RadiologyError(f"The axes {x} and {y} do not grow", "Give (low, high) with low < high")
+        if not (self.xr[1]>self.xr[0] and self.yr[1]>self.yr[0]):
+            raise RadiologyError(f"The axes {x} and {y} do not grow", "Give (low, high) with low < high")
         self.xlabel,self.ylabel,self.width,self.height = xlabel,ylabel,width,height
         self.left = 62 + 7*max(0, max(len(_number(v)) for v in ticks(*self.yr))-5) # room for long numbers
         self.marks,self.legend = [],[]
@@ -56,11 +57,15 @@ class Chart:
 
     def px(self, x):
         "Horizontal position of `x` in the drawing."
-        return self.left + (np.asarray(x, float)-self.xr[0])/(self.xr[1]-self.xr[0])*(self.width-self.left-self.right)
+        return self.left + (np.asarray(x, float)-self.xr[0])/(self.xr[1]-self.xr[0])*(self.width-self.left
+            -self.right)
     def py(self, y):
         "Vertical position of `y` in the drawing."
-        return self.height - self.bottom - (np.asarray(y, float)-self.yr[0])/(self.yr[1]-self.yr[0])*(self.height-self.top-self.bottom)
-    def _points(self, x, y): return ' '.join(f'{a:.1f},{b:.1f}' for a,b in zip(self.px(x), self.py(y)) if math.isfinite(a) and math.isfinite(b))
+        return self.height - self.bottom - (np.asarray(y, float)-self.yr[0])/(self.yr[1]
+            -self.yr[0])*(self.height-self.top-self.bottom)
+    def _points(self, x, y):
+        return ' '.join(f'{a:.1f},{b:.1f}' for a,b in zip(self.px(x), self.py(y)) if math.isfinite(a)
+            and math.isfinite(b))
     def _add(self, mark: str, label: str='', key: str=''):
         self.marks.append(mark)
         if label: self.legend.append((label, key))
@@ -71,20 +76,24 @@ class Chart:
 def line(self:Chart, x, y, cls: str='a', label: str='', dash: bool=False) -> Chart:
     "A line through the points."
     style = f'class="ln {cls}"' + (' stroke-dasharray="5 4"' if dash else '')
-    return self._add(f'<polyline {style} points="{self._points(x, y)}"/>', label, f'<line {style} x1="0" x2="22" y1="5" y2="5"/>')
+    return self._add(f'<polyline {style} points="{self._points(x, y)}"/>', label,
+        f'<line {style} x1="0" x2="22" y1="5" y2="5"/>')
 
 @patch
 def band(self:Chart, x, low, high, cls: str='a', label: str='') -> Chart:
     "The area between two lines."
     x,low,high = (np.asarray(o, float) for o in (x, low, high))
     points = self._points(np.r_[x, x[::-1]], np.r_[low, high[::-1]])
-    return self._add(f'<polygon class="bd {cls}" points="{points}"/>', label, f'<rect class="bd {cls}" width="22" height="10"/>')
+    return self._add(f'<polygon class="bd {cls}" points="{points}"/>', label,
+        f'<rect class="bd {cls}" width="22" height="10"/>')
 
 @patch
 def points(self:Chart, x, y, low=None, high=None, cls: str='a', label: str='', titles=None) -> Chart:
     "Dots, with vertical error bars from `low` to `high` and a text for each on hovering."
     out,px,py = [],self.px(x),self.py(y)
-    if low is not None: out += [f'<line class="ln {cls}" x1="{a:.1f}" x2="{a:.1f}" y1="{l:.1f}" y2="{h:.1f}"/>' for a,l,h in zip(px, self.py(low), self.py(high))]
+    if low is not None:
+        out += [f'<line class="ln {cls}" x1="{a:.1f}" x2="{a:.1f}" y1="{l:.1f}" y2="{h:.1f}"/>'
+            for a,l,h in zip(px, self.py(low), self.py(high))]
     for i,(a,b) in enumerate(zip(px, py)):
         tip = f'<title>{escape(titles[i])}</title>' if titles is not None else ''
         out.append(f'<circle class="dt {cls}" cx="{a:.1f}" cy="{b:.1f}" r="3.5">{tip}</circle>')
@@ -93,8 +102,12 @@ def points(self:Chart, x, y, low=None, high=None, cls: str='a', label: str='', t
 @patch
 def bars(self:Chart, edges, heights, cls: str='a', label: str='', base=0.) -> Chart:
     "Bars between `edges` (N + 1) of `heights` (N), standing on `base` (a number or N)."
-    e,h,b = self.px(edges),self.py(np.asarray(base) + np.asarray(heights)),np.broadcast_to(self.py(base), len(heights))
-    out = ''.join(f'<rect class="br {cls}" x="{e[i]+.5:.1f}" y="{h[i]:.1f}" width="{max(.5, e[i+1]-e[i]-1):.1f}" height="{max(0, b[i]-h[i]):.1f}"/>' for i in range(len(heights)))
+    e = self.px(edges)
+    h = self.py(np.asarray(base) + np.asarray(heights))
+    b = np.broadcast_to(self.py(base), len(heights))
+    out = ''.join(f'<rect class="br {cls}" x="{e[i]+.5:.1f}" y="{h[i]:.1f}" '
+        f'width="{max(.5, e[i+1]-e[i]-1):.1f}" height="{max(0, b[i]-h[i]):.1f}"/>'
+        for i in range(len(heights)))
     return self._add(out, label, f'<rect class="br {cls}" width="22" height="10"/>')
 
 @patch
@@ -107,18 +120,24 @@ def vline(self:Chart, x: float, label: str='', cls: str='m') -> Chart:
 def _axes(self:Chart) -> str:
     "Grid, tick labels and axis labels."
     bottom,right,out = self.height-self.bottom,self.width-self.right,[]
-    for v in ticks(*self.xr): out.append(f'<line class="gr" x1="{self.px(v):.1f}" x2="{self.px(v):.1f}" y1="{self.top}" y2="{bottom}"/><text x="{self.px(v):.1f}" y="{bottom+16}" text-anchor="middle">{_number(v)}</text>')
-    for v in ticks(*self.yr): out.append(f'<line class="gr" x1="{self.left}" x2="{right}" y1="{self.py(v):.1f}" y2="{self.py(v):.1f}"/><text x="{self.left-7}" y="{self.py(v)+4:.1f}" text-anchor="end">{_number(v)}</text>')
+    for v in ticks(*self.xr):
+        out.append(f'<line class="gr" x1="{self.px(v):.1f}" x2="{self.px(v):.1f}" y1="{self.top}" '
+            f'y2="{bottom}"/><text x="{self.px(v):.1f}" y="{bottom+16}" text-anchor="middle">{_number(v)}</text>')
+    for v in ticks(*self.yr):
+        out.append(f'<line class="gr" x1="{self.left}" x2="{right}" y1="{self.py(v):.1f}" '
+            f'y2="{self.py(v):.1f}"/><text x="{self.left-7}" y="{self.py(v)+4:.1f}" text-anchor="end">{_number(v)}</text>')
     out.append(f'<path class="ax" d="M{self.left} {self.top}V{bottom}H{right}"/>')
     out.append(f'<text class="lb" x="{(self.left+right)/2:.0f}" y="{self.height-8}" text-anchor="middle">{escape(self.xlabel)}</text>')
     mid = (self.top+bottom)/2
-    out.append(f'<text class="lb" x="13" y="{mid:.0f}" text-anchor="middle" transform="rotate(-90 13 {mid:.0f})">{escape(self.ylabel)}</text>')
+    out.append(f'<text class="lb" x="13" y="{mid:.0f}" text-anchor="middle" transform="rotate(-90 13 '
+        f'{mid:.0f})">{escape(self.ylabel)}</text>')
     return ''.join(out)
 
 @patch
 def svg(self:Chart) -> str:
     "The chart as an SVG element, its legend below the axes."
-    rows = ''.join(f'<g transform="translate({self.left} {self.height+6+i*18})">{key}<text class="lg" x="30" y="9">{escape(label)}</text></g>' for i,(label,key) in enumerate(self.legend))
+    rows = ''.join(f'<g transform="translate({self.left} {self.height+6+i*18})">{key}<text class="lg" x="30" '
+        f'y="9">{escape(label)}</text></g>' for i,(label,key) in enumerate(self.legend))
     height = self.height + (8 + 18*len(self.legend) if self.legend else 0)
     head = f'<svg class="chart" role="img" viewBox="0 0 {self.width} {height}" style="max-width:{self.width}px" aria-label="{escape(f"{self.title}. {self.desc}".strip())}">'
     return f'{head}<title>{escape(self.title)}</title>{self._axes()}{"".join(self.marks)}{rows}</svg>'

@@ -24,30 +24,38 @@ _SECTIONS = {
     'Title and abstract': "The title names the AI method | A structured abstract: design, methods, results, conclusions",
     'Introduction': "Background, intended use and role of the model | Aims and hypotheses",
     'Study design': "Prospective or retrospective | Goal of the study",
-    'Data': "Sources of the data | Who and what was included and excluded | Preprocessing | Selection of parts of the data | De-identification | Missing data | Acquisition of the images",
-    'Reference standard': "How the truth was defined | Why this truth was chosen | Who set it, and their training | How the test set was annotated | Agreement of the readers",
+    'Data': "Sources of the data | Who and what was included and excluded | Preprocessing | Selection of "
+    "parts of the data | De-identification | Missing data | Acquisition of the images",
+    'Reference standard': "How the truth was defined | Why this truth was chosen | Who set it, and their "
+    "training | How the test set was annotated | Agreement of the readers",
     'Partitions': "How images were assigned to training, validation and test | At which level the parts are disjoint",
     'Testing data': "Planned number of cases",
     'Model': "The model in full: inputs, outputs, layers | Software with versions | First values of the weights",
     'Training': "How it was trained: augmentation, settings, schedule | How the final model was chosen | Ensembling",
-    'Evaluation': "Figures of performance | Uncertainty and significance | Robustness and sensitivity | Explanation of decisions | Evaluation on internal data | Testing on external data | Registration of a trial",
+    'Evaluation': "Figures of performance | Uncertainty and significance | Robustness and sensitivity | "
+    "Explanation of decisions | Evaluation on internal data | Testing on external data | Registration of a trial",
     'Results: data': "Numbers of patients and images, included and excluded | Who the patients are, in each part",
     'Results: performance': "Performance with its uncertainty | Diagnostic performance and its precision | Analysis of the failures",
     'Discussion': "Limits of the study | What follows for practice",
-    'Other information': "Where the full protocol or further details are | Availability of software, model and data | Funding and the part of the funders",
+    'Other information': "Where the full protocol or further details are | Availability of software, model "
+    "and data | Funding and the part of the funders",
 }
-CLAIM = tuple(ClaimItem(i, section, text) for i,(section,text) in enumerate(((s, t.strip()) for s,ts in _SECTIONS.items() for t in ts.split('|')), 1))
+CLAIM = tuple(ClaimItem(i, section, text) for i,(section,text) in enumerate(((s, t.strip())
+    for s,ts in _SECTIONS.items() for t in ts.split('|')), 1))
 
 # %% ../nbs/61_checklist.ipynb #b3cb6e11
 def claim_checklist(
     answers: dict,  # number of a point to a sentence; '' or None leaves it open
     author: tuple=(), # the numbers that the author has answered; the rest comes from the record
 ) -> list[dict]:
-    "`number`, `section`, `text`, `answer` and `state` ('answered by the author', 'from the record' or 'open') of all 44 points. `DataError` for a number that CLAIM does not have."
+    """`number`, `section`, `text`, `answer` and `state` ('answered by the author', 'from the record' or
+    'open') of all 44 points. `DataError` for a number that CLAIM does not have."""
     strange = sorted(set(answers) - {c.number for c in CLAIM}, key=str)
     if strange: raise DataError(f"CLAIM 2024 has no point {strange[0]!r}", "Give numbers from 1 to 44")
     out = []
     for c in CLAIM:
         answer = str(answers.get(c.number) or '').strip()
-        out.append({**c._asdict(), 'answer': answer, 'state': 'open' if not answer else 'answered by the author' if c.number in author else 'from the record'})
+        out.append({**c._asdict(), 'answer': answer,
+            'state': 'open' if not answer else 'answered by the author' if c.number in author
+            else 'from the record'})
     return out

@@ -8,7 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/checkpoint.html.md"""
 __all__ = ['pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'Checkpoint', 'starting_at']
 
 # %% ../nbs/47_checkpoint.ipynb #21773117
-import json, time, warnings
+import json
+import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,17 +31,21 @@ def pack(
     tensors: dict, # the tensors found are put here by name
     name: str='',  # of `x`
 ):
-    "`x` for JSON, with {'__tensor__': name} in place of each tensor. Tuples become lists. Raises `ModelError` for what is neither."
+    """`x` for JSON, with {'__tensor__': name} in place of each tensor. Tuples become lists. Raises
+    `ModelError` for what is neither."""
     if torch.is_tensor(x):
         tensors[name] = x.detach().as_subclass(torch.Tensor).cpu().contiguous().clone()
         return {'__tensor__': name}
     if isinstance(x, np.generic): x = x.item()
     if x is None or isinstance(x, (bool, int, float, str)): return x
     if isinstance(x, dict):
-        if all(isinstance(k, str) for k in x): return {k: pack(v, tensors, f'{name}.{k}' if name else k) for k,v in x.items()}
+        if all(isinstance(k, str) for k in x):
+            return {k: pack(v, tensors, f'{name}.{k}' if name else k) for k,v in x.items()}
         return {'__pairs__': [[k, pack(v, tensors, f'{name}.{k}')] for k,v in x.items()]}
-    if isinstance(x, (list, tuple, L, np.ndarray)): return [pack(v, tensors, f'{name}.{k}') for k,v in enumerate(x)]
-    raise ModelError(f"A {type(x).__name__} in {name or 'the state'} cannot be written", "Keep tensors, numbers, strings, lists and dicts in the state of a callback")
+    if isinstance(x, (list, tuple, L, np.ndarray)):
+        return [pack(v, tensors, f'{name}.{k}') for k,v in enumerate(x)]
+    raise ModelError(f"A {type(x).__name__} in {name or 'the state'} cannot be written",
+        "Keep tensors, numbers, strings, lists and dicts in the state of a callback")
 
 def unpack(
     x,             # of `pack`
@@ -71,33 +77,44 @@ def read_checkpoint(
         with safe_open(path, 'pt') as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
             return unpack(json.loads((f.metadata() or {})['radiology_ai']), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError) as e: raise ModelError(f"{Path(path).name} is not a checkpoint, or it is damaged ({e})", "Delete the folder to begin anew, or take it from a backup") from e
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise ModelError(f"{Path(path).name} is not a checkpoint, or it is damaged ({e})",
+            "Delete the folder to begin anew, or take it from a backup") from e
 
 # %% ../nbs/47_checkpoint.ipynb #9c6e4573
 def _optimizer_state(opt) -> dict:
-    if not isinstance(opt, Optimizer): raise ModelError(f"The state of a {type(opt).__name__} cannot be kept", "Train without a checkpoint, or with an optimizer of fastai or `AdamW`")
+    if not isinstance(opt, Optimizer):
+        raise ModelError(f"The state of a {type(opt).__name__} cannot be kept",
+            "Train without a checkpoint, or with an optimizer of fastai or `AdamW`")
     return dict(hypers=[dict(h) for h in opt.hypers], state=[dict(opt.state[p]) for p,*_ in opt.all_params()])
 
 def _load_optimizer(opt, d):
     for h,v in zip(opt.hypers, d['hypers']): h.update(v)
     for (p,*_),s in zip(opt.all_params(), d['state']):
-        opt.state[p] = {k: torch.empty_like(p, dtype=v.dtype).copy_(v) if torch.is_tensor(v) and v.shape==p.shape else v for k,v in s.items()}
+        opt.state[p] = {k: torch.empty_like(p, dtype=v.dtype).copy_(v) if torch.is_tensor(v)
+            and v.shape==p.shape else v for k,v in s.items()}
 
 _SMOOTH = ('count','val')
 
 def _recorder_state(r) -> dict:
-    lists = {k: torch.tensor([float(v) for v in getattr(r, k)], dtype=torch.float64) for k in ('lrs','losses')}
-    return dict(lists, iters=list(r.iters), values=[list(v) for v in r.values], smooth={k: getattr(r.smooth_loss, k) for k in _SMOOTH})
+    lists = {k: torch.tensor([float(v) for v in getattr(r, k)], dtype=torch.float64)
+        for k in ('lrs','losses')}
+    return dict(lists, iters=list(r.iters), values=[list(v) for v in r.values],
+        smooth={k: getattr(r.smooth_loss, k) for k in _SMOOTH})
 
 def _load_recorder(r, d):
-    r.lrs,r.losses,r.iters,r.values = d['lrs'].tolist(),[torch.tensor(v, dtype=torch.float32) for v in d['losses'].tolist()],d['iters'],[L(v) for v in d['values']]
+    r.lrs = d['lrs'].tolist()
+    r.losses = [torch.tensor(v, dtype=torch.float32) for v in d['losses'].tolist()]
+    r.iters = d['iters']
+    r.values = [L(v) for v in d['values']]
     for k in _SMOOTH: setattr(r.smooth_loss, k, d['smooth'][k])
 
 def _callback_states(cbs) -> dict:
     out = {}
     for cb in cbs:
         if isinstance(cb, Recorder): out[cb.name] = _recorder_state(cb)
-        elif isinstance(cb, ParamScheduler): out[cb.name] = {k: torch.tensor(np.array(v, float)) for k,v in cb.hps.items()}
+        elif isinstance(cb, ParamScheduler):
+            out[cb.name] = {k: torch.tensor(np.array(v, float)) for k,v in cb.hps.items()}
         elif hasattr(type(cb), 'state_dict'): out[cb.name] = cb.state_dict()
     return out
 
@@ -110,13 +127,15 @@ def _load_callbacks(cbs, states):
 
 # %% ../nbs/47_checkpoint.ipynb #aa0df101
 class Checkpoint(Callback):
-    "Writes the state of a run into a folder every `every` batches and after each epoch; finds it again in a new process."
+    """Writes the state of a run into a folder every `every` batches and after each epoch; finds it again in a
+    new process."""
     order,phase,position,state = 90,0,(0, 0),None
     def __init__(self,
         folder,         # for this run alone
         every: int=200, # batches
     ):
-        if every<1: raise ModelError(f"every is {every}", "Give the number of batches between two checkpoints")
+        if every<1:
+            raise ModelError(f"every is {every}", "Give the number of batches between two checkpoints")
         self.folder,self.every,self.due,self.stepped = Path(folder),every,False,False
 
     @property
@@ -128,14 +147,19 @@ class Checkpoint(Callback):
     ) -> int:
         "The number of the phase in which the run goes on, 0 for a new one. Raises `ModelError`."
         self.identity,self.versions = json.loads(json.dumps(run, default=str)),versions
-        for p in self.folder.glob('.checkpoint-*.safetensors'): p.unlink(missing_ok=True) # what a kill left half written
+        for p in self.folder.glob('.checkpoint-*.safetensors'):
+            p.unlink(missing_ok=True) # what a kill left half written
         if not self.path.exists(): return 0
         self.state = read_checkpoint(self.path)
         old = self.state['run']
         if changed := [k for k in sorted({*old, *self.identity}) if old.get(k)!=self.identity.get(k)]:
             k = changed[0]
-            raise ModelError(f"{self.folder} holds another run: {k} was {_short(old.get(k))} and is {_short(self.identity.get(k))}{f', and {len(changed)-1} more differ' if len(changed)>1 else ''}", "Give the same data and arguments to go on, or another folder for a new run")
-        if other := [f'{k} {old_v} -> {versions.get(k)}' for k,old_v in self.state['versions'].items() if old_v!=versions.get(k)]: warnings.warn(f"The run goes on with {', '.join(other)}: the last digits may differ", stacklevel=3)
+            raise ModelError(f"{self.folder} holds another run: {k} was {_short(old.get(k))} and is "
+                f"{_short(self.identity.get(k))}{f', and {len(changed)-1} more differ' if len(changed)>1 else ''}", "Give the same data and arguments to go on, or another folder for a new run")
+        if other := [f'{k} {old_v} -> {versions.get(k)}' for k,old_v in self.state['versions'].items()
+                if old_v!=versions.get(k)]:
+            warnings.warn(f"The run goes on with {', '.join(other)}: the last digits may differ",
+                stacklevel=3)
         self.phase = self.state['phase']
         self.restore()
         return self.phase
@@ -143,7 +167,8 @@ class Checkpoint(Callback):
     def restore(self):
         "Put back weights, loss and history; if the run was between two fits, all the rest too."
         self.learn.model.load_state_dict(self.state['model'])
-        if isinstance(self.learn.loss_func, torch.nn.Module): self.learn.loss_func.load_state_dict(self.state['loss'])
+        if isinstance(self.learn.loss_func, torch.nn.Module):
+            self.learn.loss_func.load_state_dict(self.state['loss'])
         self.learn.history,self.learn.seconds = self.state['history'],self.state['seconds']
         if self.state['fitting']: return
         _load_callbacks(self.learn.cbs, self.state['callbacks'])
@@ -153,7 +178,8 @@ class Checkpoint(Callback):
         self.state = None
 
     def resume(self) -> tuple[int, int]:
-        "Called when a fit has begun: if the run was inside it, put the rest back; returns the epoch and the batch to go on with."
+        """Called when a fit has begun: if the run was inside it, put the rest back; returns the epoch and the
+        batch to go on with."""
         if self.state is None: return 0,0
         state,self.state = self.state,None
         _load_optimizer(self.learn.opt, state['opt'])
@@ -173,14 +199,22 @@ class Checkpoint(Callback):
     def save(self,
         position=None, # (epoch, batch) to go on with; None: between two phases
     ):
-        "Write the state. Raises `ModelError` rather than replace the last good one by weights that are not finite."
+        """Write the state. Raises `ModelError` rather than replace the last good one by weights that are not
+        finite."""
         learn,self.due = self.learn,False
         weights = learn.model.state_dict()
         if bad := [k for k,v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
-            raise ModelError(f"The weights {bad[0]} are no longer finite{f' after epoch {position[0]}, batch {position[1]}' if position else ''}; {self.path} holds the last good state", "Lower the learning rate, clip the gradients, or look at the images")
-        write_checkpoint(self.path, dict(run=self.identity, versions=self.versions, phase=self.phase, position=position or (0, 0), fitting=position is not None, model=weights,
-            loss=learn.loss_func.state_dict() if isinstance(learn.loss_func, torch.nn.Module) else {}, opt=None if learn.opt is None else _optimizer_state(learn.opt), callbacks=_callback_states(learn.cbs),
-            pct_train=learn.pct_train, train_iter=learn.train_iter, history=learn.history, seconds=learn.seconds + time.perf_counter()-learn.started))
+            raise ModelError(f"The weights {bad[0]} are no longer "
+                f"finite{f' after epoch {position[0]}, batch {position[1]}' if position else ''}; "
+                f"{self.path} holds the last good state",
+                "Lower the learning rate, clip the gradients, or look at the images")
+        write_checkpoint(self.path, dict(run=self.identity, versions=self.versions, phase=self.phase,
+            position=position or (0, 0), fitting=position is not None, model=weights,
+            loss=learn.loss_func.state_dict() if isinstance(learn.loss_func, torch.nn.Module) else {},
+            opt=None if learn.opt is None else _optimizer_state(learn.opt),
+            callbacks=_callback_states(learn.cbs),
+            pct_train=learn.pct_train, train_iter=learn.train_iter, history=learn.history,
+            seconds=learn.seconds + time.perf_counter()-learn.started))
 
 def _short(x) -> str:
     text = json.dumps(x)
@@ -204,4 +238,5 @@ class _Rest:
     def __init__(self, whole, bs, batch): self.whole,self.bs,self.batch = whole,bs,batch
     def __call__(self):
         rows = list(self.whole())
-        return rows[self.batch*(1 if self.bs is None or rows and isinstance(rows[0], (list, tuple)) else self.bs):]
+        return rows[self.batch*(1 if self.bs is None or rows and isinstance(rows[0], (list, tuple))
+            else self.bs):]

@@ -9,21 +9,25 @@ __all__ = ['app', 'Workers', 'Seed', 'Overwrite', 'index', 'explore', 'deidentif
            'predict', 'explain', 'demo', 'main']
 
 # %% ../nbs/85_cli.ipynb #8931c3e8
-import sys, warnings
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 # %% ../nbs/85_cli.ipynb #1680da0e
-app = typer.Typer(name='radiology_ai', add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+app = typer.Typer(name='radiology_ai', add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     context_settings=dict(help_option_names=['-h','--help']),
-    help="From DICOM radiographs and few labels to trained, explained and honestly evaluated models. Research software, not a medical device.",
+    help="From DICOM radiographs and few labels to trained, explained and honestly evaluated models. "
+    "Research software, not a medical device.",
     epilog="Any command takes --debug, which shows the traceback of an error.")
 
 Workers = Annotated[Optional[int], typer.Option(help="Worker processes; by default one a core.", min=1)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same figures.", min=0)]
-Overwrite = Annotated[bool, typer.Option('--overwrite', help="Replace what an earlier run has left at the output.")]
+Overwrite = Annotated[bool, typer.Option('--overwrite',
+    help="Replace what an earlier run has left at the output.")]
 
 # %% ../nbs/85_cli.ipynb #a18d8e08
 def _fail(what: str, remedy: str=''):
@@ -32,7 +36,8 @@ def _fail(what: str, remedy: str=''):
     raise RadiologyError(what, remedy)
 
 def _errors(table, root=None):
-    "Tell how many files could not be used, and the first ones with their cause; paths below `root` are shortened."
+    """Tell how many files could not be used, and the first ones with their cause; paths below `root` are
+    shortened."""
     if not len(table): return
     typer.echo(f"{len(table)} file(s) could not be used:")
     for r in table.head(10).itertuples():
@@ -45,12 +50,13 @@ def _errors(table, root=None):
 @app.command()
 def index(
     folder: Annotated[Path, typer.Argument(help="A folder of DICOM files, searched to the bottom.")],
-    out: Annotated[Path, typer.Option(help="The table to write, one row a file (parquet). If it is there, files that have not changed are not read again.")],
+    out: Annotated[Path, typer.Option(help="The table to write, one row a file (parquet). If it is there, "
+    "files that have not changed are not read again.")],
     workers: Workers=None,
 ):
     "Read the headers of a folder into one table; unreadable files are listed with their cause."
-    from radiology_ai.dicom.index import index_dicoms, write_index
     from radiology_ai.dicom.explore import summarise
+    from radiology_ai.dicom.index import index_dicoms, write_index
     df = index_dicoms(folder, workers=workers, previous=out)
     write_index(df, out)
     bad = df[df.error!='']
@@ -62,31 +68,43 @@ def index(
 def explore(
     folder: Annotated[Path, typer.Argument(help="A folder of DICOM files, or an index (parquet).")],
     out: Annotated[Path, typer.Option(help="The page to write (HTML); it holds no identifiers.")],
-    labels: Annotated[Optional[Path], typer.Option(help="A CSV file with labels, for their prevalence.")]=None,
-    pixels: Annotated[bool, typer.Option(help="Decode the pictures too: finds the same picture under two names, and damaged ones.")]=False,
+    labels: Annotated[Optional[Path],
+    typer.Option(help="A CSV file with labels, for their prevalence.")]=None,
+    pixels: Annotated[bool, typer.Option(help="Decode the pictures too: finds the same picture under two "
+    "names, and damaged ones.")]=False,
     workers: Workers=None,
 ):
     "What is in this folder: one page of tables, pictures and what needs attention."
     from radiology_ai.dicom.explore import explore_dicoms
     found = explore_dicoms(folder, labels=labels, pixels='all' if pixels else False, workers=workers)
-    typer.echo(found.attention[['what', 'files']].to_string(index=False) if len(found.attention) else "Nothing needs attention.")
+    typer.echo(found.attention[['what', 'files']].to_string(index=False) if len(found.attention)
+        else "Nothing needs attention.")
     typer.echo(f"{len(found.index)} files: {found.to_html(out) or out}")
 
 @app.command()
 def deidentify(
     folder: Annotated[Path, typer.Argument(help="A file, or a folder of DICOM files.")],
     out: Annotated[Path, typer.Option(help="A new folder for the copies, their account and the list of actions.")],
-    key: Annotated[Optional[Path], typer.Option(help="The file with the secret key (made if it is not there): the same key gives the same pseudonyms. Without one a key is drawn and forgotten.")]=None,
-    retain: Annotated[Optional[list[str]], typer.Option(help="Kept in spite of the Basic Profile: dates_full, dates_modified, uids, device, institution, patient, descriptions or safe_private. May be given several times.")]=None,
-    burned_in: Annotated[str, typer.Option(help="Text in the picture: black, hold (the file back) or keep.")]='black',
-    link: Annotated[Optional[Path], typer.Option(help="A table of original and new names, to be kept secret; by default none.")]=None,
+    key: Annotated[Optional[Path],
+    typer.Option(help="The file with the secret key (made if it is not there): the same key gives the same "
+    "pseudonyms. Without one a key is drawn and forgotten.")]=None,
+    retain: Annotated[Optional[list[str]],
+    typer.Option(help="Kept in spite of the Basic Profile: dates_full, dates_modified, uids, device, "
+    "institution, patient, descriptions or safe_private. May be given several times.")]=None,
+    burned_in: Annotated[str,
+    typer.Option(help="Text in the picture: black, hold (the file back) or keep.")]='black',
+    link: Annotated[Optional[Path],
+    typer.Option(help="A table of original and new names, to be kept secret; by default none.")]=None,
     workers: Workers=None,
 ):
-    "Copies without what identifies a patient, by the Basic Profile of DICOM PS3.15. The originals are not touched."
+    """Copies without what identifies a patient, by the Basic Profile of DICOM PS3.15. The originals are not
+    touched."""
     from radiology_ai.dicom.deidentify import deidentify as clean
-    account = clean(folder, out, retain=retain or (), key=key, burned_in=burned_in, link=link, workers=workers)
+    account = clean(folder, out, retain=retain or (), key=key, burned_in=burned_in, link=link,
+        workers=workers)
     bad = account[account.status!='ok']
-    for (status, cause),n in bad.groupby(['status', 'cause']).size().items(): typer.echo(f"{status}: {n} file(s), {cause}")
+    for (status, cause),n in bad.groupby(['status', 'cause']).size().items():
+        typer.echo(f"{status}: {n} file(s), {cause}")
     typer.echo(f"{len(account) - len(bad)} of {len(account)} files: {out}")
 
 # %% ../nbs/85_cli.ipynb #fa533590
@@ -97,17 +115,23 @@ def preprocess(
     recipe: Annotated[str, typer.Option(help="knee, chest or plain.")]='knee',
     size: Annotated[Optional[int], typer.Option(help="Side of the stored images in pixels.", min=16)]=None,
     workers: Workers=None,
-    scheduler: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, such as tcp://10.0.0.1:8786.")]=None,
-    update: Annotated[bool, typer.Option('--update', help="Redo what has changed in the folder since the store was made.")]=False,
-    content: Annotated[bool, typer.Option('--content', help="Compare the bytes of the files and of the store, not only sizes and times.")]=False,
-    bits: Annotated[Optional[int], typer.Option(help="Bits of a stored grey value, 8 or 16; training takes 8.")]=None,
-    shard_size: Annotated[Optional[int], typer.Option(help="Files in a shard: what a killed run loses at most. By default 8 to 256, by their number.", min=1)]=None,
+    scheduler: Annotated[Optional[str],
+    typer.Option(help="Address of a Dask scheduler, such as tcp://10.0.0.1:8786.")]=None,
+    update: Annotated[bool, typer.Option('--update',
+    help="Redo what has changed in the folder since the store was made.")]=False,
+    content: Annotated[bool, typer.Option('--content',
+    help="Compare the bytes of the files and of the store, not only sizes and times.")]=False,
+    bits: Annotated[Optional[int],
+    typer.Option(help="Bits of a stored grey value, 8 or 16; training takes 8.")]=None,
+    shard_size: Annotated[Optional[int],
+    typer.Option(help="Files in a shard: what a killed run loses at most. By default 8 to 256, by their number.", min=1)]=None,
 ):
     "Turn a folder of radiographs into an image store that training reads at memory speed."
     from radiology_ai.preprocess.scale import preprocess_folder
     from radiology_ai.preprocess.store import recipe as named
     r = named(recipe, **{k: v for k,v in dict(size=size, bits=bits).items() if v is not None})
-    store = preprocess_folder(folder, out, r, workers=workers, scheduler=scheduler, shard_size=shard_size, update=update, content=content)
+    store = preprocess_folder(folder, out, r, workers=workers, scheduler=scheduler, shard_size=shard_size,
+        update=update, content=content)
     _errors(store.errors, folder)
     typer.echo(f"{len(store)} images of {r.size} x {r.size}: {out}")
 
@@ -115,7 +139,8 @@ def preprocess(
 def verify(
     store: Annotated[Path, typer.Argument(help="An image store, made by preprocess.")],
 ):
-    "Read every byte of an image store and compare it with what was written; exit code 2 if something is wrong."
+    """Read every byte of an image store and compare it with what was written; exit code 2 if something is
+    wrong."""
     from radiology_ai.preprocess.store import ImageStore
     s = ImageStore(store)
     faults = s.verify()
@@ -145,7 +170,8 @@ def train(
     "Train a task on an image store; patients are kept apart between training, validation and test."
     _task(task)
     from radiology_ai.tasks.knee import evaluate_run, train_knee
-    run = train_knee(data, labels, out, label=label, arch=arch, epochs=epochs, lr=lr, bs=bs, folds=folds, pretrained=pretrained, seed=seed, overwrite=overwrite)
+    run = train_knee(data, labels, out, label=label, arch=arch, epochs=epochs, lr=lr, bs=bs, folds=folds,
+        pretrained=pretrained, seed=seed, overwrite=overwrite)
     for line in evaluate_run(run).lines(): typer.echo(line)
     typer.echo(f"run: {run}")
 
@@ -157,12 +183,15 @@ def _task(task: str):
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, made by train.")],
-    data: Annotated[Optional[Path], typer.Option(help="Another image store, to evaluate on its images instead of the run's own test patients.")]=None,
+    data: Annotated[Optional[Path],
+    typer.Option(help="Another image store, to evaluate on its images instead of the run's own test patients.")]=None,
     labels: Annotated[Optional[Path], typer.Option(help="The labels of that store.")]=None,
-    out: Annotated[Optional[Path], typer.Option(help="Where to write report.html and report.json; by default into the run.")]=None,
+    out: Annotated[Optional[Path],
+    typer.Option(help="Where to write report.html and report.json; by default into the run.")]=None,
 ):
     "Figures with 95 % intervals on held-out patients, and a report with pictures."
-    if (data is None)!=(labels is None): _fail("--data and --labels belong together", "Give both, or neither for the run's own test patients")
+    if (data is None)!=(labels is None):
+        _fail("--data and --labels belong together", "Give both, or neither for the run's own test patients")
     from radiology_ai.tasks.knee import evaluate_run, report_run
     evaluation = evaluate_run(run, store=data, labels=labels)
     page = report_run(run, evaluation, store=data, out=out or run)
@@ -180,7 +209,8 @@ def predict(
     "Predict single files or whole folders; files that cannot be read are rows with their cause."
     from radiology_ai.predict import predict as run_prediction
     table = run_prediction(model, paths, out=out, workers=workers)
-    _errors(table[table.error!=''].rename(columns=dict(error='cause')), paths[0] if paths[0].is_dir() else None)
+    _errors(table[table.error!=''].rename(columns=dict(error='cause')),
+        paths[0] if paths[0].is_dir() else None)
     typer.echo(f"{int((table.error=='').sum())} of {len(table)} files predicted: {out}")
 
 # %% ../nbs/85_cli.ipynb #185d3933
@@ -194,7 +224,8 @@ def explain(
     "Draw where the network looked (GradCAM), laid back onto the original radiographs."
     from radiology_ai.predict import explain_files
     table = explain_files(model, paths, out, workers=workers)
-    _errors(table[table.error!=''].rename(columns=dict(error='cause')), paths[0] if paths[0].is_dir() else None)
+    _errors(table[table.error!=''].rename(columns=dict(error='cause')),
+        paths[0] if paths[0].is_dir() else None)
     typer.echo(f"{int((table.error=='').sum())} pictures: {out}")
 
 # %% ../nbs/85_cli.ipynb #be71f4d2
@@ -203,7 +234,8 @@ def demo(
     task: Annotated[str, typer.Argument(help="knee")]='knee',
     out: Annotated[Path, typer.Option(help="A folder to make; an earlier demonstration there is replaced.")]=Path('demo'),
     seed: Seed=0,
-    patients: Annotated[Optional[int], typer.Option(help="Simulated patients; fewer is faster and less accurate.", min=30)]=None,
+    patients: Annotated[Optional[int],
+    typer.Option(help="Simulated patients; fewer is faster and less accurate.", min=30)]=None,
     epochs: Annotated[Optional[int], typer.Option(help="Passes over the training images.", min=1)]=None,
     workers: Workers=None,
 ):

@@ -10,7 +10,9 @@ __all__ = ['RadiologyError', 'DataError', 'StoreError', 'BundleError', 'ModelErr
            'resize_array', 'rng', 'atomic_path', 'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
-import importlib, os, tempfile
+import importlib
+import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +58,8 @@ def optional(
     "Import an optional package; without it, a `MissingPackageError` says how to get it."
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise MissingPackageError(f"The optional package {module!r} is not installed", f"Run: pip install 'radiology_ai[{extra}]'") from e
+        raise MissingPackageError(f"The optional package {module!r} is not installed",
+            f"Run: pip install 'radiology_ai[{extra}]'") from e
 
 # %% ../nbs/00_core.ipynb #3c3747a4
 def shift(dx: float, dy: float) -> np.ndarray:
@@ -79,7 +82,8 @@ def transform_boxes(
     affine: np.ndarray, # (3, 3) matrix
     boxes,              # (N, 4) or (4,) boxes as x1, y1, x2, y2
 ) -> np.ndarray:
-    "The upright boxes around `boxes` moved by `affine`; the shape is kept. Exact for shifts, scalings and flips."
+    """The upright boxes around `boxes` moved by `affine`; the shape is kept. Exact for shifts, scalings and
+    flips."""
     b = np.asarray(boxes, float)
     corners = transform_points(affine, b.reshape(-1,4)[:, [0,1,2,1,2,3,0,3]].reshape(-1,4,2))
     return np.concatenate([corners.min(1), corners.max(1)], 1).reshape(b.shape)
@@ -96,7 +100,9 @@ class Radiograph:
     path: str = ''                # where it came from
 
     def __post_init__(self):
-        if self.pixels.ndim!=2: raise RadiologyError(f"pixels have shape {self.pixels.shape}", "A radiograph is one grey image (H, W)")
+        if self.pixels.ndim!=2:
+            raise RadiologyError(f"pixels have shape {self.pixels.shape}",
+                "A radiograph is one grey image (H, W)")
         self.affine = np.asarray(self.affine, float)
 
     @property
@@ -106,7 +112,8 @@ class Radiograph:
 
     def __repr__(self):
         mm = f", {self.spacing[0]:.3f} x {self.spacing[1]:.3f} mm" if self.spacing else ", spacing unknown"
-        what = ' '.join(str(self.tags[k]) for k in ('Modality','BodyPartExamined','ViewPosition') if self.tags.get(k))
+        what = ' '.join(str(self.tags[k]) for k in ('Modality','BodyPartExamined','ViewPosition')
+            if self.tags.get(k))
         return f"Radiograph({self.shape[0]} x {self.shape[1]}{mm}{', ' + what if what else ''}{', ' + self.codec if self.codec else ''})"
 
 # %% ../nbs/00_core.ipynb #1a88c29e
@@ -118,7 +125,8 @@ def warped(self:Radiograph,
     "This record with `pixels` that `matrix` has moved; `affine` and `spacing` follow."
     sx,sy = np.linalg.norm(matrix[:2,0]),np.linalg.norm(matrix[:2,1])
     spacing = None if self.spacing is None else (self.spacing[0]/sy, self.spacing[1]/sx)
-    return replace(self, pixels=np.ascontiguousarray(pixels, np.float32), affine=matrix@self.affine, spacing=spacing)
+    return replace(self, pixels=np.ascontiguousarray(pixels, np.float32), affine=matrix@self.affine,
+        spacing=spacing)
 
 @patch
 def crop(self:Radiograph,
@@ -139,9 +147,11 @@ def fit_size(
 ) -> tuple[int,int]:
     "Height and width of an image after resizing."
     h,w = shape
-    if isinstance(size, (int, np.integer)): size = (max(1, round(h*size/max(h,w))), max(1, round(w*size/max(h,w)))) if size>0 else (size, size)
+    if isinstance(size, (int, np.integer)):
+        size = (max(1, round(h*size/max(h,w))), max(1, round(w*size/max(h,w)))) if size>0 else (size, size)
     nh,nw = (int(v) for v in size)
-    if nh<1 or nw<1: raise RadiologyError(f"The size {size} is not positive", "Give a size of at least 1 pixel")
+    if nh<1 or nw<1:
+        raise RadiologyError(f"The size {size} is not positive", "Give a size of at least 1 pixel")
     return nh,nw
 
 @patch
@@ -231,4 +241,5 @@ def progress(
 ):
     "`items` with a progress bar."
     from tqdm import tqdm
-    return tqdm(items, desc=desc, total=total, disable=None if show is None else not show, leave=False, dynamic_ncols=True)
+    return tqdm(items, desc=desc, total=total, disable=None if show is None else not show, leave=False,
+        dynamic_ncols=True)

@@ -20,9 +20,13 @@ from .metrics.intervals import Draws
 def _checked(targets, scores) -> tuple[np.ndarray, np.ndarray]:
     "Targets as bool and scores as float; `DataError` if a class is missing."
     t,s = np.asarray(targets)>0,np.asarray(scores, float)
-    if t.shape!=s.shape or t.ndim!=1: raise DataError(f"targets have shape {t.shape} and scores {s.shape}", "Give one score for each target, one label at a time")
-    if not len(t): raise DataError("There are no images with a known target", "A curve needs images of both classes")
-    if t.all() or not t.any(): raise DataError(f"All {len(t)} targets are {int(t[0])}", "A curve needs images of both classes")
+    if t.shape!=s.shape or t.ndim!=1:
+        raise DataError(f"targets have shape {t.shape} and scores {s.shape}",
+            "Give one score for each target, one label at a time")
+    if not len(t):
+        raise DataError("There are no images with a known target", "A curve needs images of both classes")
+    if t.all() or not t.any():
+        raise DataError(f"All {len(t)} targets are {int(t[0])}", "A curve needs images of both classes")
     return t,s
 
 def _thresholds(t, s, most: int|None) -> np.ndarray:
@@ -34,8 +38,10 @@ def _thresholds(t, s, most: int|None) -> np.ndarray:
     return values[::-1]
 
 def _counts(t, s, cuts, w) -> tuple[np.ndarray, np.ndarray]:
-    "(K, R) true and false positives, called at scores of at least each of the K falling `cuts`; `w` are (N, R) weights."
-    which = len(cuts)-1 - (np.searchsorted(cuts[::-1], s, side='right')-1) # the first threshold that an image reaches
+    """(K, R) true and false positives, called at scores of at least each of the K falling `cuts`; `w` are (N,
+    R) weights."""
+    # the first threshold that an image reaches
+    which = len(cuts)-1 - (np.searchsorted(cuts[::-1], s, side='right')-1)
     inside = csr_matrix((np.ones(len(s), np.float32), (which, np.arange(len(s)))), (len(cuts), len(s)))
     return tuple(np.cumsum(inside[:,np.flatnonzero(c)]@w[c], axis=0, dtype=float) for c in (t, ~t))
 
@@ -55,7 +61,8 @@ def roc_curve(
     n: int=400,      # draws for the band
     seed: int=0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "The curve (`fpr`, `tpr`, one row a distinct score) and its pointwise 95 % band (`fpr`, `low`, `high`) over patients."
+    """The curve (`fpr`, `tpr`, one row a distinct score) and its pointwise 95 % band (`fpr`, `low`, `high`)
+    over patients."""
     t,s = _checked(targets, scores)
     cuts,drawn = _thresholds(t, s, 1000),[]
     for w in Draws(groups, strata=t, n=n, seed=seed):
@@ -63,7 +70,8 @@ def roc_curve(
         drawn += [np.interp(GRID, fp[:,r], tp[:,r]) for r in range(tp.shape[1])]
     tp,fp = _line(t, s)
     low,high = np.quantile(drawn, [.025, .975], axis=0)
-    return pd.DataFrame({'fpr': np.r_[0, fp/fp[-1]], 'tpr': np.r_[0, tp/tp[-1]]}),pd.DataFrame({'fpr': GRID, 'low': low, 'high': high})
+    return pd.DataFrame({'fpr': np.r_[0, fp/fp[-1]], 'tpr': np.r_[0, tp/tp[-1]]}),pd.DataFrame({'fpr': GRID,
+        'low': low, 'high': high})
 
 # %% ../nbs/61_curves.ipynb #d2986413
 def pr_curve(
@@ -73,16 +81,19 @@ def pr_curve(
     n: int=400,      # draws for the band
     seed: int=0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "The curve (`recall`, `precision`, one row a distinct score) and its pointwise 95 % band (`recall`, `low`, `high`) over patients."
+    """The curve (`recall`, `precision`, one row a distinct score) and its pointwise 95 % band (`recall`,
+    `low`, `high`) over patients."""
     t,s = _checked(targets, scores)
     cuts,grid,drawn = _thresholds(t, s, 1000),GRID[2:],[]
     for w in Draws(groups, strata=t, n=n, seed=seed):
         tp,fp = _counts(t, s, cuts, w)
         precision,recall = tp/np.maximum(1, tp+fp),tp/np.maximum(1, tp[-1])
-        drawn += [precision[np.minimum(np.searchsorted(recall[:,r], grid - 1e-9), len(cuts)-1),r] for r in np.flatnonzero(tp[-1])]
+        drawn += [precision[np.minimum(np.searchsorted(recall[:,r], grid - 1e-9), len(cuts)-1),r]
+            for r in np.flatnonzero(tp[-1])]
     tp,fp = _line(t, s)
     low,high = np.quantile(drawn, [.025, .975], axis=0)
-    return pd.DataFrame({'recall': tp/tp[-1], 'precision': tp/(tp+fp)}),pd.DataFrame({'recall': grid, 'low': low, 'high': high})
+    return pd.DataFrame({'recall': tp/tp[-1], 'precision': tp/(tp+fp)}),pd.DataFrame({'recall': grid,
+        'low': low, 'high': high})
 
 # %% ../nbs/61_curves.ipynb #6ae22bc6
 def thinned(
@@ -92,4 +103,5 @@ def thinned(
     "Points of a long curve at equal distances along it, with its first and last."
     if len(curve)<=n: return curve
     along = np.r_[0, np.cumsum(np.abs(np.diff(curve.to_numpy(), axis=0)).sum(1))]
-    return curve.iloc[np.unique(np.r_[0, np.searchsorted(along, np.linspace(0, along[-1], n-1)).clip(0, len(curve)-1), len(curve)-1])]
+    return curve.iloc[np.unique(np.r_[0, np.searchsorted(along, np.linspace(0, along[-1], n-1)).clip(0,
+        len(curve)-1), len(curve)-1])]

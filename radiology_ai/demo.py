@@ -8,7 +8,10 @@ Docs: https://lluissalord.github.io/radiology_ai/demo.html.md"""
 __all__ = ['JOINT_MM', 'fresh_folder', 'heat_in_joint', 'DemoResult', 'run_demo']
 
 # %% ../nbs/84_demo.ipynb #62235d53
-import json, math, os, shutil
+import json
+import math
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,25 +19,27 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/84_demo.ipynb #bb5897e3
-from .core import RadiologyError, atomic_path
-from .phantom.hospital import simulate_hospital
-from .dicom.index import image_files, index_dicoms, write_index
-from .preprocess.store import ImageStore, recipe
-from .preprocess.scale import preprocess_folder
-from .metrics.classification import wilson_ci
 from .bundle import load_bundle
+from .core import RadiologyError, atomic_path
+from .dicom.index import image_files, index_dicoms, write_index
 from .explain import hottest
-from .tasks.knee import KneeEvaluation, evaluate_run, heat_maps, read_run, report_run, train_knee
+from .metrics.intervals import wilson_ci
+from .phantom.hospital import simulate_hospital
 from .predict import predict
+from .preprocess.scale import preprocess_folder
+from .preprocess.store import ImageStore, recipe
+from .tasks.knee import KneeEvaluation, evaluate_run, heat_maps, read_run, report_run, train_knee
 
 # %% ../nbs/84_demo.ipynb #3ff25368
 def fresh_folder(
     out: Path, # the folder to make
 ):
-    "Make `out`, or empty it where an earlier demonstration lies there. Raises `RadiologyError` for any other content."
+    """Make `out`, or empty it where an earlier demonstration lies there. Raises `RadiologyError` for any
+    other content."""
     if out.exists() and not out.is_dir(): raise RadiologyError(f"{out} is a file", "Give a folder")
     if out.exists() and any(out.iterdir()):
-        if not (out/'demo.json').exists(): raise RadiologyError(f"{out} holds other files", "Give a new folder with --out")
+        if not (out/'demo.json').exists():
+            raise RadiologyError(f"{out} holds other files", "Give a new folder with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out/'demo.json').write_text('{}')
@@ -48,7 +53,8 @@ def heat_in_joint(
     table: pd.DataFrame, # test rows with `target`, `score`, `threshold`
     truth: pd.DataFrame, # rows of the simulator with `image_id`, `joint_row`, `joint_col`, `spacing_mm`
 ) -> dict:
-    "`hits` of `n` true positives whose hottest point lies within `radius_mm` of the joint's centre, their `share` with its interval, and the share by `chance`."
+    """`hits` of `n` true positives whose hottest point lies within `radius_mm` of the joint's centre, their
+    `share` with its interval, and the share by `chance`."""
     rows = table[(table.target==1) & (table.score>=table.threshold)]
     truth,at = truth.set_index('image_id').loc[rows.image_id],[store.position(i) for i in rows.image_id]
     distance = []
@@ -58,7 +64,8 @@ def heat_in_joint(
         distance.append(math.hypot(x-t.joint_col, y-t.joint_row)*t.spacing_mm)
     hits,n = int((np.array(distance)<=JOINT_MM).sum()),len(rows)
     share,low,high = wilson_ci(hits, n)
-    return {'hits': hits, 'n': n, 'share': share, 'low': low, 'high': high, 'radius_mm': JOINT_MM, 'chance': math.pi*JOINT_MM**2/store.recipe.mm**2}
+    return {'hits': hits, 'n': n, 'share': share, 'low': low, 'high': high, 'radius_mm': JOINT_MM,
+        'chance': math.pi*JOINT_MM**2/store.recipe.mm**2}
 
 # %% ../nbs/84_demo.ipynb #3af5f91a
 @dataclass
@@ -71,9 +78,11 @@ class DemoResult:
     def lines(self) -> list[str]:
         "The end of the demonstration as a user reads it."
         h = self.heat
-        return [*self.evaluation.lines(), f"GradCAM's hottest point within {h['radius_mm']} mm of the joint: {h['hits']} of {h['n']} true positives, {h['share']:.3f} "
+        return [*self.evaluation.lines(),
+            f"GradCAM's hottest point within {h['radius_mm']} mm of the joint: {h['hits']} of {h['n']} true positives, {h['share']:.3f} "
                 f"(95 % CI {h['low']:.3f} to {h['high']:.3f}; by chance {h['chance']:.3f})",
-                *(f"{name}: {self.out/file}" for name,file in (('report','report.html'), ('model','model'), ('predictions','predictions.csv')))]
+                *(f"{name}: {self.out/file}" for name,file in (('report','report.html'), ('model','model'),
+                ('predictions','predictions.csv')))]
 
 # %% ../nbs/84_demo.ipynb #abab40c9
 def run_demo(
@@ -86,21 +95,26 @@ def run_demo(
     workers: int|None=None, # processes that simulate and prepare
     say=print,              # is told what happens
 ) -> DemoResult:
-    "Simulate a hospital folder, then index, preprocess, train, evaluate, explain and predict; everything is written below `out`."
+    """Simulate a hospital folder, then index, preprocess, train, evaluate, explain and predict; everything is
+    written below `out`."""
     out = Path(out)
     fresh_folder(out)
     say(f"simulating a hospital of {patients} patients: {out/'hospital'}")
     truth = simulate_hospital(out/'hospital', n=patients, seed=seed, workers=workers)
     index = index_dicoms(out/'hospital', workers=workers)
     write_index(index, out/'index.parquet')
-    say(f"{len(index)} files, {int((index.error!='').sum())} of them broken as the headers tell; finding knees, cropping, evening out: {out/'store'}")
+    say(f"{len(index)} files, {int((index.error!='').sum())} of them broken as the headers tell; finding "
+        f"knees, cropping, evening out: {out/'store'}")
     store = preprocess_folder(out/'hospital', out/'store', recipe('knee', size=size), workers=workers)
-    say(f"{len(store)} images stored, {int((~store.index.knee_found.astype(bool)).sum())} of them without a knee; {len(store.errors)} files could not be used:")
-    for e in store.errors.itertuples(): say(f"  {Path(e.path).relative_to((out/'hospital').absolute())}: {e.cause}")
+    say(f"{len(store)} images stored, {int((~store.index.knee_found.astype(bool)).sum())} of them without a "
+        f"knee; {len(store.errors)} files could not be used:")
+    for e in store.errors.itertuples():
+        say(f"  {Path(e.path).relative_to((out/'hospital').absolute())}: {e.cause}")
     knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
     knees[['image_id','schatzker']].to_csv(out/'labels.csv', index=False)
     say(f"training {arch} on {size} x {size} pixels for {epochs} epochs: {out/'run'}")
-    run = train_knee(store, out/'labels.csv', out/'run', label='schatzker', arch=arch, pretrained=False, epochs=epochs, lr=4e-3, bs=16, seed=seed)
+    run = train_knee(store, out/'labels.csv', out/'run', label='schatzker', arch=arch, pretrained=False,
+        epochs=epochs, lr=4e-3, bs=16, seed=seed)
     return _judge(run, store, knees, out, workers, say)
 
 def _judge(run, store, knees, out, workers, say):
@@ -109,10 +123,13 @@ def _judge(run, store, knees, out, workers, say):
     evaluation = evaluate_run(run)
     shutil.copytree(run/'model', out/'model')
     heat = heat_in_joint(load_bundle(out/'model').model, store, evaluation.table, knees)
-    report_run(run, evaluation, store=store, out=out, intended_use='A demonstration on simulated radiographs. Not for use on patients.')
+    report_run(run, evaluation, store=store, out=out,
+        intended_use='A demonstration on simulated radiographs. Not for use on patients.')
     manifest = read_run(run)[1]
     learnt = set(manifest.path[manifest.split!='test'])
-    predict(out/'model', [p for p in image_files(out/'hospital') if p not in learnt], out=out/'predictions.csv', workers=workers)
-    figures = {'auroc': list(evaluation.auroc), 'images': evaluation.figures['images'], 'patients': evaluation.figures['patients'], 'heat_in_joint': heat}
+    predict(out/'model', [p for p in image_files(out/'hospital') if p not in learnt],
+        out=out/'predictions.csv', workers=workers)
+    figures = {'auroc': list(evaluation.auroc), 'images': evaluation.figures['images'],
+        'patients': evaluation.figures['patients'], 'heat_in_joint': heat}
     with atomic_path(out/'demo.json') as tmp: tmp.write_text(json.dumps(figures, indent=1))
     return DemoResult(out, evaluation, heat)

@@ -10,7 +10,8 @@ __all__ = ['CALIBRATION', 'Predictions', 'check_predictions', 'Thresholds', 'cho
            'in_ranges', 'subgroup_figures', 'comparison_figures', 'evaluate_table']
 
 # %% ../nbs/62_evaluation.ipynb #882ca68f
-import math, re
+import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +21,11 @@ import pandas as pd
 from .core import DataError, rng
 from .curves import pr_curve, roc_curve, thinned
 from .metrics.calibration import calibration, calibration_ci, decision_curve, reliability_curve
-from radiology_ai.metrics.classification import (auroc_ci, average_precision, bootstrap_ci, confusion, f_threshold, label_table, operating_point, quadratic_kappa,
-    threshold_for, youden_threshold)
+from .metrics.classification import confusion, label_table, quadratic_kappa
 from .metrics.compare import compare_models
-from .metrics.intervals import Interval, proportion_ci
+from .metrics.intervals import Interval, bootstrap_ci, proportion_ci
+from .metrics.operating import f_threshold, operating_point, threshold_for, youden_threshold
+from .metrics.ranking import auroc_ci, average_precision
 
 # %% ../nbs/62_evaluation.ipynb #5ae7538c
 @dataclass
@@ -49,8 +51,12 @@ def _columns(table, labels) -> dict:
     "Name of each label to its columns (truth, score)."
     if labels is None and 'target' in table and 'score' in table: return {'positive': ('target','score')}
     names = labels if labels is not None else [c for c in table if f'p_{c}' in table]
-    missing = [c for l in names for c in (l, f'p_{l}') if c not in table] if len(names) else [c for c in ('target','score') if c not in table]
-    if missing: raise DataError(f"The predictions have no column {missing[0]!r}; their columns are {', '.join(map(str, table.columns))}", "Give target and score, or for each label its truth and its score in p_<label>")
+    missing = ([c for l in names for c in (l, f'p_{l}') if c not in table] if len(names)
+        else [c for c in ('target','score') if c not in table])
+    if missing:
+        raise DataError(f"The predictions have no column {missing[0]!r}; their columns are "
+            f"{', '.join(map(str, table.columns))}",
+            "Give target and score, or for each label its truth and its score in p_<label>")
     if not len(names): raise DataError("There is no label", "Give the names of the labels")
     return {str(l): (l, f'p_{l}') for l in names}
 
@@ -61,7 +67,9 @@ def _numbers(table, column, what: str) -> np.ndarray:
     if what=='target': bad |= ~np.isnan(v) & ~np.isin(v, (0, 1))
     if bad.any():
         r,where = table[bad].iloc[0],'' if column in ('target','score') else f' in column {column!r}'
-        raise DataError(f"The {what} of image {r.image_id} is {r[column]}{where} ({bad.sum()} such rows)", "Predict these images again, or leave out their rows" if what=='score' else "A target is 1, 0 or NaN; grades go into the column grade")
+        raise DataError(f"The {what} of image {r.image_id} is {r[column]}{where} ({bad.sum()} such rows)",
+            "Predict these images again, or leave out their rows" if what=='score'
+            else "A target is 1, 0 or NaN; grades go into the column grade")
     return v
 
 def check_predictions(
@@ -70,19 +78,29 @@ def check_predictions(
 ) -> Predictions:
     "The test rows with a known truth. Raises `DataError` for a table that is no evaluation."
     missing = [c for c in ('image_id','patient_id') if c not in table]
-    if missing: raise DataError(f"The predictions have no column {missing[0]!r}; their columns are {', '.join(map(str, table.columns))}", "Give image_id and patient_id")
+    if missing:
+        raise DataError(f"The predictions have no column {missing[0]!r}; their columns are "
+            f"{', '.join(map(str, table.columns))}", "Give image_id and patient_id")
     columns = _columns(table, labels)
     if 'split' in table:
         splits = sorted(table.split.dropna().astype(str).unique())
         table = table[table.split=='test']
-        if not len(table): raise DataError(f"The predictions hold no test images (splits: {', '.join(splits) or 'none'})", "Score held-out patients: figures on images the model has learnt from say nothing")
+        if not len(table):
+            raise DataError(f"The predictions hold no test images (splits: {', '.join(splits) or 'none'})",
+                "Score held-out patients: figures on images the model has learnt from say nothing")
     twice = table.image_id[table.image_id.duplicated()]
-    if len(twice): raise DataError(f"Image {twice.iloc[0]} is in the predictions more than once ({len(twice)} repeated rows)", "Give each image once")
-    if table.patient_id.isna().any(): raise DataError(f"The patient of image {table.image_id[table.patient_id.isna()].iloc[0]} is missing", "Every image needs a patient_id: patients are the unit of all intervals")
-    t,s = (np.stack([_numbers(table, c[i], what) for c in columns.values()], 1) for i,what in enumerate(('target','score')))
+    if len(twice):
+        raise DataError(f"Image {twice.iloc[0]} is in the predictions more than once ({len(twice)} repeated "
+            "rows)", "Give each image once")
+    if table.patient_id.isna().any():
+        raise DataError(f"The patient of image {table.image_id[table.patient_id.isna()].iloc[0]} is missing",
+            "Every image needs a patient_id: patients are the unit of all intervals")
+    t,s = (np.stack([_numbers(table, c[i], what) for c in columns.values()], 1)
+        for i,what in enumerate(('target','score')))
     known = ~np.isnan(t).all(1)
     if not known.any(): raise DataError("No image has a known target", "Give targets of 1 and 0")
-    return Predictions(table[known].reset_index(drop=True), list(columns), t[known], s[known], int((~known).sum()))
+    return Predictions(table[known].reset_index(drop=True), list(columns), t[known], s[known],
+        int((~known).sum()))
 
 # %% ../nbs/62_evaluation.ipynb #695f7cee
 @dataclass(frozen=True)
@@ -93,7 +111,8 @@ class Thresholds:
     patients: frozenset=frozenset()  # whom they were chosen on
     images: int=0
 
-    def __str__(self): return f"{self.how} on {self.images:,} validation images of {len(self.patients):,} patients"
+    def __str__(self):
+        return f"{self.how} on {self.images:,} validation images of {len(self.patients):,} patients"
 
 def choose_thresholds(
     table: pd.DataFrame,       # predictions of validation images; with a column `split`, its `valid` rows are taken
@@ -103,15 +122,22 @@ def choose_thresholds(
 ) -> Thresholds:
     "A threshold for each label that has both classes. Raises `DataError` where there are no validation rows."
     if 'split' in table:
-        if not (table.split=='valid').any(): raise DataError("The predictions hold no validation images", "Choose thresholds on validation patients, never on the test images")
+        if not (table.split=='valid').any():
+            raise DataError("The predictions hold no validation images",
+                "Choose thresholds on validation patients, never on the test images")
         table = table[table.split=='valid'].assign(split='test')
     p = check_predictions(table, labels)
-    ways = {'youden': youden_threshold, 'f1': f_threshold, 'f2': lambda t,s: f_threshold(t, s, 2), 'sensitivity': lambda t,s: threshold_for(t, s, sensitivity=wanted), 'specificity': lambda t,s: threshold_for(t, s, specificity=wanted)}
+    ways = {'youden': youden_threshold, 'f1': f_threshold, 'f2': lambda t,s: f_threshold(t, s, 2),
+        'sensitivity': lambda t,s: threshold_for(t, s, sensitivity=wanted),
+        'specificity': lambda t,s: threshold_for(t, s, specificity=wanted)}
     if how not in ways: raise DataError(f"how is {how!r}", f"Choose {', '.join(ways)}")
-    if (how in ('sensitivity','specificity'))!=(wanted is not None): raise DataError(f"how is {how!r} and wanted is {wanted}", "Give wanted=0.95 or the like with 'sensitivity' and 'specificity', and only there")
+    if (how in ('sensitivity','specificity'))!=(wanted is not None):
+        raise DataError(f"how is {how!r} and wanted is {wanted}",
+            "Give wanted=0.95 or the like with 'sensitivity' and 'specificity', and only there")
     there = {l: p.known(c)[1:3] for c,l in enumerate(p.labels)}
     values = {l: ways[how](t, s) for l,(t,s) in there.items() if 0<t.sum()<len(t)}
-    return Thresholds(values, how if wanted is None else f'{how} of {wanted:g}', frozenset(map(str, p.patients)), len(p.table))
+    return Thresholds(values, how if wanted is None else f'{how} of {wanted:g}',
+        frozenset(map(str, p.patients)), len(p.table))
 
 def thresholds_of(
     p: Predictions,
@@ -122,13 +148,19 @@ def thresholds_of(
     values = threshold.values if isinstance(threshold, Thresholds) else threshold
     if isinstance(values, dict):
         strange = [k for k in values if k not in p.labels]
-        if strange: raise DataError(f"There is a threshold for {strange[0]!r}, which is no label", f"The labels are {', '.join(p.labels)}")
+        if strange:
+            raise DataError(f"There is a threshold for {strange[0]!r}, which is no label",
+                f"The labels are {', '.join(p.labels)}")
     for c,l in enumerate(p.labels):
         column = 'threshold' if len(p.labels)==1 and 'threshold' in p.table else f'threshold_{l}'
-        v = values.get(l, np.nan) if isinstance(values, dict) else values if values is not None else p.table.get(column, np.nan)
+        v = (values.get(l, np.nan) if isinstance(values, dict) else values if values is not None
+            else p.table.get(column, np.nan))
         out[:,c] = v
-        if not (np.isfinite(out[:,c]).all() or np.isnan(out[:,c]).all() and (values is None and column not in p.table or isinstance(values, dict) and l not in values)):
-            raise DataError("The threshold is not a finite number", "Choose it on validation images, such as with `choose_thresholds`")
+        if not (np.isfinite(out[:,c]).all() or np.isnan(out[:,c]).all()
+                and (values is None and column not in p.table or isinstance(values, dict)
+                and l not in values)):
+            raise DataError("The threshold is not a finite number",
+                "Choose it on validation images, such as with `choose_thresholds`")
     return out
 
 # %% ../nbs/62_evaluation.ipynb #72d9e75a
@@ -141,9 +173,11 @@ def figure(
     "`value`, `low`, `high`, `n` and `reason`; a `DataError` becomes the reason."
     try: ci,reason = measure(*args, **kwargs),''
     except DataError as e: ci,reason = Interval(math.nan, math.nan, math.nan),e.what
-    return {'value': ci[0], 'low': ci[1], 'high': ci[2], 'n': int(n), 'reason': reason if reason or not math.isnan(ci[0]) else 'no such images'}
+    return {'value': ci[0], 'low': ci[1], 'high': ci[2], 'n': int(n),
+        'reason': reason if reason or not math.isnan(ci[0]) else 'no such images'}
 
-def _undefined(n: int, reason: str) -> dict: return {'value': math.nan, 'low': math.nan, 'high': math.nan, 'n': int(n), 'reason': reason}
+def _undefined(n: int, reason: str) -> dict:
+    return {'value': math.nan, 'low': math.nan, 'high': math.nan, 'n': int(n), 'reason': reason}
 
 # %% ../nbs/62_evaluation.ipynb #64f2a369
 CALIBRATION = ('ece','brier','slope','intercept')
@@ -156,13 +190,18 @@ def calibration_figures(
     n: int=400,  # draws
     seed: int=0,
 ) -> dict:
-    "`ece`, `brier`, `slope` and `intercept` as figures, `bins`: the reliability table with Wilson intervals, `curve`: its smooth form with a band. Reasons where scores are no probabilities."
+    """`ece`, `brier`, `slope` and `intercept` as figures, `bins`: the reliability table with Wilson
+    intervals, `curve`: its smooth form with a band. Reasons where scores are no probabilities."""
     t = np.asarray(targets, float)
-    try: c,table = calibration_ci(t, scores, groups, bins=bins, n=n, seed=seed),calibration(t, scores, bins).table
-    except DataError as e: return {k: _undefined(len(t), e.what) for k in CALIBRATION} | {'bins': [], 'curve': []}
+    try:
+        c = calibration_ci(t, scores, groups, bins=bins, n=n, seed=seed)
+        table = calibration(t, scores, bins).table
+    except DataError as e:
+        return {k: _undefined(len(t), e.what) for k in CALIBRATION} | {'bins': [], 'curve': []}
     try: curve = reliability_curve(t, scores, groups, n=n, seed=seed).dropna().to_dict('records')
     except DataError: curve = [] # one patient: no band
-    return {k: {'value': c.value[k], 'low': c.low[k], 'high': c.high[k], 'n': int(c.n[k]), 'reason': c.reason[k]} for k in CALIBRATION} | {'bins': table.to_dict('records'), 'curve': curve}
+    return {k: {'value': c.value[k], 'low': c.low[k], 'high': c.high[k], 'n': int(c.n[k]),
+        'reason': c.reason[k]} for k in CALIBRATION} | {'bins': table.to_dict('records'), 'curve': curve}
 
 # %% ../nbs/62_evaluation.ipynb #98071553
 def operating_figures(
@@ -174,7 +213,9 @@ def operating_figures(
 ) -> dict:
     "Figures by name at the threshold."
     o = operating_point(targets, np.asarray(calls, float), .5, groups, n=n, seed=seed)
-    return {k: {'value': r.value, 'low': r.low, 'high': r.high, 'n': int(r.n), 'reason': '' if r.n and not math.isnan(r.value) else 'no such images'} for k,r in zip(o.index, o.itertuples())}
+    return {k: {'value': r.value, 'low': r.low, 'high': r.high, 'n': int(r.n),
+        'reason': '' if r.n and not math.isnan(r.value) else 'no such images'}
+        for k,r in zip(o.index, o.itertuples())}
 
 def _curves(t, s, g, n, seed) -> dict:
     "ROC, precision-recall and decision curves as lists of points, where both classes are there."
@@ -188,7 +229,8 @@ def _curves(t, s, g, n, seed) -> dict:
 
 def _histogram(t, s) -> dict:
     edges = np.histogram_bin_edges(s, 20, (0, 1) if s.min()>=0 and s.max()<=1 else None)
-    return {'edges': edges.tolist(), 'negative': np.histogram(s[t==0], edges)[0].tolist(), 'positive': np.histogram(s[t>0], edges)[0].tolist()}
+    return {'edges': edges.tolist(), 'negative': np.histogram(s[t==0], edges)[0].tolist(),
+        'positive': np.histogram(s[t>0], edges)[0].tolist()}
 
 def label_figures(
     p: Predictions,
@@ -200,30 +242,42 @@ def label_figures(
     "Everything about one label, as plain numbers."
     k,t,s,g = p.known(c)
     cut = np.full(len(k), np.nan) if thresholds is None else thresholds[k,c]
-    out = {'label': p.labels[c], 'images': len(k), 'patients': len(set(g)), 'positives': int(t.sum()), 'negatives': int((t==0).sum()), 'unknown': len(p.table)-len(k),
-           'prevalence': float(t.mean()) if len(t) else math.nan, 'constant': bool(len(k)>1 and s.min()==s.max()), 'threshold': None, 'operating': {}, 'confusion': None, 'curves': {}, 'histogram': None}
-    if not len(k): return out | {f: _undefined(0, 'no image with a known target') for f in ('auroc','average_precision')} | {'calibration': calibration_figures([], [], [])}
+    out = {'label': p.labels[c], 'images': len(k), 'patients': len(set(g)), 'positives': int(t.sum()),
+        'negatives': int((t==0).sum()), 'unknown': len(p.table)-len(k),
+           'prevalence': float(t.mean()) if len(t) else math.nan,
+           'constant': bool(len(k)>1 and s.min()==s.max()), 'threshold': None, 'operating': {},
+           'confusion': None, 'curves': {}, 'histogram': None}
+    if not len(k):
+        return out | {f: _undefined(0, 'no image with a known target')
+            for f in ('auroc','average_precision')} | {'calibration': calibration_figures([], [], [])}
     if np.isfinite(cut).all():
         calls = s>=cut
         out |= {'threshold': float(cut.mean()), 'operating': operating_figures(t, calls, g, n, seed),
-                'confusion': [[int(((t>0)==a)[calls==b].sum()) for b in (False, True)] for a in (False, True)]}
-    return out | {'auroc': figure(len(k), auroc_ci, t, s, g), 'average_precision': figure(len(k), bootstrap_ci, average_precision, t, s, g, n, seed),
-                  'calibration': calibration_figures(t, s, g, n=n, seed=seed), 'curves': _curves(t, s, g, n, seed), 'histogram': _histogram(t, s)}
+                'confusion': [[int(((t>0)==a)[calls==b].sum()) for b in (False, True)]
+                for a in (False, True)]}
+    return out | {'auroc': figure(len(k), auroc_ci, t, s, g),
+        'average_precision': figure(len(k), bootstrap_ci, average_precision, t, s, g, n, seed),
+                  'calibration': calibration_figures(t, s, g, n=n, seed=seed),
+                  'curves': _curves(t, s, g, n, seed), 'histogram': _histogram(t, s)}
 
 def worst_errors(
     p: Predictions,
     thresholds=None, # (N, C); None or NaN: 0.5
     each: int=3,     # of each kind and label
 ) -> list[dict]:
-    "The false negatives and false positives furthest from the threshold: `label`, `kind`, `image_id`, `score`, `threshold`."
+    """The false negatives and false positives furthest from the threshold: `label`, `kind`, `image_id`,
+    `score`, `threshold`."""
     out = []
     for c,l in enumerate(p.labels):
         k,t,s,_ = p.known(c)
-        cut = np.where(np.isnan(thresholds[k,c]), .5, thresholds[k,c]) if thresholds is not None else np.full(len(k), .5)
+        cut = (np.where(np.isnan(thresholds[k,c]), .5, thresholds[k,c]) if thresholds is not None
+            else np.full(len(k), .5))
         ids = p.table.image_id.to_numpy()[k]
-        for kind,wrong,far in (('false negative', (t>0) & (s<cut), cut-s), ('false positive', (t==0) & (s>=cut), s-cut)):
+        for kind,wrong,far in (('false negative', (t>0) & (s<cut), cut-s),
+                ('false positive', (t==0) & (s>=cut), s-cut)):
             rows = sorted(np.flatnonzero(wrong), key=lambda i: (-far[i], str(ids[i])))[:each]
-            out += [{'label': l, 'kind': kind, 'image_id': str(ids[i]), 'score': float(s[i]), 'threshold': float(cut[i])} for i in rows]
+            out += [{'label': l, 'kind': kind, 'image_id': str(ids[i]), 'score': float(s[i]),
+                'threshold': float(cut[i])} for i in rows]
     return out
 
 # %% ../nbs/62_evaluation.ipynb #8b26e56d
@@ -234,16 +288,19 @@ def grade_figures(
     n: int=400,                  # draws
     seed: int=0,
 ) -> dict:
-    "Confusion of the grades, quadratic kappa, accuracy, and for each grade how many are called right (positive, or negative for grade 0)."
+    """Confusion of the grades, quadratic kappa, accuracy, and for each grade how many are called right
+    (positive, or negative for grade 0)."""
     k = max(int(table[['grade','grade_predicted']].max().max())+1, len(names or ()))
     names,g = [str(o) for o in (names or range(k))],table.patient_id
     hits = table.grade==table.grade_predicted
     out = {'names': names, 'confusion': confusion(table.grade, table.grade_predicted, k).to_numpy().tolist(),
-           'quadratic kappa': figure(len(table), bootstrap_ci, quadratic_kappa, table.grade, table.grade_predicted, g, n, seed),
+           'quadratic kappa': figure(len(table), bootstrap_ci, quadratic_kappa, table.grade,
+           table.grade_predicted, g, n, seed),
            'accuracy': figure(len(table), proportion_ci, hits, None, g), 'found': []}
     for i in range(k) if calls is not None else ():
         m = (table.grade==i).to_numpy()
-        out['found'].append({'grade': names[i], **(figure(m.sum(), proportion_ci, calls==(i>0), m, g) if m.any() else _undefined(0, 'no such images'))})
+        out['found'].append({'grade': names[i], **(figure(m.sum(), proportion_ci, calls==(i>0), m, g)
+            if m.any() else _undefined(0, 'no such images'))})
     return out
 
 # %% ../nbs/62_evaluation.ipynb #4e74b6ee
@@ -259,11 +316,13 @@ def in_years(
 def in_ranges(
     values: pd.Series, # a column of the table
 ) -> pd.Series:
-    "The column as text: ages as ranges of years, other numbers with many values as quarters, '' and NaN as 'unknown'."
+    """The column as text: ages as ranges of years, other numbers with many values as quarters, '' and NaN as
+    'unknown'."""
     v = in_years(values)
     if pd.api.types.is_numeric_dtype(v) and not pd.api.types.is_bool_dtype(v) and v.nunique()>8:
         years = 'age' in re.split(r'[^a-z]+', re.sub(r'(?<=[a-z])(?=[A-Z])', '_', str(values.name)).lower())
-        edges,names = ([0, 18, 40, 65, 200],['under 18','18 to 39','40 to 64','65 and over']) if years else (np.unique(v.quantile([0, .25, .5, .75, 1])),None)
+        edges,names = (([0, 18, 40, 65, 200],['under 18','18 to 39','40 to 64','65 and over']) if years
+            else (np.unique(v.quantile([0, .25, .5, .75, 1])),None))
         if names is None:
             edges[-1] = np.nextafter(edges[-1], np.inf)
             names = [f'{a:.4g} to {b:.4g}' for a,b in zip(edges, edges[1:])]
@@ -276,26 +335,34 @@ def _in_group(p, c, m, thresholds) -> dict:
     "AUROC, sensitivity and specificity of label `c` in the rows `m` (bool)."
     known = p.known(c)
     k,t,s,g = (o[m[known[0]]] for o in known)
-    out = {'label': p.labels[c], 'images': len(k), 'positives': int(t.sum()), 'auroc': figure(len(k), auroc_ci, t, s, g) if len(k) else _undefined(0, 'no such images')}
+    out = {'label': p.labels[c], 'images': len(k), 'positives': int(t.sum()),
+        'auroc': figure(len(k), auroc_ci, t, s, g) if len(k) else _undefined(0, 'no such images')}
     if np.isnan(thresholds[:,c]).any(): return out
     calls = s>=thresholds[k,c]
-    return out | {name: figure(of.sum(), proportion_ci, hit, of, g) if of.any() else _undefined(0, 'no such images') for name,hit,of in (('sensitivity', calls, t>0), ('specificity', ~calls, t==0))}
+    return out | {name: figure(of.sum(), proportion_ci, hit, of, g) if of.any()
+        else _undefined(0, 'no such images') for name,hit,of in (('sensitivity', calls, t>0),
+        ('specificity', ~calls, t==0))}
 
 def subgroup_figures(
     p: Predictions,
     columns,          # names of columns of the table
     thresholds=None,  # (N, C), as of `thresholds_of`
 ) -> list[dict]:
-    "One entry a group: `column`, `group`, `images`, `patients`, and `labels`: for each `positives` and figures `auroc`, `sensitivity`, `specificity`."
+    """One entry a group: `column`, `group`, `images`, `patients`, and `labels`: for each `positives` and
+    figures `auroc`, `sensitivity`, `specificity`."""
     absent = [c for c in columns if c not in p.table]
-    if absent: raise DataError(f"The predictions have no column {absent[0]!r} for subgroups; their columns are {', '.join(map(str, p.table.columns))}", "Name columns of the table")
+    if absent:
+        raise DataError(f"The predictions have no column {absent[0]!r} for subgroups; their columns are "
+            f"{', '.join(map(str, p.table.columns))}", "Name columns of the table")
     thresholds = np.full(p.scores.shape, np.nan) if thresholds is None else thresholds
     out = []
     for column in columns:
         groups = in_ranges(p.table[column])
         for name in sorted(groups.unique(), key=lambda o: (o=='unknown', o!='under 18', o)):
             m = (groups==name).to_numpy()
-            out.append({'column': column, 'group': name, 'images': int(m.sum()), 'patients': int(p.table.patient_id[m].nunique()), 'labels': [_in_group(p, c, m, thresholds) for c in range(len(p.labels))]})
+            out.append({'column': column, 'group': name, 'images': int(m.sum()),
+                'patients': int(p.table.patient_id[m].nunique()),
+                'labels': [_in_group(p, c, m, thresholds) for c in range(len(p.labels))]})
     return out
 
 # %% ../nbs/62_evaluation.ipynb #fe0899b0
@@ -306,7 +373,8 @@ def _mean_figures(p: Predictions, missing: str, n: int, seed: int) -> dict:
     out = {'labels': there, 'left_out': [l for l in p.labels if l not in there] if missing=='skip' else []}
     for name,k in (('auroc','auroc'), ('average_precision','ap')):
         known = not math.isnan(row[k]) if k in row else False
-        out[name] = {'value': row[k], 'low': row[f'{k}_low'], 'high': row[f'{k}_high'], 'n': len(p.table), 'reason': ''} if known else _undefined(len(p.table), row.reason or 'not defined')
+        out[name] = ({'value': row[k], 'low': row[f'{k}_low'], 'high': row[f'{k}_high'], 'n': len(p.table),
+            'reason': ''} if known else _undefined(len(p.table), row.reason or 'not defined'))
     return out
 
 def comparison_figures(
@@ -316,18 +384,29 @@ def comparison_figures(
     n: int=400,            # draws, for the mean over labels
     seed: int=0,
 ) -> list[dict]:
-    "A row a label and pair of models: `label`, `a`, `b` with their AUROCs `figure_a` and `figure_b`, `difference` with `low` and `high`, `p`, `p_holm`, `n`, `reason`; with several labels also for their mean."
+    """A row a label and pair of models: `label`, `a`, `b` with their AUROCs `figure_a` and `figure_b`,
+    `difference` with `low` and `high`, `p`, `p_holm`, `n`, `reason`; with several labels also for their
+    mean."""
     models = {name: p}
     for other,table in others.items():
         o = check_predictions(table, None if p.labels==['positive'] else p.labels)
         rows = pd.Index(o.table.image_id).get_indexer(p.table.image_id)
-        if (rows<0).any() or len(o.table)!=len(p.table): raise DataError(f"Model {other} has scored other images: {int((rows<0).sum())} of {len(p.table)} are missing there, {len(o.table) - int((rows>=0).sum())} are more", "Compare models on the same images")
-        if not np.array_equal(o.targets[rows], p.targets, equal_nan=True): raise DataError(f"Model {other} was given other truths for the same images", "Compare models on the same truth")
+        if (rows<0).any() or len(o.table)!=len(p.table):
+            raise DataError(f"Model {other} has scored other images: {int((rows<0).sum())} of {len(p.table)} "
+                f"are missing there, {len(o.table) - int((rows>=0).sum())} are more",
+                "Compare models on the same images")
+        if not np.array_equal(o.targets[rows], p.targets, equal_nan=True):
+            raise DataError(f"Model {other} was given other truths for the same images",
+                "Compare models on the same truth")
         models[other] = Predictions(p.table, p.labels, p.targets, o.scores[rows], p.unknown)
-    figures = {(m, l): figure(len(k), auroc_ci, t, s, g) for m,o in models.items() for c,l in enumerate(o.labels) for k,t,s,g in [o.known(c)]}
-    if len(p.labels)>1: figures |= {(m, 'mean'): _mean_figures(o, 'skip', n, seed)['auroc'] for m,o in models.items()}
-    rows = compare_models(p.targets, {m: o.scores for m,o in models.items()}, p.labels, p.patients, n=n, seed=seed).drop(columns=['auroc_a','auroc_b']).to_dict('records')
-    return [r | {'figure_a': figures[r['a'],r['label']], 'figure_b': figures[r['b'],r['label']]} for r in rows]
+    figures = {(m, l): figure(len(k), auroc_ci, t, s, g) for m,o in models.items()
+        for c,l in enumerate(o.labels) for k,t,s,g in [o.known(c)]}
+    if len(p.labels)>1:
+        figures |= {(m, 'mean'): _mean_figures(o, 'skip', n, seed)['auroc'] for m,o in models.items()}
+    rows = compare_models(p.targets, {m: o.scores for m,o in models.items()}, p.labels, p.patients, n=n,
+        seed=seed).drop(columns=['auroc_a','auroc_b']).to_dict('records')
+    return [r | {'figure_a': figures[r['a'],r['label']], 'figure_b': figures[r['b'],r['label']]}
+        for r in rows]
 
 # %% ../nbs/62_evaluation.ipynb #5860d20a
 def evaluate_table(
@@ -342,15 +421,21 @@ def evaluate_table(
     name: str='this model',     # of the model, where there are others
     missing: str='n/a',         # the mean over labels of which some lack a class: 'n/a', or 'skip' them
 ) -> dict:
-    "Every figure of a table of predictions, as plain numbers. Raises `DataError` for a table that is no evaluation."
+    """Every figure of a table of predictions, as plain numbers. Raises `DataError` for a table that is no
+    evaluation."""
     p = check_predictions(table, labels)
     cuts = thresholds_of(p, threshold)
     tuned = threshold if isinstance(threshold, Thresholds) else None
-    out = {'images': len(p.table), 'patients': len(set(p.patients)), 'unknown': p.unknown, 'labels': [label_figures(p, c, cuts, n, seed) for c in range(len(p.labels))],
-           'mean': _mean_figures(p, missing, n, seed) if len(p.labels)>1 else None, 'subgroups': subgroup_figures(p, subgroups, cuts), 'worst': worst_errors(p, cuts), 'grades': None,
-           'comparison': comparison_figures(p, others, name, n, seed) if others else [], 'models': [name, *others] if others else [],
-           'threshold_from': str(tuned) if tuned else '', 'threshold_leak': len(tuned.patients & set(map(str, p.patients))) if tuned else 0}
+    out = {'images': len(p.table), 'patients': len(set(p.patients)), 'unknown': p.unknown,
+        'labels': [label_figures(p, c, cuts, n, seed) for c in range(len(p.labels))],
+           'mean': _mean_figures(p, missing, n, seed) if len(p.labels)>1 else None,
+           'subgroups': subgroup_figures(p, subgroups, cuts), 'worst': worst_errors(p, cuts), 'grades': None,
+           'comparison': comparison_figures(p, others, name, n, seed) if others else [],
+           'models': [name, *others] if others else [],
+           'threshold_from': str(tuned) if tuned else '',
+           'threshold_leak': len(tuned.patients & set(map(str, p.patients))) if tuned else 0}
     t = p.table
     if 'grade' in t and 'grade_predicted' in t and max(t.grade.max(), t.grade_predicted.max())>1:
-        out['grades'] = grade_figures(t, grade_names, None if np.isnan(cuts[:,0]).any() else p.scores[:,0]>=cuts[:,0], n, seed)
+        out['grades'] = grade_figures(t, grade_names,
+            None if np.isnan(cuts[:,0]).any() else p.scores[:,0]>=cuts[:,0], n, seed)
     return out

@@ -8,7 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/explain.html.md"""
 __all__ = ['as_map', 'gradcam', 'hottest', 'heat_overlay', 'heat_to_stored', 'deletion_check']
 
 # %% ../nbs/60_explain.ipynb #9637c3df
-import difflib, math
+import difflib
+import math
 from contextlib import contextmanager
 
 import cv2
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../nbs/60_explain.ipynb #05c2e561
-from .core import ModelError, RadiologyError, Radiograph, resize_array, rng, scale, shift
+from .core import ModelError, Radiograph, RadiologyError, resize_array, rng, scale, shift
 
 # %% ../nbs/60_explain.ipynb #e7fdc08f
 def as_map(
@@ -45,23 +46,29 @@ def _find_layer(model: nn.Module, x, layer) -> nn.Module:
     "The module that `layer` (a module, its name, or None) means."
     names = dict(model.named_modules())
     if isinstance(layer, nn.Module):
-        if not any(m is layer for m in names.values()): raise ModelError(f"The layer {type(layer).__name__} is not part of the model", "Give a module of this model, or its name")
+        if not any(m is layer for m in names.values()):
+            raise ModelError(f"The layer {type(layer).__name__} is not part of the model",
+                "Give a module of this model, or its name")
         return layer
     if layer is not None:
         if layer in names and layer: return names[layer]
         near = difflib.get_close_matches(str(layer), list(names), n=3)
-        raise ModelError(f"The model has no layer {layer!r}", f"Near it: {', '.join(near)}" if near else "Take a name of model.named_modules()")
+        raise ModelError(f"The model has no layer {layer!r}",
+            f"Near it: {', '.join(near)}" if near else "Take a name of model.named_modules()")
     body = getattr(model, 'body', None)
     return body if isinstance(body, nn.Module) else _last_map(model, x)
 
 def _last_map(model: nn.Module, x) -> nn.Module:
     "The last module in the order of computation whose output is a map."
     found,prefix = [],_prefix(model)
-    hooks = [m.register_forward_hook(lambda m,_,out: found.append(m) if as_map(out, prefix) is not None else None) for m in model.modules()]
+    hooks = [m.register_forward_hook(lambda m,_,out: found.append(m) if as_map(out, prefix) is not None
+        else None) for m in model.modules()]
     try: model(x[:1])
     finally:
         for h in hooks: h.remove()
-    if not found: raise ModelError(f"No layer of {type(model).__name__} has a spatial map for {x.shape[-2]} x {x.shape[-1]} pixels", "GradCAM needs a network with feature maps; give larger images, or layer=")
+    if not found:
+        raise ModelError(f"No layer of {type(model).__name__} has a spatial map for {x.shape[-2]} x "
+            f"{x.shape[-1]} pixels", "GradCAM needs a network with feature maps; give larger images, or layer=")
     return found[-1]
 
 # %% ../nbs/60_explain.ipynb #f407d5e7
@@ -78,14 +85,18 @@ def _forward(model: nn.Module, layer: nn.Module, x) -> tuple:
     "The layer's output, from which the graph starts, and the model's output."
     kept = []
     def hook(module, inputs, out):
-        if not isinstance(out, torch.Tensor): raise ModelError(f"The layer {type(module).__name__} gives a {type(out).__name__}", "Choose a layer that gives one tensor")
+        if not isinstance(out, torch.Tensor):
+            raise ModelError(f"The layer {type(module).__name__} gives a {type(out).__name__}",
+                "Choose a layer that gives one tensor")
         torch.set_grad_enabled(True)
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()
     handle = layer.register_forward_hook(hook)
     try: out = model(x)
     finally: handle.remove()
-    if not kept: raise ModelError(f"The layer {type(layer).__name__} does not take part in the computation", "Choose another layer")
+    if not kept:
+        raise ModelError(f"The layer {type(layer).__name__} does not take part in the computation",
+            "Choose another layer")
     return kept[0],out
 
 # %% ../nbs/60_explain.ipynb #2e64e124
@@ -95,7 +106,9 @@ def _scores(out: torch.Tensor, target) -> torch.Tensor:
     out = out.reshape(len(out), -1)
     if target is None: target = out.argmax(1)
     t = torch.as_tensor(target, device=out.device).long().expand(len(out))
-    if t.min()<0 or t.max()>=out.shape[1]: raise ModelError(f"target is {int(t.max() if t.max()>=out.shape[1] else t.min())} but the model has {out.shape[1]} outputs", "Count the classes from 0")
+    if t.min()<0 or t.max()>=out.shape[1]:
+        raise ModelError(f"target is {int(t.max() if t.max()>=out.shape[1] else t.min())} but the model has "
+            f"{out.shape[1]} outputs", "Count the classes from 0")
     return out.gather(1, t[:,None])[:,0]
 
 def gradcam(
@@ -104,8 +117,11 @@ def gradcam(
     target=None,      # a class number, one for each image, a function from logits (B, K) to scores (B,); None: the class with the highest logit
     layer=None,       # a module or its name; None: `model.body`, or the last module with a map
 ) -> np.ndarray:
-    "(B, H, W) float32 heat in [0, 1], the hottest place of each image 1; all 0 where nothing speaks for the class. Raises `ModelError`."
-    if getattr(x, 'ndim', 0)!=4 or not len(x): raise ModelError(f"x has shape {tuple(getattr(x, 'shape', ()))}", "Give a batch of images (B, C, H, W)")
+    """(B, H, W) float32 heat in [0, 1], the hottest place of each image 1; all 0 where nothing speaks for the
+    class. Raises `ModelError`."""
+    if getattr(x, 'ndim', 0)!=4 or not len(x):
+        raise ModelError(f"x has shape {tuple(getattr(x, 'shape', ()))}",
+            "Give a batch of images (B, C, H, W)")
     p = next(model.parameters(), None)
     with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
         x = torch.as_tensor(x).as_subclass(torch.Tensor).detach().clone()
@@ -113,13 +129,18 @@ def gradcam(
         module = _find_layer(model, x, layer)
         a,out = _forward(model, module, x)
         grad, = torch.autograd.grad(_scores(out, target).sum(), a, allow_unused=True)
-        return _heat(module, a.detach(), torch.zeros_like(a) if grad is None else grad, _prefix(model), x.shape[-2:])
+        return _heat(module, a.detach(), torch.zeros_like(a) if grad is None else grad, _prefix(model),
+            x.shape[-2:])
 
 def _heat(module: nn.Module, a, grad, prefix: int, size) -> np.ndarray:
     "Channels weighted by their mean gradient, positive part, at the size of the images."
     maps,slopes = as_map(a, prefix),as_map(grad, prefix)
-    if maps is None: raise ModelError(f"The layer {type(module).__name__} gives {tuple(a.shape)}, which is no spatial map", "Choose a layer before the pooling")
-    if a.ndim==3 and not slopes.any(): raise ModelError("The score does not depend on the image tokens of this layer, only on the class token", "Choose an earlier layer, such as 'blocks.11.norm1'")
+    if maps is None:
+        raise ModelError(f"The layer {type(module).__name__} gives {tuple(a.shape)}, which is no spatial map",
+            "Choose a layer before the pooling")
+    if a.ndim==3 and not slopes.any():
+        raise ModelError("The score does not depend on the image tokens of this layer, only on the class "
+            "token", "Choose an earlier layer, such as 'blocks.11.norm1'")
     cam = (maps*slopes.mean((2, 3), keepdim=True)).sum(1, keepdim=True).clamp(min=0).float()
     cam = F.interpolate(cam, size=tuple(size), mode='bilinear', align_corners=False)[:,0]
     return (cam/cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()
@@ -128,7 +149,8 @@ def _heat(module: nn.Module, a, grad, prefix: int, size) -> np.ndarray:
 def hottest(
     heat: np.ndarray, # (H, W)
 ) -> tuple[float, float]:
-    "(row, column) of the hottest point, continuous with pixel centres at .5; (NaN, NaN) where the heat is the same everywhere."
+    """(row, column) of the hottest point, continuous with pixel centres at .5; (NaN, NaN) where the heat is
+    the same everywhere."""
     h = np.asarray(heat, float)
     if h.ndim!=2: raise RadiologyError(f"The heat has shape {h.shape}", "Give one map (H, W)")
     if not h.size or not h.max()>h.min(): return math.nan,math.nan
@@ -152,7 +174,8 @@ def heat_overlay(
     if grey.ndim!=2: raise RadiologyError(f"pixels have shape {grey.shape}", "Give one grey image (H, W)")
     grey = grey.astype(np.float32)/(255 if grey.dtype==np.uint8 else 1)
     heat = resize_array(np.asarray(heat, np.float32), grey.shape).clip(0, 1)
-    colour = cv2.applyColorMap(np.rint(255*(.25+.75*heat)).astype(np.uint8), cv2.COLORMAP_INFERNO)[...,::-1]/255.
+    colour = cv2.applyColorMap(np.rint(255*(.25+.75*heat)).astype(np.uint8), cv2.COLORMAP_INFERNO)[...,
+        ::-1]/255.
     a = (alpha*heat)[...,None]
     return np.rint(255*(grey.clip(0, 1)[...,None]*(1-a) + colour*a)).astype(np.uint8)
 
@@ -165,12 +188,14 @@ def heat_to_stored(
     "(rows, columns) float32 heat on the stored image, 0 outside of what the network saw."
     if shape is None:
         shape = tuple(int(radiograph.tags.get(k) or 0) for k in ('Rows','Columns'))
-        if min(shape)<1: raise RadiologyError("The size of the stored image is unknown", "Give shape=(rows, columns)")
+        if min(shape)<1:
+            raise RadiologyError("The size of the stored image is unknown", "Give shape=(rows, columns)")
     heat = np.asarray(heat, np.float32)
     to_heat = scale(heat.shape[1]/radiograph.shape[1], heat.shape[0]/radiograph.shape[0])@radiograph.affine
     m = (shift(-.5, -.5)@to_heat@shift(.5, .5))[:2] # OpenCV counts from pixel centres
     inside = cv2.copyMakeBorder(heat, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-    out = cv2.warpAffine(inside, m + [[0, 0, 1], [0, 0, 1]], (shape[1], shape[0]), flags=cv2.INTER_LINEAR|cv2.WARP_INVERSE_MAP)
+    out = cv2.warpAffine(inside, m + [[0, 0, 1], [0, 0, 1]], (shape[1], shape[0]),
+        flags=cv2.INTER_LINEAR|cv2.WARP_INVERSE_MAP)
     return _only_seen(out, to_heat, heat.shape)
 
 def _only_seen(out: np.ndarray, to_heat: np.ndarray, size: tuple) -> np.ndarray:
@@ -190,15 +215,19 @@ def deletion_check(
     n: int=8,          # random squares for each image
     seed: int=0,       # of their places
 ) -> pd.DataFrame:
-    "One row an image: `hot`, the fall of the score when the hottest square is erased, and `random`, the mean fall for random squares."
+    """One row an image: `hot`, the fall of the score when the hottest square is erased, and `random`, the
+    mean fall for random squares."""
     side = max(1, round(math.sqrt(share*x.shape[-2]*x.shape[-1])))
     high,wide = x.shape[-2]-side+1, x.shape[-1]-side+1
-    if min(high, wide)<1: raise RadiologyError(f"A square of {share} of the area does not fit", "Give a smaller share")
+    if min(high, wide)<1:
+        raise RadiologyError(f"A square of {share} of the area does not fit", "Give a smaller share")
     gen = rng(seed, 'deletion')
     def corner(h):
         r,c = hottest(h)
-        return (0, 0) if math.isnan(r) else (int(np.clip(r-side/2, 0, high-1)), int(np.clip(c-side/2, 0, wide-1)))
-    places = [np.array([corner(h) for h in heat])] + [np.stack([gen.integers(high, size=len(x)), gen.integers(wide, size=len(x))], 1) for _ in range(n)]
+        return ((0, 0) if math.isnan(r) else (int(np.clip(r-side/2, 0, high-1)),
+            int(np.clip(c-side/2, 0, wide-1))))
+    places = [np.array([corner(h) for h in heat])] + [np.stack([gen.integers(high, size=len(x)),
+        gen.integers(wide, size=len(x))], 1) for _ in range(n)]
     with torch.no_grad(), _evaluating(model):
         full = _scores(model(x), target)
         falls = [(full - _scores(model(_erased(x, p, side)), target)).cpu().numpy() for p in places]

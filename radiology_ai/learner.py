@@ -9,7 +9,15 @@ __all__ = ['XrayLearner', 'body_and_head', 'train_prior', 'compile_model', 'xray
            'run_identity', 'run_record']
 
 # %% ../nbs/48_learner.ipynb #9d604e75
-import copy, hashlib, itertools, json, math, platform, re, time, warnings
+import copy
+import hashlib
+import itertools
+import json
+import math
+import platform
+import re
+import time
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -25,11 +33,22 @@ from fastcore.foundation import L
 
 # %% ../nbs/48_learner.ipynb #6099cbec
 import radiology_ai
-from .callbacks import EMA, Accumulate, CheckBatches, KeepBest, Plateau, Precision, SeededRun, TrainingBar, ValidAUROC, scores_auroc
+from radiology_ai.callbacks import (
+    EMA,
+    Accumulate,
+    CheckBatches,
+    KeepBest,
+    Plateau,
+    Precision,
+    SeededRun,
+    TrainingBar,
+    ValidAUROC,
+)
 from .checkpoint import Checkpoint, starting_at
 from .core import DataError, ModelError, RadiologyError
 from .data.split import split_hash
 from .losses import default_loss
+from .metrics.running import scores_auroc
 from .models.backbone import create_model
 from .optimizer import AdamW
 
@@ -45,12 +64,15 @@ class XrayLearner(Learner):
         except BaseException as e:
             for cb in self.cbs:
                 if hasattr(type(cb), 'after_error'): cb.after_error()
-            if isinstance(e, RadiologyError): e.args = (f'{e.what}. {e.remedy}' if e.remedy else e.what,) # fastai puts its own words around it
+            if isinstance(e, RadiologyError):
+                # fastai puts its own words around it
+                e.args = (f'{e.what}. {e.remedy}' if e.remedy else e.what,)
             raise
         finally: self._layout(torch.contiguous_format)
 
     def _layout(self, memory_format):
-        "Convolutions train faster channels-last; between two fits the weights lie as those of a loaded model do, so that both predict the same to the last bit."
+        """Convolutions train faster channels-last; between two fits the weights lie as those of a loaded
+        model do, so that both predict the same to the last bit."""
         if getattr(self, 'settings', {}).get('channels_last'): self.model.to(memory_format=memory_format)
 
     def _do_fit(self):
@@ -64,7 +86,8 @@ class XrayLearner(Learner):
     def all_batches(self):
         self.n_iter,skip = len(self.dl),self.start_batch if self.training else 0
         if skip: self.pct_train = self.reached
-        batches = self.dl if not skip or hasattr(self.dl, 'get_idxs') else itertools.islice(self.dl, skip, None)
+        batches = (self.dl if not skip or hasattr(self.dl, 'get_idxs')
+            else itertools.islice(self.dl, skip, None))
         with starting_at(self.dl, skip if batches is self.dl else 0):
             for i,b in enumerate(batches, skip): self.one_batch(i, b)
         if self.training: self.start_batch = 0
@@ -108,7 +131,8 @@ def compile_model(
 
 def _own_callbacks(dls, seed, monitor, patience, ema, clip, accumulate, precision, show) -> list:
     "The callbacks of these settings."
-    if precision not in ('fp32','bf16','fp16'): raise ModelError(f"precision is {precision!r}", "Give 'fp32', 'bf16' or 'fp16'")
+    if precision not in ('fp32','bf16','fp16'):
+        raise ModelError(f"precision is {precision!r}", "Give 'fp32', 'bf16' or 'fp16'")
     if precision=='fp16' and torch.device(dls.device).type!='cuda':
         warnings.warn(f"fp16 has no use on {dls.device} and is left out", stacklevel=3)
         precision = 'fp32'
@@ -126,9 +150,12 @@ def _network(dls, arch, pretrained, n_in, seed, model_args):
     with torch.random.fork_rng(devices=[]): x,y = dls.one_batch()[:2]
     if isinstance(arch, str):
         n_out = len(dls.vocab) if getattr(dls, 'vocab', None) is not None else dls.c
-        args = dict(prior=train_prior(dls, n_out), multi_label=torch.is_tensor(y) and y.is_floating_point(), seed=seed) | (model_args or {})
+        args = dict(prior=train_prior(dls, n_out), multi_label=torch.is_tensor(y) and y.is_floating_point(),
+            seed=seed) | (model_args or {})
         arch = create_model(arch, n_out, n_in or x.shape[1], pretrained, **args)
-    if not (hasattr(arch, 'body') and hasattr(arch, 'head')): raise ModelError(f"A {type(arch).__name__} has no .body and .head", "Give the name of an architecture, or a model of create_model")
+    if not (hasattr(arch, 'body') and hasattr(arch, 'head')):
+        raise ModelError(f"A {type(arch).__name__} has no .body and .head",
+            "Give the name of an architecture, or a model of create_model")
     return arch,x,y
 
 def xray_learner(
@@ -159,16 +186,22 @@ def xray_learner(
     "A fastai Learner. Raises `ModelError` or `DataError`."
     model,x,y = _network(dls, arch, pretrained, n_in, seed, model_args)
     region = isinstance(y, (dict, TensorMask))
-    if loss_func is None and isinstance(y, dict): raise ModelError("The targets are boxes, and there is no loss for them", "Give the loss_func of your detector")
+    if loss_func is None and isinstance(y, dict):
+        raise ModelError("The targets are boxes, and there is no loss for them",
+            "Give the loss_func of your detector")
     if region and metrics is None: metrics,monitor = [],'valid_loss' if monitor=='auroc' else monitor
     loss_func = loss_func if loss_func is not None else default_loss(y)
-    own = _own_callbacks(dls, seed, monitor, patience, ema, clip, accumulate, precision := 'fp16' if fp16 else precision, show)
+    own = _own_callbacks(dls, seed, monitor, patience, ema, clip, accumulate,
+        precision := 'fp16' if fp16 else precision, show)
     metrics = [ValidAUROC()] if metrics is None else metrics
-    learn = XrayLearner(dls, model, loss_func, opt_func=opt_func, lr=lr, splitter=body_and_head, metrics=metrics, path=path, wd=wd, moms=(.95,.85,.95), cbs=own + list(L(cbs)))
+    learn = XrayLearner(dls, model, loss_func, opt_func=opt_func, lr=lr, splitter=body_and_head,
+        metrics=metrics, path=path, wd=wd, moms=(.95,.85,.95), cbs=own + list(L(cbs)))
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     if hasattr(loss_func, 'to'): loss_func.to(dls.device)
     compile = compile and compile_model(model, x.as_subclass(torch.Tensor))
-    learn.settings = dict(optimizer=getattr(opt_func, '__name__', type(opt_func).__name__), monitor=monitor, patience=patience, ema=ema, clip=clip, accumulate=accumulate, precision=precision, channels_last=channels_last, compiled=compile)
+    learn.settings = dict(optimizer=getattr(opt_func, '__name__', type(opt_func).__name__), monitor=monitor,
+        patience=patience, ema=ema, clip=clip, accumulate=accumulate, precision=precision,
+        channels_last=channels_last, compiled=compile)
     learn.seed,learn.history,learn.seconds,learn.plan,learn.logger = seed,[],0.,{},_quiet
     return learn
 
@@ -186,12 +219,15 @@ def fit_two_phase(self:Learner,
     every: int=200,               # batches between two checkpoints
     plateau: dict|None=None,      # arguments of `Plateau` for that schedule
 ) -> Learner:
-    "Train the head, then everything; the curves are added to `learn.history`. Raises `ModelError` for a folder of another run."
-    if schedule not in _SCHEDULES: raise ModelError(f"schedule is {schedule!r}", f"Give one of {', '.join(map(repr, _SCHEDULES))}")
+    """Train the head, then everything; the curves are added to `learn.history`. Raises `ModelError` for a
+    folder of another run."""
+    if schedule not in _SCHEDULES:
+        raise ModelError(f"schedule is {schedule!r}", f"Give one of {', '.join(map(repr, _SCHEDULES))}")
     known = bool(getattr(self.model.body, 'pretrained', False))
     lr,div = lr or self.lr,(10 if known else 1) if body_div is None else body_div
     head_epochs = int(known) if head_epochs is None else head_epochs
-    self.plan = dict(epochs=epochs, head_epochs=head_epochs, lr=float(lr), body_div=float(div), schedule=schedule, plateau=plateau)
+    self.plan = dict(epochs=epochs, head_epochs=head_epochs, lr=float(lr), body_div=float(div),
+        schedule=schedule, plateau=plateau)
     phases = [o for o in (('head', head_epochs), ('all', epochs)) if o[1]]
     self.started = time.perf_counter()
     saver = [] if checkpoint is None else [Checkpoint(checkpoint, every)]
@@ -217,13 +253,17 @@ def _fit_phase(self:Learner, phase, n, lr, div, schedule, plateau):
     rates = slice(lr/div, lr)
     if schedule=='one_cycle': self.fit_one_cycle(n, rates, pct_start=.25, div=10.)
     elif schedule=='flat_cos': self.fit_flat_cos(n, rates)
-    else: self.fit(n, rates, cbs=Plateau(**{'monitor': getattr(self, 'settings', {}).get('monitor') or 'valid_loss', **(plateau or {})}))
+    else:
+        self.fit(n, rates, cbs=Plateau(**{'monitor': getattr(self, 'settings', {}).get('monitor')
+            or 'valid_loss', **(plateau or {})}))
 
 @patch
 def _remember(self:Learner, phase: str):
     "Add the recorder's curves to the history."
     names = [n for n in list(self.recorder.metric_names)[1:] if n!='time']
-    for values in self.recorder.values: self.history.append({'phase': phase, 'epoch': len(self.history)} | {n: None if v is None or math.isnan(v) else round(float(v), 6) for n,v in zip(names, values)})
+    for values in self.recorder.values:
+        self.history.append({'phase': phase, 'epoch': len(self.history)}
+            | {n: None if v is None or math.isnan(v) else round(float(v), 6) for n,v in zip(names, values)})
 
 # %% ../nbs/48_learner.ipynb #50042191
 def predict_scores(
@@ -231,9 +271,12 @@ def predict_scores(
     dl,                      # batches (images,) or (images, targets), or tensors of images
     activation: bool=False,  # probabilities by the Learner's loss rather than logits
 ) -> tuple:
-    "((N, C) float32 logits, targets or None) of all images of `dl`, in order. Of several targets the last is given; boxes are none."
+    """((N, C) float32 logits, targets or None) of all images of `dl`, in order. Of several targets the last
+    is given; boxes are none."""
     model = learn_or_model.model if isinstance(learn_or_model, Learner) else learn_or_model
-    if activation and model is learn_or_model: raise ModelError("A model alone does not know its activation", "Give the Learner, or apply softmax or sigmoid to the logits")
+    if activation and model is learn_or_model:
+        raise ModelError("A model alone does not know its activation",
+            "Give the Learner, or apply softmax or sigmoid to the logits")
     device,training,out,targets = next(model.parameters()).device,model.training,[],[]
     model.eval()
     try:
@@ -259,58 +302,79 @@ def data_hash(
 def _split_hash(tables) -> str|None:
     "The hash of which image (and patient, where it is known) is in which split."
     if not tables or not all('image_id' in t for t in tables.values()): return None
-    return split_hash(pd.concat([t[['image_id']].assign(patient_id=t.patient_id if 'patient_id' in t else t.image_id, split=name) for name,t in tables.items()]))
+    return split_hash(pd.concat([t[['image_id']].assign(patient_id=t.patient_id if 'patient_id' in t
+        else t.image_id, split=name) for name,t in tables.items()]))
 
 def _versions() -> dict:
-    import fastai, timm, torchvision
-    return dict(radiology_ai=radiology_ai.__version__, torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__, timm=timm.__version__, numpy=np.__version__, python=platform.python_version())
+    import fastai
+    import timm
+    import torchvision
+    return dict(radiology_ai=radiology_ai.__version__, torch=torch.__version__,
+        torchvision=torchvision.__version__, fastai=fastai.__version__, timm=timm.__version__,
+        numpy=np.__version__, python=platform.python_version())
 
 def _machine(learn) -> dict:
     device = torch.device(learn.dls.device)
-    return dict(device=str(device), processor=torch.cuda.get_device_name(device) if device.type=='cuda' else platform.machine(), threads=torch.get_num_threads(), platform=platform.platform())
+    return dict(device=str(device), processor=torch.cuda.get_device_name(device) if device.type=='cuda'
+        else platform.machine(), threads=torch.get_num_threads(), platform=platform.platform())
 
 def _plain(x):
     "Values for JSON; what is none is told by its kind and settings."
     if isinstance(x, np.generic): return x.item()
     if x is None or isinstance(x, (bool, int, float, str)): return x
-    if torch.is_tensor(x) or isinstance(x, np.ndarray): return _plain(x.tolist()) if math.prod(x.shape)<=64 else hashlib.sha256(np.ascontiguousarray(torch.as_tensor(x).detach().cpu().float()).tobytes()).hexdigest()
+    if torch.is_tensor(x) or isinstance(x, np.ndarray):
+        return (_plain(x.tolist()) if math.prod(x.shape)<=64
+            else hashlib.sha256(
+            np.ascontiguousarray(torch.as_tensor(x).detach().cpu().float()).tobytes()).hexdigest())
     if isinstance(x, dict): return {str(k): _plain(v) for k,v in x.items()}
     if isinstance(x, (list, tuple, L)): return [_plain(v) for v in x]
     return re.sub(r' at 0x[0-9a-f]+', '', repr(x))
 
 def _described(x) -> dict:
     "The kind of an object and its public settings."
-    inner = {k: v for k,v in vars(x).items() if not k.startswith('_') and k!='training' and not callable(v)} if hasattr(x, '__dict__') else {}
+    inner = ({k: v for k,v in vars(x).items() if not k.startswith('_') and k!='training' and not callable(v)}
+        if hasattr(x, '__dict__') else {})
     buffers = {k: v for k,v in x.state_dict().items()} if isinstance(x, torch.nn.Module) else {}
     return {'kind': getattr(x, '__qualname__', type(x).__name__), **_plain(inner | buffers)}
 
 def _tables(learn) -> dict:
-    return {k: ds.items for k,ds in (('train', learn.dls.train_ds), ('valid', learn.dls.valid_ds)) if isinstance(getattr(ds, 'items', None), pd.DataFrame)}
+    return {k: ds.items for k,ds in (('train', learn.dls.train_ds), ('valid', learn.dls.valid_ds))
+        if isinstance(getattr(ds, 'items', None), pd.DataFrame)}
 
 def _data(learn) -> dict:
     "What was learnt from, by check sums."
     dls,tables = learn.dls,_tables(learn)
     store = getattr(dls.train_ds, 'store', None)
-    return dict(images={k: len(ds) for k,ds in (('train', dls.train_ds), ('valid', dls.valid_ds))}, data_hash={k: data_hash(t) for k,t in tables.items()},
-        split_hash=_split_hash(tables), store=getattr(store, 'fingerprint', None), recipe=store.recipe.to_dict() if hasattr(store, 'recipe') else None,
-        labels=_plain(dls.__dict__.get('labels')), views=_plain(dls.__dict__.get('views')), vocab=_plain(dls.vocab) if getattr(dls, 'vocab', None) is not None else None,
-        bs=int(dls.train.bs or 0), sampler=_plain(_sampler(dls.train)), transforms=[_plain(t) for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', [])])
+    return dict(images={k: len(ds) for k,ds in (('train', dls.train_ds), ('valid', dls.valid_ds))},
+        data_hash={k: data_hash(t) for k,t in tables.items()},
+        split_hash=_split_hash(tables), store=getattr(store, 'fingerprint', None),
+        recipe=store.recipe.to_dict() if hasattr(store, 'recipe') else None,
+        labels=_plain(dls.__dict__.get('labels')), views=_plain(dls.__dict__.get('views')),
+        vocab=_plain(dls.vocab) if getattr(dls, 'vocab', None) is not None else None,
+        bs=int(dls.train.bs or 0), sampler=_plain(_sampler(dls.train)),
+        transforms=[_plain(t) for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', [])])
 
 def _sampler(dl):
     "The kind, seed and number of batches of a loader's sampler."
     s = dl.__dict__.get('sampler')
-    return None if s is None else dict(kind=type(s).__name__, seed=getattr(s, 'seed', None), bs=getattr(s, 'bs', None), min_per_class=getattr(s, 'min_per_class', None), batches=len(dl))
+    return (None if s is None else dict(kind=type(s).__name__, seed=getattr(s, 'seed', None),
+        bs=getattr(s, 'bs', None), min_per_class=getattr(s, 'min_per_class', None), batches=len(dl)))
 
 # %% ../nbs/48_learner.ipynb #77bf1bb5
 def run_identity(
     learn: Learner, # before or after training
 ) -> dict:
     "All that the weights at the end depend on, as plain values, apart from versions and machine."
-    targets = {k: _plain(np.asarray(t, float)) for k,ds in (('train', learn.dls.train_ds), ('valid', learn.dls.valid_ds)) if (t := getattr(ds, 'targets', None)) is not None}
+    targets = {k: _plain(np.asarray(t, float)) for k,ds in (('train', learn.dls.train_ds),
+        ('valid', learn.dls.valid_ds)) if (t := getattr(ds, 'targets', None)) is not None}
     model = learn.model
-    return json.loads(json.dumps(dict(seed=learn.seed, plan=learn.plan, settings=getattr(learn, 'settings', {}), lr=float(learn.lr), wd=float(learn.wd), loss=_described(learn.loss_func),
-        network=_plain(getattr(model, 'config', None) or type(model).__name__), weights={k: list(v.shape) for k,v in model.state_dict().items()}, data=_data(learn), targets=targets,
-        callbacks={cb.name: getattr(cb, 'settings', None) for cb in sorted(learn.cbs, key=lambda cb: cb.name) if not getattr(type(cb), 'watches', False) and not isinstance(cb, Checkpoint)}), default=str))
+    return json.loads(json.dumps(dict(seed=learn.seed, plan=learn.plan,
+        settings=getattr(learn, 'settings', {}), lr=float(learn.lr), wd=float(learn.wd),
+        loss=_described(learn.loss_func),
+        network=_plain(getattr(model, 'config', None) or type(model).__name__),
+        weights={k: list(v.shape) for k,v in model.state_dict().items()}, data=_data(learn), targets=targets,
+        callbacks={cb.name: getattr(cb, 'settings', None) for cb in sorted(learn.cbs, key=lambda cb: cb.name)
+        if not getattr(type(cb), 'watches', False) and not isinstance(cb, Checkpoint)}), default=str))
 
 def run_record(
     learn: Learner, # after training
@@ -318,7 +382,11 @@ def run_record(
 ) -> dict:
     "Versions, seed, data, split, network, settings and curves of a run, as plain values."
     model = learn.model
-    record = dict(versions=_versions(), machine=_machine(learn), seed=learn.seed, network=_plain(getattr(model, 'config', {})), pretrained=bool(getattr(model.body, 'pretrained', False)),
-        parameters=sum(p.numel() for p in model.parameters()), loss=type(learn.loss_func).__name__, loss_settings=_described(learn.loss_func), lr=float(learn.lr), wd=float(learn.wd),
-        settings=getattr(learn, 'settings', {}), plan=learn.plan, **_data(learn), seconds=round(learn.seconds, 2), curves=learn.history)
+    record = dict(versions=_versions(), machine=_machine(learn), seed=learn.seed,
+        network=_plain(getattr(model, 'config', {})),
+        pretrained=bool(getattr(model.body, 'pretrained', False)),
+        parameters=sum(p.numel() for p in model.parameters()), loss=type(learn.loss_func).__name__,
+        loss_settings=_described(learn.loss_func), lr=float(learn.lr), wd=float(learn.wd),
+        settings=getattr(learn, 'settings', {}), plan=learn.plan, **_data(learn),
+        seconds=round(learn.seconds, 2), curves=learn.history)
     return json.loads(json.dumps(record | extra, default=str))

@@ -28,7 +28,9 @@ def class_weights(
     labels = pd.Series(np.asarray(labels, dtype=object))
     labels,vocab = labels[labels.notna()],list(vocab)
     unknown = set(labels) - set(vocab)
-    if unknown: raise DataError(f"The label {sorted(unknown, key=str)[0]!r} is not in the vocabulary {vocab}", "Give the vocabulary of the DataLoaders (dls.vocab)")
+    if unknown:
+        raise DataError(f"The label {sorted(unknown, key=str)[0]!r} is not in the vocabulary {vocab}",
+            "Give the vocabulary of the DataLoaders (dls.vocab)")
     if not len(labels): raise DataError("There are no known labels", "Give the labels of the training images")
     n = np.array([int((labels==v).sum()) for v in vocab], float)
     w = np.divide(1., n**power, out=np.zeros_like(n), where=n>0)
@@ -50,29 +52,43 @@ def _plain(x) -> torch.Tensor:
     return x if x.dtype==torch.float64 else x.float()
 
 def _classes(name: str, logits, target):
-    "Checked (logits (B, C), shares of the classes (B, C), known (B,)); a target of -100 or a row with NaN is unknown."
+    """Checked (logits (B, C), shares of the classes (B, C), known (B,)); a target of -100 or a row with NaN
+    is unknown."""
     target = target.as_subclass(torch.Tensor)
-    if logits.ndim!=2 or target.shape not in (logits.shape, logits.shape[:1]) or (target.ndim==2 and not target.is_floating_point()): raise ModelError(f"{name} got logits {tuple(logits.shape)} and targets {tuple(target.shape)}", "Give logits (B, C) and class numbers (B,)")
+    if (logits.ndim!=2 or target.shape not in (logits.shape, logits.shape[:1])
+            or (target.ndim==2 and not target.is_floating_point())):
+        raise ModelError(f"{name} got logits {tuple(logits.shape)} and targets {tuple(target.shape)}",
+            "Give logits (B, C) and class numbers (B,)")
     logits,c = _plain(logits),logits.shape[1]
     if target.ndim==2:
         known = ~torch.isnan(target).any(1)
         aim = torch.where(known[:,None], target, 0.).to(logits.dtype)
-        if (aim<0).any() or ((aim.sum(1)-1).abs()*known>1e-3).any(): raise ModelError(f"{name} got shares of classes that are negative or do not sum to 1", "Give class numbers (B,), or a binary loss for 1 / 0 / NaN labels")
+        if (aim<0).any() or ((aim.sum(1)-1).abs()*known>1e-3).any():
+            raise ModelError(f"{name} got shares of classes that are negative or do not sum to 1",
+                "Give class numbers (B,), or a binary loss for 1 / 0 / NaN labels")
         return logits,aim,known
-    if target.is_floating_point(): raise ModelError(f"{name} got targets of type {target.dtype}", "Give class numbers as integers, or use a binary loss for 1 / 0 / NaN labels")
+    if target.is_floating_point():
+        raise ModelError(f"{name} got targets of type {target.dtype}",
+            "Give class numbers as integers, or use a binary loss for 1 / 0 / NaN labels")
     target,known = target.long(),target!=-100
-    if (wrong := known & ((target<0) | (target>=c))).any(): raise ModelError(f"A target is {int(target[wrong][0])} and there are {c} classes", "Give the network one output for each class; -100 is unknown")
+    if (wrong := known & ((target<0) | (target>=c))).any():
+        raise ModelError(f"A target is {int(target[wrong][0])} and there are {c} classes",
+            "Give the network one output for each class; -100 is unknown")
     return logits,F.one_hot(torch.where(known, target, 0), c).to(logits.dtype),known
 
 def _binary(name: str, logits, target):
     "Checked (logits, targets, known), all of one shape."
     target = target.as_subclass(torch.Tensor)
-    if logits.shape!=target.shape: raise ModelError(f"{name} got logits {tuple(logits.shape)} and targets {tuple(target.shape)}", "Give both the same shape, (B, C); a single label needs targets[:, None]")
+    if logits.shape!=target.shape:
+        raise ModelError(f"{name} got logits {tuple(logits.shape)} and targets {tuple(target.shape)}",
+            "Give both the same shape, (B, C); a single label needs targets[:, None]")
     logits = _plain(logits)
     target = target.to(logits.dtype)
     known = ~torch.isnan(target)
     target = torch.where(known, target, 0.)
-    if ((target<0) | (target>1)).any(): raise ModelError(f"A target is {float(target.max()) if target.max()>1 else float(target.min())}", "Give 1, 0 or NaN for unknown")
+    if ((target<0) | (target>1)).any():
+        raise ModelError(f"A target is {float(target.max()) if target.max()>1 else float(target.min())}",
+            "Give 1, 0 or NaN for unknown")
     return logits,target,known
 
 def _reduce(loss, weight, reduction: str):
@@ -88,12 +104,15 @@ def _power(x, gamma: float):
 
 def _settings(loss, gamma: float=0., smoothing: float=0., reduction: str='mean'):
     "Checked settings, kept in `loss`."
-    if reduction not in ('mean','sum','none') or not gamma>=0 or not 0<=smoothing<1: raise ModelError(f"{type(loss).__name__} got gamma {gamma}, smoothing {smoothing}, reduction {reduction!r}", "gamma is at least 0, smoothing in [0, 1), reduction 'mean', 'sum' or 'none'")
+    if reduction not in ('mean','sum','none') or not gamma>=0 or not 0<=smoothing<1:
+        raise ModelError(f"{type(loss).__name__} got gamma {gamma}, smoothing {smoothing}, reduction "
+            f"{reduction!r}", "gamma is at least 0, smoothing in [0, 1), reduction 'mean', 'sum' or 'none'")
     loss.gamma,loss.smoothing,loss.reduction = gamma,smoothing,reduction
 
 # %% ../nbs/41_losses.ipynb #bbd1910c
 class ClassLoss(nn.Module):
-    "Base of the softmax losses: logits (B, C); targets (B,) class numbers, -100 for unknown, or (B, C) shares, NaN for unknown. Raises `ModelError`."
+    """Base of the softmax losses: logits (B, C); targets (B,) class numbers, -100 for unknown, or (B, C)
+    shares, NaN for unknown. Raises `ModelError`."""
     y_int = True # fastai's MixUp then mixes the losses of two class numbers
     def __init__(self,
         weight=None,           # (C,) weight of each class, in the vocabulary's order
@@ -103,7 +122,8 @@ class ClassLoss(nn.Module):
     ):
         super().__init__()
         _settings(self, gamma, smoothing, reduction)
-        self.register_buffer('weight', None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
+        self.register_buffer('weight', None if weight is None
+            else torch.as_tensor(weight, dtype=torch.float32))
 
     def per_class(self, logp):
         "(B, C) log-probabilities to the loss of each class as the right one."
@@ -112,21 +132,27 @@ class ClassLoss(nn.Module):
     def forward(self, logits, target):
         logits,aim,known = _classes(type(self).__name__, logits, target)
         c = logits.shape[1]
-        w = torch.ones(c, dtype=logits.dtype, device=logits.device) if self.weight is None else self.weight.to(logits)
-        if w.shape!=(c,): raise ModelError(f"There are {w.numel()} class weights for {c} classes", "Compute them by class_weights(labels, vocab)")
+        w = (torch.ones(c, dtype=logits.dtype, device=logits.device) if self.weight is None
+            else self.weight.to(logits))
+        if w.shape!=(c,):
+            raise ModelError(f"There are {w.numel()} class weights for {c} classes",
+                "Compute them by class_weights(labels, vocab)")
         soft = aim*(1-self.smoothing) + self.smoothing/c
-        return _reduce((w*soft*self.per_class(logits.log_softmax(1))).sum(1)*known, (w*aim).sum(1)*known, self.reduction)
+        return _reduce((w*soft*self.per_class(logits.log_softmax(1))).sum(1)*known, (w*aim).sum(1)*known,
+            self.reduction)
 
     def activation(self, logits): return _plain(logits).softmax(-1)
     def decodes(self, logits): return logits.argmax(-1)
 
 class WeightedCrossEntropy(ClassLoss):
     "Cross-entropy of logits (B, C) and class numbers (B,) with class weights and label smoothing."
-    def __init__(self, weight=None, smoothing: float=0., reduction: str='mean'): super().__init__(weight, 0., smoothing, reduction)
+    def __init__(self, weight=None, smoothing: float=0., reduction: str='mean'):
+        super().__init__(weight, 0., smoothing, reduction)
 
 # %% ../nbs/41_losses.ipynb #27ffc015
 class LabelLoss(nn.Module):
-    "Base of the sigmoid losses: logits and targets of one shape, (B,) or (B, C); targets 1, 0 or NaN for unknown, or probabilities. Raises `ModelError`."
+    """Base of the sigmoid losses: logits and targets of one shape, (B,) or (B, C); targets 1, 0 or NaN for
+    unknown, or probabilities. Raises `ModelError`."""
     def __init__(self,
         pos_weight=None,       # (C,) weight of the positives of each label
         gamma: float=0.,       # 0: binary cross-entropy
@@ -135,15 +161,20 @@ class LabelLoss(nn.Module):
     ):
         super().__init__()
         _settings(self, gamma, smoothing, reduction)
-        self.register_buffer('pos_weight', None if pos_weight is None else torch.as_tensor(pos_weight, dtype=torch.float32))
+        self.register_buffer('pos_weight', None if pos_weight is None
+            else torch.as_tensor(pos_weight, dtype=torch.float32))
 
     def terms(self, logits):
         "The loss if the label is 1, and if it is 0."
-        return -F.logsigmoid(logits)*_power(torch.sigmoid(-logits), self.gamma),-F.logsigmoid(-logits)*_power(torch.sigmoid(logits), self.gamma)
+        return -F.logsigmoid(logits)*_power(torch.sigmoid(-logits),
+            self.gamma),-F.logsigmoid(-logits)*_power(torch.sigmoid(logits), self.gamma)
 
     def forward(self, logits, target):
         logits,target,known = _binary(type(self).__name__, logits, target)
-        if self.pos_weight is not None and self.pos_weight.numel()!=1 and (logits.ndim<2 or self.pos_weight.shape!=logits.shape[-1:]): raise ModelError(f"There are {self.pos_weight.numel()} positive weights for logits {tuple(logits.shape)}", "Give one for each label")
+        if (self.pos_weight is not None and self.pos_weight.numel()!=1
+                and (logits.ndim<2 or self.pos_weight.shape!=logits.shape[-1:])):
+            raise ModelError(f"There are {self.pos_weight.numel()} positive weights for logits "
+                f"{tuple(logits.shape)}", "Give one for each label")
         target = target*(1-self.smoothing) + self.smoothing/2
         yes,no = self.terms(logits)
         if self.pos_weight is not None: yes = yes*self.pos_weight.to(logits)
@@ -154,16 +185,19 @@ class LabelLoss(nn.Module):
 
 class BCEWithNaN(LabelLoss):
     "Binary cross-entropy of logits and targets of one shape; NaN is unknown."
-    def __init__(self, pos_weight=None, smoothing: float=0., reduction: str='mean'): super().__init__(pos_weight, 0., smoothing, reduction)
+    def __init__(self, pos_weight=None, smoothing: float=0., reduction: str='mean'):
+        super().__init__(pos_weight, 0., smoothing, reduction)
 
 # %% ../nbs/41_losses.ipynb #032aebf8
 class FocalLoss(ClassLoss):
     "Focal loss of logits (B, C) and class numbers (B,)."
-    def __init__(self, weight=None, gamma: float=2., smoothing: float=0., reduction: str='mean'): super().__init__(weight, gamma, smoothing, reduction)
+    def __init__(self, weight=None, gamma: float=2., smoothing: float=0., reduction: str='mean'):
+        super().__init__(weight, gamma, smoothing, reduction)
 
 class BinaryFocalLoss(LabelLoss):
     "Focal loss of logits and targets of one shape; NaN is unknown."
-    def __init__(self, pos_weight=None, gamma: float=2., smoothing: float=0., reduction: str='mean'): super().__init__(pos_weight, gamma, smoothing, reduction)
+    def __init__(self, pos_weight=None, gamma: float=2., smoothing: float=0., reduction: str='mean'):
+        super().__init__(pos_weight, gamma, smoothing, reduction)
 
 # %% ../nbs/41_losses.ipynb #db3a7565
 class AsymmetricLoss(LabelLoss):
@@ -183,7 +217,8 @@ class AsymmetricLoss(LabelLoss):
     def terms(self, logits):
         p,q = torch.sigmoid(logits),torch.sigmoid(-logits)
         log_q = torch.log((q+self.clip).clamp(max=1)) if self.clip else F.logsigmoid(-logits)
-        return -F.logsigmoid(logits)*_power(q, self.gamma_pos),-log_q*_power((p-self.clip).clamp(min=0), self.gamma_neg)
+        return -F.logsigmoid(logits)*_power(q, self.gamma_pos),-log_q*_power((p-self.clip).clamp(min=0),
+            self.gamma_neg)
 
 # %% ../nbs/41_losses.ipynb #80840877
 class LogitAdjustedLoss(ClassLoss):
@@ -221,11 +256,14 @@ class LogitAdjustedBCE(LabelLoss):
 def _share(prior) -> torch.Tensor:
     "(C,) float64 shares, away from 0 and 1."
     p = torch.as_tensor(np.asarray(prior, float))
-    if p.ndim!=1 or not ((p>=0) & (p<=1)).all(): raise ModelError(f"The prior is {p.tolist()}", "Give the share of each class, (C,), each in [0, 1]")
+    if p.ndim!=1 or not ((p>=0) & (p<=1)).all():
+        raise ModelError(f"The prior is {p.tolist()}", "Give the share of each class, (C,), each in [0, 1]")
     return p.clamp(1e-6, 1-1e-6)
 
 def _shifted(logits, shift):
-    if logits.ndim!=2 or logits.shape[1]!=len(shift): raise ModelError(f"The prior has {len(shift)} shares for logits {tuple(logits.shape)}", "Give one share for each output, in the order of the vocabulary")
+    if logits.ndim!=2 or logits.shape[1]!=len(shift):
+        raise ModelError(f"The prior has {len(shift)} shares for logits {tuple(logits.shape)}",
+            "Give one share for each output, in the order of the vocabulary")
     return _plain(logits) + shift.to(_plain(logits))
 
 # %% ../nbs/41_losses.ipynb #8bce8582
@@ -240,9 +278,13 @@ def default_loss(
     "The loss for class numbers (integers) or for labels 1 / 0 / NaN (floats). Raises `ModelError`."
     binary,kind = target.is_floating_point(),'focal' if focal else kind
     if kind=='logit_adjusted':
-        if prior is None: raise ModelError("Logit adjustment got no prior", "Give the share of each class among the training images")
+        if prior is None:
+            raise ModelError("Logit adjustment got no prior",
+                "Give the share of each class among the training images")
         return (LogitAdjustedBCE if binary else LogitAdjustedLoss)(prior, 1., weight, smoothing)
     if kind=='asymmetric' and binary: return AsymmetricLoss(pos_weight=weight, smoothing=smoothing)
     losses = {'ce': (WeightedCrossEntropy, BCEWithNaN), 'focal': (FocalLoss, BinaryFocalLoss)}
-    if kind not in losses: raise ModelError(f"There is no loss {kind!r} for {'labels' if binary else 'classes'}", "Choose 'ce', 'focal', 'asymmetric' (labels only) or 'logit_adjusted'")
+    if kind not in losses:
+        raise ModelError(f"There is no loss {kind!r} for {'labels' if binary else 'classes'}",
+            "Choose 'ce', 'focal', 'asymmetric' (labels only) or 'logit_adjusted'")
     return losses[kind][binary](weight, smoothing=smoothing)

@@ -9,7 +9,8 @@ __all__ = ['LIMITS', 'PRIVATE', 'OPEN', 'Example', 'ReportData', 'split_facts', 
            'fact_text', 'versions', 'model_card', 'claim_answers']
 
 # %% ../nbs/63_modelcard.ipynb #84280c6e
-import math, re
+import math
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,9 +20,9 @@ import pandas as pd
 
 # %% ../nbs/63_modelcard.ipynb #886df549
 import radiology_ai
+from .checklist import claim_checklist
 from .core import DataError
 from .data.split import assert_no_leakage, patient_keys, split_hash
-from .checklist import claim_checklist
 from .evaluation import in_ranges, in_years
 
 # %% ../nbs/63_modelcard.ipynb #625df31d
@@ -49,7 +50,8 @@ class ReportData:
     positive: str='positive'          # class 1 in a word, such as 'fractured'
     negative: str='negative'          # class 0
     labels: list|None=None            # names of the labels; None: as the table has them
-    threshold: object=None            # a number, a dict by label, or `Thresholds`; None: the column `threshold` or `threshold_<label>`, or none
+    # a number, a dict by label, or `Thresholds`; None: the column `threshold` or `threshold_<label>`, or none
+    threshold: object=None
     threshold_from: str=''            # on whom it was chosen; '': as `Thresholds` say, else validation patients
     subgroups: tuple=()               # columns of the table
     grade_names: list|None=None       # of `grade` and `grade_predicted`
@@ -68,7 +70,8 @@ class ReportData:
     claim: dict=field(default_factory=dict)    # number of a point of CLAIM 2024 to the author's answer
 
     def __post_init__(self):
-        if len(self.labels or ())==1: self.positive = self.labels[0] if self.positive=='positive' else self.positive
+        if len(self.labels or ())==1:
+            self.positive = self.labels[0] if self.positive=='positive' else self.positive
 
 # %% ../nbs/63_modelcard.ipynb #9d51499e
 def split_facts(
@@ -78,13 +81,16 @@ def split_facts(
     "`ok`, `text`, `hash`, `column`; and `patients` and `images` of each split (or fold)."
     m,folds = _split_column(manifest)
     order = sorted(m.split.unique(), key=lambda s: ({'train': 0, 'valid': 1, 'test': 2}.get(s, 3), s))
-    counts = [{'split': s, 'patients': int(m.patient[m.split==s].nunique()), 'images': int((m.split==s).sum())} for s in order]
-    out = {'ok': True, 'text': f"none of {m.patient.nunique():,} patients is in more than one {'fold' if folds else 'split'}.", 'hash': split_hash(m), 'column': 'fold' if folds else 'split'}
+    counts = [{'split': s, 'patients': int(m.patient[m.split==s].nunique()),
+        'images': int((m.split==s).sum())} for s in order]
+    out = {'ok': True, 'text': f"none of {m.patient.nunique():,} patients is in more than one "
+        f"{'fold' if folds else 'split'}.", 'hash': split_hash(m), 'column': 'fold' if folds else 'split'}
     learnt = set() if folds else set(m.patient[m.split.isin(['train','valid'])])
     known = learnt & set(patient_keys(table))
     try: assert_no_leakage(m)
     except DataError as e: return {**out, 'ok': False, 'text': _without_ids(e.what)},counts
-    if known: out |= {'ok': False, 'text': f"{len(known)} of the evaluated patients belong to training or validation."}
+    if known:
+        out |= {'ok': False, 'text': f"{len(known)} of the evaluated patients belong to training or validation."}
     return out,counts
 
 def _split_column(manifest) -> tuple[pd.DataFrame, bool]:
@@ -95,7 +101,8 @@ def _split_column(manifest) -> tuple[pd.DataFrame, bool]:
 
 def _without_ids(text: str) -> str: return text.split(':')[0] + '.'
 
-def _listed(names, most=8) -> str: return ', '.join(names[:most]) + (f' and {len(names)-most} more' if len(names)>most else '')
+def _listed(names, most=8) -> str:
+    return ', '.join(names[:most]) + (f' and {len(names)-most} more' if len(names)>most else '')
 
 def warnings_of(
     d: ReportData,
@@ -105,15 +112,25 @@ def warnings_of(
     "What a reader must know before the first figure."
     out,labels = [],e['labels']
     if split and not split['ok']: out.append(f"{split['text']} The figures below are too good.")
-    leaky = f"on {e['threshold_leak']} patients of the test set" if e['threshold_leak'] else 'on test images' if re.search(r'\btest\b', d.threshold_from) and any(o['operating'] for o in labels) else ''
+    leaky = (f"on {e['threshold_leak']} patients of the test set" if e['threshold_leak'] else 'on test images'
+        if re.search(r'\btest\b', d.threshold_from) and any(o['operating'] for o in labels) else '')
     if leaky: out.append(f"The threshold was chosen {leaky}: sensitivity and specificity are too good.")
-    lost,few = [o['label'] for o in labels if o['auroc']['reason']],[o for o in labels if not o['auroc']['reason'] and min(o['positives'], o['negatives'])<30]
+    lost = [o['label'] for o in labels if o['auroc']['reason']]
+    few = [o for o in labels if not o['auroc']['reason'] and min(o['positives'], o['negatives'])<30]
     flat = [o['label'] for o in labels if o['constant']]
-    if len(labels)==1 and lost and not flat: out.append(f"AUROC is not defined: {labels[0]['auroc']['reason']}.")
-    elif len(labels)>1 and lost: out.append(f"AUROC is not defined for {_listed(lost)}, " + ('and the mean over labels leaves these out.' if d.missing=='skip' else 'so there is no mean over labels.'))
-    if len(labels)==1 and few: out.append(f"Only {min(few[0]['positives'], few[0]['negatives'])} images of the smaller class: all figures are rough.")
-    elif few: out.append(f"Fewer than 30 images of the smaller class, so that figures are rough: {_listed([o['label'] for o in few])}.")
-    if flat: out.append("All scores are equal" + (f" for {_listed(flat)}" if len(labels)>1 else '') + ": the model says nothing.")
+    if len(labels)==1 and lost and not flat:
+        out.append(f"AUROC is not defined: {labels[0]['auroc']['reason']}.")
+    elif len(labels)>1 and lost:
+        out.append(f"AUROC is not defined for {_listed(lost)}, "
+            + ('and the mean over labels leaves these out.' if d.missing=='skip'
+            else 'so there is no mean over labels.'))
+    if len(labels)==1 and few:
+        out.append(f"Only {min(few[0]['positives'], few[0]['negatives'])} images of the smaller class: all figures are rough.")
+    elif few:
+        out.append(f"Fewer than 30 images of the smaller class, so that figures are rough: {_listed([o['label'] for o in few])}.")
+    if flat:
+        out.append("All scores are equal" + (f" for {_listed(flat)}" if len(labels)>1 else '')
+            + ": the model says nothing.")
     return out
 
 # %% ../nbs/63_modelcard.ipynb #eb1f7521
@@ -124,19 +141,25 @@ def characteristics(
 ) -> dict:
     "`splits`, and `rows` of (name, one text for each split)."
     m,folds = _split_column(manifest)
-    parts = {s: m[m.split==s] for s in sorted(m.split.unique(), key=lambda s: ({'train': 0, 'valid': 1, 'test': 2}.get(s, 3), s))}
+    parts = {s: m[m.split==s] for s in sorted(m.split.unique(),
+        key=lambda s: ({'train': 0, 'valid': 1, 'test': 2}.get(s, 3), s))}
     share = lambda k,n: f'{k:,} ({100*k/n:.1f} %)' if n else '0'
-    rows = [('patients', [f'{o.patient.nunique():,}' for o in parts.values()]), ('images', [f'{len(o):,}' for o in parts.values()])]
-    rows += [(f'{l}', [share(int((o[l]==1).sum()), int(o[l].notna().sum())) for o in parts.values()]) for l in labels if l in m]
+    rows = [('patients', [f'{o.patient.nunique():,}' for o in parts.values()]),
+        ('images', [f'{len(o):,}' for o in parts.values()])]
+    rows += [(f'{l}', [share(int((o[l]==1).sum()), int(o[l].notna().sum())) for o in parts.values()])
+        for l in labels if l in m]
     for c in columns:
         if c not in m: continue
         values = pd.to_numeric(in_years(m[c]), errors='coerce')
         if values.notna().mean()>.5 and values.nunique()>8:
             quartiles = [values[o.index].quantile([.25, .5, .75]).round(1) for o in parts.values()]
-            rows.append((f'{c}, median (quartiles)', [f'{q[.5]:g} ({q[.25]:g} to {q[.75]:g})' if q.notna().all() else 'unknown' for q in quartiles]))
+            rows.append((f'{c}, median (quartiles)',
+                [f'{q[.5]:g} ({q[.25]:g} to {q[.75]:g})' if q.notna().all() else 'unknown'
+                for q in quartiles]))
         else:
             groups = in_ranges(m[c])
-            rows += [(f'{c}: {g}', [share(int((groups[o.index]==g).sum()), len(o)) for o in parts.values()]) for g in sorted(groups.unique(), key=lambda g: (g=='unknown', g))]
+            rows += [(f'{c}: {g}', [share(int((groups[o.index]==g).sum()), len(o)) for o in parts.values()])
+                for g in sorted(groups.unique(), key=lambda g: (g=='unknown', g))]
     return {'splits': list(parts), 'rows': rows}
 
 # %% ../nbs/63_modelcard.ipynb #e39595ce
@@ -148,9 +171,11 @@ def run_facts(
     "Tables (name, [(name, text)]), the versions of the main packages last."
     shown = {k: v for k,v in facts.items() if not PRIVATE.search(str(k))}
     tables = [('Record', [(k, fact_text(v)) for k,v in shown.items() if not isinstance(v, dict)])]
-    tables += [(str(k).capitalize(), [(a, fact_text(b)) for a,b in v.items() if not PRIVATE.search(str(a))]) for k,v in shown.items() if isinstance(v, dict)]
+    tables += [(str(k).capitalize(), [(a, fact_text(b)) for a,b in v.items() if not PRIVATE.search(str(a))])
+        for k,v in shown.items() if isinstance(v, dict)]
     if 'versions' not in facts: tables.append(('Versions', list(versions().items())))
-    return [(name.replace('_', ' '), [(str(a).replace('_', ' '), b) for a,b in rows]) for name,rows in tables if rows]
+    return [(name.replace('_', ' '), [(str(a).replace('_', ' '), b) for a,b in rows]) for name,rows in tables
+        if rows]
 
 def fact_text(v) -> str:
     "A value as text: a path as its last part, a list or dict on one line."
@@ -180,10 +205,12 @@ def _find(facts: dict, *names):
 
 def _joined(facts: dict, **names) -> str:
     "Those of the facts that are there, as 'name: value'."
-    return '; '.join(f"{k.replace('_', ' ')}: {fact_text(v)}" for k,ns in names.items() if (v := _find(facts, *ns)) is not None)
+    return '; '.join(f"{k.replace('_', ' ')}: {fact_text(v)}" for k,ns in names.items()
+        if (v := _find(facts, *ns)) is not None)
 
 def _sizes(counts, which: tuple=()) -> str:
-    rows = [f"{c['split']}: {c['images']:,} images of {c['patients']:,} patients" for c in counts if c['split'] in which or not which]
+    rows = [f"{c['split']}: {c['images']:,} images of {c['patients']:,} patients" for c in counts
+        if c['split'] in which or not which]
     return '; '.join(rows)
 
 def model_card(
@@ -193,13 +220,19 @@ def model_card(
 ) -> list[tuple[str, str]]:
     "(heading, text) of each section; `OPEN` where nothing is known."
     f,some = d.facts,lambda text: text or OPEN
-    model = _joined(f, task=('task',), network=('architecture', 'arch', 'network'), parameters=('parameters',), first_weights=('pretrained',), seed=('seed',))
-    procedure = _joined(f, loss=('loss',), epochs=('epochs',), batch=('bs',), learning_rate=('lr',), sampler=('sampler',), monitor=('monitor',), plan=('plan',))
+    model = _joined(f, task=('task',), network=('architecture', 'arch', 'network'),
+        parameters=('parameters',), first_weights=('pretrained',), seed=('seed',))
+    procedure = _joined(f, loss=('loss',), epochs=('epochs',), batch=('bs',), learning_rate=('lr',),
+        sampler=('sampler',), monitor=('monitor',), plan=('plan',))
     folds = not any(c['split']=='train' for c in counts) and bool(counts)
-    card = {'Model': some(model), 'Intended use': some(d.intended_use), 'Training data': some(_sizes(counts, () if folds else ('train','valid')) + (' (each fold was tested on once)' if folds else '')) if counts else OPEN,
+    card = {'Model': some(model), 'Intended use': some(d.intended_use),
+        'Training data': some(_sizes(counts, () if folds else ('train','valid'))
+        + (' (each fold was tested on once)' if folds else '')) if counts else OPEN,
             'Training': some(procedure), 'Input': some(_joined(f, recipe=('recipe',))),
-            'Evaluation data': f"{e['images']:,} images of {e['patients']:,} patients" + (f"; {e['unknown']:,} more without a known truth were left out" if e['unknown'] else '') + '.',
-            'Factors': f"Figures are given by {', '.join(d.subgroups)}." if d.subgroups else 'Open: no subgroups were looked at.', 'Risks and ethics': OPEN}
+            'Evaluation data': f"{e['images']:,} images of {e['patients']:,} patients"
+            + (f"; {e['unknown']:,} more without a known truth were left out" if e['unknown'] else '') + '.',
+            'Factors': f"Figures are given by {', '.join(d.subgroups)}." if d.subgroups
+            else 'Open: no subgroups were looked at.', 'Risks and ethics': OPEN}
     return list((card | d.card).items())
 
 # %% ../nbs/63_modelcard.ipynb #da30db8f
@@ -214,13 +247,24 @@ def claim_answers(
     out = [f"{k.lstrip('- ')}: {v:,}" for k,v in d.flow.items() if str(k).startswith('-')]
     flow = f"{next(iter(d.flow.values())):,} files; left out: {', '.join(out) or 'none'}" if d.flow else ''
     card = dict(model_card(d, e, counts))
-    known = {1: f"Deep learning ({fact_text(_find(f, 'architecture', 'arch'))})" if _find(f, 'architecture', 'arch') else '', 8: flow, 9: card['Input'],
+    known = {1: f"Deep learning ({fact_text(_find(f, 'architecture', 'arch'))})"
+        if _find(f, 'architecture', 'arch') else '', 8: flow, 9: card['Input'],
         12: f"Images without a known truth are left out ({e['unknown']:,}); an unknown label does not count in its image.",
-        19: f"Split with hash {split['hash']}. {_sizes(counts)}" if split else '', 20: f"Patients: {split['text']}" if split and split['ok'] else '',
-        22: card['Model'], 23: fact_text(_find(f, 'versions') or versions()), 24: _joined(f, pretrained=('pretrained',), seed=('seed',)), 25: card['Training'],
-        26: _joined(f, best_epoch_by=('monitor',)), 28: "AUROC, average precision, calibration, net benefit" + (', and figures at a threshold chosen beforehand' if any(o['operating'] for o in e['labels']) else ''),
-        29: "95 % intervals with the patient as unit: DeLong, Wilson, bootstrap" + ('; paired tests with Holm\'s correction' if e['comparison'] else ''),
-        30: f"Subgroups: {', '.join(d.subgroups)}" if d.subgroups else '', 31: 'Heat maps of examples' if heat else '', 32: card['Evaluation data'], 35: flow + (f". {_sizes(counts)}" if flow and counts else ''),
-        36: 'Table of the patients in each part' if d.manifest is not None and d.subgroups else '', 37: 'Sections Discrimination and Calibration', 38: 'Section Discrimination' if any(o['operating'] for o in e['labels']) else '',
+        19: f"Split with hash {split['hash']}. {_sizes(counts)}" if split else '',
+        20: f"Patients: {split['text']}" if split and split['ok'] else '',
+        22: card['Model'], 23: fact_text(_find(f, 'versions') or versions()),
+        24: _joined(f, pretrained=('pretrained',), seed=('seed',)), 25: card['Training'],
+        26: _joined(f, best_epoch_by=('monitor',)),
+        28: "AUROC, average precision, calibration, net benefit"
+        + (', and figures at a threshold chosen beforehand' if any(o['operating'] for o in e['labels'])
+        else ''),
+        29: "95 % intervals with the patient as unit: DeLong, Wilson, bootstrap"
+        + ('; paired tests with Holm\'s correction' if e['comparison'] else ''),
+        30: f"Subgroups: {', '.join(d.subgroups)}" if d.subgroups else '',
+        31: 'Heat maps of examples' if heat else '', 32: card['Evaluation data'],
+        35: flow + (f". {_sizes(counts)}" if flow and counts else ''),
+        36: 'Table of the patients in each part' if d.manifest is not None and d.subgroups else '',
+        37: 'Sections Discrimination and Calibration',
+        38: 'Section Discrimination' if any(o['operating'] for o in e['labels']) else '',
         39: 'Table of the worst errors' if e['worst'] else '', 40: ' '.join(d.limits)}
     return claim_checklist({k: v for k,v in known.items() if v!=OPEN} | d.claim, tuple(d.claim))

@@ -14,7 +14,8 @@ from torch.optim.adamw import adamw
 
 # %% ../nbs/47_optimizer.ipynb #156ed214
 class AdamW(Optimizer):
-    "Adam with decoupled weight decay (Loshchilov & Hutter 2019) over fastai's parameter groups. The step is that of fastai's `Adam`."
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) over fastai's parameter groups. The step is
+    that of fastai's `Adam`."""
     def __init__(self,
         params,              # parameters, or a list of groups of them
         lr: float=1e-3,      # learning rate
@@ -32,11 +33,15 @@ class AdamW(Optimizer):
         for group,hyper in zip(self.param_lists, self.hypers):
             with_grad = [p for p in group if p.grad is not None]
             for decays in (True, False):
-                if some := [p for p in with_grad if self.state[p].get('do_wd', True)==decays]: self._step(some, hyper, hyper['wd'] if decays else 0.)
+                if some := [p for p in with_grad if self.state[p].get('do_wd', True)==decays]:
+                    self._step(some, hyper, hyper['wd'] if decays else 0.)
 
     def _step(self, ps, hyper, wd):
         states = [self.state[p] for p in ps]
         for p,s in zip(ps, states):
-            if 'step' not in s: s.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=torch.tensor(0.))
-        adamw(ps, [p.grad for p in ps], [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [], [s['step'] for s in states], foreach=True, amsgrad=False,
-            beta1=float(hyper['mom']), beta2=hyper['sqr_mom'], lr=float(hyper['lr']), weight_decay=float(wd), eps=hyper['eps'], maximize=False)
+            if 'step' not in s:
+                s.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=torch.tensor(0.))
+        adamw(ps, [p.grad for p in ps], [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [],
+            [s['step'] for s in states], foreach=True, amsgrad=False,
+            beta1=float(hyper['mom']), beta2=hyper['sqr_mom'], lr=float(hyper['lr']), weight_decay=float(wd),
+            eps=hyper['eps'], maximize=False)

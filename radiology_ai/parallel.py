@@ -8,7 +8,11 @@ Docs: https://lluissalord.github.io/radiology_ai/parallel.html.md"""
 __all__ = ['n_workers', 'run_parallel']
 
 # %% ../nbs/01_parallel.ipynb #bdd3bde9
-import multiprocessing, os, pickle, time, warnings
+import multiprocessing
+import os
+import pickle
+import time
+import warnings
 from multiprocessing.connection import wait
 
 from .core import RadiologyError, progress
@@ -20,7 +24,8 @@ def n_workers(
 ) -> int:
     "How many processes to use."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    if workers is not None and workers<0: raise RadiologyError(f"workers is {workers}", "Give 0 or 1 for this process, or more")
+    if workers is not None and workers<0:
+        raise RadiologyError(f"workers is {workers}", "Give 0 or 1 for this process, or more")
     return max(1, min(cores if workers is None else workers, items))
 
 # %% ../nbs/01_parallel.ipynb #4a1309f5
@@ -41,13 +46,18 @@ def _serve(conn, at, fn):
 def _sendable(e):
     "The exception, or where it cannot travel one that names its type."
     try: pickle.loads(pickle.dumps(e)); return e
-    except Exception: return RadiologyError(f"A worker raised {type(e).__name__}", "Run again with workers=1 to see where")
+    except Exception:
+        return RadiologyError(f"A worker raised {type(e).__name__}", "Run again with workers=1 to see where")
 
 class _Worker:
     "A process, its line, and the chunk that it has."
     def __init__(self, context, fn):
         self.conn,there = context.Pipe()
-        self.at,self.chunk,self.seen,self.since,self.ready = context.RawValue('q', -1),[],-1,time.monotonic(),False
+        self.at = context.RawValue('q', -1)
+        self.chunk = []
+        self.seen = -1
+        self.since = time.monotonic()
+        self.ready = False
         self.process = context.Process(target=_serve, args=(there, self.at, fn), daemon=True)
         self.process.start()
         there.close()
@@ -89,7 +99,10 @@ def _supervise(context, fn, items, n, chunk, lost, seconds):
                     if not any(o.ready for o in workers): raise _CannotStart
                     w = workers[k] = _Worker(context, fn)
                     todo += [[o] for o in rest if o[0]!=at]
-                    if at>=0: answer = [(at, lost is not None, lost(items[at], cause) if lost else RadiologyError(f'A worker process {cause} at item {at} of {len(items)}', 'Run again with workers=1 to see why, or leave it out'))]
+                    if at>=0:
+                        answer = [(at, lost is not None, lost(items[at], cause) if lost
+                            else RadiologyError(f'A worker process {cause} at item {at} of {len(items)}',
+                            'Run again with workers=1 to see why, or leave it out'))]
                 if answer:
                     left -= len(answer)
                     yield answer
@@ -108,7 +121,8 @@ def run_parallel(
     lost=None,                 # lost(item, cause) gives the result of an item whose worker died or hung; None: an error
     seconds: float=300,        # a worker that spends longer on one item hangs
 ):
-    "Yields `fn(item)` for each of the `items`, in their order. The number of workers changes the time and nothing else."
+    """Yields `fn(item)` for each of the `items`, in their order. The number of workers changes the time and
+    nothing else."""
     items = list(items)
     n = n_workers(workers, len(items))
     if n==1 or len(items)<few:
@@ -117,7 +131,9 @@ def run_parallel(
     method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
     context = multiprocessing.get_context(method)
     if method=='forkserver': context.set_forkserver_preload(['radiology_ai.core', fn.__module__])
-    try: yield from progress(_in_order(_supervise(context, fn, items, n, chunk, lost, seconds)), desc, len(items), show)
+    try:
+        yield from progress(_in_order(_supervise(context, fn, items, n, chunk, lost, seconds)), desc,
+            len(items), show)
     except _CannotStart:
         warnings.warn("Worker processes cannot start here (a script needs `if __name__ == '__main__':`); working in this process")
         yield from (fn(o) for o in progress(items, desc, show=show))

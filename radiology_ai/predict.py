@@ -8,7 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/predict.html.md"""
 __all__ = ['NO_KNEE', 'COLUMNS', 'load_models', 'stored', 'bundle_scores', 'predict', 'heat_picture', 'explain_files']
 
 # %% ../nbs/80_predict.ipynb #2abbaa25
-import math, tempfile
+import math
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +18,22 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/80_predict.ipynb #c276addd
-from .core import BundleError, DicomError, Radiograph, RadiologyError, atomic_path, progress, resize_array, transform_boxes
+from .bundle import Bundle, load_bundle
+from radiology_ai.core import (
+    BundleError,
+    DicomError,
+    Radiograph,
+    RadiologyError,
+    atomic_path,
+    progress,
+    resize_array,
+    transform_boxes,
+)
 from .dicom.index import image_files
 from .dicom.read import read_radiograph
-from .preprocess.store import ImageStore
-from .preprocess.scale import preprocess_folder
-from .bundle import Bundle, load_bundle
 from .explain import heat_overlay, heat_to_stored, hottest
+from .preprocess.scale import preprocess_folder
+from .preprocess.store import ImageStore
 from .tasks.knee import fracture_score, heat_maps, model_folders
 
 # %% ../nbs/80_predict.ipynb #536e0f60
@@ -32,7 +42,8 @@ def load_models(
 ) -> list[Bundle]:
     "The bundles at `path`. Raises `BundleError` where there is none, or where they do not belong together."
     bundles = [load_bundle(p) for p in model_folders(path)]
-    if len({(str(b.recipe.to_dict()), tuple(b.vocab)) for b in bundles})>1: raise BundleError(f"The models in {path} have different recipes or classes", "Give one of them")
+    if len({(str(b.recipe.to_dict()), tuple(b.vocab)) for b in bundles})>1:
+        raise BundleError(f"The models in {path} have different recipes or classes", "Give one of them")
     return bundles
 
 # %% ../nbs/80_predict.ipynb #8549117e
@@ -45,7 +56,9 @@ def stored(
 ):
     "A temporary `ImageStore` of `paths`, preprocessed by the bundles' recipe."
     with tempfile.TemporaryDirectory(prefix='radiology_ai-') as tmp:
-        yield preprocess_folder(image_files(paths if isinstance(paths, (str, Path)) else [str(p) for p in paths]), Path(tmp)/'store', bundles[0].recipe, workers=workers, show=show, allow_empty=True)
+        yield preprocess_folder(image_files(paths if isinstance(paths, (str, Path))
+            else [str(p) for p in paths]), Path(tmp)/'store', bundles[0].recipe, workers=workers, show=show,
+            allow_empty=True)
 
 # %% ../nbs/80_predict.ipynb #b9bb36fc
 def bundle_scores(
@@ -63,20 +76,24 @@ def bundle_scores(
 
 # %% ../nbs/80_predict.ipynb #6d8b8ff2
 NO_KNEE = dict(error='no knee was found in it', remedy='Check that it is a frontal knee radiograph')
-COLUMNS = ['path','image_id','patient_id','score','call','grade','side','knee_score','x1','y1','x2','y2','error','remedy']
+COLUMNS = ['path','image_id','patient_id','score','call','grade','side','knee_score','x1','y1','x2','y2',
+    'error','remedy']
 
 def _rows(bundles, store: ImageStore, show) -> pd.DataFrame:
     "One row a stored image."
     index,p = store.index.reset_index(drop=True),bundle_scores(bundles, store, show=show)
-    out = index[['path','image_id','patient_id','side']].assign(score=fracture_score(p), grade=p.argmax(1), knee_score=index.score, error='', remedy='')
+    out = index[['path','image_id','patient_id','side']].assign(score=fracture_score(p), grade=p.argmax(1),
+        knee_score=index.score, error='', remedy='')
     out['call'] = (out.score>=np.mean([b.threshold for b in bundles])).astype(int)
     n = store.recipe.size
-    boxes = np.array([transform_boxes(np.linalg.inv(np.array(a, float).reshape(3, 3)), (0, 0, n, n)) for a in index.affine]).reshape(-1, 4)
+    boxes = np.array([transform_boxes(np.linalg.inv(np.array(a, float).reshape(3, 3)), (0, 0, n, n))
+        for a in index.affine]).reshape(-1, 4)
     out[['x1','y1','x2','y2']] = boxes.round(1)
     out[[f'p_{k}' for k in bundles[0].vocab]] = p
     lost = ~index.knee_found.fillna(True).astype(bool) if store.recipe.knee else np.zeros(len(index), bool)
     out.loc[lost, list(NO_KNEE)] = list(NO_KNEE.values())
-    out.loc[lost, ['score','call','grade','x1','y1','x2','y2', *(f'p_{k}' for k in bundles[0].vocab)]] = math.nan
+    out.loc[lost, ['score','call','grade','x1','y1','x2','y2',
+        *(f'p_{k}' for k in bundles[0].vocab)]] = math.nan
     return out.astype({'call': 'Int64', 'grade': 'Int64'})
 
 def predict(
@@ -86,7 +103,9 @@ def predict(
     workers: int|None=None, # processes that read and prepare
     show: bool|None=None,   # progress bars; None: on a terminal
 ) -> pd.DataFrame:
-    "One row a file: `score` (probability of a fracture), `call` (1 above the threshold), `grade`, the box seen (x1, y1, x2, y2 in stored pixels), or `error` and `remedy`. Raises `RadiologyError` where no file could be predicted."
+    """One row a file: `score` (probability of a fracture), `call` (1 above the threshold), `grade`, the box
+    seen (x1, y1, x2, y2 in stored pixels), or `error` and `remedy`. Raises `RadiologyError` where no file
+    could be predicted."""
     bundles = load_models(model)
     with stored(bundles, paths, workers, show) as store:
         good = _rows(bundles, store, show)
@@ -103,7 +122,8 @@ def _check_some(table: pd.DataFrame):
     if (table.error=='').any(): return
     first = table.iloc[0]
     if len(table)==1: raise DicomError(first.path, first.error, first.remedy)
-    raise RadiologyError(f"None of {len(table)} files could be predicted; the first is {Path(first.path).name}: {first.error}", first.remedy)
+    raise RadiologyError(f"None of {len(table)} files could be predicted; the first is "
+        f"{Path(first.path).name}: {first.error}", first.remedy)
 
 # %% ../nbs/80_predict.ipynb #468dce6b
 def heat_picture(
@@ -128,7 +148,8 @@ def explain_files(
     workers: int|None=None, # processes that read and prepare
     show: bool|None=None,   # progress bars; None: on a terminal
 ) -> pd.DataFrame:
-    "Write one PNG an image and `heat.csv` with the hottest point in stored pixels; one row a file. Raises `RadiologyError` where there is nothing to draw."
+    """Write one PNG an image and `heat.csv` with the hottest point in stored pixels; one row a file. Raises
+    `RadiologyError` where there is nothing to draw."""
     bundles,out = load_models(model),Path(out)
     with stored(bundles, paths, workers, show) as store:
         table = _rows(bundles, store, show)
@@ -136,7 +157,8 @@ def explain_files(
         heat = heat_maps(bundles[0].model, store, good)
         table = table.assign(picture='', hot_row=math.nan, hot_col=math.nan)
         for i,h in progress(list(zip(good, heat)), 'draw', show=show): _draw(table, i, h, store, out)
-        table = pd.concat([table, store.errors.rename(columns={'cause': 'error'})], ignore_index=True).sort_values('path', ignore_index=True)
+        table = pd.concat([table, store.errors.rename(columns={'cause': 'error'})],
+            ignore_index=True).sort_values('path', ignore_index=True)
     _check_some(table)
     table = table[['path','image_id','score','picture','hot_row','hot_col','error','remedy']]
     with atomic_path(out/'heat.csv') as tmp: table.to_csv(tmp, index=False, float_format='%.6f')

@@ -18,7 +18,8 @@ from .losses import BCEWithNaN, _binary, _plain, _power, _reduce, _settings
 
 # %% ../nbs/42_region_losses.ipynb #67f6a924
 class RegionLoss(nn.Module):
-    "Base of losses over masks: logits and masks (B, C, H, W), 1, 0 or NaN for unknown; the mean over the regions that count. Raises `ModelError`."
+    """Base of losses over masks: logits and masks (B, C, H, W), 1, 0 or NaN for unknown; the mean over the
+    regions that count. Raises `ModelError`."""
     def __init__(self,
         smooth: float=1.,      # pixels added to both sides of the ratio
         empty: str='skip',     # masks without the finding: 'skip' or 'count'
@@ -27,7 +28,9 @@ class RegionLoss(nn.Module):
     ):
         super().__init__()
         _settings(self, reduction=reduction)
-        if not smooth>=0 or empty not in ('skip', 'count'): raise ModelError(f"{type(self).__name__} got smooth {smooth}, empty {empty!r}", "smooth is at least 0, empty 'skip' or 'count'")
+        if not smooth>=0 or empty not in ('skip', 'count'):
+            raise ModelError(f"{type(self).__name__} got smooth {smooth}, empty {empty!r}",
+                "smooth is at least 0, empty 'skip' or 'count'")
         self.smooth,self.empty,self.batch = smooth,empty,batch
 
     def regions(self, logits, target, known):
@@ -36,9 +39,11 @@ class RegionLoss(nn.Module):
 
     def forward(self, logits, target):
         logits,target,known = _binary(type(self).__name__, logits, target)
-        if logits.ndim<3: raise ModelError(f"{type(self).__name__} got masks {tuple(logits.shape)}", "Give (B, C, H, W)")
+        if logits.ndim<3:
+            raise ModelError(f"{type(self).__name__} got masks {tuple(logits.shape)}", "Give (B, C, H, W)")
         shape = logits.shape[:2]
-        rows = [v.transpose(0, 1).flatten(1) if self.batch else v.flatten(2).flatten(0, 1) for v in (logits, target, known)]
+        rows = [v.transpose(0, 1).flatten(1) if self.batch else v.flatten(2).flatten(0, 1)
+            for v in (logits, target, known)]
         counts = (rows[1].sum(1)>0) if self.empty=='skip' else rows[2].any(1)
         loss = torch.where(counts, self.regions(*rows), 0.)
         if not self.batch: loss,counts = loss.reshape(shape),counts.reshape(shape)
@@ -59,18 +64,22 @@ class TverskyLoss(RegionLoss):
         reduction: str='mean', # 'mean', 'sum' or 'none': (B, C)
     ):
         super().__init__(smooth, empty, batch, reduction)
-        if not (alpha>=0 and beta>=0 and gamma>0): raise ModelError(f"{type(self).__name__} got alpha {alpha}, beta {beta}, gamma {gamma}", "alpha and beta are at least 0, gamma is above 0")
+        if not (alpha>=0 and beta>=0 and gamma>0):
+            raise ModelError(f"{type(self).__name__} got alpha {alpha}, beta {beta}, gamma {gamma}",
+                "alpha and beta are at least 0, gamma is above 0")
         self.alpha,self.beta,self.gamma = alpha,beta,gamma
 
     def regions(self, logits, target, known):
         p = torch.where(known, logits.sigmoid(), 0.)
         both,vain,missed = (p*target).sum(1),(p*(1-target)).sum(1),((1-p)*target).sum(1)
         over,tiny = self.alpha*vain + self.beta*missed,torch.finfo(p.dtype).tiny
-        return _power(over/(both + over + self.smooth).clamp(min=tiny), self.gamma) if self.gamma!=1 else over/(both + over + self.smooth).clamp(min=tiny)
+        return (_power(over/(both + over + self.smooth).clamp(min=tiny), self.gamma) if self.gamma!=1
+            else over/(both + over + self.smooth).clamp(min=tiny))
 
 class DiceLoss(TverskyLoss):
     "1 minus the soft Dice of logits and masks of one shape; NaN is unknown."
-    def __init__(self, smooth: float=1., empty: str='skip', batch: bool=False, reduction: str='mean'): super().__init__(.5, .5, 1., smooth/2, empty, batch, reduction)
+    def __init__(self, smooth: float=1., empty: str='skip', batch: bool=False, reduction: str='mean'):
+        super().__init__(.5, .5, 1., smooth/2, empty, batch, reduction)
 
 # %% ../nbs/42_region_losses.ipynb #ac9e0a22
 def _jaccard_steps(target):
@@ -80,28 +89,39 @@ def _jaccard_steps(target):
     return torch.cat([index[:,:1], index.diff(dim=1)], 1)
 
 def _lovasz(errors, target, known):
-    "(R,) the Lovász extension of the Jaccard loss of (R, P) errors, at least 0; unknown pixels come last and cost nothing."
+    """(R,) the Lovász extension of the Jaccard loss of (R, P) errors, at least 0; unknown pixels come last
+    and cost nothing."""
     errors,order = torch.where(known, errors, -1.).sort(dim=1, descending=True)
     return (errors.clamp(min=0)*_jaccard_steps(target.gather(1, order))).sum(1)
 
 class LovaszHinge(RegionLoss):
     "The Lovász hinge of logits and masks of one shape; NaN is unknown."
-    def __init__(self, empty: str='skip', batch: bool=False, reduction: str='mean'): super().__init__(0., empty, batch, reduction)
-    def regions(self, logits, target, known): return _lovasz(torch.where(known, (1-logits*(2*target-1)).clamp(min=0), 0.), target, known)
+    def __init__(self, empty: str='skip', batch: bool=False, reduction: str='mean'):
+        super().__init__(0., empty, batch, reduction)
+    def regions(self, logits, target, known):
+        return _lovasz(torch.where(known, (1-logits*(2*target-1)).clamp(min=0), 0.), target, known)
 
 class LovaszSoftmax(nn.Module):
-    "The Lovász-softmax loss of logits (B, C, H, W) and class numbers (B, H, W), -100 for unknown: the mean over the classes that each image shows. Raises `ModelError`."
+    """The Lovász-softmax loss of logits (B, C, H, W) and class numbers (B, H, W), -100 for unknown: the mean
+    over the classes that each image shows. Raises `ModelError`."""
     def __init__(self, reduction: str='mean'): # 'none': (B, C), 0 for classes that an image does not show
         super().__init__()
         _settings(self, reduction=reduction)
 
     def forward(self, logits, target):
         target = target.as_subclass(torch.Tensor)
-        if logits.ndim<3 or target.shape!=logits.shape[:1]+logits.shape[2:] or target.is_floating_point(): raise ModelError(f"LovaszSoftmax got logits {tuple(logits.shape)} and {target.dtype} targets {tuple(target.shape)}", "Give logits (B, C, H, W) and integers (B, H, W)")
+        if logits.ndim<3 or target.shape!=logits.shape[:1]+logits.shape[2:] or target.is_floating_point():
+            raise ModelError(f"LovaszSoftmax got logits {tuple(logits.shape)} and {target.dtype} targets "
+                f"{tuple(target.shape)}", "Give logits (B, C, H, W) and integers (B, H, W)")
         known,c = target!=-100,logits.shape[1]
-        if (wrong := known & ((target<0) | (target>=c))).any(): raise ModelError(f"A pixel has the class {int(target[wrong][0])} and there are {c} classes", "Give the network one output for each class")
-        shown = F.one_hot(torch.where(known, target, 0).long(), c).movedim(-1, 1).flatten(2)*known.flatten(1)[:,None]
-        p,shown,known = _plain(logits).softmax(1).flatten(2),shown.to(_plain(logits).dtype),known.flatten(1)[:,None].expand(-1, c, -1)
+        if (wrong := known & ((target<0) | (target>=c))).any():
+            raise ModelError(f"A pixel has the class {int(target[wrong][0])} and there are {c} classes",
+                "Give the network one output for each class")
+        shown = F.one_hot(torch.where(known, target, 0).long(), c).movedim(-1,
+            1).flatten(2)*known.flatten(1)[:,None]
+        p = _plain(logits).softmax(1).flatten(2)
+        shown = shown.to(_plain(logits).dtype)
+        known = known.flatten(1)[:,None].expand(-1, c, -1)
         each = _lovasz(*(v.flatten(0, 1) for v in ((shown-p).abs(), shown, known))).reshape(p.shape[:2])
         there = (shown.sum(2)>0).to(each.dtype)
         return _reduce(each*there, there, self.reduction)
@@ -111,7 +131,8 @@ class LovaszSoftmax(nn.Module):
 
 # %% ../nbs/42_region_losses.ipynb #3c446187
 class DiceBCE(nn.Module):
-    "`dice` times Dice plus `bce` times the mean BCE over the pixels, of logits and masks of one shape; NaN is unknown."
+    """`dice` times Dice plus `bce` times the mean BCE over the pixels, of logits and masks of one shape; NaN
+    is unknown."""
     def __init__(self,
         dice: float=.5,        # weight of Dice
         bce: float=1.,         # weight of BCE
@@ -122,10 +143,13 @@ class DiceBCE(nn.Module):
         reduction: str='mean', # 'mean' or 'none': (B, C), not with `batch`
     ):
         super().__init__()
-        if reduction not in ('mean', 'none') or (batch and reduction=='none') or not (dice>=0 and bce>=0): raise ModelError(f"DiceBCE got dice {dice}, bce {bce}, reduction {reduction!r}, batch {batch}", "Give weights of at least 0, and 'mean', or 'none' without batch")
+        if reduction not in ('mean', 'none') or (batch and reduction=='none') or not (dice>=0 and bce>=0):
+            raise ModelError(f"DiceBCE got dice {dice}, bce {bce}, reduction {reduction!r}, batch {batch}",
+                "Give weights of at least 0, and 'mean', or 'none' without batch")
         self.dice,self.bce,self.reduction = dice,bce,reduction
         self.region = DiceLoss(smooth, empty, batch, reduction)
-        self.pixel = BCEWithNaN(None if pos_weight is None else torch.as_tensor(pos_weight).reshape(1), reduction='none')
+        self.pixel = BCEWithNaN(None if pos_weight is None else torch.as_tensor(pos_weight).reshape(1),
+            reduction='none')
 
     def forward(self, logits, target):
         self.region.reduction = self.reduction

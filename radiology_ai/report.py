@@ -8,7 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/report.html.md"""
 __all__ = ['SMALL', 'choose_examples', 'said', 'label_charts', 'training_charts', 'data_uri', 'render', 'plain', 'write_report']
 
 # %% ../nbs/64_report.ipynb #c75c678f
-import base64, json, math
+import base64
+import json
+import math
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,11 +19,23 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/64_report.ipynb #d8083156
-from .core import DataError, atomic_path
 from .charts import CHART_CSS, Chart
+from .core import DataError, atomic_path
 from .evaluation import check_predictions, evaluate_table, thresholds_of
 from .explain import heat_overlay
-from .modelcard import OPEN, PRIVATE, Example, ReportData, characteristics, claim_answers, model_card, run_facts, split_facts, versions, warnings_of
+from radiology_ai.modelcard import (
+    OPEN,
+    PRIVATE,
+    Example,
+    ReportData,
+    characteristics,
+    claim_answers,
+    model_card,
+    run_facts,
+    split_facts,
+    versions,
+    warnings_of,
+)
 
 # %% ../nbs/64_report.ipynb #0e8824c8
 def choose_examples(
@@ -36,14 +50,18 @@ def choose_examples(
     t = p.table.assign(margin=p.scores[:,0]-cut, positive=p.targets[:,0]>0).sort_values(['margin','image_id'])
     positive,call = t.positive,t.margin>=0
     hits = t[positive & call]
-    hits = hits.iloc[np.unique(np.linspace(len(hits)-1, 0, min(found, len(hits))).round().astype(int))[::-1]] if len(hits) else hits
-    kinds = {'true positive': hits, 'false negative': t[positive & ~call][:errors], 'false positive': t[~positive & call][::-1][:errors]}
-    return pd.concat([v.assign(kind=k) for k,v in kinds.items()]).drop(columns=['margin','positive']).reset_index(drop=True)
+    hits = (hits.iloc[np.unique(np.linspace(len(hits)-1, 0, min(found, len(hits))).round().astype(int))[::-1]]
+        if len(hits) else hits)
+    kinds = {'true positive': hits, 'false negative': t[positive & ~call][:errors],
+        'false positive': t[~positive & call][::-1][:errors]}
+    return pd.concat([v.assign(kind=k) for k,v in kinds.items()]).drop(columns=['margin',
+        'positive']).reset_index(drop=True)
 
 # %% ../nbs/64_report.ipynb #8abd8549
 def said(f: dict) -> str:
     "A figure in words."
-    return f"n/a: {f['reason']}" if f['reason'] else f"{f['value']:.3f} (95 % CI {f['low']:.3f} to {f['high']:.3f})"
+    return (f"n/a: {f['reason']}" if f['reason']
+        else f"{f['value']:.3f} (95 % CI {f['low']:.3f} to {f['high']:.3f})")
 
 SMALL = dict(width=320, height=270)
 
@@ -51,15 +69,21 @@ def _discrimination(o: dict, size: dict, keys: bool) -> dict:
     "ROC and precision-recall charts of a label."
     n,((roc,band),(pr,pband)) = f"n = {o['images']:,}",(o['curves'][k].values() for k in ('roc','pr'))
     name = lambda text: text if keys else ''
-    a = Chart(f"ROC curve, {o['label']}", f"AUROC {said(o['auroc'])}, {n}", xlabel='1 - specificity', ylabel='sensitivity', **size)
-    a.band(*band, label=name('95 % band')).line([0, 1], [0, 1], 'm', name('chance'), dash=True).line(*roc, label=name(f"AUROC {said(o['auroc'])}, {n}"))
-    b = Chart(f"Precision-recall curve, {o['label']}", f"Average precision {said(o['average_precision'])}, {n}", xlabel='recall (sensitivity)', ylabel='precision (PPV)', **size)
+    a = Chart(f"ROC curve, {o['label']}", f"AUROC {said(o['auroc'])}, {n}", xlabel='1 - specificity',
+        ylabel='sensitivity', **size)
+    a.band(*band, label=name('95 % band')).line([0, 1], [0, 1], 'm', name('chance'), dash=True).line(*roc,
+        label=name(f"AUROC {said(o['auroc'])}, {n}"))
+    b = Chart(f"Precision-recall curve, {o['label']}",
+        f"Average precision {said(o['average_precision'])}, {n}", xlabel='recall (sensitivity)',
+        ylabel='precision (PPV)', **size)
     b.band(*pband, label=name('95 % band')).line([0, 1], [o['prevalence']]*2, 'm', name('chance'), dash=True)
     b.line(*pr, label=name(f"AP {said(o['average_precision'])}, {n}"))
     if o['operating']:
         f,at = o['operating'],name(f"threshold {o['threshold']:.3f}")
-        if not (f['sensitivity']['reason'] or f['specificity']['reason']): a.points([1-f['specificity']['value']], [f['sensitivity']['value']], cls='b', label=at)
-        if not (f['sensitivity']['reason'] or f['PPV']['reason']): b.points([f['sensitivity']['value']], [f['PPV']['value']], cls='b', label=at)
+        if not (f['sensitivity']['reason'] or f['specificity']['reason']):
+            a.points([1-f['specificity']['value']], [f['sensitivity']['value']], cls='b', label=at)
+        if not (f['sensitivity']['reason'] or f['PPV']['reason']):
+            b.points([f['sensitivity']['value']], [f['PPV']['value']], cls='b', label=at)
     return {'roc': a, 'pr': b}
 
 def _calibration(o: dict, size: dict, keys: bool, positive: str) -> dict:
@@ -67,12 +91,15 @@ def _calibration(o: dict, size: dict, keys: bool, positive: str) -> dict:
     bins,curve = o['calibration']['bins'],o['calibration']['curve']
     if not bins: return {}
     col,name = lambda k: [b[k] for b in bins],lambda text: text if keys else ''
-    c = Chart(f"Calibration, {o['label']}", f"ECE {said(o['calibration']['ece'])}", xlabel='score', ylabel=f'share {positive}', **size)
+    c = Chart(f"Calibration, {o['label']}", f"ECE {said(o['calibration']['ece'])}", xlabel='score',
+        ylabel=f'share {positive}', **size)
     if curve: c.band(*([r[k] for r in curve] for k in ('score','low','high')), label=name('95 % band'))
     c.line([0, 1], [0, 1], 'm', name('perfect'), dash=True)
     if curve: c.line([r['score'] for r in curve], [r['rate'] for r in curve], 'a', name('smooth'))
-    tips = [f"score {b['from']:.1f} to {b['to']:.1f}: {b['rate']:.3f} ({b['rate_low']:.3f} to {b['rate_high']:.3f}), n = {b['n']}" for b in bins]
-    return {'calibration': c.points(col('score'), col('rate'), col('rate_low'), col('rate_high'), cls='b', label=name('each bin with its 95 % interval'), titles=tips)}
+    tips = [f"score {b['from']:.1f} to {b['to']:.1f}: {b['rate']:.3f} ({b['rate_low']:.3f} to "
+        f"{b['rate_high']:.3f}), n = {b['n']}" for b in bins]
+    return {'calibration': c.points(col('score'), col('rate'), col('rate_low'), col('rate_high'), cls='b',
+        label=name('each bin with its 95 % interval'), titles=tips)}
 
 def _decision(o: dict, size: dict, keys: bool) -> dict:
     "Net benefit by threshold, beside calling all or none positive."
@@ -81,18 +108,26 @@ def _decision(o: dict, size: dict, keys: bool) -> dict:
     top = 1.1*max(o['prevalence'], np.nanmax(c['high']))
     bottom,useful = -.25*top,np.flatnonzero(c['high']>.03*top)
     end = min(1., max(.1, c['threshold'][useful[-1]] + .05 if len(useful) else 0))
-    c = {k: np.clip(v, bottom, top) if k!='threshold' else v for k,v in ((k, v[c['threshold']<=end]) for k,v in c.items())}
+    c = {k: np.clip(v, bottom, top) if k!='threshold' else v
+        for k,v in ((k, v[c['threshold']<=end]) for k,v in c.items())}
     x,above = c['threshold'],c['all']>bottom
-    d = Chart(f"Net benefit, {o['label']}", f"Prevalence {o['prevalence']:.3f}, n = {o['images']:,}", (0, end), (bottom, top), 'threshold probability', 'net benefit', **size)
-    d.band(x, c['low'], c['high'], label=name('95 % band')).line(x[above], c['all'][above], 'c', name('all called positive'), dash=True)
-    return {'decision': d.line(x, c['none'], 'm', name('none called positive'), dash=True).line(x, c['net_benefit'], 'a', name(f"by the score, n = {o['images']:,}"))}
+    d = Chart(f"Net benefit, {o['label']}", f"Prevalence {o['prevalence']:.3f}, n = {o['images']:,}",
+        (0, end), (bottom, top), 'threshold probability', 'net benefit', **size)
+    d.band(x, c['low'], c['high'], label=name('95 % band')).line(x[above], c['all'][above], 'c',
+        name('all called positive'), dash=True)
+    return {'decision': d.line(x, c['none'], 'm', name('none called positive'), dash=True).line(x,
+        c['net_benefit'], 'a', name(f"by the score, n = {o['images']:,}"))}
 
 def _scores(o: dict, size: dict, positive: str, negative: str) -> dict:
     "Histogram of the scores by truth."
     if not (h := o['histogram']): return {}
     both = np.add(h['negative'], h['positive'])
-    c = Chart(f"Histogram of scores, {o['label']}", f"{o['negatives']} {negative}, {o['positives']} {positive} images", (h['edges'][0], h['edges'][-1]), (0, 1.05*max(1, both.max())), 'score', 'images', **size)
-    c.bars(h['edges'], h['negative'], 'a', f"{negative}, n = {o['negatives']:,}").bars(h['edges'], h['positive'], 'b', f"{positive}, n = {o['positives']:,} (on top)", base=np.array(h['negative'], float))
+    c = Chart(f"Histogram of scores, {o['label']}",
+        f"{o['negatives']} {negative}, {o['positives']} {positive} images", (h['edges'][0], h['edges'][-1]),
+        (0, 1.05*max(1, both.max())), 'score', 'images', **size)
+    c.bars(h['edges'], h['negative'], 'a', f"{negative}, n = {o['negatives']:,}").bars(h['edges'],
+        h['positive'], 'b', f"{positive}, n = {o['positives']:,} (on top)",
+        base=np.array(h['negative'], float))
     if o['threshold'] is not None: c.vline(o['threshold'], f"threshold {o['threshold']:.3f}")
     return {'histogram': c}
 
@@ -105,13 +140,15 @@ def label_charts(
     "Name to SVG: 'roc', 'pr', 'calibration', 'decision', and large ones 'histogram'; those that are defined."
     size = SMALL if small else {}
     charts = _discrimination(o, size, not small) if o['curves'] else {}
-    charts |= _calibration(o, size, not small, positive) | (_decision(o, size, not small) if o['curves'] else {})
+    charts |= _calibration(o, size, not small, positive) | (_decision(o, size, not small) if o['curves']
+        else {})
     return {k: c.svg() for k,c in (charts | ({} if small else _scores(o, size, positive, negative))).items()}
 
 # %% ../nbs/64_report.ipynb #4cfc749f
 def _fits(curves) -> list[pd.DataFrame]:
     "Training curves as tables, one a fit, without empty ones."
-    single = isinstance(curves, pd.DataFrame) or (len(curves)>0 and isinstance(curves[0], dict) and not any(isinstance(v, (list, tuple)) for v in curves[0].values()))
+    single = (isinstance(curves, pd.DataFrame) or (len(curves)>0 and isinstance(curves[0], dict)
+        and not any(isinstance(v, (list, tuple)) for v in curves[0].values())))
     return [t for t in (pd.DataFrame(c) for c in ([curves] if single else curves)) if len(t)]
 
 def training_charts(
@@ -122,18 +159,23 @@ def training_charts(
     if not fits: return []
     numbers = [c for c in fits[0].select_dtypes('number').columns if c not in ('epoch','time')]
     losses = [c for c in numbers if c.endswith('loss')]
-    others = [c for c in numbers if c not in losses and all(t[c].dropna().between(0, 1).all() for t in fits if c in t)]
+    others = [c for c in numbers if c not in losses
+        and all(t[c].dropna().between(0, 1).all() for t in fits if c in t)]
     many = f' of {len(fits)} fits' if len(fits)>1 else ''
-    return [(_epochs(fits, names, title, title=='loss'), f"{title.capitalize()} by epoch{many}; without intervals, as these served to watch the training only.") for title,names in (('loss', losses), ('validation figures', others)) if names]
+    return [(_epochs(fits, names, title, title=='loss'),
+        f"{title.capitalize()} by epoch{many}; without intervals, as these served to watch the training only.") for title,names in (('loss', losses), ('validation figures', others)) if names]
 
 def _epochs(fits: list, names: list, title: str, from_zero: bool) -> str:
     "One line a fit and column."
     values = np.concatenate([t[c].to_numpy(float) for t in fits for c in names if c in t])
     values = values[np.isfinite(values)]
     top = float(values.max()) if len(values) else 1.
-    c = Chart(f'Training: {title}', ', '.join(names), (1, max(2, max(len(t) for t in fits))), (0, 1.05*top if top>0 else 1.) if from_zero else (0, 1), 'epoch', title)
+    c = Chart(f'Training: {title}', ', '.join(names), (1, max(2, max(len(t) for t in fits))),
+        (0, 1.05*top if top>0 else 1.) if from_zero else (0, 1), 'epoch', title)
     for i,name in enumerate(names[:4]):
-        for k,t in enumerate(t for t in fits if name in t): c.line(np.arange(1, len(t)+1), t[name].to_numpy(float), 'abcd'[i], '' if k else name.replace('_', ' '))
+        for k,t in enumerate(t for t in fits if name in t):
+            c.line(np.arange(1, len(t)+1), t[name].to_numpy(float), 'abcd'[i],
+                '' if k else name.replace('_', ' '))
     return c.svg()
 
 # %% ../nbs/64_report.ipynb #a43c0c03
@@ -158,7 +200,8 @@ def _environment():
     "The template engine with the formats of the page."
     from jinja2 import Environment, StrictUndefined
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    env.filters |= {'number': lambda v, digits=3: f'{v:.{digits}f}', 'count': lambda v: f'{int(v):,}', 'p': lambda v: 'n/a' if v is None or math.isnan(v) else '< 0.001' if v<.001 else f'{v:.3f}'}
+    env.filters |= {'number': lambda v, digits=3: f'{v:.{digits}f}', 'count': lambda v: f'{int(v):,}',
+        'p': lambda v: 'n/a' if v is None or math.isnan(v) else '< 0.001' if v<.001 else f'{v:.3f}'}
     return env
 
 def _examples(examples) -> list[tuple[str, list]]:
@@ -166,13 +209,17 @@ def _examples(examples) -> list[tuple[str, list]]:
     out = {}
     for x in examples:
         heat = None if x.heat is None else data_uri(heat_overlay(x.image, x.heat))
-        out.setdefault(x.kind, []).append({**{k: getattr(x, k) for k in ('image_id','score','truth','note')}, 'kind': x.kind, 'image': data_uri(x.image), 'heat': heat})
+        out.setdefault(x.kind, []).append({**{k: getattr(x, k) for k in ('image_id','score','truth','note')},
+            'kind': x.kind, 'image': data_uri(x.image), 'heat': heat})
     return list(out.items())
 
 def _sections(d: ReportData, e: dict, training) -> list[tuple[str, str]]:
     "(id, name) of the sections that the page has."
-    there = [('summary','Summary', True), ('data','Data', True), ('discrimination','Discrimination', True), ('calibration','Calibration', len(e['labels'])==1), ('benefit','Net benefit', len(e['labels'])==1),
-        ('grades','Grades', e['grades']), ('subgroups','Subgroups', True), ('models','Other models', e['comparison']), ('errors','Worst errors', True), ('training','Training', training), ('card','Model card', True), ('claim','CLAIM', True)]
+    there = [('summary','Summary', True), ('data','Data', True), ('discrimination','Discrimination', True),
+        ('calibration','Calibration', len(e['labels'])==1), ('benefit','Net benefit', len(e['labels'])==1),
+        ('grades','Grades', e['grades']), ('subgroups','Subgroups', True),
+        ('models','Other models', e['comparison']), ('errors','Worst errors', True),
+        ('training','Training', training), ('card','Model card', True), ('claim','CLAIM', True)]
     return [(i, name) for i,name,shown in there if shown]
 
 def render(
@@ -188,19 +235,26 @@ def render(
     source = files('radiology_ai')/'templates'
     css = (source/'report.css').read_text(encoding='utf-8') + CHART_CSS
     training,many = [(Markup(svg), text) for svg,text in training_charts(d.curves)],len(e['labels'])>1
-    charts = [{k: Markup(v) for k,v in label_charts(o, many, d.positive, d.negative).items()} for o in e['labels']]
+    charts = [{k: Markup(v) for k,v in label_charts(o, many, d.positive, d.negative).items()}
+        for o in e['labels']]
     flow = [(str(k).lstrip('-').strip(), int(v), str(k).startswith('-')) for k,v in d.flow.items()]
-    persons = characteristics(d.manifest, d.subgroups, ['target' if o['label']=='positive' else o['label'] for o in e['labels']]) if d.manifest is not None and len(counts)<12 else None
+    persons = (characteristics(d.manifest, d.subgroups,
+        ['target' if o['label']=='positive' else o['label'] for o in e['labels']]) if d.manifest is not None
+        and len(counts)<12 else None)
     page = _environment().from_string((source/'report.html').read_text(encoding='utf-8'))
-    return page.render(d=d, e=e, css=Markup(css), charts=charts, training=training, flow=flow, unreadable=_unreadable(d.unreadable), splits=counts, split=split, examples=_examples(d.examples),
-        persons=persons, facts=run_facts(d.facts), sections_of_card=model_card(d, e, counts), claim=claim_answers(d, e, split, counts), open=OPEN, sections=_sections(d, e, training), warnings=warnings_of(d, e, split),
+    return page.render(d=d, e=e, css=Markup(css), charts=charts, training=training, flow=flow,
+        unreadable=_unreadable(d.unreadable), splits=counts, split=split, examples=_examples(d.examples),
+        persons=persons, facts=run_facts(d.facts), sections_of_card=model_card(d, e, counts),
+        claim=claim_answers(d, e, split, counts), open=OPEN, sections=_sections(d, e, training),
+        warnings=warnings_of(d, e, split),
         threshold_from=_chosen_on(d, e), draws=draws, json_name=json_name)
 
 def _chosen_on(d, e) -> str: return d.threshold_from or e['threshold_from'] or 'validation patients'
 
 # %% ../nbs/64_report.ipynb #b5f6a6be
 def plain(o):
-    "`o` for a JSON file: NaN and infinity as null, numpy numbers as Python's, paths as their last part, private entries left out."
+    """`o` for a JSON file: NaN and infinity as null, numpy numbers as Python's, paths as their last part,
+    private entries left out."""
     if isinstance(o, dict): return {str(k): plain(v) for k,v in o.items() if not PRIVATE.search(str(k))}
     if isinstance(o, (list, tuple)): return [plain(v) for v in o]
     if isinstance(o, np.ndarray): return plain(o.tolist())
@@ -216,14 +270,22 @@ def write_report(
     draws: int=400,                # how many, behind bands and bootstrap intervals
     **kwargs                       # the fields of `ReportData`
 ) -> Path:
-    "Write the page and, beside it, its numbers as JSON; returns the page's path. The same content gives the same bytes. Raises `DataError`."
+    """Write the page and, beside it, its numbers as JSON; returns the page's path. The same content gives the
+    same bytes. Raises `DataError`."""
     d,path = data or ReportData(**kwargs),Path(path)
     page = path if path.suffix.lower() in ('.html','.htm') else path/'report.html'
-    e = evaluate_table(d.table, d.threshold, d.subgroups, d.grade_names, draws, seed, d.labels, d.others, d.name, d.missing)
-    split,counts = (None, []) if d.manifest is None else split_facts(d.manifest, check_predictions(d.table, d.labels).table)
-    numbers = {'title': d.title, 'task': d.task, **e, 'flow': {k.lstrip('-').strip(): v for k,v in d.flow.items()}, 'split': split, 'splits': counts, 'unreadable': _unreadable(d.unreadable),
-               'warnings': warnings_of(d, e, split), 'training': [t.to_dict('list') for t in _fits(d.curves)], 'facts': d.facts, 'card': dict(model_card(d, e, counts)), 'claim': claim_answers(d, e, split, counts), 'versions': versions()}
+    e = evaluate_table(d.table, d.threshold, d.subgroups, d.grade_names, draws, seed, d.labels, d.others,
+        d.name, d.missing)
+    split,counts = ((None, []) if d.manifest is None
+        else split_facts(d.manifest, check_predictions(d.table, d.labels).table))
+    numbers = {'title': d.title, 'task': d.task, **e,
+        'flow': {k.lstrip('-').strip(): v for k,v in d.flow.items()}, 'split': split, 'splits': counts,
+        'unreadable': _unreadable(d.unreadable),
+               'warnings': warnings_of(d, e, split), 'training': [t.to_dict('list') for t in _fits(d.curves)],
+               'facts': d.facts, 'card': dict(model_card(d, e, counts)),
+               'claim': claim_answers(d, e, split, counts), 'versions': versions()}
     html = render(d, e, split, counts, draws, page.with_suffix('.json').name)
-    with atomic_path(page.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(plain(numbers), indent=1), encoding='utf-8')
+    with atomic_path(page.with_suffix('.json')) as tmp:
+        tmp.write_text(json.dumps(plain(numbers), indent=1), encoding='utf-8')
     with atomic_path(page) as tmp: tmp.write_text(html, encoding='utf-8')
     return page

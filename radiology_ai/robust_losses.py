@@ -32,7 +32,8 @@ TERMS = {
     'nl':  _nl}
 
 class RobustLoss(ClassLoss):
-    "The sum of terms such as 'nce+rce' of logits (B, C) and class numbers (B,); the mean over the weights of the images."
+    """The sum of terms such as 'nce+rce' of logits (B, C) and class numbers (B,); the mean over the weights
+    of the images."""
     def __init__(self,
         terms: str='nce+rce',  # names of the table, with n in front for normalised ones, joined by +; 'sce' is 'ce+rce'
         scale=1.,              # what multiplies each term: a number, or one for each
@@ -44,10 +45,15 @@ class RobustLoss(ClassLoss):
     ):
         super().__init__(weight, gamma, smoothing, reduction)
         self.names = tuple('ce+rce'.split('+') if terms=='sce' else terms.lower().split('+'))
-        self.scale = (float(scale),)*len(self.names) if isinstance(scale, (int, float)) else tuple(map(float, scale))
+        self.scale = ((float(scale),)*len(self.names) if isinstance(scale, (int, float))
+            else tuple(map(float, scale)))
         known = [*TERMS, *(f'n{k}' for k in TERMS if k!='nl')]
-        if wrong := [n for n in self.names if n not in known]: raise ModelError(f"There is no loss {wrong[0]!r}", f"Choose among {', '.join(known)}, joined by +")
-        if len(self.scale)!=len(self.names) or min(self.scale)<0: raise ModelError(f"RobustLoss got the scales {self.scale} for {terms!r}", "Give one number, or one for each term")
+        if wrong := [n for n in self.names if n not in known]:
+            raise ModelError(f"There is no loss {wrong[0]!r}",
+                f"Choose among {', '.join(known)}, joined by +")
+        if len(self.scale)!=len(self.names) or min(self.scale)<0:
+            raise ModelError(f"RobustLoss got the scales {self.scale} for {terms!r}",
+                "Give one number, or one for each term")
         if not 0<q<=1: raise ModelError(f"RobustLoss got q {q}", "Give a number in (0, 1]")
         self.q = q
 
@@ -55,19 +61,25 @@ class RobustLoss(ClassLoss):
         total = 0
         for name,scale in zip(self.names, self.scale):
             each = TERMS[name if name in TERMS else name[1:]](logp, self.gamma, self.q)
-            total = total + scale*(each if name in TERMS else each/each.sum(1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny))
+            total = total + scale*(each if name in TERMS
+                else each/each.sum(1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny))
         return total
 
 # %% ../nbs/42_robust_losses.ipynb #4cf7a846
 class DMILoss(nn.Module):
-    "-log(|det U| + 0.001) of logits (B, C) and class numbers (B,), U (C, C) the mean of answer times label; 0 if no label is known."
+    """-log(|det U| + 0.001) of logits (B, C) and class numbers (B,), U (C, C) the mean of answer times label;
+    0 if no label is known."""
     reduction = 'mean'
     def forward(self, logits, target):
-        if self.reduction!='mean': raise ModelError("DMILoss has no value for each image", "Leave MixUp out, or take another loss")
+        if self.reduction!='mean':
+            raise ModelError("DMILoss has no value for each image", "Leave MixUp out, or take another loss")
         logits,aim,known = _classes('DMILoss', logits, target)
         with torch.autocast(logits.device.type, enabled=False):
-            u = torch.einsum('bi,bj->ij', logits.softmax(1)*known[:,None], aim*known[:,None])/known.sum().clamp(min=1)
+            u = torch.einsum('bi,bj->ij', logits.softmax(1)*known[:,None],
+                aim*known[:,None])/known.sum().clamp(min=1)
             return -torch.log(torch.linalg.det(u).abs() + 1e-3)*known.any()
 
-    def activation(self, logits): return logits.as_subclass(torch.Tensor).to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    def activation(self, logits):
+        return logits.as_subclass(torch.Tensor).to(torch.promote_types(logits.dtype,
+            torch.float32)).softmax(-1)
     def decodes(self, logits): return logits.argmax(-1)

@@ -27,7 +27,8 @@ def grade_log_probabilities(
     return reached + F.pad(F.logsigmoid(-logits), (0, 1))
 
 class CORN(nn.Module):
-    "Ordinal loss of logits (B, K-1) and grades (B,) 0 to K-1, -100 for unknown. The mean is over the questions asked. Raises `ModelError`."
+    """Ordinal loss of logits (B, K-1) and grades (B,) 0 to K-1, -100 for unknown. The mean is over the
+    questions asked. Raises `ModelError`."""
     y_int = True # fastai's MixUp then mixes the losses of two grades
     def __init__(self,
         weight=None,           # (K,) weight of the images of each grade
@@ -35,15 +36,24 @@ class CORN(nn.Module):
     ):
         super().__init__()
         _settings(self, reduction=reduction)
-        self.register_buffer('weight', None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
+        self.register_buffer('weight', None if weight is None
+            else torch.as_tensor(weight, dtype=torch.float32))
 
     def forward(self, logits, target):
         target = target.as_subclass(torch.Tensor)
-        if logits.ndim!=2 or target.shape!=logits.shape[:1]: raise ModelError(f"CORN got logits {tuple(logits.shape)} and targets {tuple(target.shape)}", "Give logits (B, K-1) and grades (B,)")
-        if target.is_floating_point(): raise ModelError(f"CORN got targets of type {target.dtype}", "Give grades as integers, -100 for unknown")
+        if logits.ndim!=2 or target.shape!=logits.shape[:1]:
+            raise ModelError(f"CORN got logits {tuple(logits.shape)} and targets {tuple(target.shape)}",
+                "Give logits (B, K-1) and grades (B,)")
+        if target.is_floating_point():
+            raise ModelError(f"CORN got targets of type {target.dtype}",
+                "Give grades as integers, -100 for unknown")
         logits,known,k = _plain(logits),target!=-100,logits.shape[1]+1
-        if (wrong := known & ((target<0) | (target>=k))).any(): raise ModelError(f"A grade is {int(target[wrong][0])} and {k-1} outputs tell {k} grades", "Give the network one output less than there are grades")
-        if self.weight is not None and self.weight.shape!=(k,): raise ModelError(f"There are {self.weight.numel()} weights for {k} grades", "Compute them by class_weights(labels, vocab)")
+        if (wrong := known & ((target<0) | (target>=k))).any():
+            raise ModelError(f"A grade is {int(target[wrong][0])} and {k-1} outputs tell {k} grades",
+                "Give the network one output less than there are grades")
+        if self.weight is not None and self.weight.shape!=(k,):
+            raise ModelError(f"There are {self.weight.numel()} weights for {k} grades",
+                "Compute them by class_weights(labels, vocab)")
         w = (known if self.weight is None else self.weight[torch.where(known, target, 0)]*known).to(logits)
         step = torch.arange(k-1, device=logits.device)
         asked,higher = target[:,None]>=step,target[:,None]>step
@@ -59,7 +69,8 @@ class CORN(nn.Module):
 
 # %% ../nbs/42_structured_losses.ipynb #d928c532
 class TreeLoss(LabelLoss):
-    "MCLoss of logits and targets (B, C) in the order of `tree.names`; 1, 0 or NaN for unknown. Raises `ModelError`, also for a 1 below a 0."
+    """MCLoss of logits and targets (B, C) in the order of `tree.names`; 1, 0 or NaN for unknown. Raises
+    `ModelError`, also for a 1 below a 0."""
     def __init__(self,
         tree,                  # a `LabelTree`, or (C, C) bool: category i is j or stands below it
         pos_weight=None,       # (C,) weight of the positives of each category
@@ -67,7 +78,9 @@ class TreeLoss(LabelLoss):
     ):
         super().__init__(pos_weight, reduction=reduction)
         below = torch.as_tensor(np.array(getattr(tree, 'below', tree), dtype=bool))
-        if below.ndim!=2 or below.shape[0]!=below.shape[1] or not below.diagonal().all(): raise ModelError(f"The tree is {tuple(below.shape)}", "Give a LabelTree, or (C, C) bool with a true diagonal")
+        if below.ndim!=2 or below.shape[0]!=below.shape[1] or not below.diagonal().all():
+            raise ModelError(f"The tree is {tuple(below.shape)}",
+                "Give a LabelTree, or (C, C) bool with a true diagonal")
         self.register_buffer('below', below)
 
     def closed(self, target, known):
@@ -76,17 +89,25 @@ class TreeLoss(LabelLoss):
         up,down = (yes[:,:,None] & self.below).any(1),(no[:,None,:] & self.below).any(2)
         if (clash := up & down).any():
             i,j = clash.nonzero()[0].tolist()
-            raise ModelError(f"Image {i} of the batch has a positive at or below category {j}, which is negative or below a negative", "Close the labels: LabelTree.close(df, errors='unknown')")
+            raise ModelError(f"Image {i} of the batch has a positive at or below category {j}, which is "
+                "negative or below a negative", "Close the labels: LabelTree.close(df, errors='unknown')")
         return up,down
 
     def forward(self, logits, target):
         logits,target,known = _binary('TreeLoss', logits, target)
-        if logits.ndim!=2 or logits.shape[1]!=len(self.below): raise ModelError(f"TreeLoss got logits {tuple(logits.shape)} for a tree of {len(self.below)} categories", "Give (B, C) in the order of tree.names")
-        if ((target!=0) & (target!=1)).any(): raise ModelError("TreeLoss got a target between 0 and 1", "Give 1, 0 or NaN; leave MixUp out")
-        if self.pos_weight is not None and self.pos_weight.numel()!=1 and self.pos_weight.shape!=logits.shape[1:]: raise ModelError(f"There are {self.pos_weight.numel()} positive weights for {logits.shape[1]} categories", "Give one for each")
+        if logits.ndim!=2 or logits.shape[1]!=len(self.below):
+            raise ModelError(f"TreeLoss got logits {tuple(logits.shape)} for a tree of {len(self.below)} "
+                "categories", "Give (B, C) in the order of tree.names")
+        if ((target!=0) & (target!=1)).any():
+            raise ModelError("TreeLoss got a target between 0 and 1", "Give 1, 0 or NaN; leave MixUp out")
+        if (self.pos_weight is not None and self.pos_weight.numel()!=1
+                and self.pos_weight.shape!=logits.shape[1:]):
+            raise ModelError(f"There are {self.pos_weight.numel()} positive weights for {logits.shape[1]} "
+                "categories", "Give one for each")
         yes,no = self.closed(target, known)
         best = _masked_max(logits, self.below & yes[:,:,None])
-        loss = torch.where(yes, F.softplus(-best), 0.)*(1 if self.pos_weight is None else self.pos_weight.to(logits))
+        loss = torch.where(yes, F.softplus(-best),
+            0.)*(1 if self.pos_weight is None else self.pos_weight.to(logits))
         loss = loss + torch.where(no, F.softplus(self.constrained(logits)), 0.)
         return _reduce(loss, (yes | no).to(logits.dtype), self.reduction)
 

@@ -19,7 +19,8 @@ from .losses import ClassLoss, LabelLoss, _plain, _reduce, _settings
 
 # %% ../nbs/42_teacher_losses.ipynb #45788c3d
 class DistillationLoss(nn.Module):
-    "(1 - alpha) base(logits, target) + alpha distance(logits, teacher logits); without teacher logits, as in validation, base alone. Raises `ModelError`."
+    """(1 - alpha) base(logits, target) + alpha distance(logits, teacher logits); without teacher logits, as
+    in validation, base alone. Raises `ModelError`."""
     def __init__(self,
         base: nn.Module,       # the loss of labels, such as `WeightedCrossEntropy` or `BCEWithNaN`
         alpha: float=.5,       # share of the teacher
@@ -29,35 +30,48 @@ class DistillationLoss(nn.Module):
     ):
         super().__init__()
         _settings(self, reduction=reduction)
-        if not 0<=alpha<=1 or not tau>0: raise ModelError(f"DistillationLoss got alpha {alpha}, tau {tau}", "alpha is in [0, 1], tau above 0")
-        if not isinstance(base, (ClassLoss, LabelLoss)): raise ModelError(f"DistillationLoss got {base!r}", "Give a loss over classes or labels, such as WeightedCrossEntropy() or BCEWithNaN()")
+        if not 0<=alpha<=1 or not tau>0:
+            raise ModelError(f"DistillationLoss got alpha {alpha}, tau {tau}",
+                "alpha is in [0, 1], tau above 0")
+        if not isinstance(base, (ClassLoss, LabelLoss)):
+            raise ModelError(f"DistillationLoss got {base!r}",
+                "Give a loss over classes or labels, such as WeightedCrossEntropy() or BCEWithNaN()")
         self.base,self.alpha,self.tau,self.hard = base,alpha,tau,hard
 
     def forward(self, logits, target, teacher=None):
         own,second = logits if isinstance(logits, (tuple, list)) else (logits, logits)
         self.base.reduction = self.reduction
         if teacher is None: return self.base(_mean(logits), target)
-        if teacher.shape!=second.shape: raise ModelError(f"DistillationLoss got logits {tuple(second.shape)} and a teacher's {tuple(teacher.shape)}", "Give both the same shape")
+        if teacher.shape!=second.shape:
+            raise ModelError(f"DistillationLoss got logits {tuple(second.shape)} and a teacher's "
+                f"{tuple(teacher.shape)}", "Give both the same shape")
         far = self.distance(_plain(second), _plain(teacher.detach()))
-        return (1-self.alpha)*self.base(own, target) + self.alpha*_reduce(far, torch.ones_like(far), self.reduction)
+        return (1-self.alpha)*self.base(own, target) + self.alpha*_reduce(far, torch.ones_like(far),
+            self.reduction)
 
     def distance(self, z, t):
         "(B,) for classes, (B, C) for labels."
         labels,tau = isinstance(self.base, LabelLoss),self.tau
-        if self.hard: return F.binary_cross_entropy_with_logits(z, (t>=0).to(z.dtype), reduction='none') if labels else F.cross_entropy(z, t.argmax(1), reduction='none')
-        if not labels: return tau**2*(_softmax(t, tau)*(F.log_softmax(t/tau, 1)-F.log_softmax(z/tau, 1))).sum(1)
+        if self.hard:
+            return (F.binary_cross_entropy_with_logits(z, (t>=0).to(z.dtype), reduction='none') if labels
+                else F.cross_entropy(z, t.argmax(1), reduction='none'))
+        if not labels:
+            return tau**2*(_softmax(t, tau)*(F.log_softmax(t/tau, 1)-F.log_softmax(z/tau, 1))).sum(1)
         p = torch.sigmoid(t/tau)
-        return tau**2*(p*(F.logsigmoid(t/tau)-F.logsigmoid(z/tau)) + (1-p)*(F.logsigmoid(-t/tau)-F.logsigmoid(-z/tau)))
+        return tau**2*(p*(F.logsigmoid(t/tau)-F.logsigmoid(z/tau))
+            + (1-p)*(F.logsigmoid(-t/tau)-F.logsigmoid(-z/tau)))
 
     def activation(self, logits): return self.base.activation(_mean(logits))
     def decodes(self, logits): return self.base.decodes(_mean(logits))
 
 def _softmax(t, tau: float): return (t/tau).softmax(1)
-def _mean(logits): return (_plain(logits[0])+_plain(logits[1]))/2 if isinstance(logits, (tuple, list)) else logits
+def _mean(logits):
+    return (_plain(logits[0])+_plain(logits[1]))/2 if isinstance(logits, (tuple, list)) else logits
 
 # %% ../nbs/42_teacher_losses.ipynb #f00e8416
 class SuppressedConsistency(nn.Module):
-    "Consistency of logits (B, C) with the logits (B, C) of gentler views, weighted by class; a row of NaN does not count. The mean is over the images. Raises `ModelError`."
+    """Consistency of logits (B, C) with the logits (B, C) of gentler views, weighted by class; a row of NaN
+    does not count. The mean is over the images. Raises `ModelError`."""
     def __init__(self,
         counts,                        # (C,) labelled images of each class, in the vocabulary's order
         beta: float=.5,                # weight of the rarest; 1: all count the same
@@ -68,19 +82,26 @@ class SuppressedConsistency(nn.Module):
         super().__init__()
         _settings(self, reduction=reduction)
         counts = torch.as_tensor(np.asarray(counts, float))
-        if counts.ndim!=1 or not (counts>=0).all() or not counts.max()>0: raise ModelError(f"The counts are {counts.tolist()}", "Give the number of labelled images of each class")
-        if not 0<beta<=1 or kind not in ('ce', 'mse'): raise ModelError(f"SuppressedConsistency got beta {beta}, kind {kind!r}", "beta is in (0, 1], kind 'ce' or 'mse'")
+        if counts.ndim!=1 or not (counts>=0).all() or not counts.max()>0:
+            raise ModelError(f"The counts are {counts.tolist()}",
+                "Give the number of labelled images of each class")
+        if not 0<beta<=1 or kind not in ('ce', 'mse'):
+            raise ModelError(f"SuppressedConsistency got beta {beta}, kind {kind!r}",
+                "beta is in (0, 1], kind 'ce' or 'mse'")
         self.kind,self.threshold = kind,(.95 if kind=='ce' else 0.) if threshold is None else threshold
         self.register_buffer('weight', (beta**(1-counts/counts.max())).float())
 
     def forward(self, logits, gentle):
-        if logits.ndim!=2 or logits.shape!=gentle.shape or logits.shape[1]!=len(self.weight): raise ModelError(f"SuppressedConsistency got logits {tuple(logits.shape)} and {tuple(gentle.shape)} for {len(self.weight)} classes", "Give both (B, C)")
+        if logits.ndim!=2 or logits.shape!=gentle.shape or logits.shape[1]!=len(self.weight):
+            raise ModelError(f"SuppressedConsistency got logits {tuple(logits.shape)} and "
+                f"{tuple(gentle.shape)} for {len(self.weight)} classes", "Give both (B, C)")
         z,gentle = _plain(logits),_plain(gentle.detach())
         known = ~torch.isnan(gentle).any(1)
         p = torch.where(known[:,None], gentle, 0.).softmax(1)
         sure,c = p.max(1)
         each = F.cross_entropy(z, c, reduction='none') if self.kind=='ce' else ((z.softmax(1)-p)**2).mean(1)
-        return _reduce(each*self.weight.to(z)[c]*(sure>=self.threshold)*known, known.to(z.dtype), self.reduction)
+        return _reduce(each*self.weight.to(z)[c]*(sure>=self.threshold)*known, known.to(z.dtype),
+            self.reduction)
 
     def activation(self, logits): return _plain(logits).softmax(-1)
     def decodes(self, logits): return logits.argmax(-1)

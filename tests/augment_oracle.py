@@ -6,7 +6,9 @@ do is found on a coarse grid over three times the frame, then on two finer ones 
 """
 from typing import NamedTuple
 
-import cv2, numpy as np, torch
+import cv2
+import numpy as np
+import torch
 from scipy.interpolate import BSpline
 
 from radiology_ai.vision.augment import BatchAugment, rand_augment
@@ -14,13 +16,16 @@ from radiology_ai.vision.geometry import warp
 
 H,W = 80,96
 KINDS = ('ellipse', 'edges', 'corners')
-STILL = dict(rotation=0, translation=0, scale=(1, 1), brightness=0, contrast=(1, 1), gamma=(1, 1), noise=0, p=1.)
+STILL = dict(rotation=0, translation=0, scale=(1, 1), brightness=0, contrast=(1, 1), gamma=(1, 1), noise=0,
+    p=1.)
 CHAINS = {name: {**STILL, **settings} for name,settings in {
-    'rotation': dict(rotation=45), 'translation': dict(translation=.3), 'scale': dict(scale=(.6, 1.6)), 'shear': dict(shear=20), 'flip': dict(flip=.5),
+    'rotation': dict(rotation=45), 'translation': dict(translation=.3), 'scale': dict(scale=(.6, 1.6)),
+    'shear': dict(shear=20), 'flip': dict(flip=.5),
     'perspective': dict(perspective=.5), 'elastic': dict(elastic=.05), 'crop': dict(crop=(.3, 1)),
     'affine': dict(rotation=30, translation=.15, scale=(.75, 1.3), shear=10, flip=.5),
     'crop, bent': dict(crop=(.5, 1), elastic=.04, rotation=10),
-    'all': dict(rotation=25, translation=.1, scale=(.8, 1.25), shear=10, flip=.5, perspective=.25, elastic=.04, crop=(.5, 1))}.items()}
+    'all': dict(rotation=25, translation=.1, scale=(.8, 1.25), shear=10, flip=.5, perspective=.25,
+    elastic=.04, crop=(.5, 1))}.items()}
 CHAINS['RandAugment'] = None
 
 
@@ -46,20 +51,23 @@ def trace(draw, i, x, y):
     if draw.bend is not None:
         bend = get('bend')
         bx,by = basis(x/W, bend.shape[-1]),basis(y/H, bend.shape[-1])
-        qx,qy = qx + W*(by @ bend[:,0] @ bx.transpose(0, 2, 1)),qy + H*(by @ bend[:,1] @ bx.transpose(0, 2, 1))
+        qx = qx + W*(by @ bend[:,0] @ bx.transpose(0, 2, 1))
+        qy = qy + H*(by @ bend[:,1] @ bx.transpose(0, 2, 1))
     if draw.crop is not None:
         x1,y1,x2,y2 = get('crop').T
         qx,qy = col(x1*W) + qx*col(x2-x1),col(y1*H) + qy*col(y2-y1)
     if draw.corners is not None:
         frame = np.array([[0, 0], [W, 0], [W, H], [0, H]], np.float64)
-        m = np.stack([cv2.getPerspectiveTransform((frame + c*[W, H]).astype(np.float32), frame.astype(np.float32)) for c in get('corners')])
+        m = np.stack([cv2.getPerspectiveTransform((frame + c*[W, H]).astype(np.float32),
+            frame.astype(np.float32)) for c in get('corners')])
         px,py,depth = (col(m[:,r,0])*qx + col(m[:,r,1])*qy + col(m[:,r,2]) for r in range(3))
         ahead = depth>1e-3
         depth = np.where(ahead, depth, 1)
         qx,qy = np.where(ahead, px/depth, 1e9),np.where(ahead, py/depth, 1e9)
     qx,qy = qx - col(get('dx')*W) - W/2,qy - col(get('dy')*H) - H/2
     cos,sin = col(np.cos(get('angle'))),col(np.sin(get('angle')))
-    qx,qy = (cos*qx - sin*qy)/col(get('zoom')),(sin*qx + cos*qy)/col(get('zoom')) # clockwise as displayed undoes counter-clockwise
+    # clockwise as displayed undoes counter-clockwise
+    qx,qy = (cos*qx - sin*qy)/col(get('zoom')),(sin*qx + cos*qy)/col(get('zoom'))
     if draw.shear is not None:
         tx,ty = (col(v) for v in np.tan(get('shear')).T)
         qx,qy = (qx - tx*qy)/(1-tx*ty),(qy - ty*qx)/(1-tx*ty)
@@ -75,12 +83,14 @@ def inside(px, py, box, kind: str):
 
 
 def extent(draw, i, box, kind: str, coarse: int=96, levels=((12, 160), (12, 300), (12, 500))) -> np.ndarray:
-    "(B, 4) the upright box around the moved shape, not cut off; NaN where it is not on the canvas of three frames."
+    """(B, 4) the upright box around the moved shape, not cut off; NaN where it is not on the canvas of three
+    frames."""
     def span(lo, hi, n): return lo[:,None] + (hi-lo)[:,None]*((np.arange(n)+.5)/n)
     b = len(i)
     gx,gy = span(np.full(b, -W), np.full(b, 2*W), coarse),span(np.full(b, -H), np.full(b, 2*H), coarse)
     hit = inside(*trace(draw, i, gx, gy), box, kind)
-    ends = lambda hit,at,axis: (np.where(hit.any(axis), at, np.inf).min(1),np.where(hit.any(axis), at, -np.inf).max(1))
+    ends = lambda hit,at,axis: (np.where(hit.any(axis), at, np.inf).min(1),
+        np.where(hit.any(axis), at, -np.inf).max(1))
     (x1,x2),(y1,y2) = ends(hit, gx, 1),ends(hit, gy, 2)
     out = np.stack([x1, y1, x2, y2], 1)
     lost = ~np.isfinite(out).all(1)
@@ -92,9 +102,11 @@ def extent(draw, i, box, kind: str, coarse: int=96, levels=((12, 160), (12, 300)
         for side in range(4):
             axis,way = side%2,-1 if side<2 else 1
             edge = out[:,side]
-            near = span(np.minimum(edge-way*step[side], edge+way*reach[side]), np.maximum(edge-way*step[side], edge+way*reach[side]), across)
+            near = span(np.minimum(edge-way*step[side], edge+way*reach[side]),
+                np.maximum(edge-way*step[side], edge+way*reach[side]), across)
             other = span(outer[:,1-axis], outer[:,3-axis], along)
-            hit = inside(*trace(draw, i, *((near, other) if axis==0 else (other, near))), box, kind).any(1 if axis==0 else 2)
+            hit = inside(*trace(draw, i, *((near, other) if axis==0 else (other, near))), box,
+                kind).any(1 if axis==0 else 2)
             found = np.where(hit, near, way*-np.inf)
             found = found.min(1) if way<0 else found.max(1)
             new[:,side] = np.where(np.isfinite(found), found, edge)
@@ -113,14 +125,17 @@ def compare(settings: dict|None, n: int, seed: int=0, batch: int=50) -> Found:
 
 
 def _compare(settings, b: int, seed: int, k: int, gen, kind: str):
-    aug = rand_augment(7, 4, seed=seed, box_from=kind, collimate=0) if settings is None else BatchAugment(**settings, seed=seed, box_from=kind)
+    aug = (rand_augment(7, 4, seed=seed, box_from=kind, collimate=0) if settings is None
+        else BatchAugment(**settings, seed=seed, box_from=kind))
     draw = aug.draw(b, aug.generator(k))
     side = gen.uniform(24, 48, (b, 2))
     corner = gen.uniform(0, 1, (b, 2))*([W, H]-side)
     box,points = np.concatenate([corner, corner+side], 1),gen.uniform(0, 1, (b, 8, 2))*[W, H]
-    px = torch.stack(torch.meshgrid((torch.arange(H)+.5)/H, (torch.arange(W)+.5)/W, indexing='ij')[::-1]).expand(b, 2, H, W)
+    px = torch.stack(torch.meshgrid((torch.arange(H)+.5)/H, (torch.arange(W)+.5)/W,
+        indexing='ij')[::-1]).expand(b, 2, H, W)
     image = torch.cat([px, torch.ones(b, 1, H, W)], 1)
-    _,new,moved,_ = aug.move(draw, (H, W), boxes=torch.from_numpy(box)[:,None], points=torch.from_numpy(points))
+    _,new,moved,_ = aug.move(draw, (H, W), boxes=torch.from_numpy(box)[:,None],
+        points=torch.from_numpy(points))
     read = warp(image, draw.matrix(H, W), bend=draw.bend).numpy()
     i = np.arange(b)
     tx,ty = trace(draw, i, np.tile(np.arange(W)+.5, (b, 1)), np.tile(np.arange(H)+.5, (b, 1)))

@@ -1,5 +1,7 @@
 """What the system tests share: the command line as a user runs it, and one small simulated hospital."""
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ COMMAND = Path(sys.executable).parent/'radiology_ai'
 
 def run_cli(*words, check: bool=True, **env) -> subprocess.CompletedProcess:
     "Run `radiology_ai` with `words` in a process of its own."
-    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **env})
+    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, env={**os.environ, **env})
     if check: assert done.returncode==0, done.stderr
     return done
 
@@ -27,7 +30,8 @@ def fails(*words) -> str:
 def real_data() -> Path:
     "The folder of real radiographs."
     folder = os.environ.get('RADIOLOGY_AI_REAL_DATA')
-    if not folder: pytest.skip('RADIOLOGY_AI_REAL_DATA is not set: the real radiographs are not in the repository')
+    if not folder:
+        pytest.skip('RADIOLOGY_AI_REAL_DATA is not set: the real radiographs are not in the repository')
     return Path(folder)
 
 
@@ -52,6 +56,7 @@ def store(hospital) -> Path:
 @pytest.fixture(scope='session')
 def run(hospital, store) -> Path:
     "A run that was trained on that store for one epoch."
-    run_cli('train', 'knee', '--data', store, '--labels', hospital/'labels.csv', '--out', hospital/'run', '--arch', 'resnet10t',
+    run_cli('train', 'knee', '--data', store, '--labels', hospital/'labels.csv', '--out', hospital/'run',
+        '--arch', 'resnet10t',
         '--epochs', 1, '--bs', 16, '--no-pretrained')
     return hospital/'run'

@@ -22,14 +22,20 @@ from pydicom.encaps import encapsulate
 from radiology_ai.phantom.hospital import SYNTAXES, encode_frame, made_up_uid
 
 MARGIN = 1/64 # of an output step: no shown value lies nearer to one
-FORMATS = {'8/8': (8, 8, 7), '16/8': (16, 8, 7), '16/10': (16, 10, 9), '16/12': (16, 12, 11), '16/12h15': (16, 12, 15), '16/14': (16, 14, 13), '16/16': (16, 16, 15)}
-DCMTK_SYNTAXES = ['implicit', 'explicit', 'big_endian', 'deflated', 'rle', 'jpeg_lossless57', 'jpeg_lossless', 'jpegls']
+FORMATS = {'8/8': (8, 8, 7), '16/8': (16, 8, 7), '16/10': (16, 10, 9), '16/12': (16, 12, 11),
+    '16/12h15': (16, 12, 15), '16/14': (16, 14, 13), '16/16': (16, 16, 15)}
+DCMTK_SYNTAXES = ['implicit', 'explicit', 'big_endian', 'deflated', 'rle', 'jpeg_lossless57', 'jpeg_lossless',
+    'jpegls']
 ALL_SYNTAXES = [*DCMTK_SYNTAXES, 'jpeg2000', 'htj2k']
 PLAIN = ['implicit', 'explicit', 'big_endian', 'deflated', 'rle']
-PIPELINES = [('none', v) for v in ('none', 'linear', 'fraction', 'wide', 'step', 'several', 'exact', 'sigmoid', 'lut8', 'lut8words', 'lut12', 'lut16', 'lutwindow')]
-PIPELINES += [('scale', v) for v in ('none', 'linear', 'exact', 'sigmoid', 'lut8', 'lut16')] + [('negative', v) for v in ('none', 'linear', 'sigmoid', 'lut16')]
-PIPELINES += [('half', 'none'), ('half', 'linear'), ('real', 'linear')] + [('mlut', v) for v in ('none', 'linear', 'sigmoid', 'lut8', 'lut16')]
-WHITE_END = {'2 negative none signed 16/14 implicit', '2 half none signed 16/10 jpeg_lossless57'} # 65535 computed as 65534.999...
+PIPELINES = [('none', v) for v in ('none', 'linear', 'fraction', 'wide', 'step', 'several', 'exact',
+    'sigmoid', 'lut8', 'lut8words', 'lut12', 'lut16', 'lutwindow')]
+PIPELINES += [('scale', v) for v in ('none', 'linear', 'exact', 'sigmoid', 'lut8', 'lut16')] + [('negative',
+    v) for v in ('none', 'linear', 'sigmoid', 'lut16')]
+PIPELINES += [('half', 'none'), ('half', 'linear'),
+    ('real', 'linear')] + [('mlut', v) for v in ('none', 'linear', 'sigmoid', 'lut8', 'lut16')]
+# 65535 computed as 65534.999...
+WHITE_END = {'2 negative none signed 16/14 implicit', '2 half none signed 16/10 jpeg_lossless57'}
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Cell:
     def name(self) -> str:
         sign = 'signed' if self.signed else 'unsigned'
         frames = f'{self.frames} frames' if self.colour and self.frames>1 else ''
-        return ' '.join(o for o in (self.photometric.removeprefix('MONOCHROME'), self.modality, self.voi, sign, self.format, self.syntax, self.extra, frames) if o)
+        return ' '.join(o for o in (self.photometric.removeprefix('MONOCHROME'), self.modality, self.voi,
+            sign, self.format, self.syntax, self.extra, frames) if o)
 
     @property
     def alloc(self): return FORMATS[self.format][0]
@@ -80,8 +87,10 @@ class Cell:
     @property
     def source(self) -> str:
         "Where the expected value comes from."
-        if self.extra=='shape identity': return 'formula: MONOCHROME1 with IDENTITY contradicts itself, DCMTK follows the shape'
-        if self.name in WHITE_END: return 'formula: DCMTK falls one step short of white at the end of the window, by floating point'
+        if self.extra=='shape identity':
+            return 'formula: MONOCHROME1 with IDENTITY contradicts itself, DCMTK follows the shape'
+        if self.name in WHITE_END:
+            return 'formula: DCMTK falls one step short of white at the end of the window, by floating point'
         if self.voi=='exact': return 'formula: DCMTK has no LINEAR_EXACT'
         if self.modality=='real': return 'formula: DCMTK cuts modality values off to whole numbers'
         if self.syntax in ('jpeg2000', 'htj2k'): return 'dcmtk, uncompressed twin'
@@ -92,12 +101,14 @@ class Cell:
 
 def rescale_of(cell) -> tuple:
     "Slope and intercept."
-    return {'scale': (2, -512), 'negative': (-1, 100), 'half': (.5, -100), 'real': (.3, 7.25)}.get(cell.modality, (1, 0))
+    return {'scale': (2, -512), 'negative': (-1, 100), 'half': (.5, -100),
+        'real': (.3, 7.25)}.get(cell.modality, (1, 0))
 
 def table_of(kind, first, span) -> tuple:
     "Descriptor and entries of a lookup table over about half of `span`, bent, from black to white."
     bits = 8 if kind.startswith('lut8') else 12 if kind in ('lut12', 'mlut') else 16
-    if kind=='lutfull': return (0, int(first), 16),np.arange(65535, -1, -1) # falling; 0 stands for 65536 entries
+    if kind=='lutfull':
+        return (0, int(first), 16),np.arange(65535, -1, -1) # falling; 0 stands for 65536 entries
     n = int(min(max(span//2, 2), 1500))//2*2
     t = np.arange(n)/(n - 1)
     return (n, int(first), bits),np.round((2**bits - 1)*t**1.4).astype(int)
@@ -115,7 +126,8 @@ def modality_of(cell, stored):
     return np.asarray(stored, float)*slope + intercept
 
 def modality_ends(cell):
-    "Smallest and largest modality value of the picture; of 8 bits without a window, of all that the bits may hold (without a table)."
+    """Smallest and largest modality value of the picture; of 8 bits without a window, of all that the bits
+    may hold (without a table)."""
     whole = cell.voi=='none' and cell.bits==8 and cell.modality!='mlut'
     ends = modality_of(cell, np.array((cell.low, cell.high) if whole else stored_ends(cell)))
     return ends.min(),ends.max()
@@ -137,7 +149,8 @@ def windows_of(cell) -> list:
     return [first, (first[0]/2 + 3, first[1]/3 + 2), (1., 50.)] if cell.voi=='several' else [first]
 
 def shown(cell, stored, x=None):
-    "The display of stored values in [0, 1] (C.11.2.1.2, C.11.2.1.3), inverted where the header says so; of colour the luma of BT.601. `x`: modality values other than theirs."
+    """The display of stored values in [0, 1] (C.11.2.1.2, C.11.2.1.3), inverted where the header says so; of
+    colour the luma of BT.601. `x`: modality values other than theirs."""
     if cell.colour: return stored@np.array([.299, .587, .114])/255
     x = modality_of(cell, stored) if x is None else x
     if cell.voi.startswith('lut'):
@@ -150,7 +163,9 @@ def shown(cell, stored, x=None):
         c,w = windows_of(cell)[cell.view]
         if cell.voi=='sigmoid': y = 1/(1 + np.exp(-4*(x - c)/w))
         elif cell.voi=='exact': y = np.where(x<=c - w/2, 0, np.where(x>c + w/2, 1, (x - c)/w + .5))
-        else: y = np.where(x<=c - .5 - (w-1)/2, 0, np.where(x>c - .5 + (w-1)/2, 1, (x - (c - .5))/((w - 1) or 1) + .5))
+        else:
+            y = np.where(x<=c - .5 - (w-1)/2, 0, np.where(x>c - .5 + (w-1)/2, 1,
+                (x - (c - .5))/((w - 1) or 1) + .5))
     return 1 - y if cell.inverted else y
 
 
@@ -197,7 +212,8 @@ def candidates(cell):
     step = 2 if cell.modality=='half' else 1
     v = np.unique(np.linspace(a, b, 700).round().astype(int))
     bends = v[_bends(cell, v)]
-    x = np.concatenate([v, *(i + np.arange(-3, 4) for i in bends), *([np.linspace(*bends, 400).round().astype(int)] if len(bends) else [])])
+    x = np.concatenate([v, *(i + np.arange(-3, 4) for i in bends),
+        *([np.linspace(*bends, 400).round().astype(int)] if len(bends) else [])])
     x = x[(x>=a) & (x<=b)]
     return np.unique(np.concatenate([x - (x - a)%step, [a, b]]))
 
@@ -218,7 +234,8 @@ def stored_of(cell):
     order = (np.arange(n)*(len(v)//3*2 + 1 if np.gcd(len(v)//3*2 + 1, len(v))==1 else 1)) % len(v)
     a = v[order].reshape(cell.frames, *cell.shape)
     a[:, 0, -1],a[:, -1, -1] = ends[0],ends[1]
-    if cell.extra.startswith('padding'): a[:, :, :6] = cell.low + (np.arange(6)%2 if cell.extra=='padding range' else 0)
+    if cell.extra.startswith('padding'):
+        a[:, :, :6] = cell.low + (np.arange(6)%2 if cell.extra=='padding range' else 0)
     if cell.extra=='smooth': a = np.sort(a.ravel()).reshape(a.shape) # long runs for RLE and JPEG-LS
     dtype = np.dtype(f"{'i' if cell.signed else 'u'}{cell.alloc//8}")
     return a.astype(dtype)
@@ -227,7 +244,8 @@ def _colours(cell):
     "Many colours whose luma lies away from a step, black and white among them."
     i = np.arange(4000)
     rgb = np.stack([i*37%256, i*91%256, i*151%256], -1)
-    rgb[:7] = [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 252], [254, 255, 255], [249, 255, 251]]
+    rgb[:7] = [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 252], [254, 255, 255],
+        [249, 255, 251]]
     rgb = rgb[far_from_steps(shown(cell, rgb), 8)]
     n = int(np.prod(cell.shape))*cell.frames
     return rgb[np.arange(n)%len(rgb)].reshape(cell.frames, *cell.shape, 3).astype(np.uint8)
@@ -259,7 +277,9 @@ def _item(descriptor, entries, kind, negative, little):
     n,first,bits = descriptor
     item = Dataset()
     item.add_new('LUTDescriptor', 'SS' if negative else 'US', [n, first, bits])
-    if kind=='lut8': data = entries.astype('u1').tobytes() if little else entries.astype('u1').reshape(-1, 2)[:, ::-1].tobytes()
+    if kind=='lut8':
+        data = (entries.astype('u1').tobytes() if little
+            else entries.astype('u1').reshape(-1, 2)[:, ::-1].tobytes())
     else: data = entries.astype('<u2' if little else '>u2').tobytes()
     item.add_new('LUTData', 'OW', data)
     return item
@@ -274,8 +294,12 @@ def header_of(cell) -> Dataset:
     "Every element but the pixels."
     alloc,bits,high = FORMATS[cell.format]
     little,ds = cell.syntax!='big_endian',Dataset()
-    ds.SOPClassUID,ds.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation,made_up_uid('golden', cell.name)
-    ds.Modality,ds.PatientID,ds.SamplesPerPixel,ds.PhotometricInterpretation = 'DX','GOLDEN',1,cell.photometric
+    ds.SOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    ds.SOPInstanceUID = made_up_uid('golden', cell.name)
+    ds.Modality = 'DX'
+    ds.PatientID = 'GOLDEN'
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = cell.photometric
     ds.Rows,ds.Columns = cell.shape
     ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = alloc,bits,high,int(cell.signed)
     if cell.frames>1: ds.NumberOfFrames = cell.frames
@@ -288,7 +312,8 @@ def header_of(cell) -> Dataset:
         descriptor,entries = voi_table(cell)
         signed = modality_ends(cell)[0]<0
         ds.VOILUTSequence = [_item(descriptor, entries, cell.voi, signed, little)]
-        if cell.voi=='lut16': ds.VOILUTSequence.append(_item(descriptor, entries[::-1], cell.voi, signed, little))
+        if cell.voi=='lut16':
+            ds.VOILUTSequence.append(_item(descriptor, entries[::-1], cell.voi, signed, little))
         if cell.voi=='lutwindow': ds.WindowCenter,ds.WindowWidth = windows_of(replace(cell, voi='linear'))[0]
     elif cell.voi!='none':
         w = windows_of(cell)
@@ -309,7 +334,9 @@ def _extras(ds, cell):
         if cell.extra=='padding range': ds.add_new('PixelPaddingRangeLimit', vr, cell.low + 1)
     if cell.extra.startswith('overlay'):
         h,w = cell.shape
-        for k,(tag,vr,v) in enumerate([(0x10, 'US', h), (0x11, 'US', w), (0x40, 'CS', 'G'), (0x50, 'SS', [1, 1])]): ds.add_new(0x60000000+tag, vr, v)
+        for k,(tag,vr,v) in enumerate([(0x10, 'US', h), (0x11, 'US', w), (0x40, 'CS', 'G'),
+                (0x50, 'SS', [1, 1])]):
+            ds.add_new(0x60000000+tag, vr, v)
         if cell.extra=='overlay bits':
             alloc,bits,high = FORMATS[cell.format]
             bit = [i for i in range(alloc) if not high + 1 - bits<=i<=high][-1]
@@ -323,7 +350,8 @@ def _extras(ds, cell):
 
 def _rle_colour(frame, *_):
     "An RGB frame (H, W, 3) as DICOM RLE."
-    about = dict(rows=frame.shape[0], columns=frame.shape[1], samples_per_pixel=3, planar_configuration=0, photometric_interpretation='RGB', bits_allocated=8, bits_stored=8,
+    about = dict(rows=frame.shape[0], columns=frame.shape[1], samples_per_pixel=3, planar_configuration=0,
+        photometric_interpretation='RGB', bits_allocated=8, bits_stored=8,
                  pixel_representation=0, number_of_frames=1)
     return pydicom.pixels.get_encoder(uid.RLELossless).encode(frame, encoding_plugin='pydicom', **about)
 
@@ -338,7 +366,8 @@ def write_cell(cell, path) -> np.ndarray:
     syntax = SYNTAXES[cell.syntax]
     if syntax.is_encapsulated: data = encapsulate([f + b'\0'*(len(f)%2) for f in frames])
     else: data = b''.join(frames)
-    ds.add_new('PixelData', 'OB' if syntax.is_encapsulated or cell.alloc==8 else 'OW', data + b'\0'*(len(data)%2))
+    ds.add_new('PixelData', 'OB' if syntax.is_encapsulated or cell.alloc==8 else 'OW',
+        data + b'\0'*(len(data)%2))
     if syntax.is_encapsulated: ds['PixelData'].is_undefined_length = True
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID,ds.file_meta.MediaStorageSOPClassUID,ds.file_meta.MediaStorageSOPInstanceUID = syntax,ds.SOPClassUID,ds.SOPInstanceUID
@@ -348,7 +377,9 @@ def write_cell(cell, path) -> np.ndarray:
 
 # ---- the matrix ----
 
-def _possible(format, syntax): return not (format=='16/8' and syntax.startswith('jpeg_lossless')) # imagecodecs writes no 8-bit stream from 16-bit numbers
+def _possible(format, syntax):
+    # imagecodecs writes no 8-bit stream from 16-bit numbers
+    return not (format=='16/8' and syntax.startswith('jpeg_lossless'))
 
 @cache
 def golden_cells() -> tuple:
@@ -363,13 +394,17 @@ def golden_cells() -> tuple:
                     k += 1
         for syntax in ALL_SYNTAXES:
             for signed in (False, True):
-                out += [Cell(photometric, 'none', 'linear', signed, f, syntax, 'smooth') for f in FORMATS if _possible(f, syntax)]
-                out += [Cell(photometric, 'none', 'linear', signed, f, syntax, 'odd', (13, 11)) for f in ('8/8', '16/12')]
-                out.append(Cell(photometric, 'none', 'linear', signed, '16/12', syntax, 'frames', (12, 10), 3))
+                out += [Cell(photometric, 'none', 'linear', signed, f, syntax, 'smooth') for f in FORMATS
+                    if _possible(f, syntax)]
+                out += [Cell(photometric, 'none', 'linear', signed, f, syntax, 'odd', (13, 11))
+                    for f in ('8/8', '16/12')]
+                out.append(Cell(photometric, 'none', 'linear', signed, '16/12', syntax, 'frames', (12, 10),
+                    3))
         out += _special(photometric)
     for syntax in PLAIN:
         for planes in '01':
-            out += [Cell('RGB', 'none', 'none', False, '8/8', syntax, f'planes {planes}', shape, n) for shape,n in (((24, 20), 1), ((13, 11), 2))]
+            out += [Cell('RGB', 'none', 'none', False, '8/8', syntax, f'planes {planes}', shape, n)
+                for shape,n in (((24, 20), 1), ((13, 11), 2))]
     return tuple(out)
 
 def _special(photometric):
@@ -378,15 +413,20 @@ def _special(photometric):
     for signed in (False, True):
         for voi in ('linear', 'none', 'lut16', 'sigmoid'):
             for f in ('16/12', '16/16'):
-                out += [Cell(photometric, 'none', voi, signed, f, 'implicit', e) for e in ('padding', 'padding range')]
-            out += [Cell(photometric, 'none', voi, signed, '16/12', s, e) for s,e in (('explicit', 'shape'), ('rle', 'overlay plane'))]
-            out.append(Cell(photometric, 'none', voi, signed, '16/12', 'explicit', 'shape inverse' if photometric=='MONOCHROME2' else 'shape identity'))
+                out += [Cell(photometric, 'none', voi, signed, f, 'implicit', e)
+                    for e in ('padding', 'padding range')]
+            out += [Cell(photometric, 'none', voi, signed, '16/12', s, e)
+                for s,e in (('explicit', 'shape'), ('rle', 'overlay plane'))]
+            out.append(Cell(photometric, 'none', voi, signed, '16/12', 'explicit',
+                'shape inverse' if photometric=='MONOCHROME2' else 'shape identity'))
         out.append(Cell(photometric, 'none', 'lutfull', signed, '16/16', 'implicit'))
-        out += [Cell(photometric, m, v, signed, '16/12', s, 'second view') for m in ('none', 'scale') for v in ('several', 'lut16') for s in ('explicit', 'rle')]
+        out += [Cell(photometric, m, v, signed, '16/12', s, 'second view') for m in ('none', 'scale')
+            for v in ('several', 'lut16') for s in ('explicit', 'rle')]
         out += [Cell(photometric, 'scale', 'lut16', signed, '16/12', s, 'tables') for s in PLAIN]
         out += [Cell(photometric, 'mlut', 'lut8', signed, '16/14', s, 'tables') for s in PLAIN]
         for s in ALL_SYNTAXES:
-            out += [Cell(photometric, 'none', 'linear', signed, f, s, 'overlay bits') for f in ('16/10', '16/12', '16/12h15')]
+            out += [Cell(photometric, 'none', 'linear', signed, f, s, 'overlay bits')
+                for f in ('16/10', '16/12', '16/12h15')]
             out.append(Cell(photometric, 'none', 'linear', signed, '16/12', s, 'masked'))
         out += [Cell(photometric, 'none', 'none', signed, '8/8', s, 'narrow') for s in ('explicit', 'jpegls')]
     return out

@@ -1,5 +1,10 @@
-"""Networks from names, files and bundles: what the weights are, what is fed to them, what the heads promise, and what is refused."""
-import json, os, pickle, random, warnings
+"""Networks from names, files and bundles: what the weights are, what is fed to them, what the heads promise,
+and what is refused."""
+import json
+import os
+import pickle
+import random
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +16,16 @@ from torch import nn
 from radiology_ai.bundle import export_onnx, load_bundle, save_bundle
 from radiology_ai.core import ModelError
 from radiology_ai.data.tree import chest_tree
-from radiology_ai.models.backbone import CHEST, Head, ViewsHead, create_backbone, create_model, list_backbones, log_prior, tree_parents
+from radiology_ai.models.backbone import (
+    CHEST,
+    Head,
+    ViewsHead,
+    create_backbone,
+    create_model,
+    list_backbones,
+    log_prior,
+    tree_parents,
+)
 from radiology_ai.models.weights import fit_weights, read_weights
 from radiology_ai.preprocess.store import Preprocess
 from radiology_ai.structured_losses import CORN, TreeLoss
@@ -19,13 +33,15 @@ from radiology_ai.structured_losses import CORN, TreeLoss
 CHEST_NAME = 'torchxrayvision/densenet121-res224-nih'
 
 
-def small(n_out=2, n_in=1, **kwargs): return create_model('test_resnet', n_out, n_in, pretrained=False, **kwargs)
+def small(n_out=2, n_in=1, **kwargs):
+    return create_model('test_resnet', n_out, n_in, pretrained=False, **kwargs)
 def pixels(*shape, seed=0): return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))*.9+.05
 
 
 @pytest.fixture(scope='module')
 def chest_densenet():
-    "A DenseNet-121 in torchxrayvision's layout: one channel, 18 labels, operating points; its BatchNorm has seen pixels from -1024 to 1024."
+    """A DenseNet-121 in torchxrayvision's layout: one channel, 18 labels, operating points; its BatchNorm has
+    seen pixels from -1024 to 1024."""
     from torchvision.models import densenet121
     torch.manual_seed(0)
     net = densenet121(weights=None, num_classes=18)
@@ -43,11 +59,14 @@ def test_registry_covers_three_sources():
     names = list_backbones()
     assert len(names)==len(set(names)) and names==sorted(names)
     found = list_backbones('*efficient*')
-    assert 'efficientnet_b0' in found and 'efficientnet_pytorch/efficientnet-b0' in found and all('efficient' in n for n in found)
+    assert 'efficientnet_b0' in found and 'efficientnet_pytorch/efficientnet-b0' in found and all(
+        'efficient' in n for n in found)
     assert set(list_backbones('torchxrayvision/*'))==set(CHEST) and len(CHEST)==8
     assert list_backbones('no such*')==[]
 
-@pytest.mark.parametrize('name, near', [('resent18', 'resnet18'), ('torchxrayvision/densenet121-res224-nhi', CHEST_NAME), ('efficientnet_pytorch/efficientnet_b3', 'efficientnet-b3')])
+@pytest.mark.parametrize('name, near', [('resent18', 'resnet18'),
+    ('torchxrayvision/densenet121-res224-nhi', CHEST_NAME),
+    ('efficientnet_pytorch/efficientnet_b3', 'efficientnet-b3')])
 def test_unknown_names_are_answered_with_near_ones(name, near):
     with pytest.raises(ModelError, match=near): create_backbone(name, pretrained=False)
 
@@ -66,7 +85,10 @@ def test_any_number_of_channels(name, n_in):
 def test_chest_weights_give_the_same_features(chest_densenet, tmp_path, kind):
     file = tmp_path/('w.safetensors' if kind=='safetensors' else 'w.pt')
     if kind=='safetensors': save_file(chest_densenet.state_dict(), file)
-    else: torch.save({'pickled network': chest_densenet, 'state': chest_densenet.state_dict(), 'checkpoint': {'epoch': 1, 'state_dict': {f'module.{k}': v for k,v in chest_densenet.state_dict().items()}}}[kind], file)
+    else:
+        torch.save({'pickled network': chest_densenet, 'state': chest_densenet.state_dict(),
+            'checkpoint': {'epoch': 1, 'state_dict': {f'module.{k}': v
+            for k,v in chest_densenet.state_dict().items()}}}[kind], file)
     body,n = create_backbone(CHEST_NAME, 1, weights=file)
     x = pixels(3, 1, 64, 64, seed=9)
     with torch.no_grad(): got,aim = body.eval()(x),chest_densenet.features(x*2048-1024).relu()
@@ -77,20 +99,26 @@ def test_chest_weights_on_three_equal_channels(chest_densenet, tmp_path):
     save_file(chest_densenet.state_dict(), tmp_path/'w.safetensors')
     body,_ = create_backbone(CHEST_NAME, 3, weights=tmp_path/'w.safetensors')
     x = pixels(2, 1, 64, 64)
-    with torch.no_grad(): torch.testing.assert_close(body.eval()(x.repeat(1, 3, 1, 1)), chest_densenet.features(x*2048-1024).relu(), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(body.eval()(x.repeat(1, 3, 1, 1)),
+            chest_densenet.features(x*2048-1024).relu(), rtol=1e-3, atol=1e-3)
 
 def test_chest_weights_in_the_old_names_of_densenet(chest_densenet, tmp_path):
-    old = {f'module.densenet121.{k}'.replace('norm1', 'norm.1').replace('norm2', 'norm.2').replace('conv1', 'conv.1').replace('conv2', 'conv.2'): v
+    old = {f'module.densenet121.{k}'.replace('norm1', 'norm.1').replace('norm2', 'norm.2').replace('conv1',
+        'conv.1').replace('conv2', 'conv.2'): v
         for k,v in chest_densenet.state_dict().items() if 'op_threshs' not in k and 'num_batches' not in k}
     assert any('denselayer3.conv.2.weight' in k for k in old)
     torch.save({'state_dict': old}, tmp_path/'old.pth.tar')
     body,_ = create_backbone('densenet121', 1, weights=tmp_path/'old.pth.tar')
     x = pixels(2, 1, 64, 64)
-    with torch.no_grad(): torch.testing.assert_close(body.eval()(x), chest_densenet.features((x-body.mean)/body.std).relu(), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(body.eval()(x), chest_densenet.features((x-body.mean)/body.std).relu(),
+            rtol=1e-4, atol=1e-4)
 
 def test_chest_weights_under_another_name_are_refused(chest_densenet, tmp_path):
     save_file(chest_densenet.state_dict(), tmp_path/'w.safetensors')
-    with pytest.raises(ModelError, match='-1024 to 1024'): create_backbone('densenet121', 1, weights=tmp_path/'w.safetensors')
+    with pytest.raises(ModelError, match='-1024 to 1024'):
+        create_backbone('densenet121', 1, weights=tmp_path/'w.safetensors')
 
 def test_chest_weights_are_found_in_that_packages_cache(chest_densenet, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
@@ -100,13 +128,15 @@ def test_chest_weights_are_found_in_that_packages_cache(chest_densenet, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         body,_ = create_backbone(CHEST_NAME, 1, strict=True)
-    assert body.pretrained and torch.equal(body.net.features.conv0.weight, chest_densenet.features.conv0.weight)
+    assert body.pretrained and torch.equal(body.net.features.conv0.weight,
+        chest_densenet.features.conv0.weight)
 
 def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.setattr('radiology_ai.models.weights._unreachable', lambda *a: 'no network')
-    with pytest.warns(UserWarning, match='RANDOM weights.*no network'): body,_ = create_backbone(CHEST_NAME, 1)
+    with pytest.warns(UserWarning, match='RANDOM weights.*no network'):
+        body,_ = create_backbone(CHEST_NAME, 1)
     assert not body.pretrained
     with pytest.raises(ModelError, match='no network'): create_backbone(CHEST_NAME, 1, strict=True)
 
@@ -119,7 +149,8 @@ class Layer(nn.Module): # a class that no published network has
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3)
 
-@pytest.mark.parametrize('make', ['program', 'program in a pickle', 'own class', 'numbers', 'old format', 'text', 'empty', 'cut off', 'list'])
+@pytest.mark.parametrize('make', ['program', 'program in a pickle', 'own class', 'numbers', 'old format',
+    'text', 'empty', 'cut off', 'list'])
 def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path, make, chest_densenet):
     file,trace = tmp_path/'w.pt',tmp_path/'was_here'
     net = nn.Conv2d(1, 4, 3)
@@ -156,19 +187,22 @@ def test_damaged_files_never_crash(tmp_path):
         except ModelError: refused += 1
     assert refused>20
 
-@pytest.mark.parametrize('change, message', [(lambda s: {k: v for k,v in s.items() if 'layer1' not in k}, 'has no weights for'), (lambda s: s | {'conv1.weight': s['conv1.weight'][:,:,:1,:1]}, 'with shape'),
+@pytest.mark.parametrize('change, message', [(lambda s: {k: v for k,v in s.items() if 'layer1' not in k},
+    'has no weights for'), (lambda s: s | {'conv1.weight': s['conv1.weight'][:,:,:1,:1]}, 'with shape'),
     (lambda s: s | {'bn1.weight': s['bn1.weight']*float('inf')}, 'NaN or infinity')])
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
     state = timm.create_model('resnet10t').state_dict()
     if 'conv1.weight' not in state: state = timm.create_model('resnet18').state_dict()
     save_file({k: v.contiguous().clone() for k,v in change(state).items()}, tmp_path/'w.safetensors')
-    with pytest.raises(ModelError, match=message): create_backbone('resnet18' , 3, weights=tmp_path/'w.safetensors')
+    with pytest.raises(ModelError, match=message):
+        create_backbone('resnet18' , 3, weights=tmp_path/'w.safetensors')
 
 @pytest.mark.parametrize('front', ['', 'module.', 'model.', 'body.net.', 'student.backbone.'])
 def test_what_stands_in_front_of_the_names_is_found(front):
     a,b = (timm.create_model('test_resnet', num_classes=0) for _ in range(2))
     other = {f'teacher.{k}': v*0 for k,v in list(a.state_dict().items())[:5]}
-    fit_weights(b, other | {front+k: v for k,v in a.state_dict().items()} | {'head.weight': torch.ones(2)}, 3, 'file')
+    fit_weights(b, other | {front+k: v for k,v in a.state_dict().items()} | {'head.weight': torch.ones(2)}, 3,
+        'file')
     assert all(torch.equal(v, b.state_dict()[k]) for k,v in a.state_dict().items())
 
 
@@ -184,7 +218,9 @@ def saved(tmp_path):
 @pytest.mark.parametrize('how', ['name', 'weights', 'file'])
 def test_start_from_the_body_of_a_bundle(saved, how):
     model,path = saved
-    new = {'name': lambda: create_model(str(path), 5), 'weights': lambda: create_model('test_resnet', 5, weights=path), 'file': lambda: create_model('test_resnet', 5, weights=path/'model.safetensors')}[how]()
+    new = {'name': lambda: create_model(str(path), 5),
+        'weights': lambda: create_model('test_resnet', 5, weights=path),
+        'file': lambda: create_model('test_resnet', 5, weights=path/'model.safetensors')}[how]()
     x = pixels(2, 1, 64, 64)
     with torch.no_grad(): torch.testing.assert_close(new.body.eval()(x), model.body.eval()(x))
     assert new.body.pretrained and new.config['name']=='test_resnet' and new.config['n_out']==5
@@ -194,7 +230,9 @@ def test_bundle_on_more_channels(saved):
     model,path = saved
     new,_ = create_backbone(path, 2)
     x = pixels(2, 1, 64, 64)
-    with torch.no_grad(): torch.testing.assert_close(new.eval()(x.repeat(1, 2, 1, 1)), model.body.eval()(x), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(new.eval()(x.repeat(1, 2, 1, 1)), model.body.eval()(x), rtol=1e-3,
+            atol=1e-3)
 
 def test_damaged_bundles_are_refused(saved):
     _,path = saved
@@ -204,7 +242,9 @@ def test_damaged_bundles_are_refused(saved):
     (path/'bundle.json').write_text('{')
     with pytest.raises(ModelError, match='broken'): create_backbone(path)
 
-@pytest.mark.parametrize('args', [dict(n_out=4, ordinal=True), dict(n_out=3, multi_label=True, parents=[-1, 0, 1]), dict(n_out=2, n_in=2, views=2), dict(n_out=2, n_in=3, views=3, fuse='max', pool='both')], ids=str)
+@pytest.mark.parametrize('args', [dict(n_out=4, ordinal=True),
+    dict(n_out=3, multi_label=True, parents=[-1, 0, 1]), dict(n_out=2, n_in=2, views=2),
+    dict(n_out=2, n_in=3, views=3, fuse='max', pool='both')], ids=str)
 def test_every_head_survives_a_bundle(tmp_path, args):
     model = small(**args).train()
     x = pixels(8, args.get('n_in', 1), 64, 64)
@@ -222,10 +262,12 @@ def test_views_export_to_onnx(tmp_path):
     pytest.importorskip('onnxruntime')
     bundle = load_bundle(save_bundle(small(2, 2, views=2), tmp_path/'b', Preprocess(size=64), ['a', 'b']))
     import onnxruntime
-    session = onnxruntime.InferenceSession(str(export_onnx(bundle, tmp_path/'m.onnx')), providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(str(export_onnx(bundle, tmp_path/'m.onnx')),
+        providers=['CPUExecutionProvider'])
     x = pixels(3, 2, 64, 64)
     x[1,0] = 0 # a missing view
-    np.testing.assert_allclose(session.run(None, {'pixels': x.numpy()})[0], bundle.scores(x.numpy()), atol=1e-3)
+    np.testing.assert_allclose(session.run(None, {'pixels': x.numpy()})[0], bundle.scores(x.numpy()),
+        atol=1e-3)
 
 
 # ---- heads ---------------------------------------------------------------------------------------------------------
@@ -244,23 +286,32 @@ def test_heads_start_at_the_prior(kind, seed):
 
 def test_ordinal_head_trains_as_corn():
     "Cross-entropy on the head's output is CORN's sum on the outputs inside."
-    head,x,t = Head(8, 5, ordinal=True),torch.randn(12, 8, 2, 2, generator=torch.Generator().manual_seed(0)),torch.arange(12)%5
+    head = Head(8, 5, ordinal=True)
+    x = torch.randn(12, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.arange(12)%5
     inside = head.norm(head.linear(head.pooled(x)))
     assert inside.shape==(12, 4)
-    torch.testing.assert_close(nn.functional.cross_entropy(head(x), t, reduction='sum'), CORN(reduction='sum')(inside, t))
+    torch.testing.assert_close(nn.functional.cross_entropy(head(x), t, reduction='sum'),
+        CORN(reduction='sum')(inside, t))
 
 def test_tree_head_is_coherent_after_training_and_free_in_it():
     tree = chest_tree()
-    head,x = Head(8, 32, multi_label=True, parents=tree_parents(tree)),torch.randn(40, 8, 2, 2, generator=torch.Generator().manual_seed(0))*3
+    head = Head(8, 32, multi_label=True, parents=tree_parents(tree))
+    x = torch.randn(40, 8, 2, 2, generator=torch.Generator().manual_seed(0))*3
     free = head.train()(x)
     held = head.eval()(x)
     pairs = [(i, j) for i,j in enumerate(tree_parents(tree)) if j>=0]
-    assert any((free[:,i]>free[:,j]).any() for i,j in pairs) and all((held[:,i]<=held[:,j]).all() for i,j in pairs)
+    assert any((free[:,i]>free[:,j]).any() for i,j in pairs) and all((held[:,i]<=held[:,j]).all()
+        for i,j in pairs)
     torch.testing.assert_close(TreeLoss(tree).activation(held), held.sigmoid())
     assert 'tree.below' not in head.state_dict()
 
-@pytest.mark.parametrize('args', [dict(n_out=0), dict(n_out=2, n_in=0), dict(n_out=2, n_in=3, views=2), dict(n_out=2, views=0), dict(n_out=2, n_in=2, views=2, fuse='sum'), dict(n_out=1, ordinal=True), dict(n_out=3, ordinal=True, multi_label=True),
-    dict(n_out=3, parents=[-1, 0, 1]), dict(n_out=3, multi_label=True, parents=[-1, 0]), dict(n_out=2, multi_label=True, parents=[1, 0]), dict(n_out=2, multi_label=True, parents=[-1, 7]), dict(n_out=2, pool='min'), dict(n_out=2, prior=[1.]), dict(n_out=2, no_such_argument=1)], ids=str)
+@pytest.mark.parametrize('args', [dict(n_out=0), dict(n_out=2, n_in=0), dict(n_out=2, n_in=3, views=2),
+    dict(n_out=2, views=0), dict(n_out=2, n_in=2, views=2, fuse='sum'), dict(n_out=1, ordinal=True),
+    dict(n_out=3, ordinal=True, multi_label=True),
+    dict(n_out=3, parents=[-1, 0, 1]), dict(n_out=3, multi_label=True, parents=[-1, 0]),
+    dict(n_out=2, multi_label=True, parents=[1, 0]), dict(n_out=2, multi_label=True, parents=[-1, 7]),
+    dict(n_out=2, pool='min'), dict(n_out=2, prior=[1.]), dict(n_out=2, no_such_argument=1)], ids=str)
 def test_wrong_settings_are_refused(args):
     with pytest.raises(ModelError): small(**args)
 
@@ -301,7 +352,8 @@ def test_missing_views_leave_no_trace_in_training(fuse):
     for k,v in alone.body.state_dict().items(): torch.testing.assert_close(two.body.state_dict()[k], v)
     nn.functional.cross_entropy(out, torch.arange(6)%2).backward()
     nn.functional.cross_entropy(z, torch.arange(6)%2).backward()
-    for p,q in zip(two.body.parameters(), alone.body.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+    for p,q in zip(two.body.parameters(), alone.body.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
     assert all(torch.isfinite(p.grad).all() for p in two.parameters() if p.grad is not None)
 
 def test_attention_shares():
@@ -320,7 +372,8 @@ def test_views_of_wrong_shape_or_without_pixels_are_refused():
     with pytest.raises(ModelError, match='Image 2 of the batch has no view'): model(x)
 
 def test_views_learn_what_only_the_second_shows():
-    "The finding is a bright corner in the second view; the first is noise, and in a third of the studies it is missing."
+    """The finding is a bright corner in the second view; the first is noise, and in a third of the studies it
+    is missing."""
     gen = torch.Generator().manual_seed(0)
     x,t = torch.rand(48, 2, 32, 32, generator=gen)*.5+.1,torch.arange(48)%2
     x[t==1,1,:16,:16] += .4
@@ -337,7 +390,9 @@ def test_same_seed_same_network():
     state = torch.get_rng_state()
     a,b,c = (small(3, 2, views=2, seed=s) for s in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters())) and any(not torch.equal(p, q) for p,q in zip(a.parameters(), c.parameters()))
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters())) and any(not torch.equal(p, q)
+        for p,q in zip(a.parameters(), c.parameters()))
 
 def test_log_prior_is_finite_for_classes_that_do_not_occur():
-    for kind in (dict(), dict(multi_label=True), dict(ordinal=True)): assert torch.isfinite(log_prior([0., 1., 0.], **kind)).all()
+    for kind in (dict(), dict(multi_label=True), dict(ordinal=True)):
+        assert torch.isfinite(log_prior([0., 1., 0.], **kind)).all()

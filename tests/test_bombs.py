@@ -1,5 +1,6 @@
-"""Small files that ask for gigabytes are refused before the memory is taken, each in a fresh process whose memory is measured."""
-import os, sys
+"""Small files that ask for gigabytes are refused before the memory is taken, each in a fresh process whose
+memory is measured."""
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ def refused(path, name):
     assert r['said']=='refused', f"{name}: {r['said']}: {r['cause']}"
     assert Path(path).name in r['cause'], f"{name}: the message does not name the file: {r['cause']}"
     assert r['mb']<64 and r['index_mb']<64, f"{name}: {r['mb']:.0f} MB read, {r['index_mb']:.0f} MB with the index"
-    assert r['ms']<5000 and r['index_ms']<5000, f"{name}: {r['ms']:.0f} ms" # a guard against hangs: benchmarks measure the time
+    # a guard against hangs: benchmarks measure the time
+    assert r['ms']<5000 and r['index_ms']<5000, f"{name}: {r['ms']:.0f} ms"
     return r
 
 
@@ -55,6 +57,7 @@ def test_real_bombs(real_data):
 def test_the_measure_sees_memory(tmp_path):
     "An honest file of 16 megapixels is read, and its memory shows."
     import numpy as np
+
     from radiology_ai.phantom.hospital import write_dicom
     path = tmp_path/'large.dcm'
     write_dicom(path, np.zeros((4096, 4096), np.float32), bits=16, window=None)

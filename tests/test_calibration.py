@@ -1,5 +1,7 @@
-"""Calibration, decision curves and recalibration: against plain forms and scikit-learn, planted miscalibrations recovered within their errors, and what a JSON file does to a calibrator."""
-import json, math
+"""Calibration, decision curves and recalibration: against plain forms and scikit-learn, planted
+miscalibrations recovered within their errors, and what a JSON file does to a calibrator."""
+import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -13,13 +15,20 @@ from sklearn.linear_model import LogisticRegression
 from radiology_ai.core import DataError
 from radiology_ai.metrics.calibration import brier_parts, calibration, calibration_ci, decision_curve, reliability_curve
 from radiology_ai.metrics.intervals import wilson_ci
-from radiology_ai.metrics.recalibration import IsotonicCalibration, PlattScaling, TemperatureScaling, VennAbers, recalibration_from
+from radiology_ai.metrics.recalibration import (
+    IsotonicCalibration,
+    PlattScaling,
+    TemperatureScaling,
+    VennAbers,
+    recalibration_from,
+)
 
 KINDS = (TemperatureScaling, PlattScaling, IsotonicCalibration, VennAbers)
 
 
 def simulated(n=600, seed=0, slope=1., shift=0., images=2):
-    "Targets, scores whose log odds are `slope` times the right ones plus `shift`, and patients with several alike images."
+    """Targets, scores whose log odds are `slope` times the right ones plus `shift`, and patients with several
+    alike images."""
     gen = np.random.default_rng(seed)
     patient = np.repeat(np.arange(n), images)
     z = gen.normal(-1, 1.5, n)[patient] + gen.normal(0, .3, n*images)
@@ -42,11 +51,13 @@ def test_bins_against_a_plain_loop(by):
     c = calibration(t, s, by=by)
     assert c.ece==pytest.approx(gap/len(t), abs=1e-12) and c.table.n.tolist()==[k for k in n if k]
     assert c.brier==pytest.approx(skm.brier_score_loss(t, s), abs=1e-14)
-    assert tuple(c.table.iloc[0][['rate','rate_low','rate_high']])==pytest.approx(tuple(wilson_ci(t[s<edges[1]].sum(), n[0])))
+    assert tuple(c.table.iloc[0][['rate','rate_low',
+        'rate_high']])==pytest.approx(tuple(wilson_ci(t[s<edges[1]].sum(), n[0])))
 
 
 @pytest.mark.parametrize('seed', range(5))
-@pytest.mark.parametrize('bins,by', [(10, 'width'), (7, 'count'), (1, 'width'), (200, 'width'), (None, 'width')])
+@pytest.mark.parametrize('bins,by', [(10, 'width'), (7, 'count'), (1, 'width'), (200, 'width'),
+    (None, 'width')])
 def test_brier_parts_add_up(seed, bins, by):
     t,s,_ = simulated(150, seed, 1.7, .4)
     s = s.round(2) if seed%2 else s
@@ -75,7 +86,8 @@ def test_slope_and_intercept_are_those_of_a_logistic_regression(slope, shift):
     table = calibration_ci(t, s, g, n=50)
     assert table.value['slope']==pytest.approx(peer.coef_.item(), abs=1e-5)
     assert table.value['intercept']==pytest.approx(peer.intercept_.item(), abs=1e-5)
-    assert table.value['in the large']==pytest.approx(brentq(lambda b: (expit(x[:,0]+b)-t).sum(), -9, 9, xtol=1e-12), abs=1e-8)
+    assert table.value['in the large']==pytest.approx(brentq(lambda b: (expit(x[:,0]+b)-t).sum(), -9, 9,
+        xtol=1e-12), abs=1e-8)
 
 
 def test_standard_errors_are_the_sandwich_over_patients():
@@ -97,7 +109,8 @@ def test_coverage_over_simulated_test_sets():
     "The intervals hold the truth about as often as they say; a plain bootstrap of the ECE does not."
     inside,plain = [],[]
     big = simulated(400_000, 99, 1.5, .3)
-    true = {'slope': 1/1.5, 'intercept': -.3/1.5, 'ece': calibration(*big[:2]).ece, 'brier': calibration(*big[:2]).brier}
+    true = {'slope': 1/1.5, 'intercept': -.3/1.5, 'ece': calibration(*big[:2]).ece,
+        'brier': calibration(*big[:2]).brier}
     for seed in range(100):
         t,s,g = simulated(300, seed, 1.5, .3)
         table = calibration_ci(t, s, g, n=200)
@@ -105,7 +118,8 @@ def test_coverage_over_simulated_test_sets():
         t,s,g = simulated(300, seed) # calibrated: the true ECE is 0
         low = calibration_ci(t, s, g, n=200).low['ece']
         gen = np.random.default_rng(seed)
-        drawn = [calibration(t[i], s[i]).ece for i in ((gen.integers(300, size=300)[:,None]*2 + [0, 1]).ravel() for _ in range(20))]
+        drawn = [calibration(t[i], s[i]).ece for i in ((gen.integers(300, size=300)[:,None]*2
+            + [0, 1]).ravel() for _ in range(20))]
         plain.append((low==0, min(drawn)<=0))
     share = np.mean(inside, 0)
     assert (share>=.87).all(), dict(zip(true, share)) # 95 % less four standard errors
@@ -116,10 +130,13 @@ def test_copies_of_an_image_make_nothing_surer():
     t,s,g = simulated(200, 3, 1.5)
     for f in (calibration_ci, decision_curve, reliability_curve):
         once,thrice = (f(*(np.repeat(o, k) for o in (t, s, g)), n=100) for k in (1, 3))
-        columns = ['value','low','high'] if f is calibration_ci else list(once.columns.drop('n', errors='ignore'))
+        columns = (['value','low','high'] if f is calibration_ci
+            else list(once.columns.drop('n', errors='ignore')))
         a,b = once[columns].to_numpy(float),thrice[columns].to_numpy(float)
-        assert a==pytest.approx(b, abs=2e-3 if f is reliability_curve else 1e-9, nan_ok=True) # quartiles of copies lie elsewhere
-    assert calibration_ci(t, s, np.arange(400), n=200).high['slope']<calibration_ci(t, s, g, n=200).high['slope']
+        # quartiles of copies lie elsewhere
+        assert a==pytest.approx(b, abs=2e-3 if f is reliability_curve else 1e-9, nan_ok=True)
+    assert calibration_ci(t, s, np.arange(400), n=200).high['slope']<calibration_ci(t, s, g,
+        n=200).high['slope']
 
 
 @pytest.mark.parametrize('targets,scores,row,words', [
@@ -157,7 +174,8 @@ def test_curve_against_weighted_least_squares():
     curve = reliability_curve(t, s, g, grid=11, n=50)
     hundred = math.ceil(len(u)*min(1/3, 100/len(set(g)))) # images of about a hundred patients
     far = [np.sort(np.abs(u-np.arcsin(np.sqrt(at))))[hundred-1] for at in curve.score]
-    slow = np.array([np.clip(slow_curve(t, s, at, min(max(width, f), 4*width)), 0, 1) for at,f in zip(curve.score, far)])
+    slow = np.array([np.clip(slow_curve(t, s, at, min(max(width, f), 4*width)), 0, 1)
+        for at,f in zip(curve.score, far)])
     assert max(far)>width # somewhere images are few
     assert curve.rate.to_numpy()==pytest.approx(slow, abs=2e-3)
 
@@ -217,7 +235,8 @@ def test_net_benefit_interval_is_as_wide_as_its_spread_over_test_sets():
 def test_calling_everyone_and_no_one():
     t,_,g = simulated(100)
     d = decision_curve(t, np.where(np.arange(200)<300, .95, 0), g, [.2, .95, .96], n=50)
-    assert d.net_benefit[:2].to_numpy()==pytest.approx(d['all'][:2].to_numpy(), abs=1e-12) and d.net_benefit[2]==0
+    assert d.net_benefit[:2].to_numpy()==pytest.approx(d['all'][:2].to_numpy(),
+        abs=1e-12) and d.net_benefit[2]==0
 
 
 # --- unknown targets, bad input ---
@@ -226,13 +245,15 @@ def test_unknown_targets_are_left_out():
     t,s,g = simulated(100, 6, 1.4)
     known = np.random.default_rng(0).random(200)<.7
     holes = np.where(known, t, np.nan)
-    for f in (lambda *a: calibration(*a[:2]).table, lambda *a: calibration_ci(*a, n=50), lambda *a: reliability_curve(*a, n=50), lambda *a: decision_curve(*a, n=50)):
+    for f in (lambda *a: calibration(*a[:2]).table, lambda *a: calibration_ci(*a, n=50),
+            lambda *a: reliability_curve(*a, n=50), lambda *a: decision_curve(*a, n=50)):
         pd.testing.assert_frame_equal(f(holes, s, g), f(t[known], s[known], g[known]))
     assert brier_parts(holes, s)==brier_parts(t[known], s[known])
     for kind in KINDS: assert (kind().fit(holes, s, g)(s)==kind().fit(t[known], s[known], g[known])(s)).all()
 
 
-@pytest.mark.parametrize('f', [calibration, calibration_ci, brier_parts, reliability_curve, decision_curve] + [lambda *a, k=k: k().fit(*a) for k in KINDS])
+@pytest.mark.parametrize('f', [calibration, calibration_ci, brier_parts, reliability_curve, decision_curve]
+    + [lambda *a, k=k: k().fit(*a) for k in KINDS])
 @pytest.mark.parametrize('targets,scores,words', [
     ([0, 1, 0], [.1, 1.2, .3], 'Scores reach from 0.1 to 1.2'),
     ([0, 1, 0], [-3., 1., .3], 'apply a sigmoid'),
@@ -266,9 +287,12 @@ def test_one_class_is_refused(f):
     (lambda t, s: TemperatureScaling().fit([0, 0, 1, 1], [.1, .2, .8, .9]), 'separate'),
     (lambda t, s: TemperatureScaling().fit([0, 3, 1, 1], np.eye(4)[:,:3]), 'class numbers 0 to 2'),
     (lambda t, s: TemperatureScaling().fit(np.zeros((4, 3)), np.eye(4)[:,:3]), 'targets have shape'),
-    (lambda t, s: VennAbers()(s), 'not been fitted'), (lambda t, s: IsotonicCalibration()(s), 'not been fitted'),
-    (lambda t, s: TemperatureScaling()(s), 'not been fitted'), (lambda t, s: PlattScaling().to_dict(), 'not been fitted'),
-    (lambda t, s: VennAbers().fit(t, s)([1.5]), 'Scores reach'), (lambda t, s: VennAbers().fit(t, s)([np.nan]), 'NaN'),
+    (lambda t, s: VennAbers()(s), 'not been fitted'),
+    (lambda t, s: IsotonicCalibration()(s), 'not been fitted'),
+    (lambda t, s: TemperatureScaling()(s), 'not been fitted'),
+    (lambda t, s: PlattScaling().to_dict(), 'not been fitted'),
+    (lambda t, s: VennAbers().fit(t, s)([1.5]), 'Scores reach'),
+    (lambda t, s: VennAbers().fit(t, s)([np.nan]), 'NaN'),
 ])
 def test_wrong_arguments_are_refused(call, words):
     with pytest.raises(DataError, match=words): call([0, 1, 0, 1], [.2, .4, .45, .9])
@@ -297,7 +321,8 @@ def test_temperature_of_classes():
     assert abs(c.temperature-3)<3*c.error and c.error<.1 and c.n==3600
     kept = ~np.isnan(t)
     loss = lambda v: -log_softmax(3*z[kept]/v, 1)[np.arange(3600), t[kept].astype(int)].sum()
-    assert c.temperature==pytest.approx(minimize_scalar(loss, bounds=(.5, 9), method='bounded', options=dict(xatol=1e-9)).x, abs=1e-5)
+    assert c.temperature==pytest.approx(minimize_scalar(loss, bounds=(.5, 9), method='bounded',
+        options=dict(xatol=1e-9)).x, abs=1e-5)
     assert c(3*z).sum(1)==pytest.approx(np.ones(4000)) and (c(3*z).argmax(1)==z.argmax(1)).all()
     with pytest.raises(DataError, match=r'Give finite logits \(N, 5\)'): c(z[:,:4])
 
@@ -306,7 +331,8 @@ def test_two_classes_by_logits_are_the_binary_temperature():
     t,s,g = simulated(300, 8, 2.)
     z = np.stack([np.zeros(600), logit(s)], 1)
     a,b = TemperatureScaling().fit(t, s, g),TemperatureScaling().fit(t, z, g)
-    assert (a.temperature, a.error)==pytest.approx((b.temperature, b.error), rel=1e-8) and a(s)==pytest.approx(b(z)[:,1], abs=1e-9)
+    assert (a.temperature, a.error)==pytest.approx((b.temperature, b.error),
+        rel=1e-8) and a(s)==pytest.approx(b(z)[:,1], abs=1e-9)
 
 
 @pytest.mark.parametrize('decimals', [12, 2, 1])
@@ -314,7 +340,8 @@ def test_isotonic_is_scikit_learns(decimals):
     t,s,_ = simulated(200, 9)
     s = s.round(decimals)
     x = np.r_[0, 1, np.random.default_rng(0).random(500), s]
-    assert IsotonicCalibration().fit(t, s)(x)==pytest.approx(IsotonicRegression(out_of_bounds='clip', y_min=0, y_max=1).fit(s, t).predict(x), abs=1e-12)
+    assert IsotonicCalibration().fit(t, s)(x)==pytest.approx(IsotonicRegression(out_of_bounds='clip', y_min=0,
+        y_max=1).fit(s, t).predict(x), abs=1e-12)
 
 
 @pytest.mark.parametrize('seed', range(30))
@@ -333,7 +360,8 @@ def test_venn_abers_against_two_fits_for_each_image(seed):
 
 
 def test_venn_abers_interval_holds_the_rate():
-    "Over many calibration sets, in each third of the scores, the rate of new images lies between the mean ends, whatever the miscalibration."
+    """Over many calibration sets, in each third of the scores, the rate of new images lies between the mean
+    ends, whatever the miscalibration."""
     low,high,hits,third = [],[],[],[]
     for seed in range(400):
         gen = np.random.default_rng(seed)
@@ -341,7 +369,8 @@ def test_venn_abers_interval_holds_the_rate():
         t,s = (gen.random(130)<expit(z)**2).astype(float),expit(3*z + 1)
         if t[:100].min()==t[:100].max(): continue
         ends = VennAbers().fit(t[:100], s[:100]).interval(s[100:])
-        low.append(ends[0]); high.append(ends[1]); hits.append(t[100:]); third.append(np.digitize(s[100:], [.3, .95]))
+        low.append(ends[0])
+        high.append(ends[1]); hits.append(t[100:]); third.append(np.digitize(s[100:], [.3, .95]))
     low,high,hits,third = map(np.concatenate, (low, high, hits, third))
     for k in range(3):
         m = third==k
@@ -366,8 +395,10 @@ def test_recalibrated_scores_are_calibrated_on_new_images():
         after = calibration_ci(new[0], c(new[1]), new[2], n=100)
         assert after.high['ece']<before.low['ece'] and after.value['brier']<before.value['brier']
         if kind is not PlattScaling: continue
-        error = np.hypot((after.high-after.low)['slope']/3.92, c.slope_error/c.slope) # of the new images and of the fit
-        assert abs(after.value['slope']-1)<3*error<.2 and abs(after.value['in the large'])<.15<before.value['in the large']*-1
+        # of the new images and of the fit
+        error = np.hypot((after.high-after.low)['slope']/3.92, c.slope_error/c.slope)
+        assert abs(after.value['slope']
+            -1)<3*error<.2 and abs(after.value['in the large'])<.15<before.value['in the large']*-1
 
 
 def test_a_fit_that_failed_leaves_nothing_behind():
@@ -404,19 +435,30 @@ def good(kind): return json.loads(json.dumps(kind().fit(*simulated(60, 14, 1.5))
 
 
 @pytest.mark.parametrize('d,words', [
-    (None, "kind of the recalibration is 'None'"), ([], 'kind'), ({}, "'None'"), ({'kind': 'isotonics'}, "'isotonics'"), ({'kind': ['platt']}, 'kind'),
+    (None, "kind of the recalibration is 'None'"), ([], 'kind'), ({}, "'None'"),
+    ({'kind': 'isotonics'}, "'isotonics'"), ({'kind': ['platt']}, 'kind'),
     ({'kind': 'platt'}, 'lacks intercept, intercept_error, n, patients, slope'),
     (lambda: good(PlattScaling) | {'weights': 1}, 'has unknown weights'),
-    (lambda: good(PlattScaling) | {'slope': '0.5'}, "slope is '0.5'"), (lambda: good(PlattScaling) | {'slope': None}, 'slope'), (lambda: good(PlattScaling) | {'slope': True}, "slope is 'True'"),
-    (lambda: good(PlattScaling) | {'slope': -1.}, "slope is '-1.0'"), (lambda: good(PlattScaling) | {'intercept': math.inf}, "intercept is 'inf'"),
-    (lambda: good(TemperatureScaling) | {'temperature': 0}, "temperature is '0'"), (lambda: good(TemperatureScaling) | {'temperature': math.nan}, "temperature is 'nan'"),
-    (lambda: good(TemperatureScaling) | {'classes': 1.5}, 'classes'), (lambda: good(TemperatureScaling) | {'n': 0}, "n is '0'"),
-    (lambda: good(IsotonicCalibration) | {'rates': []}, 'rates is'), (lambda: good(IsotonicCalibration) | {'rates': 'abc'}, "rates is 'abc'"),
-    (lambda: good(IsotonicCalibration) | {'rates': good(IsotonicCalibration)['rates'][:-1]}, 'differ in length'),
-    (lambda: good(IsotonicCalibration) | {'rates': good(IsotonicCalibration)['rates'][::-1]}, 'rates do not rise'),
-    (lambda: good(IsotonicCalibration) | {'scores': [.5, .5] + good(IsotonicCalibration)['scores'][2:]}, 'scores do not rise'),
+    (lambda: good(PlattScaling) | {'slope': '0.5'}, "slope is '0.5'"),
+    (lambda: good(PlattScaling) | {'slope': None}, 'slope'),
+    (lambda: good(PlattScaling) | {'slope': True}, "slope is 'True'"),
+    (lambda: good(PlattScaling) | {'slope': -1.}, "slope is '-1.0'"),
+    (lambda: good(PlattScaling) | {'intercept': math.inf}, "intercept is 'inf'"),
+    (lambda: good(TemperatureScaling) | {'temperature': 0}, "temperature is '0'"),
+    (lambda: good(TemperatureScaling) | {'temperature': math.nan}, "temperature is 'nan'"),
+    (lambda: good(TemperatureScaling) | {'classes': 1.5}, 'classes'),
+    (lambda: good(TemperatureScaling) | {'n': 0}, "n is '0'"),
+    (lambda: good(IsotonicCalibration) | {'rates': []}, 'rates is'),
+    (lambda: good(IsotonicCalibration) | {'rates': 'abc'}, "rates is 'abc'"),
+    (lambda: good(IsotonicCalibration) | {'rates': good(IsotonicCalibration)['rates'][:-1]},
+    'differ in length'),
+    (lambda: good(IsotonicCalibration) | {'rates': good(IsotonicCalibration)['rates'][::-1]},
+    'rates do not rise'),
+    (lambda: good(IsotonicCalibration) | {'scores': [.5, .5] + good(IsotonicCalibration)['scores'][2:]},
+    'scores do not rise'),
     (lambda: good(IsotonicCalibration) | {'rates': [0., 2.]}, r"rates\[1\] is '2.0'"),
-    (lambda: good(VennAbers) | {'positives': [10**6]*len(good(VennAbers)['scores'])}, 'positives are more than images'),
+    (lambda: good(VennAbers) | {'positives': [10**6]*len(good(VennAbers)['scores'])},
+    'positives are more than images'),
     (lambda: good(VennAbers) | {'images': [[1]]}, r'images\[0\]'),
 ])
 def test_a_strange_dict_is_refused_by_name(d, words):

@@ -1,18 +1,21 @@
 """The command line on a user's own folder: each step, and each way in which input can be bad."""
-import json, re, shutil, signal, subprocess, time
+import re
+import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-
 from conftest import COMMAND, fails, run_cli
-
 
 # The steps
 
 def test_help_names_every_command():
     text = run_cli('--help').stdout
-    for command in ('demo','index','explore','deidentify','preprocess','verify','train','evaluate','predict','explain'):
+    for command in ('demo','index','explore','deidentify','preprocess','verify','train','evaluate','predict',
+            'explain'):
         assert command in text
         assert ('--out' in run_cli(command, '--help').stdout)==(command!='verify')
 
@@ -38,7 +41,8 @@ def test_explore_writes_a_page_without_identifiers(hospital, tmp_path):
     truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
     labels = truth[['image_id', 'fractured']]
     labels.to_csv(tmp_path/'labels.csv', index=False)
-    done = run_cli('explore', hospital/'dicom', '--out', tmp_path/'page.html', '--labels', tmp_path/'labels.csv')
+    done = run_cli('explore', hospital/'dicom', '--out', tmp_path/'page.html', '--labels',
+        tmp_path/'labels.csv')
     page = (tmp_path/'page.html').read_text()
     assert f'{len(truth)} files' in done.stdout and 'data:image' in page and 'fractured' in page
     assert not any(i in page for i in {*truth.patient_id, *truth.image_id} - {''})
@@ -47,8 +51,10 @@ def test_explore_writes_a_page_without_identifiers(hospital, tmp_path):
 def test_deidentify_copies_without_names(hospital, tmp_path):
     truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
     some = hospital/'dicom'/Path(truth[truth.broken==''].path.iloc[0]).parts[0]
-    run_cli('deidentify', some, '--out', tmp_path/'one', '--key', tmp_path/'key', '--retain', 'dates_modified')
-    run_cli('deidentify', some, '--out', tmp_path/'two', '--key', tmp_path/'key', '--retain', 'dates_modified')
+    run_cli('deidentify', some, '--out', tmp_path/'one', '--key', tmp_path/'key', '--retain',
+        'dates_modified')
+    run_cli('deidentify', some, '--out', tmp_path/'two', '--key', tmp_path/'key', '--retain',
+        'dates_modified')
     files = [sorted(p.relative_to(tmp_path/k) for p in (tmp_path/k).rglob('*.dcm')) for k in ('one', 'two')]
     assert files[0]==files[1] and files[0]
     names = {str(v) for v in truth.patient_id} | set(truth.image_id) - {''}
@@ -73,7 +79,8 @@ def test_preprocess_notices_what_has_changed(hospital, tmp_path):
     films = [hospital/'dicom'/p for p in truth[truth.broken==''].path[:7]]
     (tmp_path/'films').mkdir()
     for k, f in enumerate(films[:6]): shutil.copy(f, tmp_path/f'films/{k}.dcm')
-    words = ['preprocess', tmp_path/'films', '--recipe', 'plain', '--size', 32, '--bits', 16, '--shard-size', 2, '--workers', 1, '--out', tmp_path/'store']
+    words = ['preprocess', tmp_path/'films', '--recipe', 'plain', '--size', 32, '--bits', 16, '--shard-size',
+        2, '--workers', 1, '--out', tmp_path/'store']
     run_cli(*words)
     before = ImageStore(tmp_path/'store')
     assert before.recipe.bits==16 and before[0].dtype=='uint16' and before.index.shard.max()==2
@@ -83,7 +90,8 @@ def test_preprocess_notices_what_has_changed(hospital, tmp_path):
     assert list(ImageStore(tmp_path/'store').index.image_id)==list(before.index.image_id)
     run_cli(*words, '--update')
     after = ImageStore(tmp_path/'store')
-    assert first not in set(after.index.image_id) and len(after)==6 and '6 images' in run_cli('verify', tmp_path/'store').stdout
+    assert first not in set(after.index.image_id) and len(after)==6 and '6 images' in run_cli('verify',
+        tmp_path/'store').stdout
     assert 'bits are 12' in fails(*words[:-4], '--bits', 12, '--out', tmp_path/'other')
 
 
@@ -136,7 +144,8 @@ def test_no_patient_crosses_a_split(run):
 
 
 def test_cross_validation_predicts_every_image_once(hospital, store, tmp_path):
-    run_cli('train', 'knee', '--data', store, '--labels', hospital/'labels.csv', '--out', tmp_path/'cv', '--arch', 'resnet10t', '--epochs', 1,
+    run_cli('train', 'knee', '--data', store, '--labels', hospital/'labels.csv', '--out', tmp_path/'cv',
+        '--arch', 'resnet10t', '--epochs', 1,
         '--bs', 16, '--folds', 3, '--no-pretrained')
     predictions = pd.read_csv(tmp_path/'cv/predictions.csv')
     tested = predictions[predictions.split=='test']
@@ -146,10 +155,13 @@ def test_cross_validation_predicts_every_image_once(hospital, store, tmp_path):
 
 
 def test_a_killed_preprocessing_resumes(hospital, tmp_path):
-    words = [COMMAND, 'preprocess', hospital/'dicom', '--recipe', 'knee', '--size', '64', '--workers', '1', '--out', tmp_path/'store']
+    words = [COMMAND, 'preprocess', hospital/'dicom', '--recipe', 'knee', '--size', '64', '--workers', '1',
+        '--out', tmp_path/'store']
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic()<deadline and not list((tmp_path/'store').glob('**/*.npy')): time.sleep(.02)
+    while (process.poll() is None and time.monotonic()<deadline
+            and not list((tmp_path/'store').glob('**/*.npy'))):
+        time.sleep(.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     run_cli(*words[1:])
@@ -164,12 +176,14 @@ def test_a_killed_preprocessing_resumes(hospital, tmp_path):
 def test_a_missing_or_empty_folder(tmp_path):
     assert 'nowhere' in fails('index', tmp_path/'nowhere', '--out', tmp_path/'i.parquet')
     (tmp_path/'empty').mkdir()
-    for words in (['index', tmp_path/'empty', '--out', tmp_path/'i.parquet'], ['preprocess', tmp_path/'empty', '--out', tmp_path/'s']):
+    for words in (['index', tmp_path/'empty', '--out', tmp_path/'i.parquet'],
+            ['preprocess', tmp_path/'empty', '--out', tmp_path/'s']):
         assert 'holds no image files' in fails(*words)
     assert not (tmp_path/'i.parquet').exists() and not (tmp_path/'s').exists()
 
 
-@pytest.mark.parametrize('kind,cause', [('text', 'not'), ('truncated', ''), ('no_pixels', 'pixel'), ('nothing', 'empty')])
+@pytest.mark.parametrize('kind,cause', [('text', 'not'), ('truncated', ''), ('no_pixels', 'pixel'),
+    ('nothing', 'empty')])
 def test_a_single_bad_file(hospital, run, tmp_path, kind, cause):
     truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
     good = (hospital/'dicom'/truth[(truth.broken=='') & (truth.body_part=='KNEE')].path.iloc[0]).read_bytes()
@@ -179,7 +193,8 @@ def test_a_single_bad_file(hospital, run, tmp_path, kind, cause):
     if kind=='nothing': bad.write_bytes(b'')
     if kind=='no_pixels':
         import pydicom
-        ds = pydicom.dcmread(hospital/'dicom'/truth[(truth.broken=='') & (truth.body_part=='KNEE')].path.iloc[0])
+        ds = pydicom.dcmread(hospital/'dicom'/truth[(truth.broken=='')
+            & (truth.body_part=='KNEE')].path.iloc[0])
         del ds.PixelData
         ds.save_as(bad)
     line = fails('predict', run, bad, '--out', tmp_path/'p.csv')
@@ -187,7 +202,9 @@ def test_a_single_bad_file(hospital, run, tmp_path, kind, cause):
     assert not (tmp_path/'p.csv').exists()
 
 
-def train_words(hospital, store, out): return ['train', 'knee', '--data', store, '--labels', hospital/'labels.csv', '--out', out, '--arch', 'resnet10t', '--no-pretrained']
+def train_words(hospital, store, out):
+    return ['train', 'knee', '--data', store, '--labels', hospital/'labels.csv', '--out', out, '--arch',
+        'resnet10t', '--no-pretrained']
 
 
 def test_bad_labels(hospital, store, tmp_path):
@@ -195,12 +212,16 @@ def test_bad_labels(hospital, store, tmp_path):
     line = fails(*words, '--label', 'broken_bone')
     assert 'broken_bone' in line and 'schatzker' in line
     labels = pd.read_csv(hospital/'labels.csv')
-    for name, table, expected in [('one_class', labels.assign(fractured=0), 'class'), ('strange', labels.assign(fractured='maybe'), 'maybe'),
-                                  ('others', labels.assign(image_id=[f'1.2.{i}' for i in range(len(labels))], path=[f'elsewhere/{i}.dcm' for i in range(len(labels))]), 'None of the'), ('twice', pd.concat([labels, labels]), '2 times')]:
+    for name, table, expected in [('one_class', labels.assign(fractured=0), 'class'),
+            ('strange', labels.assign(fractured='maybe'), 'maybe'),
+                                  ('others', labels.assign(image_id=[f'1.2.{i}' for i in range(len(labels))],
+                                  path=[f'elsewhere/{i}.dcm' for i in range(len(labels))]), 'None of the'),
+                                  ('twice', pd.concat([labels, labels]), '2 times')]:
         table.to_csv(tmp_path/f'{name}.csv', index=False)
         again = [tmp_path/f'{name}.csv' if w==hospital/'labels.csv' else w for w in words]
         assert re.search(expected, fails(*again)), name
-    assert 'no_labels.csv' in fails(*[tmp_path/'no_labels.csv' if w==hospital/'labels.csv' else w for w in words])
+    assert 'no_labels.csv' in fails(*[tmp_path/'no_labels.csv' if w==hospital/'labels.csv' else w
+        for w in words])
     assert not (tmp_path/'run').exists()
 
 
@@ -208,13 +229,15 @@ def test_bad_store_model_and_output(hospital, store, run, tmp_path):
     words = train_words(hospital, store, run)
     assert '--overwrite' in fails(*words)
     assert 'no_store' in fails(*train_words(hospital, tmp_path/'no_store', tmp_path/'r'))
-    assert 'resnet10t' in fails(*[w if w!='resnet10t' else 'resnet10tt' for w in train_words(hospital, store, tmp_path/'r')])
+    assert 'resnet10t' in fails(*[w if w!='resnet10t' else 'resnet10tt'
+        for w in train_words(hospital, store, tmp_path/'r')])
     shutil.copytree(run/'model', tmp_path/'model')
     with open(tmp_path/'model/model.safetensors', 'r+b') as f: f.truncate(1000)
     assert 'model' in fails('predict', tmp_path/'model', hospital/'dicom', '--out', tmp_path/'p.csv')
     (tmp_path/'model/bundle.json').write_text('{')
     assert 'bundle.json' in fails('predict', tmp_path/'model', hospital/'dicom', '--out', tmp_path/'p.csv')
-    assert 'nothing_here' in fails('predict', tmp_path/'nothing_here', hospital/'dicom', '--out', tmp_path/'p.csv')
+    assert 'nothing_here' in fails('predict', tmp_path/'nothing_here', hospital/'dicom', '--out',
+        tmp_path/'p.csv')
     assert not (tmp_path/'p.csv').exists() and not (tmp_path/'r').exists()
 
 

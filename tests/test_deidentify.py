@@ -1,8 +1,14 @@
-"""De-identification as a whole: the table row by row, no original byte in the output, pixels untouched elsewhere, text gone, the source untouched."""
-import hashlib, importlib.util, sys
+"""De-identification as a whole: the table row by row, no original byte in the output, pixels untouched
+elsewhere, text gone, the source untouched."""
+import hashlib
+import importlib.util
 from pathlib import Path
 
-import cv2, numpy as np, pandas as pd, pydicom, pytest
+import cv2
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
@@ -20,7 +26,8 @@ KEY = b'a secret key for tests'
 @pytest.fixture(scope='module')
 def bench():
     "The benchmark script as a module."
-    spec = importlib.util.spec_from_file_location('bench_deidentify', Path(__file__).parent.parent/'benchmarks/deidentify.py')
+    spec = importlib.util.spec_from_file_location('bench_deidentify',
+        Path(__file__).parent.parent/'benchmarks/deidentify.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -49,7 +56,8 @@ def test_every_action_of_the_table(bench):
 def test_no_original_byte_is_left(bench):
     found = bench.hospital_test(n=6)
     assert found['tokens']>60 and found['leaks']==0, found
-    assert found['one_shift_a_patient'] and found['patients_1_to_1'] and found['studies_1_to_1'] and found['same_pixels']
+    assert found['one_shift_a_patient'] and found['patients_1_to_1'] and found['studies_1_to_1'] and found[
+        'same_pixels']
     assert found['ok']>=found['files']-found['broken'] # no sound file is held back without need
 
 
@@ -58,8 +66,10 @@ def test_no_original_byte_is_left(bench):
 def test_text_is_blacked_out_and_the_rest_is_kept(film, tmp_path, syntax, photometric):
     header = dict(PatientName='DOE^JANE', PatientID='MRN-0042', PatientBirthDate='19560312')
     (tmp_path/'in').mkdir()
-    write_dicom(tmp_path/'in/a.dcm', film[1], photometric=photometric, syntax=syntax, header=header | dict(SOPInstanceUID='1.2.3.1'))
-    write_dicom(tmp_path/'in/b.dcm', film[0], photometric=photometric, syntax=syntax, header=header | dict(SOPInstanceUID='1.2.3.2'))
+    write_dicom(tmp_path/'in/a.dcm', film[1], photometric=photometric, syntax=syntax,
+        header=header | dict(SOPInstanceUID='1.2.3.1'))
+    write_dicom(tmp_path/'in/b.dcm', film[0], photometric=photometric, syntax=syntax,
+        header=header | dict(SOPInstanceUID='1.2.3.2'))
     before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path/'in').iterdir()}
     account = deidentify(tmp_path/'in', tmp_path/'out', key=KEY, workers=1, show=False)
     assert account.status.tolist()==['ok', 'ok'] and account.text_boxes.gt(0).tolist()==[True, False]
@@ -115,17 +125,23 @@ def test_what_follows_the_pixels_goes(film, tmp_path):
 def test_an_overlay_in_unused_bits_goes(film, tmp_path):
     stored = write_dicom(tmp_path/'a.dcm', film[0], bits=12)
     ds = pydicom.dcmread(tmp_path/'a.dcm')
-    ds.add_new(0x60000010, 'US', ds.Rows); ds.add_new(0x60000011, 'US', ds.Columns); ds.add_new(0x60000100, 'US', 16); ds.add_new(0x60000102, 'US', 13)
+    ds.add_new(0x60000010, 'US', ds.Rows)
+    ds.add_new(0x60000011, 'US', ds.Columns)
+    ds.add_new(0x60000100, 'US', 16); ds.add_new(0x60000102, 'US', 13)
     ds.PixelData = (stored.astype('<u2') | np.uint16(1<<13)).tobytes()
     ds.save_as(tmp_path/'a.dcm')
     account = deidentify(tmp_path/'a.dcm', tmp_path/'out', show=False)
     new = open_dicom(tmp_path/'out'/account.path[0])
-    assert (np.frombuffer(new.PixelData, '<u2')[:stored.size].reshape(stored.shape)==stored).all() and 0x60000102 not in new
+    assert (np.frombuffer(new.PixelData,
+        '<u2')[:stored.size].reshape(stored.shape)==stored).all() and 0x60000102 not in new
 
 
 def test_two_runs_with_one_key_agree_and_the_account_tells_nothing(film, tmp_path):
     folder = tmp_path/'Doe_Jane'; folder.mkdir()
-    for i in range(3): write_dicom(folder/f'Doe{i}.dcm', film[0][::2, ::2], header=dict(PatientName='DOE^JANE', PatientID='MRN-0042', SOPInstanceUID=f'1.2.3.{i}', StudyInstanceUID='1.2.3'))
+    for i in range(3):
+        write_dicom(folder/f'Doe{i}.dcm', film[0][::2, ::2],
+            header=dict(PatientName='DOE^JANE', PatientID='MRN-0042', SOPInstanceUID=f'1.2.3.{i}',
+            StudyInstanceUID='1.2.3'))
     a = deidentify(folder, tmp_path/'a', key=KEY, show=False)
     b = deidentify([folder/'Doe1.dcm'], tmp_path/'b', key=KEY, show=False)
     c = deidentify(folder, tmp_path/'c', show=False)
@@ -141,12 +157,20 @@ def test_the_same_instance_twice_is_written_once(film, tmp_path):
     assert account.status.tolist()==['ok', 'held'] and len(list((tmp_path/'out').rglob('*.dcm')))==1
 
 
-@pytest.mark.parametrize('option, kept, gone', [('dates_full', 'StudyDate AcquisitionTime', 'PatientBirthDate StationName PatientSex'), ('device', 'StationName DetectorID', 'StudyDate InstitutionName'),
-    ('institution', 'InstitutionName InstitutionalDepartmentName', 'StationName PatientSex'), ('patient', 'PatientSex PatientWeight', 'PatientBirthDate StudyDate'),
-    ('uids', 'StudyInstanceUID SOPInstanceUID FrameOfReferenceUID', 'StudyDate AccessionNumber'), ('descriptions', 'SeriesDescription', 'StudyDate PatientComments')])
+@pytest.mark.parametrize('option, kept, gone',
+    [('dates_full', 'StudyDate AcquisitionTime', 'PatientBirthDate StationName PatientSex'),
+    ('device', 'StationName DetectorID', 'StudyDate InstitutionName'),
+    ('institution', 'InstitutionName InstitutionalDepartmentName', 'StationName PatientSex'),
+    ('patient', 'PatientSex PatientWeight', 'PatientBirthDate StudyDate'),
+    ('uids', 'StudyInstanceUID SOPInstanceUID FrameOfReferenceUID', 'StudyDate AccessionNumber'),
+    ('descriptions', 'SeriesDescription', 'StudyDate PatientComments')])
 def test_each_option_keeps_its_own_and_nothing_else(film, tmp_path, option, kept, gone):
-    values = dict(StudyDate='20240301', AcquisitionTime='101112', StationName='ROOM7', DetectorID='D-778', InstitutionName='St. Elsewhere', InstitutionalDepartmentName='Radiology', PatientSex='F', PatientWeight='61',
-        PatientBirthDate='19560312', StudyInstanceUID='1.2.77.1', SOPInstanceUID='1.2.77.2', FrameOfReferenceUID='1.2.77.3', AccessionNumber='A-778', SeriesDescription='Knee AP LT', PatientComments='nervous')
+    values = dict(StudyDate='20240301', AcquisitionTime='101112', StationName='ROOM7', DetectorID='D-778',
+        InstitutionName='St. Elsewhere', InstitutionalDepartmentName='Radiology', PatientSex='F',
+        PatientWeight='61',
+        PatientBirthDate='19560312', StudyInstanceUID='1.2.77.1', SOPInstanceUID='1.2.77.2',
+        FrameOfReferenceUID='1.2.77.3', AccessionNumber='A-778', SeriesDescription='Knee AP LT',
+        PatientComments='nervous')
     write_dicom(tmp_path/'a.dcm', film[0][::2, ::2], header=values)
     account = deidentify(tmp_path/'a.dcm', tmp_path/'out', retain=option, show=False)
     new = open_dicom(tmp_path/'out'/account.path[0])
@@ -159,7 +183,11 @@ def test_private_elements_stay_only_where_the_file_declares_them_safe(film, tmp_
     ds = pydicom.dcmread(tmp_path/'a.dcm')
     block = ds.private_block(0x0019, 'ACME', create=True)
     block.add_new(0x01, 'DS', '4.5'); block.add_new(0x02, 'LO', 'Frau Quarrington')
-    safe = Dataset(); safe.PrivateGroupReference, safe.PrivateCreatorReference, safe.BlockIdentifyingInformationStatus, safe.NonidentifyingPrivateElements = 0x0019, 'ACME', 'MIXED', [0x01]
+    safe = Dataset()
+    safe.PrivateGroupReference = 0x0019
+    safe.PrivateCreatorReference = 'ACME'
+    safe.BlockIdentifyingInformationStatus = 'MIXED'
+    safe.NonidentifyingPrivateElements = [0x01]
     ds.PrivateDataElementCharacteristicsSequence = [safe]
     ds.save_as(tmp_path/'a.dcm')
     for retain, left in (((), []), (('safe_private',), [0x00190010, 0x00191001])):
@@ -170,20 +198,25 @@ def test_private_elements_stay_only_where_the_file_declares_them_safe(film, tmp_
 
 def test_names_beyond_ascii(film, tmp_path):
     for i, charset in enumerate(('ISO_IR 100', 'ISO_IR 192')):
-        write_dicom(tmp_path/f'{i}.dcm', film[0][::2, ::2], header=dict(SpecificCharacterSet=charset, PatientName='Müllerßohn^Zoë', ManufacturerModelName='Gerät von Müllerßohn', SOPInstanceUID=f'1.2.{i}', AcquisitionDeviceProcessingCode='Zoë'))
+        write_dicom(tmp_path/f'{i}.dcm', film[0][::2, ::2],
+            header=dict(SpecificCharacterSet=charset, PatientName='Müllerßohn^Zoë',
+            ManufacturerModelName='Gerät von Müllerßohn', SOPInstanceUID=f'1.2.{i}',
+            AcquisitionDeviceProcessingCode='Zoë'))
     account = deidentify([tmp_path/'0.dcm', tmp_path/'1.dcm'], tmp_path/'out', show=False)
     assert account.status.tolist()==['ok', 'ok']
     for p in account.path: assert open_dicom(tmp_path/'out'/p).ManufacturerModelName=='Gerät von'
 
 
 def test_a_value_in_an_unexpected_place_holds_the_file(film, tmp_path):
-    write_dicom(tmp_path/'a.dcm', film[0][::2, ::2], header=dict(PatientName='QUARRINGTON^ZEB', ManufacturerModelName='XQuarringtonX'))
+    write_dicom(tmp_path/'a.dcm', film[0][::2, ::2],
+        header=dict(PatientName='QUARRINGTON^ZEB', ManufacturerModelName='XQuarringtonX'))
     account = deidentify(tmp_path/'a.dcm', tmp_path/'out', show=False)
     assert account.status[0]=='held' and 'header' in account.cause[0] and 'uarrington' not in account.to_csv()
 
 
 def test_workers_change_nothing(film, tmp_path):
-    for i in range(10): write_dicom(tmp_path/f'in{i}.dcm', film[0][::4, ::4], header=dict(SOPInstanceUID=f'1.2.5.{i}'))
+    for i in range(10):
+        write_dicom(tmp_path/f'in{i}.dcm', film[0][::4, ::4], header=dict(SOPInstanceUID=f'1.2.5.{i}'))
     files = sorted(tmp_path.glob('in*.dcm'))
     one, two = (deidentify(files, tmp_path/f'w{n}', key=KEY, workers=n, show=False) for n in (1, 2))
     pd.testing.assert_frame_equal(one, two)
@@ -195,12 +228,14 @@ def test_key_file_and_refusals(film, tmp_path):
     one = deidentify(tmp_path/'a.dcm', tmp_path/'one', key=tmp_path/'new.key', show=False)
     two = deidentify(tmp_path/'a.dcm', tmp_path/'two', key=tmp_path/'new.key', show=False)
     assert one.path[0]==two.path[0] and (tmp_path/'new.key').stat().st_mode & 0o777==0o600
-    for bad in (dict(dst=tmp_path), dict(dst=tmp_path/'one'), dict(dst=tmp_path/'x', key=tmp_path/'x/key'), dict(dst=tmp_path/'x', retain='names'), dict(dst=tmp_path/'x', link=tmp_path/'new.key')):
+    for bad in (dict(dst=tmp_path), dict(dst=tmp_path/'one'), dict(dst=tmp_path/'x', key=tmp_path/'x/key'),
+            dict(dst=tmp_path/'x', retain='names'), dict(dst=tmp_path/'x', link=tmp_path/'new.key')):
         with pytest.raises(DataError): deidentify(tmp_path/'a.dcm', **bad, show=False)
 
 
 def test_real_files(real_data, tmp_path):
-    account = deidentify(sorted((real_data/'dicom').glob('*.dcm'))[::3], tmp_path/'out', retain=('dates_modified', 'descriptions'), key=KEY, link=tmp_path/'link.csv', show=False)
+    account = deidentify(sorted((real_data/'dicom').glob('*.dcm'))[::3], tmp_path/'out',
+        retain=('dates_modified', 'descriptions'), key=KEY, link=tmp_path/'link.csv', show=False)
     links = pd.read_csv(tmp_path/'link.csv')
     assert (account.status=='ok').sum()>=4
     for row in links[links.status=='ok'].itertuples():

@@ -3,7 +3,6 @@ import json
 
 import pandas as pd
 import pytest
-
 from conftest import fails, run_cli
 
 
@@ -38,7 +37,8 @@ def test_demo_lists_the_broken_files(demo):
     table = pd.read_csv(out/'predictions.csv', keep_default_na=False)
     errors = table.set_index('path').error
     assert len(broken)>=5
-    for path, cause in zip(broken.path, errors[[str(out/'hospital'/p) for p in broken.path]]): assert cause and f'{path}: {cause}' in said
+    for path, cause in zip(broken.path, errors[[str(out/'hospital'/p) for p in broken.path]]):
+        assert cause and f'{path}: {cause}' in said
     page = (out/'report.html').read_text()
     assert all(cause in page for cause in errors[[str(out/'hospital'/p) for p in broken.path]])
 
@@ -46,7 +46,8 @@ def test_demo_lists_the_broken_files(demo):
 def test_the_same_seed_gives_the_same_figures(tmp_path):
     words = ['--seed', 3, '--patients', 40, '--epochs', 1]
     for name in ('a','b'): run_cli('demo', '--out', tmp_path/name, *words)
-    for name in ('demo.json','report.json'): assert (tmp_path/'a'/name).read_text()==(tmp_path/'b'/name).read_text()
+    for name in ('demo.json','report.json'):
+        assert (tmp_path/'a'/name).read_text()==(tmp_path/'b'/name).read_text()
     a, b = (pd.read_csv(tmp_path/name/'predictions.csv').drop(columns='path') for name in ('a','b'))
     pd.testing.assert_frame_equal(a, b, check_exact=True)
 

@@ -1,5 +1,7 @@
 """The documentation site builds from the notebooks without a warning, and none of its links is broken."""
-import importlib.util, subprocess, sys
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec('myst_nb') is None, reason="the packages of the extra 'docs' are not installed")
+@pytest.mark.skipif(importlib.util.find_spec('myst_nb') is None,
+    reason="the packages of the extra 'docs' are not installed")
 def test_the_site_builds_without_warnings():
     done = subprocess.run([sys.executable, ROOT/'docs/build.py'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode==0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -60,6 +60,7 @@ def test_the_account_sees_faults(bases, tmp_path):
 def test_a_thousand_damaged_files(tmp_path):
     run = fuzz_dicom.fuzz(1000, seed=11, workers=2, findings=tmp_path)
     assert run.total==1000
-    assert not run.faults, [f'{name} ({n} x): python benchmarks/fuzz_dicom.py --seed 11 --one {run.examples.get(name)}' for name, n in run.faults.items()]
+    assert not run.faults, [f'{name} ({n} x): python benchmarks/fuzz_dicom.py --seed 11 --one '
+        f'{run.examples.get(name)}' for name, n in run.faults.items()]
     assert run.outcomes['refused']>300 and run.outcomes['same pixels']>100, run.outcomes
     assert run.peak<256, f'{run.peak:.0f} MB'

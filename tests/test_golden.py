@@ -1,23 +1,38 @@
 """The golden matrix: what the reader shows is, pixel for pixel, what DCMTK shows; and two decoders agree on the stored integers.
 
 The expected hashes in golden.csv were written by benchmarks/golden_dcmtk.py; golden_cells.py says how pixels become whole numbers."""
-import csv, hashlib, warnings
+import csv
+import hashlib
+import warnings
 from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+from golden_cells import (
+    ALL_SYNTAXES,
+    Cell,
+    digest,
+    golden_cells,
+    padding_of,
+    quantise,
+    rule_of,
+    shown,
+    stored_bits,
+    stored_of,
+    write_cell,
+)
 from pydicom.encaps import get_frame
 
-from golden_cells import ALL_SYNTAXES, Cell, digest, golden_cells, padding_of, quantise, rule_of, shown, stored_bits, stored_of, write_cell
 from radiology_ai.core import DicomError
 from radiology_ai.dicom.file import open_dicom
 from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.dicom.stored import decode_stored
 from radiology_ai.phantom.hospital import SYNTAXES
 
-with open(Path(__file__).parent/'golden.csv', newline='') as f: EXPECTED = {r['cell']: r for r in csv.DictReader(f)}
+with open(Path(__file__).parent/'golden.csv', newline='') as f:
+    EXPECTED = {r['cell']: r for r in csv.DictReader(f)}
 GROUPS = sorted({(c.modality, c.voi) for c in golden_cells()})
 
 
@@ -77,22 +92,28 @@ def test_pictures_cover_the_range():
         stored = stored_of(cell)[-1].astype(int)
         p = shown(cell, stored)[~padding_of(cell)]
         if cell.colour: assert p.min()<.1 and p.max()>.8; continue
-        if cell.voi not in ('wide', 'sigmoid') and cell.extra!='narrow' and cell.shape==(24, 20) and (cell.modality, cell.bits)!=('half', 8):
+        if (cell.voi not in ('wide', 'sigmoid') and cell.extra!='narrow' and cell.shape==(24, 20)
+                and (cell.modality, cell.bits)!=('half', 8)):
             assert (p==0).any() and (p==1).any(), cell.name
         if cell.voi!='step': assert len(np.unique(p))>10, cell.name
         assert stored.min()<=cell.low + 60 and stored.max()>=cell.high - 61, cell.name
 
 
 def second_decoder(path, cell) -> np.ndarray:
-    "The stored integers by another decoder: pydicom's own for RLE, gdcm, OpenJPEG for HTJ2K (which gdcm does not know)."
+    """The stored integers by another decoder: pydicom's own for RLE, gdcm, OpenJPEG for HTJ2K (which gdcm
+    does not know)."""
     ds,k = pydicom.dcmread(path),cell.frame or 0
-    if cell.syntax=='htj2k': box = imagecodecs.jpeg2k_decode(get_frame(ds.PixelData, k, number_of_frames=cell.frames))
+    if cell.syntax=='htj2k':
+        box = imagecodecs.jpeg2k_decode(get_frame(ds.PixelData, k, number_of_frames=cell.frames))
     else:
-        if ds.HighBit!=ds.BitsStored-1: ds.BitsStored,ds.HighBit = cell.alloc,cell.alloc-1 # else gdcm cuts off JPEG Lossless at the wrong end
+        if ds.HighBit!=ds.BitsStored-1:
+            # else gdcm cuts off JPEG Lossless at the wrong end
+            ds.BitsStored,ds.HighBit = cell.alloc,cell.alloc-1
         decoder = pydicom.pixels.get_decoder(ds.file_meta.TransferSyntaxUID)
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='The number of bytes of compressed pixel data matches')
-            box = decoder.as_array(ds, index=k, raw=True, correct_unused_bits=False, decoding_plugin='pydicom' if cell.syntax=='rle' else 'gdcm')[0]
+            box = decoder.as_array(ds, index=k, raw=True, correct_unused_bits=False,
+                decoding_plugin='pydicom' if cell.syntax=='rle' else 'gdcm')[0]
     return stored_bits(cell, box)
 
 
@@ -100,7 +121,8 @@ def second_decoder(path, cell) -> np.ndarray:
 def test_two_decoders_agree(syntax, tmp_path):
     "The stored integers are those that were written, by imagecodecs and by another decoder."
     path,faults,n = tmp_path/'cell.dcm',[],0
-    for cell in [c for c in golden_cells() if c.syntax==syntax and c.modality=='none' and c.voi in ('linear', 'none')]:
+    for cell in [c for c in golden_cells() if c.syntax==syntax and c.modality=='none'
+            and c.voi in ('linear', 'none')]:
         truth = write_cell(cell, path)[cell.frame or 0]
         a,codec = decode_stored(open_dicom(path), cell.frame, path)
         assert codec.startswith('imagecodecs'), codec
@@ -113,7 +135,8 @@ def test_two_decoders_agree(syntax, tmp_path):
 @pytest.mark.parametrize('syntax', [s for s in ALL_SYNTAXES if SYNTAXES[s].is_encapsulated])
 def test_verify_runs_two_decoders(syntax, tmp_path):
     "`verify=True` gives the same pixels and names two codecs."
-    cells = [c for c in golden_cells() if c.syntax==syntax and c.voi in ('linear', 'none') and c.extra in ('smooth', 'frames', 'masked', 'overlay bits', 'planes 0')]
+    cells = [c for c in golden_cells() if c.syntax==syntax and c.voi in ('linear', 'none')
+        and c.extra in ('smooth', 'frames', 'masked', 'overlay bits', 'planes 0')]
     for cell in cells:
         write_cell(cell, tmp_path/'cell.dcm')
         with warnings.catch_warnings():
@@ -128,7 +151,8 @@ def test_verify_runs_two_decoders(syntax, tmp_path):
 @pytest.mark.parametrize('name,n', [('RG3', 5), ('RG2', 3)])
 def test_lossless_copies_decode_alike(real_data, name, n):
     "The lossless copies of one radiograph have one sha256 of stored pixels, that of the manifest."
-    with open(real_data/'dicom'/'manifest.csv', newline='') as f: rows = [r for r in csv.DictReader(f) if r['path'].startswith(name)]
+    with open(real_data/'dicom'/'manifest.csv', newline='') as f:
+        rows = [r for r in csv.DictReader(f) if r['path'].startswith(name)]
     lossless = [r for r in rows if not any(k in r['path'] for k in ('lossy', 'near', 'extended'))]
     assert len(lossless)==n
     found = set()

@@ -1,5 +1,7 @@
-"""Each loss against a second implementation, written out entry by entry in float64; gradients, autocast, unknown labels, shapes that must not broadcast."""
-import itertools, math
+"""Each loss against a second implementation, written out entry by entry in float64; gradients, autocast,
+unknown labels, shapes that must not broadcast."""
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +10,16 @@ from torch.autograd import gradcheck
 
 from radiology_ai.core import ModelError
 from radiology_ai.data.tree import LabelTree, chest_tree
-from radiology_ai.losses import AsymmetricLoss, BCEWithNaN, BinaryFocalLoss, FocalLoss, LogitAdjustedBCE, LogitAdjustedLoss, WeightedCrossEntropy, default_loss
+from radiology_ai.losses import (
+    AsymmetricLoss,
+    BCEWithNaN,
+    BinaryFocalLoss,
+    FocalLoss,
+    LogitAdjustedBCE,
+    LogitAdjustedLoss,
+    WeightedCrossEntropy,
+    default_loss,
+)
 from radiology_ai.region_losses import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
 from radiology_ai.robust_losses import TERMS, DMILoss, RobustLoss
 from radiology_ai.structured_losses import CORN, TreeLoss, grade_log_probabilities
@@ -85,7 +96,8 @@ def second_classes(gamma=0., smoothing=0., weight=np.ones(4), shift=0.):
             if np.ndim(ti)==0 and ti==-100 or np.isnan(ti).any(): continue
             aim = np.eye(4)[ti] if np.ndim(ti)==0 else ti
             p = softmax(zi+shift)
-            terms.append(sum(-weight[k]*(aim[k]*(1-smoothing)+smoothing/4)*(1-p[k])**gamma*np.log(p[k]) for k in range(4)))
+            terms.append(sum(-weight[k]*(aim[k]*(1-smoothing)+smoothing/4)*(1-p[k])**gamma*np.log(p[k])
+                for k in range(4)))
             norm.append(sum(weight[k]*aim[k] for k in range(4)))
         return mean(terms, norm)
     return loss
@@ -122,7 +134,8 @@ def one_robust(name, p, k, gamma=.5, q=.7):
 def second_robust(names, scale, weight=np.ones(4)):
     def loss(z, t):
         known = [(softmax(zi), ti) for zi,ti in zip(z, t) if ti!=-100]
-        return mean([weight[k]*sum(s*one_robust(n, p, k) for n,s in zip(names, scale)) for p,k in known], [weight[k] for _,k in known])
+        return mean([weight[k]*sum(s*one_robust(n, p, k) for n,s in zip(names, scale)) for p,k in known],
+            [weight[k] for _,k in known])
     return loss
 
 def second_dmi(z, t):
@@ -160,7 +173,8 @@ def second_tree(pos=np.ones(5)):
         for zi,yi in zip(z, y):
             p,yi = sigmoid(zi),closed(yi)
             for k in range(5):
-                if yi[k]==1: terms.append(-pos[k]*np.log(max(yi[j]*p[j] for j in BELOW[k] if not np.isnan(yi[j]))))
+                if yi[k]==1:
+                    terms.append(-pos[k]*np.log(max(yi[j]*p[j] for j in BELOW[k] if not np.isnan(yi[j]))))
                 elif yi[k]==0: terms.append(-np.log(1-max(p[j] for j in BELOW[k])))
         return np.mean(terms)
     return loss
@@ -185,7 +199,8 @@ def one_tversky(alpha, beta, gamma, smooth):
 def one_dice(z, t): return 1-(2*(sigmoid(z)*t).sum()+1)/(sigmoid(z).sum()+t.sum()+1)
 
 def one_lovasz(errors, t):
-    "The definition: errors in falling order, each times how much the Jaccard loss of the set of mistakes grows by that pixel."
+    """The definition: errors in falling order, each times how much the Jaccard loss of the set of mistakes
+    grows by that pixel."""
     def jaccard(wrong):
         marked = np.where(wrong, 1-t, t)
         union = ((marked+t)>0).sum()
@@ -203,10 +218,13 @@ def second_lovasz_softmax(z, t):
     for i in range(len(t)):
         known = t[i]!=-100
         p = np.array([softmax(v) for v in z[i][:,known].T])
-        terms += [one_lovasz(abs((t[i][known]==k)-p[:,k]), (t[i][known]==k).astype(float)) for k in range(z.shape[1]) if (t[i][known]==k).any()]
+        terms += [one_lovasz(abs((t[i][known]==k)-p[:,k]), (t[i][known]==k).astype(float))
+            for k in range(z.shape[1]) if (t[i][known]==k).any()]
     return np.mean(terms)
 
-def second_dice_bce(z, y): return .5*second_regions(one_dice)(z, y) + np.mean([-np.log(sigmoid(v)) if t==1 else -np.log(1-sigmoid(v)) for v,t in zip(z.ravel(), y.ravel()) if not np.isnan(t)])
+def second_dice_bce(z, y):
+    return .5*second_regions(one_dice)(z, y) + np.mean([-np.log(sigmoid(v)) if t==1 else -np.log(1-sigmoid(v))
+        for v,t in zip(z.ravel(), y.ravel()) if not np.isnan(t)])
 
 def second_consistency(counts, beta, kind, threshold):
     def loss(z, g):
@@ -229,14 +247,16 @@ CASES = {
     'ce shares': (WeightedCrossEntropy(W, .1), shares, second_classes(0, .1, W)),
     'focal': (FocalLoss(W, 2., .1), classes, second_classes(2., .1, W)),
     'focal half': (FocalLoss(gamma=.5), classes, second_classes(.5)),
-    'logit adjusted': (LogitAdjustedLoss(PRIOR, 1.5, W), classes, second_classes(weight=W, shift=1.5*np.log(PRIOR))),
+    'logit adjusted': (LogitAdjustedLoss(PRIOR, 1.5, W), classes,
+    second_classes(weight=W, shift=1.5*np.log(PRIOR))),
     'bce': (BCEWithNaN(POS, .1), labels, second_labels(0, .1, POS)),
     'binary focal': (BinaryFocalLoss(POS, 2.), labels, second_labels(2., 0, POS)),
     'binary focal half': (BinaryFocalLoss(gamma=.5), labels, second_labels(.5)),
     'asymmetric': (AsymmetricLoss(), labels, second_asymmetric),
     'asymmetric as focal': (AsymmetricLoss(2., 2., 0.), labels, second_labels(2.)),
     'logit adjusted bce': (LogitAdjustedBCE(PRIOR), labels, second_labels(shift=np.log(PRIOR/(1-PRIOR)))),
-    **{n: (RobustLoss(n, weight=W), classes, second_robust([n], [1], W)) for n in [*TERMS, 'nce', 'nfl', 'ngce', 'nmae', 'nrce']},
+    **{n: (RobustLoss(n, weight=W), classes, second_robust([n], [1], W))
+    for n in [*TERMS, 'nce', 'nfl', 'ngce', 'nmae', 'nrce']},
     'sce': (RobustLoss('sce', (.1, 1.)), classes, second_robust(['ce', 'rce'], [.1, 1])),
     'ngce+mae': (RobustLoss('ngce+mae', (2., 3.)), classes, second_robust(['ngce', 'mae'], [2, 3])),
     'dmi': (DMILoss(), classes, second_dmi),
@@ -252,8 +272,10 @@ CASES = {
     'lovasz hinge with empty': (LovaszHinge(empty='count'), masks, second_regions(one_hinge, False)),
     'lovasz softmax': (LovaszSoftmax(), segments, second_lovasz_softmax),
     'dice bce': (DiceBCE(), masks, second_dice_bce),
-    'consistency ce': (SuppressedConsistency(COUNTS, threshold=.7), teacher, second_consistency(COUNTS, .5, 'ce', .7)),
-    'consistency mse': (SuppressedConsistency(COUNTS, .3, 'mse'), teacher, second_consistency(COUNTS, .3, 'mse', 0)),
+    'consistency ce': (SuppressedConsistency(COUNTS, threshold=.7), teacher,
+    second_consistency(COUNTS, .5, 'ce', .7)),
+    'consistency mse': (SuppressedConsistency(COUNTS, .3, 'mse'), teacher,
+    second_consistency(COUNTS, .3, 'mse', 0)),
 }
 
 @pytest.fixture(params=CASES, ids=str)
@@ -281,9 +303,11 @@ def test_right_under_autocast(case):
     loss,batch,second = case
     z,t = batch(3)
     z = torch.tensor(z).bfloat16()
-    with torch.autocast('cpu', torch.bfloat16): got = loss(z, torch.tensor(t).float() if np.asarray(t).dtype.kind=='f' else torch.tensor(t))
+    with torch.autocast('cpu', torch.bfloat16):
+        got = loss(z, torch.tensor(t).float() if np.asarray(t).dtype.kind=='f' else torch.tensor(t))
     assert got.dtype==torch.float32
-    np.testing.assert_allclose(got.item(), second(z.double().numpy(), t), rtol=1e-4, atol=1e-5) # the same rounded logits: only the loss is in float32
+    # the same rounded logits: only the loss is in float32
+    np.testing.assert_allclose(got.item(), second(z.double().numpy(), t), rtol=1e-4, atol=1e-5)
 
 
 def test_extreme_logits_stay_finite(case):
@@ -330,7 +354,8 @@ def test_unknown_targets_change_nothing(case):
     if batch is segments: other = np.where(unknown[:,None], -z+1, z)
     else: other[unknown] = 1-other[unknown]
     assert not np.array_equal(other, z)
-    torch.testing.assert_close(loss(torch.tensor(other), torch.tensor(t)), loss(torch.tensor(z), torch.tensor(t)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss(torch.tensor(other), torch.tensor(t)),
+        loss(torch.tensor(z), torch.tensor(t)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('name', [n for n in CASES if n!='dmi'])
@@ -342,7 +367,8 @@ def test_none_is_for_each_sample(name):
         loss.reduction = 'none'
         each = loss(z, t)
         assert each.shape[0]==len(z) and torch.isfinite(each).all()
-        if not isinstance(loss, (RobustLoss, DMILoss)): torch.testing.assert_close(each[2:3], loss(z[2:3], t[2:3]))
+        if not isinstance(loss, (RobustLoss, DMILoss)):
+            torch.testing.assert_close(each[2:3], loss(z[2:3], t[2:3]))
     finally: loss.reduction = kept
 
 
@@ -351,7 +377,8 @@ def test_activation_is_a_probability(case):
     z = torch.tensor(batch(6)[0])
     p = loss.activation(z)
     assert ((p>=0) & (p<=1)).all() and loss.activation(z.bfloat16()).dtype==torch.float32
-    if batch in (classes, shares, segments, teacher) or isinstance(loss, CORN): torch.testing.assert_close(p.sum(1), torch.ones_like(p.sum(1)))
+    if batch in (classes, shares, segments, teacher) or isinstance(loss, CORN):
+        torch.testing.assert_close(p.sum(1), torch.ones_like(p.sum(1)))
     assert len(loss.decodes(z))==len(z)
 
 
@@ -394,8 +421,10 @@ def test_logit_adjustment_is_bayes():
         return out
     step.step(closure)
     balanced = joint/prior
-    torch.testing.assert_close(loss.activation(z.detach()), balanced/balanced.sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loss.natural(z.detach()), joint/joint.sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.activation(z.detach()), balanced/balanced.sum(1, keepdim=True), rtol=1e-4,
+        atol=1e-4)
+    torch.testing.assert_close(loss.natural(z.detach()), joint/joint.sum(1, keepdim=True), rtol=1e-4,
+        atol=1e-4)
 
 @pytest.mark.parametrize('name', ['mae', 'rce', 'nce', 'nfl', 'ngce', 'nmae', 'nrce', 'nce+rce'])
 def test_robust_losses_sum_to_a_constant(name):
@@ -411,7 +440,8 @@ def test_ce_is_not_robust():
 def test_dice_of_the_whole_batch():
     z,y = map(torch.tensor, masks(0))
     rows = [(z[:,k][~y[:,k].isnan()], y[:,k][~y[:,k].isnan()]) for k in range(2)]
-    np.testing.assert_allclose(DiceLoss(batch=True)(z, y).item(), np.mean([one_dice(a.numpy(), b.numpy()) for a,b in rows]))
+    np.testing.assert_allclose(DiceLoss(batch=True)(z, y).item(),
+        np.mean([one_dice(a.numpy(), b.numpy()) for a,b in rows]))
 
 @pytest.mark.parametrize('tau', [1., 3.])
 @pytest.mark.parametrize('hard', [False, True])
@@ -420,9 +450,11 @@ def test_distillation_of_classes(hard, tau):
     g = torch.tensor(teacher(1)[1]).nan_to_num(0.5)
     p = np.array([softmax(v) for v in (g/tau).numpy()])
     s = np.array([softmax(v) for v in (z/tau).numpy()])
-    far = np.mean([-np.log(softmax(a)[b.argmax()]) for a,b in zip(z.numpy(), g.numpy())]) if hard else tau**2*np.mean((p*np.log(p/s)).sum(1))
+    far = (np.mean([-np.log(softmax(a)[b.argmax()]) for a,b in zip(z.numpy(), g.numpy())]) if hard
+        else tau**2*np.mean((p*np.log(p/s)).sum(1)))
     loss = DistillationLoss(WeightedCrossEntropy(W), .3, tau, hard)
-    np.testing.assert_allclose(loss(z, t, g).item(), .7*second_classes(weight=W)(z.numpy(), t.numpy()) + .3*far, rtol=1e-9)
+    np.testing.assert_allclose(loss(z, t, g).item(),
+        .7*second_classes(weight=W)(z.numpy(), t.numpy()) + .3*far, rtol=1e-9)
     assert gradcheck(lambda x: loss(x, t, g), z.clone().requires_grad_())
     assert gradcheck(lambda x: loss((x, x.flip(0)), t, g), z.clone().requires_grad_())
 
@@ -432,14 +464,17 @@ def test_distillation_of_labels(hard):
     g = torch.tensor(labels(1)[0])
     p,s = sigmoid(g.numpy()/2),sigmoid(z.numpy()/2)
     s1 = sigmoid(z.numpy())
-    far = np.where(g.numpy()>=0, -np.log(s1), -np.log(1-s1)).mean() if hard else 4*(p*np.log(p/s) + (1-p)*np.log((1-p)/(1-s))).mean()
+    far = (np.where(g.numpy()>=0, -np.log(s1), -np.log(1-s1)).mean() if hard
+        else 4*(p*np.log(p/s) + (1-p)*np.log((1-p)/(1-s))).mean())
     loss = DistillationLoss(BCEWithNaN(), .4, 2., hard)
-    np.testing.assert_allclose(loss(z, y, g).item(), .6*second_labels()(z.numpy(), y.numpy()) + .4*far, rtol=1e-9)
+    np.testing.assert_allclose(loss(z, y, g).item(), .6*second_labels()(z.numpy(), y.numpy()) + .4*far,
+        rtol=1e-9)
     assert gradcheck(lambda x: loss(x, y, g), z.clone().requires_grad_())
 
 def test_the_teacher_learns_nothing():
     g = torch.randn(9, 4, requires_grad=True)
-    DistillationLoss(WeightedCrossEntropy())(torch.randn(9, 4, requires_grad=True), torch.zeros(9, dtype=torch.long), g).backward()
+    DistillationLoss(WeightedCrossEntropy())(torch.randn(9, 4, requires_grad=True),
+        torch.zeros(9, dtype=torch.long), g).backward()
     SuppressedConsistency(COUNTS, kind='mse')(torch.randn(9, 4, requires_grad=True), g).backward()
     assert g.grad is None
 
@@ -458,18 +493,22 @@ def test_classes_of_weight_zero(smoothing):
 @pytest.mark.parametrize('smoothing', [0., .2])
 def test_cross_entropy_is_torchs(smoothing):
     z,t = map(torch.tensor, classes(0))
-    torch.testing.assert_close(WeightedCrossEntropy(W, smoothing)(z, t), torch.nn.functional.cross_entropy(z, t, torch.tensor(W), label_smoothing=smoothing))
+    torch.testing.assert_close(WeightedCrossEntropy(W, smoothing)(z, t),
+        torch.nn.functional.cross_entropy(z, t, torch.tensor(W), label_smoothing=smoothing))
 
 def test_focal_is_torchvisions():
     from torchvision.ops import sigmoid_focal_loss
     z,y = torch.tensor(labels(0)[0]),torch.tensor(labels(0)[1]).nan_to_num(1.)
-    torch.testing.assert_close(BinaryFocalLoss()(z, y), sigmoid_focal_loss(z, y, alpha=-1, gamma=2, reduction='mean'))
+    torch.testing.assert_close(BinaryFocalLoss()(z, y),
+        sigmoid_focal_loss(z, y, alpha=-1, gamma=2, reduction='mean'))
 
 def test_lovasz_is_kornias():
     from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
-    one = [(torch.randn(1, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)), torch.randint(0, 2, (1, 6, 6), generator=torch.Generator().manual_seed(s))) for s in range(5)]
+    one = [(torch.randn(1, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)),
+        torch.randint(0, 2, (1, 6, 6), generator=torch.Generator().manual_seed(s))) for s in range(5)]
     for a,b in one: torch.testing.assert_close(LovaszHinge()(a, b[:,None].double()), lovasz_hinge_loss(a, b))
-    many = torch.randn(1, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(9)),torch.arange(36).reshape(1, 6, 6)%3
+    many = torch.randn(1, 3, 6, 6, dtype=torch.float64,
+        generator=torch.Generator().manual_seed(9)),torch.arange(36).reshape(1, 6, 6)%3
     torch.testing.assert_close(LovaszSoftmax()(*many), lovasz_softmax_loss(*many))
 
 
@@ -478,52 +517,73 @@ def test_lovasz_is_kornias():
 def wrong_shapes():
     z,one = torch.randn(6, 4),torch.randn(6, 1)
     k = torch.zeros(6, dtype=torch.long)
-    for loss in (WeightedCrossEntropy(), FocalLoss(), LogitAdjustedLoss(PRIOR), RobustLoss(), DMILoss(), CORN()):
-        yield from ((loss, z, k[:,None]), (loss, z, k[:5]), (loss, z, k.float()), (loss, z[:,:,None], k), (loss, z, k+9), (loss, z, k-1))
-    for loss in (BCEWithNaN(), BinaryFocalLoss(), AsymmetricLoss(), LogitAdjustedBCE(PRIOR), TreeLoss(np.eye(4, dtype=bool))):
-        yield from ((loss, one, torch.zeros(6)), (loss, z, torch.zeros(6, 1)), (loss, z, torch.zeros(1, 4)), (loss, z, torch.full((6, 4), 2.)), (loss, z, torch.full((6, 4), -1.)))
+    for loss in (WeightedCrossEntropy(), FocalLoss(), LogitAdjustedLoss(PRIOR), RobustLoss(), DMILoss(),
+            CORN()):
+        yield from ((loss, z, k[:,None]), (loss, z, k[:5]), (loss, z, k.float()), (loss, z[:,:,None], k),
+            (loss, z, k+9), (loss, z, k-1))
+    for loss in (BCEWithNaN(), BinaryFocalLoss(), AsymmetricLoss(), LogitAdjustedBCE(PRIOR),
+            TreeLoss(np.eye(4, dtype=bool))):
+        yield from ((loss, one, torch.zeros(6)), (loss, z, torch.zeros(6, 1)), (loss, z, torch.zeros(1, 4)),
+            (loss, z, torch.full((6, 4), 2.)), (loss, z, torch.full((6, 4), -1.)))
     m = torch.randn(2, 1, 8, 8)
     for loss in (DiceLoss(), TverskyLoss(), LovaszHinge(), DiceBCE()):
-        yield from ((loss, m, torch.zeros(2, 8, 8)), (loss, m, torch.zeros(1, 1, 8, 8)), (loss, m, m*0+255), (loss, m[:,0,0], m[:,0,0]*0))
-    yield from ((LovaszSoftmax(), torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)), (LovaszSoftmax(), torch.randn(2, 3, 8, 8), torch.full((2, 8, 8), 3)))
+        yield from ((loss, m, torch.zeros(2, 8, 8)), (loss, m, torch.zeros(1, 1, 8, 8)), (loss, m, m*0+255),
+            (loss, m[:,0,0], m[:,0,0]*0))
+    yield from ((LovaszSoftmax(), torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)),
+        (LovaszSoftmax(), torch.randn(2, 3, 8, 8), torch.full((2, 8, 8), 3)))
     yield from ((SuppressedConsistency(COUNTS), z, z[:1]), (SuppressedConsistency(COUNTS), z[:,:3], z[:,:3]))
-    yield from ((WeightedCrossEntropy(W), z[:,:3], k), (CORN(W), z, k), (BCEWithNaN(POS), z[:,:3], z[:,:3]*0), (TreeLoss(TREE), z, z*0))
+    yield from ((WeightedCrossEntropy(W), z[:,:3], k), (CORN(W), z, k), (BCEWithNaN(POS), z[:,:3], z[:,:3]*0),
+        (TreeLoss(TREE), z, z*0))
 
-@pytest.mark.parametrize('loss, z, t', [pytest.param(*c, id=f'{type(c[0]).__name__}-{i}') for i,c in enumerate(wrong_shapes())])
+@pytest.mark.parametrize('loss, z, t', [pytest.param(*c, id=f'{type(c[0]).__name__}-{i}')
+    for i,c in enumerate(wrong_shapes())])
 def test_wrong_shapes_and_values_are_refused(loss, z, t):
     with pytest.raises(ModelError): loss(z, t)
 
-@pytest.mark.parametrize('make', [lambda: WeightedCrossEntropy(reduction='avg'), lambda: FocalLoss(gamma=-1.), lambda: BCEWithNaN(smoothing=1.), lambda: AsymmetricLoss(clip=1.), lambda: FocalLoss(gamma=NAN),
-    lambda: LogitAdjustedLoss([[.5, .5]]), lambda: LogitAdjustedBCE([.5, 1.5]), lambda: RobustLoss('nnl'), lambda: RobustLoss('nce+rce', (1., 2., 3.)), lambda: RobustLoss('gce', q=0.),
-    lambda: TreeLoss(np.zeros((3, 3), bool)), lambda: TverskyLoss(-1.), lambda: DiceLoss(empty='no'), lambda: DiceBCE(batch=True, reduction='none'), lambda: SuppressedConsistency([0, 0]),
-    lambda: SuppressedConsistency(COUNTS, 0.), lambda: DistillationLoss(WeightedCrossEntropy(), 2.), lambda: DistillationLoss(lambda z, t: 0), lambda: DistillationLoss(CORN()), lambda: default_loss(torch.zeros(3), kind='dice'),
-    lambda: default_loss(torch.zeros(3, dtype=torch.long), kind='asymmetric'), lambda: default_loss(torch.zeros(3), kind='logit_adjusted')])
+@pytest.mark.parametrize('make', [lambda: WeightedCrossEntropy(reduction='avg'), lambda: FocalLoss(gamma=-1.),
+    lambda: BCEWithNaN(smoothing=1.), lambda: AsymmetricLoss(clip=1.), lambda: FocalLoss(gamma=NAN),
+    lambda: LogitAdjustedLoss([[.5, .5]]), lambda: LogitAdjustedBCE([.5, 1.5]), lambda: RobustLoss('nnl'),
+    lambda: RobustLoss('nce+rce', (1., 2., 3.)), lambda: RobustLoss('gce', q=0.),
+    lambda: TreeLoss(np.zeros((3, 3), bool)), lambda: TverskyLoss(-1.), lambda: DiceLoss(empty='no'),
+    lambda: DiceBCE(batch=True, reduction='none'), lambda: SuppressedConsistency([0, 0]),
+    lambda: SuppressedConsistency(COUNTS, 0.), lambda: DistillationLoss(WeightedCrossEntropy(), 2.),
+    lambda: DistillationLoss(lambda z, t: 0), lambda: DistillationLoss(CORN()),
+    lambda: default_loss(torch.zeros(3), kind='dice'),
+    lambda: default_loss(torch.zeros(3, dtype=torch.long), kind='asymmetric'),
+    lambda: default_loss(torch.zeros(3), kind='logit_adjusted')])
 def test_wrong_settings_are_refused(make):
     with pytest.raises(ModelError): make()
 
 def test_contradicting_tree_labels_are_refused():
-    with pytest.raises(ModelError, match='Image 1 of the batch'): TreeLoss(TREE)(torch.zeros(2, 5), torch.tensor([[1., 1, 0, 0, 0], [0, NAN, 1, 0, 0]]))
+    with pytest.raises(ModelError, match='Image 1 of the batch'):
+        TreeLoss(TREE)(torch.zeros(2, 5), torch.tensor([[1., 1, 0, 0, 0], [0, NAN, 1, 0, 0]]))
 
 def test_losses_move_with_their_weights():
-    for loss in (LogitAdjustedLoss(PRIOR, weight=W), TreeLoss(TREE), CORN(W), SuppressedConsistency(COUNTS)): assert list(loss.buffers()) and loss.state_dict()
+    for loss in (LogitAdjustedLoss(PRIOR, weight=W), TreeLoss(TREE), CORN(W), SuppressedConsistency(COUNTS)):
+        assert list(loss.buffers()) and loss.state_dict()
 
 
 # ---- in a Learner -------------------------------------------------------------------------------------------------
 
 def learner(loss, targets, n_out, **kwargs):
-    import fastai.callback.progress # gives Learner no_bar
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     x = torch.randn(len(targets), 6, generator=torch.Generator().manual_seed(0))
-    dls = DataLoaders.from_dsets(list(zip(x, targets)), list(zip(x, targets)), bs=8, num_workers=0, device=torch.device('cpu'))
+    dls = DataLoaders.from_dsets(list(zip(x, targets)), list(zip(x, targets)), bs=8, num_workers=0,
+        device=torch.device('cpu'))
     torch.manual_seed(0)
     return Learner(dls, torch.nn.Linear(6, n_out), loss_func=loss, **kwargs)
 
 K = torch.arange(32)%4
-Y = torch.tensor(np.where(np.random.default_rng(0).random((32, 4))<.2, NAN, np.random.default_rng(1).integers(0, 2, (32, 4))), dtype=torch.float32)
+Y = torch.tensor(np.where(np.random.default_rng(0).random((32, 4))<.2, NAN,
+    np.random.default_rng(1).integers(0, 2, (32, 4))), dtype=torch.float32)
 
-@pytest.mark.parametrize('loss, targets, n_out', [(WeightedCrossEntropy(W), K, 4), (FocalLoss(), K, 4), (LogitAdjustedLoss(PRIOR), K, 4), (RobustLoss(), K, 4), (DMILoss(), K, 4), (CORN(), K, 3),
-    (BCEWithNaN(), Y, 4), (AsymmetricLoss(), Y, 4), (LogitAdjustedBCE(PRIOR), Y, 4), (TreeLoss(np.eye(4, dtype=bool)), Y, 4), (DistillationLoss(WeightedCrossEntropy()), K, 4)], ids=lambda v: type(v).__name__ if isinstance(v, torch.nn.Module) else '')
+@pytest.mark.parametrize('loss, targets, n_out',
+    [(WeightedCrossEntropy(W), K, 4), (FocalLoss(), K, 4), (LogitAdjustedLoss(PRIOR), K, 4),
+    (RobustLoss(), K, 4), (DMILoss(), K, 4), (CORN(), K, 3),
+    (BCEWithNaN(), Y, 4), (AsymmetricLoss(), Y, 4), (LogitAdjustedBCE(PRIOR), Y, 4),
+    (TreeLoss(np.eye(4, dtype=bool)), Y, 4), (DistillationLoss(WeightedCrossEntropy()), K, 4)],
+    ids=lambda v: type(v).__name__ if isinstance(v, torch.nn.Module) else '')
 def test_a_learner_trains_and_predicts(loss, targets, n_out, capsys):
     learn = learner(loss, targets, n_out, lr=.05)
     with learn.no_bar(), learn.no_logging():
@@ -534,7 +594,10 @@ def test_a_learner_trains_and_predicts(loss, targets, n_out, capsys):
     assert p.shape==(32, 4) and ((p>=0) & (p<=1)).all() and len(decoded)==32
     torch.testing.assert_close(t, targets, equal_nan=True)
 
-@pytest.mark.parametrize('loss, targets, n_out', [(WeightedCrossEntropy(W), K, 4), (FocalLoss(), K, 4), (RobustLoss(), K, 4), (CORN(), K, 3), (BCEWithNaN(), Y, 4), (AsymmetricLoss(), Y, 4)], ids=lambda v: type(v).__name__ if isinstance(v, torch.nn.Module) else '')
+@pytest.mark.parametrize('loss, targets, n_out',
+    [(WeightedCrossEntropy(W), K, 4), (FocalLoss(), K, 4), (RobustLoss(), K, 4), (CORN(), K, 3),
+    (BCEWithNaN(), Y, 4), (AsymmetricLoss(), Y, 4)],
+    ids=lambda v: type(v).__name__ if isinstance(v, torch.nn.Module) else '')
 def test_mixup_of_fastai_works(loss, targets, n_out):
     from fastai.callback.mixup import MixUp
     learn = learner(loss, targets, n_out, lr=.05, cbs=MixUp(.4))

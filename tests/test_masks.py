@@ -1,4 +1,5 @@
-"""Overlap and distance of masks against plain forms: brute force over all pairs, distance transforms, rules for empty and unknown masks."""
+"""Overlap and distance of masks against plain forms: brute force over all pairs, distance transforms, rules
+for empty and unknown masks."""
 import math
 
 import numpy as np
@@ -6,9 +7,9 @@ import pytest
 from scipy import ndimage
 
 from radiology_ai.core import DataError
-from radiology_ai.metrics.classification import dice as dice_of_classification
 from radiology_ai.metrics.intervals import mean_ci, wilson_ci
 from radiology_ai.metrics.masks import dice, dice_ci, hausdorff95, iou, mask_table, surface_dice
+from radiology_ai.metrics.masks import dice as dice_of_classification
 
 
 def blobs(seed, shape=(40, 56), sigma=3):
@@ -42,8 +43,12 @@ def brute(a, b, spacing):
 def test_distances_equal_brute_force(seed, spacing):
     a,b = blobs(seed)
     there,back = brute(a, b, spacing)
-    for q in (95, 50, 100): assert hausdorff95(a, b, spacing, q)==pytest.approx(max(np.percentile(there, q), np.percentile(back, q)), abs=1e-9)
-    for tolerance in (.2, 1.): assert surface_dice(a, b, tolerance, spacing)==pytest.approx((np.concatenate([there, back])<=tolerance+1e-9).mean(), abs=1e-12)
+    for q in (95, 50, 100):
+        assert hausdorff95(a, b, spacing, q)==pytest.approx(max(np.percentile(there, q),
+            np.percentile(back, q)), abs=1e-9)
+    for tolerance in (.2, 1.):
+        assert surface_dice(a, b, tolerance, spacing)==pytest.approx((np.concatenate([there, back])<=tolerance
+            +1e-9).mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -52,14 +57,16 @@ def test_distance_of_volumes_equals_a_distance_transform(seed):
     spacing = (2.5, .5, .4)
     rim = [m & ~ndimage.binary_erosion(m) for m in (a, b)]
     far = [ndimage.distance_transform_edt(~m, sampling=spacing) for m in rim]
-    assert hausdorff95(a, b, spacing)==pytest.approx(max(np.percentile(far[1][rim[0]], 95), np.percentile(far[0][rim[1]], 95)), abs=1e-9)
+    assert hausdorff95(a, b, spacing)==pytest.approx(max(np.percentile(far[1][rim[0]], 95),
+        np.percentile(far[0][rim[1]], 95)), abs=1e-9)
 
 
 def test_millimetres_scale_with_the_pixel_and_axes_are_row_column():
     a,b = np.zeros((2, 30, 30), bool)
     a[5:10,5:10] = b[12:17,5:10] = True # seven rows lower
     assert hausdorff95(a, b)==7 and hausdorff95(a, b, .5)==3.5
-    assert hausdorff95(a, b, (.2, 9.))==pytest.approx(1.4) and hausdorff95(a.T, b.T, (9., .2))==pytest.approx(1.4)
+    assert hausdorff95(a, b, (.2, 9.))==pytest.approx(1.4) and hausdorff95(a.T, b.T,
+        (9., .2))==pytest.approx(1.4)
 
 
 def test_a_mask_at_the_border_of_the_image_has_its_outline_there():
@@ -69,7 +76,8 @@ def test_a_mask_at_the_border_of_the_image_has_its_outline_there():
     assert hausdorff95(full, hole)==pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
-@pytest.mark.parametrize('truth,mask,overlap,distance', [(0, 0, 1., 0.), (0, 1, 0., None), (1, 0, 0., None), (1, 1, 1., 0.)])
+@pytest.mark.parametrize('truth,mask,overlap,distance',
+    [(0, 0, 1., 0.), (0, 1, 0., None), (1, 0, 0., None), (1, 1, 1., 0.)])
 def test_empty_masks(truth, mask, overlap, distance):
     a,b = np.full((6, 6), truth),np.full((6, 6), mask)
     assert [dice(a, b), iou(a, b), surface_dice(a, b, 1.)]==[overlap]*3
@@ -115,7 +123,8 @@ def test_bad_input_is_refused(call, words):
 
 
 def hospital(n=40):
-    "Masks of patients with two images each: a third healthy, some lesions missed, some invented, one image unknown."
+    """Masks of patients with two images each: a third healthy, some lesions missed, some invented, one image
+    unknown."""
     gen,truths,masks = np.random.default_rng(1),[],[]
     for i in range(n):
         a,b = blobs(i, (24, 24))
@@ -133,12 +142,15 @@ def test_table_is_its_figures():
     lesion,found = [i for i in known if truths[i].any()],[i for i in known if masks[i].any()]
     each = np.array([dice(truths[i], masks[i]) for i in range(40)])
     for name,which in (('dice', known), ('dice of lesions', lesion)):
-        assert tuple(table.loc[name, ['value','low','high']])==tuple(mean_ci(each[which], patients[which], n=200, seed=3))
+        assert tuple(table.loc[name, ['value','low','high']])==tuple(mean_ci(each[which], patients[which],
+            n=200, seed=3))
         assert table.n[name]==len(which) and table.patients[name]==len(set(patients[which]))
     both = sorted(set(lesion) & set(found))
-    assert table.value['hausdorff95']==pytest.approx(np.mean([hausdorff95(truths[i], masks[i], .5) for i in both]))
+    assert table.value['hausdorff95']==pytest.approx(np.mean([hausdorff95(truths[i], masks[i], .5)
+        for i in both]))
     assert table.n['hausdorff95']==len(both)
-    assert table.value['missed lesions']==pytest.approx(1-len(both)/len(lesion)) and table.n['missed lesions']==len(lesion)
+    assert table.value['missed lesions']==pytest.approx(1
+        -len(both)/len(lesion)) and table.n['missed lesions']==len(lesion)
     healthy = sorted(set(known)-set(lesion))
     assert table.value['invented lesions']==pytest.approx(np.mean([masks[i].any() for i in healthy]))
     assert (table.low<=table.value).all() and (table.value<=table.high).all() and (table.reason=='').all()
@@ -148,7 +160,8 @@ def test_each_image_may_have_its_own_pixel_size():
     truths,masks,patients = hospital()
     sizes = [(.2, .2) if i%2 else (.4, .1) for i in range(40)]
     each = [hausdorff95(t, m, s) for t,m,s in zip(truths, masks, sizes) if np.any(t>0) and m.any()]
-    assert mask_table(truths, masks, patients, spacing=sizes, n=50).value['hausdorff95']==pytest.approx(np.mean(each))
+    assert mask_table(truths, masks, patients, spacing=sizes,
+        n=50).value['hausdorff95']==pytest.approx(np.mean(each))
 
 
 def test_rows_that_are_not_defined_have_a_reason():

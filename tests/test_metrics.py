@@ -1,26 +1,46 @@
-"""The figures of classification against scikit-learn, scipy and brute force in float64; their intervals against simulated truth; every bad input."""
-import math
+"""The figures of classification against scikit-learn, scipy and brute force in float64; their intervals
+against simulated truth; every bad input."""
 from itertools import product
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as skm
 
 from radiology_ai.core import DataError
-from radiology_ai.metrics.classification import (auroc, auroc_ci, auroc_table, average_precision, balanced_accuracy, bootstrap_ci, confusion, cost_threshold, delong_test, f_beta, f_threshold,
-    label_table, macro_auroc, mcc, operating_point, quadratic_kappa, threshold_for, youden_threshold)
+from radiology_ai.metrics.classification import (
+    auroc_table,
+    balanced_accuracy,
+    confusion,
+    f_beta,
+    label_table,
+    macro_auroc,
+    mcc,
+    quadratic_kappa,
+)
 from radiology_ai.metrics.compare import bootstrap_p, compare_models, holm, mcnemar_test, paired_bootstrap, sign_flip_p
-from radiology_ai.metrics.intervals import Draws, bootstrap, mean_ci, percentile_ci, proportion_ci, student_quantile, wilson_ci
-from radiology_ai.metrics.ranking import Ranked
+from radiology_ai.metrics.intervals import (
+    Draws,
+    bootstrap,
+    bootstrap_ci,
+    mean_ci,
+    percentile_ci,
+    proportion_ci,
+    student_quantile,
+    wilson_ci,
+)
+from radiology_ai.metrics.operating import cost_threshold, f_threshold, operating_point, threshold_for, youden_threshold
+from radiology_ai.metrics.ranking import auroc, auroc_ci, average_precision, delong_test
 
 NAN = float('nan')
 
 
-def close(a, b, eps=1e-12): np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=0, atol=eps)
+def close(a, b, eps=1e-12):
+    np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=0, atol=eps)
 
 def scored(seed, n=80, decimals=9, patients=None, prevalence=.35):
     "Targets, scores and patients; few decimals make ties; patients share a part of their score."
@@ -44,7 +64,8 @@ def accepts(found, wanted, share=.95, level=.999) -> bool:
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('decimals', [0, 1, 9])
-@pytest.mark.parametrize('own, theirs', [(auroc, skm.roc_auc_score), (average_precision, skm.average_precision_score)])
+@pytest.mark.parametrize('own, theirs', [(auroc, skm.roc_auc_score),
+    (average_precision, skm.average_precision_score)])
 def test_ranking_and_its_weighted_form_are_scikit_learns(own, theirs, decimals):
     for seed in range(8):
         t,s,_ = scored(seed, decimals=decimals, prevalence=(.1, .5, .9)[seed%3])
@@ -56,11 +77,14 @@ def test_ranking_and_its_weighted_form_are_scikit_learns(own, theirs, decimals):
         close(own.weighted(t, s)(w.astype(np.float32)), [theirs(t, s, sample_weight=o) for o in w.T], 1e-6)
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=30).filter(lambda o: 0<sum(t for t,_ in o)<len(o)))
+@given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2,
+    max_size=30).filter(lambda o: 0<sum(t for t,_ in o)<len(o)))
 def test_auroc_by_counting_pairs(rows):
     t,s = map(np.array, zip(*rows))
     pairs = [(a>b) + .5*(a==b) for a,b in product(s[t], s[~t])]
-    close(auroc(t, s), np.mean(pairs)); close(auroc(~t, -s), np.mean(pairs)); close(auroc(t, np.exp(s)), np.mean(pairs)); close(auroc(t, -s), 1-np.mean(pairs))
+    close(auroc(t, s), np.mean(pairs))
+    close(auroc(~t, -s), np.mean(pairs))
+    close(auroc(t, np.exp(s)), np.mean(pairs)); close(auroc(t, -s), 1-np.mean(pairs))
     cuts = np.unique(s[t])
     steps = [((s[t]==c).sum()/t.sum())*(t[s>=c].mean()) for c in cuts]
     close(average_precision(t, s), sum(steps))
@@ -72,7 +96,8 @@ def test_constant_scores_say_nothing():
     for method in ('delong', 'bootstrap'):
         with pytest.raises(DataError, match='All 5 scores are 0.3'): auroc_ci(t, [.3]*5, method=method)
     table = label_table(np.c_[t, t], np.c_[[.3]*5, [.9, .1, .2, .4, .5]], ['flat', 'fine'])
-    assert table.reason['flat']=='All 5 scores are 0.3' and np.isnan(table.auroc[['flat', 'mean']]).all() and table.auroc['fine']>.5
+    assert table.reason['flat']=='All 5 scores are 0.3' and np.isnan(table.auroc[['flat',
+        'mean']]).all() and table.auroc['fine']>.5
     assert operating_point(t, [.3]*5, .3).value['sensitivity']==1
 
 def test_a_draw_without_a_class_is_undefined():
@@ -85,14 +110,18 @@ def test_calls_are_scikit_learns(seed):
     gen = np.random.default_rng(seed)
     t,p = gen.integers(0, 4, 90),gen.integers(0, 4, 90)
     p = np.where(gen.random(90)<.5, t, p)
-    close(quadratic_kappa(t, p), skm.cohen_kappa_score(t, p, weights='quadratic')); close(mcc(t, p), skm.matthews_corrcoef(t, p))
+    close(quadratic_kappa(t, p), skm.cohen_kappa_score(t, p, weights='quadratic'))
+    close(mcc(t, p), skm.matthews_corrcoef(t, p))
     close(balanced_accuracy(t, p), skm.balanced_accuracy_score(t, p))
     assert (confusion(t, p).to_numpy()==skm.confusion_matrix(t, p)).all()
     b,q = t>1,p>1
     for beta in (.5, 1, 2): close(f_beta(b, q, beta), skm.fbeta_score(b, q, beta=beta))
     op = operating_point(b, q.astype(float), .5, beta=2)
-    wanted = {'sensitivity': skm.recall_score(b, q), 'specificity': skm.recall_score(~b, ~q), 'PPV': skm.precision_score(b, q), 'NPV': skm.precision_score(~b, ~q), 'accuracy': skm.accuracy_score(b, q),
-              'balanced accuracy': skm.balanced_accuracy_score(b, q), 'F2': skm.fbeta_score(b, q, beta=2), 'MCC': skm.matthews_corrcoef(b, q)}
+    wanted = {'sensitivity': skm.recall_score(b, q), 'specificity': skm.recall_score(~b, ~q),
+        'PPV': skm.precision_score(b, q), 'NPV': skm.precision_score(~b, ~q),
+        'accuracy': skm.accuracy_score(b, q),
+              'balanced accuracy': skm.balanced_accuracy_score(b, q), 'F2': skm.fbeta_score(b, q, beta=2),
+              'MCC': skm.matthews_corrcoef(b, q)}
     assert list(op.index)==list(wanted)
     close(op.value, [*wanted.values()])
 
@@ -114,7 +143,8 @@ def test_thresholds_are_the_best_of_all(decimals):
         best = lambda f: max(map(f, cuts))
         youden = lambda c: se(c)+sp(c)
         close(youden(youden_threshold(t, s)), best(youden))
-        for beta in (.5, 2): close(f_beta(t, s>=f_threshold(t, s, beta), beta), best(lambda c: f_beta(t, s>=c, beta)))
+        for beta in (.5, 2):
+            close(f_beta(t, s>=f_threshold(t, s, beta), beta), best(lambda c: f_beta(t, s>=c, beta)))
         for pi in (None, .02):
             cost = lambda c: -7*(1-se(c))*(pi or t.mean()) - (1-sp(c))*(1-(pi or t.mean()))
             close(cost(cost_threshold(t, s, 7, 1, pi)), best(cost))
@@ -129,13 +159,16 @@ def test_thresholds_are_the_best_of_all(decimals):
 # ---- DeLong ------------------------------------------------------------------------------------------------------
 
 def brute_covariance(t, scores, g):
-    "AUROCs and covariance from the m x n table of comparisons (DeLong 1988; summed over patients: Obuchowski 1997), patient by patient."
+    """AUROCs and covariance from the m x n table of comparisons (DeLong 1988; summed over patients:
+    Obuchowski 1997), patient by patient."""
     m,n = t.sum(),(~t).sum()
     tables = [np.array([[float(a>b) + .5*(a==b) for b in s[~t]] for a in s[t]]) for s in scores]
     theta = np.array([o.mean() for o in tables])
     people = np.unique(g)
-    x = np.array([[sum(o[i].mean()-th for i in np.flatnonzero(g[t]==p)) for p in people] for o,th in zip(tables, theta)])/m
-    y = np.array([[sum(o[:,j].mean()-th for j in np.flatnonzero(g[~t]==p)) for p in people] for o,th in zip(tables, theta)])/n
+    x = np.array([[sum(o[i].mean()-th for i in np.flatnonzero(g[t]==p)) for p in people]
+        for o,th in zip(tables, theta)])/m
+    y = np.array([[sum(o[:,j].mean()-th for j in np.flatnonzero(g[~t]==p)) for p in people]
+        for o,th in zip(tables, theta)])/n
     i10,i01,k = len(set(g[t])),len(set(g[~t])),len(people)
     s10,s01,s11 = x@x.T*i10/(i10-1),y@y.T*i01/(i01-1),x@y.T*k/(k-1)
     return theta,s10 + s01 + s11 + s11.T
@@ -150,8 +183,10 @@ def test_delong_is_brute_force(patients, decimals):
         theta,cov = brute_covariance(t>0, [a, b], g)
         if patients is None: # the definition of 1988, with numpy's covariance
             tables = [(s[t>0][:,None]>s[t==0]) + .5*(s[t>0][:,None]==s[t==0]) for s in (a, b)]
-            close(cov, sum(np.cov([o.mean(axis) for o in tables])/tables[0].shape[1-axis] for axis in (0, 1)), 1e-14)
-        close(auroc_ci(t, a, g), (theta[0], max(0, theta[0] - z*cov[0,0]**.5), min(1, theta[0] + z*cov[0,0]**.5)))
+            close(cov, sum(np.cov([o.mean(axis) for o in tables])/tables[0].shape[1-axis] for axis in (0, 1)),
+                1e-14)
+        close(auroc_ci(t, a, g), (theta[0], max(0, theta[0] - z*cov[0,0]**.5),
+            min(1, theta[0] + z*cov[0,0]**.5)))
         r,se = delong_test(t, a, b, g),(cov[0,0] + cov[1,1] - 2*cov[0,1])**.5
         close((r.a, r.b, r.difference.value, r.z), (*theta, theta[0]-theta[1], (theta[0]-theta[1])/se), 1e-10)
         close(r.p, 2*stats.norm.sf(abs(r.z)), 1e-10); close((r.difference.high-r.difference.low)/2, z*se)
@@ -167,7 +202,8 @@ def test_perfect_scores_are_not_certain():
         ci = auroc_ci([0]*10 + [1]*10, np.arange(20), method=method)
         assert ci.value==ci.high==1 and ci.low==wilson_ci(10, 10).low
     table = label_table([0]*10 + [1]*10, np.c_[-np.arange(20.), np.arange(20.)], thresholds=9.5)
-    assert (table.auroc==1).all() and (table.auroc_low[:2]<.8).all() and (table.ap_low[:2]<.9).all() and table.MCC_low[1]<.9
+    assert (table.auroc==1).all() and (table.auroc_low[:2]<.8).all() and (
+        table.ap_low[:2]<.9).all() and table.MCC_low[1]<.9
 
 
 # ---- the bootstrap -----------------------------------------------------------------------------------------------
@@ -175,12 +211,15 @@ def test_perfect_scores_are_not_certain():
 def test_bootstrap_is_a_plain_loop_over_the_same_draws():
     t,s,g = scored(1, 120, 1, 50)
     few = min(len(set(g[t>0])), len(set(g[t==0])))
-    for metric,theirs,strata in ((auroc, skm.roc_auc_score, t), (average_precision, skm.average_precision_score, None), (mcc, skm.matthews_corrcoef, None)):
+    for metric,theirs,strata in ((auroc, skm.roc_auc_score, t),
+            (average_precision, skm.average_precision_score, None), (mcc, skm.matthews_corrcoef, None)):
         given_scores = s>.5 if metric is mcc else s
-        rows = [np.repeat(np.arange(120), o.astype(int)) for o in np.concatenate(list(Draws(g, strata, n=60, seed=4)), 1).T]
+        rows = [np.repeat(np.arange(120), o.astype(int))
+            for o in np.concatenate(list(Draws(g, strata, n=60, seed=4)), 1).T]
         wanted = ends([theirs(t[i], given_scores[i]) for i in rows], few)
         close(bootstrap_ci(metric, t, given_scores, g, n=60, seed=4)[1:], wanted, 1e-6)
-        close(bootstrap_ci(lambda a, b: theirs(a, b), t, given_scores, g, n=60, seed=4, stratify=strata is not None)[1:], wanted)
+        close(bootstrap_ci(lambda a, b: theirs(a, b), t, given_scores, g, n=60, seed=4,
+            stratify=strata is not None)[1:], wanted)
     close(mean_ci(s, g, n=60, seed=4)[1:], ends([s[i].mean() for i in rows], len(set(g))), 1e-6)
 
 def test_draws_are_of_patients_within_strata():
@@ -212,14 +251,17 @@ def test_undefined_draws_are_replaced_or_left_out():
     both = bootstrap(lambda w: np.stack([np.where(t@w>0, t@w, np.nan), w[1]]), np.arange(10), n=200)
     assert both.shape==(200, 2) and .2<np.isnan(both[:,0]).mean()<.5 and not np.isnan(both[:,1]).any()
     assert percentile_ci(1, both[:,0]).low>=1
-    with pytest.raises(DataError, match='bootstrap draws hold what'): percentile_ci(1, np.where(np.arange(100)<60, np.nan, 1))
-    with pytest.raises(DataError, match='bootstrap draws hold what'): bootstrap(lambda w: np.full(w.shape[1], np.nan), np.arange(10), n=20)
+    with pytest.raises(DataError, match='bootstrap draws hold what'):
+        percentile_ci(1, np.where(np.arange(100)<60, np.nan, 1))
+    with pytest.raises(DataError, match='bootstrap draws hold what'):
+        bootstrap(lambda w: np.full(w.shape[1], np.nan), np.arange(10), n=20)
 
 @pytest.mark.parametrize('metric', [quadratic_kappa, balanced_accuracy, mcc])
 def test_counted_metrics_bootstrap_like_a_loop(metric):
     gen = np.random.default_rng(5)
     t = gen.integers(0, 3, 80); p = np.where(gen.random(80)<.6, t, gen.integers(0, 3, 80))
-    close(bootstrap_ci(metric, t, p, n=40), bootstrap_ci(lambda a, b: metric(a, b), t, p, n=40, stratify=metric is balanced_accuracy), 1e-9)
+    close(bootstrap_ci(metric, t, p, n=40), bootstrap_ci(lambda a, b: metric(a, b), t, p, n=40,
+        stratify=metric is balanced_accuracy), 1e-9)
 
 
 # ---- do the intervals hold the truth? ----------------------------------------------------------------------------
@@ -239,7 +281,9 @@ def test_delong_and_wilson_cover_the_truth_by_patient():
         one,test = auroc_ci(t, a, g),delong_test(t, a, b, g)
         se,acc = proportion_ci(a>=.7, t>0, g),mcnemar_test(t, a>=.7, b>=.7, g).difference
         blind,image = proportion_ci(a>=.7, t>0),auroc_ci(t, a)
-        hits += [one.low<=truth<=one.high, test.difference.low<=0<=test.difference.high, se.low<=sens<=se.high, acc.low<=0<=acc.high, blind.low<=sens<=blind.high, image.low<=truth<=image.high]
+        hits += [one.low<=truth<=one.high, test.difference.low<=0<=test.difference.high,
+            se.low<=sens<=se.high, acc.low<=0<=acc.high, blind.low<=sens<=blind.high,
+            image.low<=truth<=image.high]
     assert ((.93<=hits[:4]/n) & (hits[:4]/n<=.97)).all(), hits
     assert (hits[4:]/n<.92).all(), hits # as if all images were patients
 
@@ -247,7 +291,9 @@ def test_bootstrap_covers_the_truth_by_patient():
     n,truth,hits = 1000,NormalDist().cdf(1.2/2**.5),np.zeros(3)
     for seed in range(n):
         t,a,b,g = simulated_study(seed)
-        one,pair,blind = (auroc_ci(t, a, g, method='bootstrap', n=300),paired_bootstrap(auroc, t, a, b, g, n=300).difference,auroc_ci(t, a, method='bootstrap', n=300))
+        one = auroc_ci(t, a, g, method='bootstrap', n=300)
+        pair = paired_bootstrap(auroc, t, a, b, g, n=300).difference
+        blind = auroc_ci(t, a, method='bootstrap', n=300)
         hits += [one.low<=truth<=one.high, pair.low<=0<=pair.high, blind.low<=truth<=blind.high]
     assert ((.93<=hits[:2]/n) & (hits[:2]/n<=.97)).all(), hits
     assert hits[2]/n<.92, hits
@@ -276,7 +322,8 @@ def test_mcnemar_is_the_exact_binomial():
         only_a,only_b = int(((a==t) & (b!=t)).sum()),int(((a!=t) & (b==t)).sum())
         assert (r.only_a, r.only_b)==(only_a, only_b)
         close(r.p, stats.binomtest(only_a, only_a+only_b).pvalue if only_a+only_b else 1, 1e-10)
-        close(r.difference.value, (a==t).mean()-(b==t).mean()); close((r.a, r.b), ((a==t).mean(), (b==t).mean()))
+        close(r.difference.value, (a==t).mean()-(b==t).mean())
+        close((r.a, r.b), ((a==t).mean(), (b==t).mean()))
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
@@ -287,9 +334,11 @@ def test_clustered_mcnemar_by_trying_all_signs(sums):
 def test_repeated_images_are_no_news_to_mcnemar():
     gen = np.random.default_rng(1)
     t,a,b = gen.integers(0, 2, (3, 80))
-    once,thrice = mcnemar_test(t, a, b),mcnemar_test(*(np.repeat(o, 3) for o in (t, a, b)), groups=np.repeat(np.arange(80), 3))
+    once = mcnemar_test(t, a, b)
+    thrice = mcnemar_test(*(np.repeat(o, 3) for o in (t, a, b)), groups=np.repeat(np.arange(80), 3))
     close(once.p, thrice.p); close(once.difference.value, thrice.difference.value)
-    assert 1<=(thrice.difference.high-thrice.difference.low)/(once.difference.high-once.difference.low)<1.02 # 80/79 and Student's quantile
+    # 80/79 and Student's quantile
+    assert 1<=(thrice.difference.high-thrice.difference.low)/(once.difference.high-once.difference.low)<1.02
 
 def test_holm_of_a_known_example():
     close(holm([.01, .04, .03, .005]), [.03, .06, .06, .02]) # R: p.adjust(c(.01, .04, .03, .005), 'holm')
@@ -310,10 +359,12 @@ def test_paired_bootstrap_is_its_definition():
     b = a + np.random.default_rng(4).normal(size=100)
     r = paired_bootstrap(average_precision, t, a, b, g, n=100, seed=2)
     w = np.concatenate(list(Draws(g, n=100, seed=2)), 1)
-    d = [skm.average_precision_score(t, a, sample_weight=o) - skm.average_precision_score(t, b, sample_weight=o) for o in w.T]
+    d = [skm.average_precision_score(t, a, sample_weight=o)
+        - skm.average_precision_score(t, b, sample_weight=o) for o in w.T]
     few = min(len(set(g[t>0])), len(set(g[t==0])))
     close(r.difference[1:], ends(d, few), 1e-6)
-    close(r.p, 2*stats.t.cdf(stats.norm.ppf((1 + min(np.sum(np.array(d)<=0), np.sum(np.array(d)>=0)))/101)/(few/(few-1))**.5, few-1))
+    close(r.p, 2*stats.t.cdf(stats.norm.ppf((1 + min(np.sum(np.array(d)<=0),
+        np.sum(np.array(d)>=0)))/101)/(few/(few-1))**.5, few-1))
     assert bootstrap_p(np.zeros(100))==1 and bootstrap_p(np.r_[np.full(999, .1), NAN])==2/1000
     assert paired_bootstrap(auroc, t, a, a, g, n=20)[:2]==((0, 0, 0), 1)
 
@@ -328,18 +379,23 @@ def labelled(seed=0, n=400, c=4):
 def test_compare_models_is_its_parts():
     t,s,g = labelled()
     t[:,3] = np.where(np.isnan(t[:,3]), NAN, 0) # nobody has it
-    models = {'a': s, 'b': s + np.random.default_rng(1).normal(size=s.shape), 'c': s + .3*np.random.default_rng(2).normal(size=s.shape)}
+    models = {'a': s, 'b': s + np.random.default_rng(1).normal(size=s.shape),
+        'c': s + .3*np.random.default_rng(2).normal(size=s.shape)}
     table = compare_models(t, models, list('wxyz'), g, n=200)
     assert len(table)==3*5 and table.label.tolist().count('mean')==3
     for row in table[table.label.isin(list('wxy'))].itertuples():
         c = 'wxyz'.index(row.label)
         r = delong_test(t[:,c], models[row.a][:,c], models[row.b][:,c], g)
-        close((row.difference, row.low, row.high, row.p, row.auroc_a), (*r.difference, r.p, r.a)); assert row.n==np.isfinite(t[:,c]).sum() and not row.reason
+        close((row.difference, row.low, row.high, row.p, row.auroc_a), (*r.difference, r.p, r.a))
+        assert row.n==np.isfinite(t[:,c]).sum() and not row.reason
     labels,means = table[table.label!='mean'],table[table.label=='mean']
     close(labels.p_holm.dropna(), holm(labels.p.dropna())); close(means.p_holm, holm(means.p))
-    assert labels.reason[labels.label=='z'].str.contains('targets are 0').all() and labels.p_holm[labels.label=='z'].isna().all()
-    close(means.difference, [macro_auroc(t[:,:3], models[a][:,:3]) - macro_auroc(t[:,:3], models[b][:,:3]) for a,b in (('a','b'), ('a','c'), ('b','c'))])
-    assert (means.low<means.difference).all() and (means.difference<means.high).all() and (means.reason=='without z').all()
+    assert labels.reason[labels.label=='z'].str.contains('targets are 0').all() and labels.p_holm[
+        labels.label=='z'].isna().all()
+    close(means.difference, [macro_auroc(t[:,:3], models[a][:,:3]) - macro_auroc(t[:,:3], models[b][:,:3])
+        for a,b in (('a','b'), ('a','c'), ('b','c'))])
+    assert (means.low<means.difference).all() and (means.difference<means.high).all() and (
+        means.reason=='without z').all()
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -354,32 +410,41 @@ def test_label_table_is_its_parts():
         k,row = np.isfinite(t[:,c]),table.loc[name]
         y,x = t[k,c],s[k,c]
         close((row.auroc, row.ap), (skm.roc_auc_score(y, x), skm.average_precision_score(y, x)))
-        assert (row.n, row.positives, row.negatives, row.patients, row.threshold)==(k.sum(), y.sum(), (y==0).sum(), len(set(g[k])), cuts[c])
+        assert (row.n, row.positives, row.negatives, row.patients, row.threshold)==(k.sum(), y.sum(),
+            (y==0).sum(), len(set(g[k])), cuts[c])
         drawn.append([skm.roc_auc_score(y, x, sample_weight=o[k]) for o in w.T])
         few = min(len(set(g[k & (t[:,c]==v)])) for v in (0, 1))
         close(row[['auroc_low','auroc_high']], ends(drawn[-1], few), 1e-6)
         op = operating_point(t[:,c], s[:,c], cuts[c], g)
-        for f in ('sensitivity', 'specificity', 'PPV', 'NPV', 'accuracy'): close(row[[f, f'{f}_low', f'{f}_high']], op.loc[f, ['value','low','high']])
+        for f in ('sensitivity', 'specificity', 'PPV', 'NPV', 'accuracy'):
+            close(row[[f, f'{f}_low', f'{f}_high']], op.loc[f, ['value','low','high']])
         close(row[['F1','MCC','balanced accuracy']], op.value[['F1','MCC','balanced accuracy']])
         called = s[:,c]>=cuts[c]
-        close(row[['F1_low','F1_high']], ends([skm.f1_score(y, called[k], sample_weight=o[k]) for o in w.T], few), 1e-6)
+        close(row[['F1_low','F1_high']], ends([skm.f1_score(y, called[k], sample_weight=o[k]) for o in w.T],
+            few), 1e-6)
     mean = table.loc['mean']
-    close(mean.auroc, table.auroc[:4].mean()); close(mean[['auroc_low','auroc_high']], ends(np.mean(drawn, 0), len(set(g))), 1e-6)
+    close(mean.auroc, table.auroc[:4].mean())
+    close(mean[['auroc_low','auroc_high']], ends(np.mean(drawn, 0), len(set(g))), 1e-6)
     assert mean.n==np.isfinite(t).any(1).sum() and not table.reason.any()
 
 def test_a_label_without_positives_is_never_silently_left_out():
     t,s,g = labelled(2)
     t[:,1] = np.where(t[:,1]==1, NAN, t[:,1])
     table = label_table(t, s, list('wxyz'), g, n=50)
-    assert np.isnan(table.auroc[['x','mean']]).all() and 'targets are 0' in table.reason['x'] and 'x' in table.reason['mean'] and table.auroc[['w','y','z']].notna().all()
+    assert np.isnan(table.auroc[['x',
+        'mean']]).all() and 'targets are 0' in table.reason['x'] and 'x' in table.reason[
+        'mean'] and table.auroc[['w','y','z']].notna().all()
     skipped = label_table(t, s, list('wxyz'), g, n=50, missing='skip')
-    close(skipped.auroc['mean'], table.auroc[['w','y','z']].mean()); assert skipped.reason['mean'].startswith('without x: All ')
+    close(skipped.auroc['mean'], table.auroc[['w','y','z']].mean())
+    assert skipped.reason['mean'].startswith('without x: All ')
     with pytest.raises(DataError, match=r'Classes \[1\] lack'): macro_auroc(t, s)
     with pytest.warns(UserWarning, match=r'leaves out the classes \[1\]'): macro_auroc(t, s, missing='skip')
     nothing = label_table(np.zeros((5, 2)), np.random.default_rng(0).random((5, 2)), n=50)
     assert nothing.auroc.isna().all() and nothing.reason.all()
     nobody = label_table(np.zeros((0, 2)), np.zeros((0, 2)), list('ab'), groups=[], thresholds=.5)
-    assert nobody[['auroc','auroc_low','auroc_high']].isna().all(axis=None) and (nobody.n==0).all() and nobody.reason[:2].str.contains('no images').all()
+    assert nobody[['auroc','auroc_low',
+        'auroc_high']].isna().all(axis=None) and (nobody.n==0).all() and nobody.reason[:2].str.contains(
+        'no images').all()
     one_patient = label_table(t[:,:1], s[:,:1], groups=np.zeros(len(t)), n=50)
     assert one_patient.auroc.isna().all() and 'one patient' in one_patient.reason[0]
     assert 'mean' not in label_table(t, s, n=50, mean=False).index
@@ -390,23 +455,30 @@ def test_unknown_targets_are_left_out_everywhere():
     more,mg = np.r_[s, np.random.default_rng(0).normal(size=20)],np.r_[g, g[:20]]
     more[-1] = NAN # a score that nobody asks for
     for f in (auroc, average_precision, youden_threshold, f_threshold): close(f(holes, more), f(t, s))
-    close(auroc_ci(holes, more, mg), auroc_ci(t, s, g)); close(bootstrap_ci(auroc, holes, more, mg, n=50), bootstrap_ci(auroc, t, s, g, n=50))
-    close(operating_point(holes, more, .5, mg), operating_point(t, s, .5, g)); close(delong_test(holes, more, -more, mg)[1:], delong_test(t, s, -s, g)[1:])
-    close(cost_threshold(holes, more, 2, 1), cost_threshold(t, s, 2, 1)); close(mean_ci(np.r_[s, NAN], np.r_[g, 0], n=50), mean_ci(s, g, n=50))
+    close(auroc_ci(holes, more, mg), auroc_ci(t, s, g))
+    close(bootstrap_ci(auroc, holes, more, mg, n=50), bootstrap_ci(auroc, t, s, g, n=50))
+    close(operating_point(holes, more, .5, mg), operating_point(t, s, .5, g))
+    close(delong_test(holes, more, -more, mg)[1:], delong_test(t, s, -s, g)[1:])
+    close(cost_threshold(holes, more, 2, 1), cost_threshold(t, s, 2, 1))
+    close(mean_ci(np.r_[s, NAN], np.r_[g, 0], n=50), mean_ci(s, g, n=50))
     calls = np.r_[s>.5, [1]*20].astype(float)
     for f in (quadratic_kappa, mcc, balanced_accuracy, f_beta): close(f(holes, calls), f(t, s>.5))
     close(mcnemar_test(holes, calls, 1-calls, mg)[1:], mcnemar_test(t, (s>.5)*1., (s<=.5)*1., g)[1:])
-    close(paired_bootstrap(auroc, holes, more, -more, mg, n=50).difference, paired_bootstrap(auroc, t, s, -s, g, n=50).difference)
+    close(paired_bootstrap(auroc, holes, more, -more, mg, n=50).difference,
+        paired_bootstrap(auroc, t, s, -s, g, n=50).difference)
 
 
 def test_order_of_rows_and_names_of_patients_do_not_matter():
     t,s,g = scored(7, 120, 1, 40)
     order,names = np.random.default_rng(1).permutation(120),np.random.default_rng(2).permutation(40)
     renamed = np.array([f'patient {k}' for k in names])[g[order]]
-    close(auroc_ci(t[order], s[order], renamed), auroc_ci(t, s, g)); close(delong_test(t[order], s[order], -s[order], renamed)[1:], delong_test(t, s, -s, g)[1:])
-    close(operating_point(t[order], s[order], .5, renamed), operating_point(t, s, .5, g)); close(mcnemar_test(t[order], s[order]>.5, s[order]>1, renamed)[1:], mcnemar_test(t, s>.5, s>1, g)[1:])
+    close(auroc_ci(t[order], s[order], renamed), auroc_ci(t, s, g))
+    close(delong_test(t[order], s[order], -s[order], renamed)[1:], delong_test(t, s, -s, g)[1:])
+    close(operating_point(t[order], s[order], .5, renamed), operating_point(t, s, .5, g))
+    close(mcnemar_test(t[order], s[order]>.5, s[order]>1, renamed)[1:], mcnemar_test(t, s>.5, s>1, g)[1:])
     close(bootstrap_ci(auroc, t[order], s[order], g[order], n=100), bootstrap_ci(auroc, t, s, g, n=100), 1e-6)
-    close(bootstrap_ci(auroc, t[order], s[order], renamed), bootstrap_ci(auroc, t, s, g), .02) # other draws of the same patients
+    # other draws of the same patients
+    close(bootstrap_ci(auroc, t[order], s[order], renamed), bootstrap_ci(auroc, t, s, g), .02)
 
 def test_order_of_labels_does_not_matter():
     t,s,g = labelled(3)
@@ -422,29 +494,52 @@ def test_order_of_labels_does_not_matter():
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 T,S = [1, 0, 1, 0, 1, 0],[.9, .1, .8, .3, .4, .6]
-BAD = {'one class': (([1]*6, S), 'All 6 targets are 1'), 'no images': (([], []), 'no images'), 'all unknown': (([NAN]*6, S), 'no images'), 'unequal lengths': ((T, S[:5]), '6 targets but 5 scores'),
-       'a grade': (([0, 1, 2, 0, 1, 0], S), r'targets hold \[2.0\]'), 'a score of NaN': ((T, S[:5]+[NAN]), '1 of 6 scores are NaN'), 'words': ((T, ['high']*6), 'not numbers'),
+BAD = {'one class': (([1]*6, S), 'All 6 targets are 1'), 'no images': (([], []), 'no images'),
+    'all unknown': (([NAN]*6, S), 'no images'), 'unequal lengths': ((T, S[:5]), '6 targets but 5 scores'),
+       'a grade': (([0, 1, 2, 0, 1, 0], S), r'targets hold \[2.0\]'),
+       'a score of NaN': ((T, S[:5]+[NAN]), '1 of 6 scores are NaN'),
+       'words': ((T, ['high']*6), 'not numbers'),
        'two columns': ((T, np.ones((6, 2))), r'shape \(6, 2\)')}
 
 @pytest.mark.parametrize('why', BAD)
-@pytest.mark.parametrize('f', [auroc, average_precision, auroc_ci, youden_threshold, f_threshold, lambda t, s: cost_threshold(t, s, 1, 1), lambda t, s: threshold_for(t, s, sensitivity=.9),
-                               lambda t, s: delong_test(t, s, s)], ids=['auroc', 'ap', 'auroc_ci', 'youden', 'f', 'cost', 'threshold_for', 'delong'])
+@pytest.mark.parametrize('f', [auroc, average_precision, auroc_ci, youden_threshold, f_threshold,
+    lambda t, s: cost_threshold(t, s, 1, 1), lambda t, s: threshold_for(t, s, sensitivity=.9),
+                               lambda t, s: delong_test(t, s, s)],
+                               ids=['auroc', 'ap', 'auroc_ci', 'youden', 'f', 'cost', 'threshold_for',
+                               'delong'])
 def test_bad_input_is_refused(f, why):
     args,message = BAD[why]
     with pytest.raises(DataError, match=message): f(*args)
 
 REFUSED = {
-    'a missing patient': (lambda: auroc_ci(T, S, ['a', 'b', None, 'c', 'd', 'e']), 'group of row 2 is missing'), 'too few patients': (lambda: auroc_ci(T, S, ['a']*6), '1 patients have a positive'),
-    'too few groups': (lambda: auroc_ci(T, S, ['a']*5), '6 targets but 5 groups'), 'bootstrap of one patient': (lambda: bootstrap_ci(auroc, T, S, ['a']*6), 'one patient'),
-    'few draws': (lambda: bootstrap_ci(auroc, T, S, n=3), 'n is 3'), 'a level in per cent': (lambda: auroc_ci(T, S, level=95), 'level is 95'), 'an unknown method': (lambda: auroc_ci(T, S, method='hanley'), "'hanley'"),
-    'a threshold of NaN': (lambda: operating_point(T, S, NAN), 'threshold is nan'), 'a prevalence in per cent': (lambda: operating_point(T, S, .5, prevalence=5), 'prevalence is 5'),
-    'a negative cost': (lambda: cost_threshold(T, S, -1, 1), 'costs are -1 and 1'), 'beta 0': (lambda: f_threshold(T, S, 0), 'beta is 0'), 'a sensitivity in per cent': (lambda: threshold_for(T, S, sensitivity=90), 'value is 90'),
-    'both wishes': (lambda: threshold_for(T, S, .9, .9), 'Both or none'), 'scores as calls': (lambda: f_beta(T, S), 'not 1 and 0'), 'calls that are no classes': (lambda: quadratic_kappa(T, S), 'not class numbers'),
-    'one true class': (lambda: balanced_accuracy([1, 1], [0, 1]), 'All 2 targets are 1'), 'a class too many': (lambda: confusion([0, 3], [0, 1], n=2), 'outside the 2 classes'),
-    'more hits than images': (lambda: wilson_ci(3, 2), 'not a proportion'), 'one model': (lambda: compare_models(T, {'a': S}), '1 models'), 'scores for McNemar': (lambda: mcnemar_test(T, S, T), 'threshold first'),
-    'other columns': (lambda: compare_models(np.eye(6)[:,:2], {'a': np.ones((6, 2)), 'b': np.ones((6, 3))}), r'\(6, 2\) but there are 3'), 'names': (lambda: label_table(T, np.ones((6, 2)), ['a']), '1 names for 2'),
-    'rows of a table': (lambda: label_table(T, np.ones((5, 2))), '6 targets but 5 scores'), 'class numbers beyond': (lambda: label_table([0, 5], np.ones((2, 2))), 'reach from 0 to 5'),
-    'missing': (lambda: label_table(T, np.ones((6, 2)), missing='drop'), "missing is 'drop'"), 'a threshold of a label': (lambda: label_table(T, np.ones((6, 2)), thresholds=[.5, NAN]), 'threshold of 1 is nan')}
+    'a missing patient': (lambda: auroc_ci(T, S, ['a', 'b', None, 'c', 'd', 'e']),
+    'group of row 2 is missing'), 'too few patients': (lambda: auroc_ci(T, S, ['a']*6),
+    '1 patients have a positive'),
+    'too few groups': (lambda: auroc_ci(T, S, ['a']*5), '6 targets but 5 groups'),
+    'bootstrap of one patient': (lambda: bootstrap_ci(auroc, T, S, ['a']*6), 'one patient'),
+    'few draws': (lambda: bootstrap_ci(auroc, T, S, n=3), 'n is 3'),
+    'a level in per cent': (lambda: auroc_ci(T, S, level=95), 'level is 95'),
+    'an unknown method': (lambda: auroc_ci(T, S, method='hanley'), "'hanley'"),
+    'a threshold of NaN': (lambda: operating_point(T, S, NAN), 'threshold is nan'),
+    'a prevalence in per cent': (lambda: operating_point(T, S, .5, prevalence=5), 'prevalence is 5'),
+    'a negative cost': (lambda: cost_threshold(T, S, -1, 1), 'costs are -1 and 1'),
+    'beta 0': (lambda: f_threshold(T, S, 0), 'beta is 0'),
+    'a sensitivity in per cent': (lambda: threshold_for(T, S, sensitivity=90), 'value is 90'),
+    'both wishes': (lambda: threshold_for(T, S, .9, .9), 'Both or none'),
+    'scores as calls': (lambda: f_beta(T, S), 'not 1 and 0'),
+    'calls that are no classes': (lambda: quadratic_kappa(T, S), 'not class numbers'),
+    'one true class': (lambda: balanced_accuracy([1, 1], [0, 1]), 'All 2 targets are 1'),
+    'a class too many': (lambda: confusion([0, 3], [0, 1], n=2), 'outside the 2 classes'),
+    'more hits than images': (lambda: wilson_ci(3, 2), 'not a proportion'),
+    'one model': (lambda: compare_models(T, {'a': S}), '1 models'),
+    'scores for McNemar': (lambda: mcnemar_test(T, S, T), 'threshold first'),
+    'other columns': (lambda: compare_models(np.eye(6)[:,:2], {'a': np.ones((6, 2)), 'b': np.ones((6, 3))}),
+    r'\(6, 2\) but there are 3'), 'names': (lambda: label_table(T, np.ones((6, 2)), ['a']), '1 names for 2'),
+    'rows of a table': (lambda: label_table(T, np.ones((5, 2))), '6 targets but 5 scores'),
+    'class numbers beyond': (lambda: label_table([0, 5], np.ones((2, 2))), 'reach from 0 to 5'),
+    'missing': (lambda: label_table(T, np.ones((6, 2)), missing='drop'), "missing is 'drop'"),
+    'a threshold of a label': (lambda: label_table(T, np.ones((6, 2)), thresholds=[.5, NAN]),
+    'threshold of 1 is nan')}
 
 @pytest.mark.parametrize('why', REFUSED)
 def test_refusals_name_the_value(why):
@@ -459,14 +554,19 @@ def test_chexnets_published_aurocs(real_data):
     "The labels are those of the edition of 2020 (Data_Entry_2017_v2020); all 22,433 images are in it."
     from radiology_ai.data.chest import NIH14, chestxray14
     scores = pd.read_csv(real_data/'predictions/preds.csv.gz')
-    truth = chestxray14(real_data/'labels/nih/Data_Entry_2017_v2020.csv.gz').manifest.set_index('image_id').loc[scores['Image Index']]
+    truth = chestxray14(real_data/'labels/nih/Data_Entry_2017_v2020.csv.gz').manifest.set_index(
+        'image_id').loc[scores['Image Index']]
     published = pd.read_csv(real_data/'predictions/aucs.csv', index_col=0).auc[list(NIH14)]
     t,s = truth[list(NIH14)].to_numpy(float),scores[[f'prob_{k}' for k in NIH14]].to_numpy()
-    table,delong = label_table(t, s, NIH14, truth.patient_id, n=400),auroc_table(t, s, NIH14, truth.patient_id)
-    close(table.auroc[:-1], published, 1e-12); close(delong.value, published, 1e-12); close(table.auroc['mean'], published.mean(), 1e-12)
-    assert table.n['Hernia']==22_433 and table.positives['Hernia']==42 and table.patients['mean']==truth.patient_id.nunique()
+    table = label_table(t, s, NIH14, truth.patient_id, n=400)
+    delong = auroc_table(t, s, NIH14, truth.patient_id)
+    close(table.auroc[:-1], published, 1e-12)
+    close(delong.value, published, 1e-12); close(table.auroc['mean'], published.mean(), 1e-12)
+    assert table.n['Hernia']==22_433 and table.positives['Hernia']==42 and table.patients[
+        'mean']==truth.patient_id.nunique()
     assert ((delong.low<published) & (published<delong.high)).all()
     width = (table.auroc_high-table.auroc_low)[:-1]/(delong.high-delong.low)
     assert width.between(.85, 1.15).all(), width
     naive = auroc_table(t, s, NIH14)
-    assert ((delong.high-delong.low)/(naive.high-naive.low)).median()>1.03 # several images of a patient tell less than as many patients
+    # several images of a patient tell less than as many patients
+    assert ((delong.high-delong.low)/(naive.high-naive.low)).median()>1.03

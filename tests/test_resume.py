@@ -1,5 +1,11 @@
-"""A training that is killed at any step goes on to the same weights; the same seed gives the same batches; an exported network predicts what the trained one does."""
-import math, multiprocessing, pickle, random, time, warnings
+"""A training that is killed at any step goes on to the same weights; the same seed gives the same batches; an
+exported network predicts what the trained one does."""
+import math
+import multiprocessing
+import pickle
+import random
+import time
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -30,19 +36,22 @@ def images(n: int=84, size: int=24):
     y = np.arange(n)%3==0
     x = gen.uniform(40, 140, (n, size, size)).astype(np.uint8)
     for i in np.flatnonzero(y): x[i, (r:=gen.integers(4, 18)):r+3, 4:20] = 220
-    return Store(x),pd.DataFrame(dict(image_id=[f'im{i}' for i in range(n)], patient_id=[f'p{i}' for i in range(n)], split=['train']*60+['valid']*24, bar=y.astype(int)))
+    return Store(x),pd.DataFrame(dict(image_id=[f'im{i}' for i in range(n)],
+        patient_id=[f'p{i}' for i in range(n)], split=['train']*60+['valid']*24, bar=y.astype(int)))
 
 
 def noise(x):
     "A transform that draws from torch's global generator."
-    return (x + .02*torch.randn_like(x)).clamp(0, 1) if torch.is_tensor(x) and x.is_floating_point() and x.ndim==4 else x
+    return ((x + .02*torch.randn_like(x)).clamp(0, 1) if torch.is_tensor(x) and x.is_floating_point()
+        and x.ndim==4 else x)
 
 
 def network(seed: int=0) -> nn.Module:
     "A small network with BatchNorm and dropout."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+        body = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2),
+            nn.BatchNorm2d(8), nn.ReLU())
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.3), nn.Linear(8, 2))
     return XrayModel(body, head, {})
 
@@ -50,12 +59,14 @@ def network(seed: int=0) -> nn.Module:
 def learner(cbs=(), batch_tfms=None, n_workers=0, seed=3, **kwargs):
     store,manifest = images()
     tfms = [BatchAugment(seed=seed), noise] if batch_tfms is None else batch_tfms
-    dls = xray_dataloaders(store, manifest, 'bar', bs=8, batch_tfms=tfms, seed=seed, device='cpu', n_workers=n_workers)
+    dls = xray_dataloaders(store, manifest, 'bar', bs=8, batch_tfms=tfms, seed=seed, device='cpu',
+        n_workers=n_workers)
     return xray_learner(dls, network(), pretrained=False, lr=1e-2, seed=seed, cbs=list(cbs), **kwargs)
 
 
 PLANS = {'one_cycle': (dict(ema=.9, clip=1., monitor='valid_loss'), dict(schedule='one_cycle')),
-         'plateau': (dict(accumulate=3, precision='bf16', patience=9), dict(schedule='plateau', plateau=dict(patience=1, factor=.5))),
+         'plateau': (dict(accumulate=3, precision='bf16', patience=9),
+         dict(schedule='plateau', plateau=dict(patience=1, factor=.5))),
          'flat_cos': (dict(monitor=None, ema=.8), dict(schedule='flat_cos', body_div=3))}
 
 
@@ -74,14 +85,16 @@ def train(folder, plan, counter, n_workers=0):
     settings,how = PLANS[plan]
     learn = learner([Count(counter)], n_workers=n_workers, **settings)
     learn.fit_two_phase(3, head_epochs=1, checkpoint=folder/'run', every=2, **how)
-    write_checkpoint(folder/'done', dict(model=learn.model.state_dict(), history=learn.history, losses=[float(v) for v in learn.recorder.losses], lrs=list(map(float, learn.recorder.lrs))))
+    write_checkpoint(folder/'done', dict(model=learn.model.state_dict(), history=learn.history,
+        losses=[float(v) for v in learn.recorder.losses], lrs=list(map(float, learn.recorder.lrs))))
 
 
 @pytest.fixture(scope='module')
 def processes():
     "Processes that start in a moment: forked from one that has imported everything and computed nothing."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['radiology_ai.learner', 'radiology_ai.bundle', 'radiology_ai.data.load', 'radiology_ai.vision.augment'])
+    context.set_forkserver_preload(['radiology_ai.learner', 'radiology_ai.bundle', 'radiology_ai.data.load',
+        'radiology_ai.vision.augment'])
     return context
 
 
@@ -113,7 +126,8 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, processes, plan):
     killed,hits = run(processes, tmp_path/'killed', plan, [draw.randint(1, 12) for _ in range(5)])
     assert hits>=3
     assert same(whole['model'], killed['model'])
-    assert (whole['history'], whole['losses'], whole['lrs'])==(killed['history'], killed['losses'], killed['lrs'])
+    assert (whole['history'], whole['losses'], whole['lrs'])==(killed['history'], killed['losses'],
+        killed['lrs'])
     assert not list((tmp_path/'killed'/'run').glob('.checkpoint-*'))
 
 
@@ -144,9 +158,12 @@ def test_resumed_in_one_process_like_a_run_without_checkpoints(half, tmp_path):
         watches = True
         def before_batch(self):
             steps.append((self.training, self.epoch, self.iter))
-            if self.training: assert len(pickle.dumps(self.learn.dl.fake_l))<1e6 # a reading process takes the loader, and no network with it
+            if self.training:
+                # a reading process takes the loader, and no network with it
+                assert len(pickle.dumps(self.learn.dl.fake_l))<1e6
     done = half(cbs=[See()])
-    assert [s[1:] for s in steps if s[0]]==[(1, k) for k in range(2, len(done.dls.train))] # nothing is done twice
+    # nothing is done twice
+    assert [s[1:] for s in steps if s[0]]==[(1, k) for k in range(2, len(done.dls.train))]
     plain = learner()
     plain.fit_two_phase(2)
     assert same(plain.model.state_dict(), done.model.state_dict()) and plain.history==done.history
@@ -158,11 +175,13 @@ def test_resumed_in_one_process_like_a_run_without_checkpoints(half, tmp_path):
 
 
 def test_another_run_is_refused(half, tmp_path):
-    for change,what in ((dict(epochs=3), 'plan'), (dict(seed=4), 'more differ'), (dict(ema=.9), 'callbacks'), (dict(batch_tfms=[BatchAugment(seed=3, rotation=1)]), 'data'), (dict(wd=.01), 'wd')):
+    for change,what in ((dict(epochs=3), 'plan'), (dict(seed=4), 'more differ'), (dict(ema=.9), 'callbacks'),
+            (dict(batch_tfms=[BatchAugment(seed=3, rotation=1)]), 'data'), (dict(wd=.01), 'wd')):
         with pytest.raises(ModelError, match=f'holds another run: .*{what}'): half(**change)
     learn = learner()
     learn.dls.train_ds.targets[5] = 1 - learn.dls.train_ds.targets[5]
-    with pytest.raises(ModelError, match='another run: targets'): learn.fit_two_phase(2, checkpoint=tmp_path/'run')
+    with pytest.raises(ModelError, match='another run: targets'):
+        learn.fit_two_phase(2, checkpoint=tmp_path/'run')
     damaged = (tmp_path/'run/checkpoint.safetensors')
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(ModelError, match='damaged'): half()
@@ -173,9 +192,11 @@ class Poison(Callback):
     order,run_valid,watches = -60,False,True
     def __init__(self, step: int, gradient: bool=False): self.step,self.gradient = step,gradient
     def after_loss(self):
-        if self.learn.seeded_run.batches==self.step and not self.gradient: self.learn.loss_grad = self.learn.loss_grad*math.nan
+        if self.learn.seeded_run.batches==self.step and not self.gradient:
+            self.learn.loss_grad = self.learn.loss_grad*math.nan
     def before_step(self):
-        if self.learn.seeded_run.batches==self.step and self.gradient: next(self.learn.model.parameters()).grad.fill_(math.nan)
+        if self.learn.seeded_run.batches==self.step and self.gradient:
+            next(self.learn.model.parameters()).grad.fill_(math.nan)
 
 
 @pytest.mark.parametrize('gradient', [False, True])
@@ -184,12 +205,15 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, gradient):
     good.fit_two_phase(3, checkpoint=tmp_path/'good', every=1)
     bad = learner([Poison(12, gradient)], monitor='valid_loss')
     state = torch.get_rng_state()
-    with pytest.raises(ModelError, match='no longer finite after epoch 1, batch [0-9]+; .* holds the last good state' if gradient else r'^The loss became .* in epoch 1, batch 4 \(images im') as e:
+    with pytest.raises(ModelError,
+            match='no longer finite after epoch 1, batch [0-9]+; .* holds the last good state' if gradient
+            else r'^The loss became .* in epoch 1, batch 4 \(images im') as e:
         bad.fit_two_phase(3, checkpoint=tmp_path/'bad', every=1)
     assert torch.equal(state, torch.get_rng_state())
     kept = read_checkpoint(tmp_path/'bad/checkpoint.safetensors')
     assert kept['position']==[1, 4] and all(torch.isfinite(v).all() for v in kept['model'].values())
-    assert all(torch.isfinite(v).all() for v in bad.model.state_dict().values()) # the Learner has the best epoch's weights if its own are lost
+    # the Learner has the best epoch's weights if its own are lost
+    assert all(torch.isfinite(v).all() for v in bad.model.state_dict().values())
     healed = learner(monitor='valid_loss')
     healed.fit_two_phase(3, checkpoint=tmp_path/'bad', every=1)
     assert same(healed.model.state_dict(), good.model.state_dict())
@@ -207,7 +231,9 @@ def test_same_seed_same_batches():
         seen = []
         class See(Callback):
             def after_pred(self):
-                if self.training: seen.append((self.learn.x.clone(), self.learn.y.clone(), self.learn.pred.detach().clone()))
+                if self.training:
+                    seen.append((self.learn.x.clone(), self.learn.y.clone(),
+                        self.learn.pred.detach().clone()))
         learn = learner([See()], seed=seed)
         if disturb: torch.rand(3), np.random.rand(3), learn.dls.one_batch()
         learn.fit_two_phase(2)
@@ -223,11 +249,14 @@ def test_export_and_reload_predict_the_same(tmp_path):
     learn = xray_learner(dls, 'test_resnet', pretrained=False, lr=1e-2, ema=.9)
     learn.fit_two_phase(1, checkpoint=tmp_path/'run')
     logits,_ = predict_scores(learn, dls.valid)
-    bundle = load_bundle(save_bundle(learn, tmp_path/'bundle', recipe('knee', size=32), dls.vocab, task='bar'))
+    bundle = load_bundle(save_bundle(learn, tmp_path/'bundle', recipe('knee', size=32), dls.vocab,
+        task='bar'))
     own = predict_scores(bundle.model, dls.valid)[0]
-    assert np.array_equal(own, logits) and np.array_equal(np.concatenate([bundle.scores(x) for x,_ in dls.valid]), logits)
+    assert np.array_equal(own, logits) and np.array_equal(np.concatenate([bundle.scores(x)
+        for x,_ in dls.valid]), logits)
     record = run_record(learn, data='bars')
-    assert record['split_hash']==run_record(learn)['split_hash'] and record['plan']['epochs']==1 and record['settings']['ema']==.9 and record['curves']==learn.history
+    assert record['split_hash']==run_record(learn)['split_hash'] and record['plan']['epochs']==1 and record[
+        'settings']['ema']==.9 and record['curves']==learn.history
     assert bundle.meta['training']['data_hash']==record['data_hash']
 
 
@@ -240,8 +269,10 @@ def test_bad_input_names_its_images():
         xray_learner(dls, network(), pretrained=False, **kwargs).fit_two_phase(1)
     def black(x, m): x[11] = 0
     with pytest.raises(DataError, match=r'^All pixels of an image are 0 \(images im11\)'): fit(black)
-    with pytest.raises(DataError, match=r'^A label is 7, which is not one of the 2 classes \(images im4\)'): fit(vocab=True)
-    with pytest.raises(DataError, match=r'^The pixels of a batch reach from .* \(images im'): fit(tfms=[lambda b: (b[0]*255, *b[1:]) if isinstance(b, tuple) else b*255])
+    with pytest.raises(DataError, match=r'^A label is 7, which is not one of the 2 classes \(images im4\)'):
+        fit(vocab=True)
+    with pytest.raises(DataError, match=r'^The pixels of a batch reach from .* \(images im'):
+        fit(tfms=[lambda b: (b[0]*255, *b[1:]) if isinstance(b, tuple) else b*255])
     with pytest.raises(ModelError, match="'fp8'"): fit(precision='fp8')
     with pytest.raises(ModelError, match="'f1' is not recorded"): fit(monitor='f1')
 
@@ -279,7 +310,8 @@ def test_masks_and_boxes_train_with_a_loss(tmp_path, kind):
     class MaskStore:
         def check(self, store): pass
         def __getitem__(self, i): return (store[i]>200).astype(np.int64)
-    boxes = pd.DataFrame([(f'im{i}', 2., 3., 9., 8.) for i in range(0, 84, 3)], columns=['image_id', 'x1', 'y1', 'x2', 'y2'])
+    boxes = pd.DataFrame([(f'im{i}', 2., 3., 9., 8.) for i in range(0, 84, 3)],
+        columns=['image_id', 'x1', 'y1', 'x2', 'y2'])
     given = dict(masks=MaskStore()) if kind=='masks' else dict(boxes=boxes)
     dls = xray_dataloaders(store, manifest, 'bar' if 'labels' in kind else None, bs=8, device='cpu', **given)
     if kind!='masks':
@@ -293,7 +325,8 @@ def test_masks_and_boxes_train_with_a_loss(tmp_path, kind):
 
 def test_views_of_a_study_are_channels():
     store,manifest = images()
-    studies = manifest.assign(study_id=[f's{i//2}' for i in range(84)], patient_id=[f's{i//2}' for i in range(84)], view=['PA', 'LATERAL']*42, bar=np.arange(84)//2%2)
+    studies = manifest.assign(study_id=[f's{i//2}' for i in range(84)],
+        patient_id=[f's{i//2}' for i in range(84)], view=['PA', 'LATERAL']*42, bar=np.arange(84)//2%2)
     dls = xray_dataloaders(store, studies, 'bar', bs=8, views=['PA', 'LATERAL'], device='cpu')
     learn = xray_learner(dls, 'test_resnet', pretrained=False)
     learn.fit_two_phase(1)

@@ -1,26 +1,42 @@
-"""The metrics of a fit: equal to the functions for any division into batches, one accumulation for all of them, and at work in an `xray_learner`."""
+"""The metrics of a fit: equal to the functions for any division into batches, one accumulation for all of
+them, and at work in an `xray_learner`."""
 import math
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import sklearn.metrics as skm
 import torch
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.callback.progress import ProgressCallback
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from radiology_ai.callbacks import KeepBest, Plateau, ValidAUROC
 from radiology_ai.core import DataError, ModelError
 from radiology_ai.losses import BCEWithNaN, WeightedCrossEntropy
 from radiology_ai.metrics.calibration import calibration
-from radiology_ai.metrics.classification import (auroc, average_precision, balanced_accuracy, dice, f_beta, macro_auroc, mcc, operating_point,
-    quadratic_kappa)
-from radiology_ai.metrics.running import (AUROC, F1, ECE, MCC, AveragePrecision, BalancedAccuracy, Brier, Collected, MeanDice, QuadraticKappa, Sensitivity,
-    Specificity, scores_auroc)
+from radiology_ai.metrics.classification import balanced_accuracy, f_beta, macro_auroc, mcc, quadratic_kappa
+from radiology_ai.metrics.masks import dice
+from radiology_ai.metrics.operating import operating_point
+from radiology_ai.metrics.ranking import auroc, average_precision
+from radiology_ai.metrics.running import (
+    AUROC,
+    ECE,
+    F1,
+    MCC,
+    AveragePrecision,
+    BalancedAccuracy,
+    Brier,
+    Collected,
+    MeanDice,
+    QuadraticKappa,
+    Sensitivity,
+    Specificity,
+    scores_auroc,
+)
 from radiology_ai.region_losses import DiceLoss
 from radiology_ai.structured_losses import CORN
 
@@ -30,7 +46,8 @@ def run(metrics, loss, logits, targets, sizes, vocab=None):
     for m in metrics: m.reset()
     assert sum(sizes)==len(logits)
     for z,t in zip(torch.as_tensor(logits).split(sizes), torch.as_tensor(targets).split(sizes)):
-        learn = SimpleNamespace(pred=z, yb=(t,), loss_func=loss, metrics=metrics, dls=SimpleNamespace(vocab=vocab))
+        learn = SimpleNamespace(pred=z, yb=(t,), loss_func=loss, metrics=metrics,
+            dls=SimpleNamespace(vocab=vocab))
         for m in metrics: m.accumulate(learn)
     return {m.name: m.value for m in metrics}
 
@@ -61,9 +78,13 @@ def single(figure, threshold): return lambda t, p: operating_point(t, p, thresho
 @given(divisions(N))
 @settings(max_examples=40, deadline=None)
 def test_labels_with_unknowns_in_any_batches(sizes):
-    got = run([AUROC(), AveragePrecision(), Sensitivity(.4), Specificity(.4), F1(.4), BalancedAccuracy(.4), MCC(.4), Brier(), ECE()], BCEWithNaN(), LOGITS, LABELS, sizes)
-    want = dict(auroc=columns(auroc), average_precision=columns(average_precision), sensitivity=columns(single('sensitivity', .4)), specificity=columns(single('specificity', .4)),
-        f1=columns(lambda t, p: f_beta(t, p>=.4)), balanced_accuracy=columns(lambda t, p: balanced_accuracy(t, p>=.4)), mcc=columns(lambda t, p: mcc(t, p>=.4)),
+    got = run([AUROC(), AveragePrecision(), Sensitivity(.4), Specificity(.4), F1(.4), BalancedAccuracy(.4),
+        MCC(.4), Brier(), ECE()], BCEWithNaN(), LOGITS, LABELS, sizes)
+    want = dict(auroc=columns(auroc), average_precision=columns(average_precision),
+        sensitivity=columns(single('sensitivity', .4)), specificity=columns(single('specificity', .4)),
+        f1=columns(lambda t, p: f_beta(t, p>=.4)),
+        balanced_accuracy=columns(lambda t, p: balanced_accuracy(t, p>=.4)),
+        mcc=columns(lambda t, p: mcc(t, p>=.4)),
         brier=columns(lambda t, p: calibration(t, p).brier), ece=columns(lambda t, p: calibration(t, p).ece))
     assert list(got)==list(want)
     for k,v in want.items(): assert got[k]==pytest.approx(v, abs=1e-9), k
@@ -75,10 +96,14 @@ def test_classes_and_grades_in_any_batches(sizes):
     p = torch.as_tensor(LOGITS).softmax(1).numpy()[KNOWN]
     t,said = CLASSES[KNOWN],p.argmax(1)
     each = [(t==k).astype(float) for k in range(3)]
-    got = run([AUROC(), AveragePrecision(), BalancedAccuracy(), MCC(), F1(), Sensitivity(), Specificity(), Brier(), ECE(), QuadraticKappa()], WeightedCrossEntropy(), LOGITS, CLASSES, sizes)
-    want = [macro_auroc(t, p), np.mean([skm.average_precision_score(each[k], p[:,k]) for k in range(3)]), skm.balanced_accuracy_score(t, said), skm.matthews_corrcoef(t, said),
-        skm.f1_score(t, said, average='macro'), skm.recall_score(t, said, average='macro'), np.mean([((said!=k) & (t!=k)).sum()/(t!=k).sum() for k in range(3)]),
-        np.mean([skm.brier_score_loss(each[k], p[:,k]) for k in range(3)]), np.mean([calibration(each[k], p[:,k]).ece for k in range(3)]), quadratic_kappa(t, said)]
+    got = run([AUROC(), AveragePrecision(), BalancedAccuracy(), MCC(), F1(), Sensitivity(), Specificity(),
+        Brier(), ECE(), QuadraticKappa()], WeightedCrossEntropy(), LOGITS, CLASSES, sizes)
+    want = [macro_auroc(t, p), np.mean([skm.average_precision_score(each[k], p[:,k]) for k in range(3)]),
+        skm.balanced_accuracy_score(t, said), skm.matthews_corrcoef(t, said),
+        skm.f1_score(t, said, average='macro'), skm.recall_score(t, said, average='macro'),
+        np.mean([((said!=k) & (t!=k)).sum()/(t!=k).sum() for k in range(3)]),
+        np.mean([skm.brier_score_loss(each[k], p[:,k]) for k in range(3)]),
+        np.mean([calibration(each[k], p[:,k]).ece for k in range(3)]), quadratic_kappa(t, said)]
     for (k,v),w in zip(got.items(), want): assert v==pytest.approx(w, abs=1e-9), k
 
 
@@ -89,9 +114,11 @@ def test_ordinal_grades_in_any_batches(sizes):
     z = torch.as_tensor(LOGITS[:,:2])
     p,said = loss.activation(z).numpy()[KNOWN],loss.decodes(z).numpy()[KNOWN]
     t = CLASSES[KNOWN]
-    got = run([QuadraticKappa(), AUROC(against=0), BalancedAccuracy(), Sensitivity(.6, against=0), ECE(against=0)], loss, z, CLASSES, sizes)
+    got = run([QuadraticKappa(), AUROC(against=0), BalancedAccuracy(), Sensitivity(.6, against=0),
+        ECE(against=0)], loss, z, CLASSES, sizes)
     any_ = 1-p[:,0].astype(float)
-    want = [skm.cohen_kappa_score(t, said, weights='quadratic'), auroc(t>0, any_), balanced_accuracy(t, said), np.mean(any_[t>0]>=.6), calibration(t>0, any_).ece]
+    want = [skm.cohen_kappa_score(t, said, weights='quadratic'), auroc(t>0, any_), balanced_accuracy(t, said),
+        np.mean(any_[t>0]>=.6), calibration(t>0, any_).ece]
     for (k,v),w in zip(got.items(), want): assert v==pytest.approx(w, abs=1e-9), k
     assert (said!=p.argmax(1)).any() # the median is not the mode: the loss decides
 
@@ -105,19 +132,25 @@ def test_two_classes_and_one_output_are_one_finding():
     two = run(metrics(), WeightedCrossEntropy(), z, t, [40, 20])
     single = run(metrics(), BCEWithNaN(), one, np.where(t<0, np.nan, t)[:,None], [7, 53])
     assert list(two.values())==pytest.approx(list(single.values()), abs=1e-6)
-    first,second = (run([AUROC(label=k), Sensitivity(.3, label=k)], WeightedCrossEntropy(), z, t, [60]) for k in (0, 1))
+    first,second = (run([AUROC(label=k), Sensitivity(.3, label=k)], WeightedCrossEntropy(), z, t, [60])
+        for k in (0, 1))
     assert second['auroc_1']==two['auroc'] and first['auroc_0']==pytest.approx(two['auroc'])
     p = z.softmax(1).numpy()
-    assert second['sensitivity_1']==two['sensitivity']==np.mean(p[t==1,1]>=.3) and first['sensitivity_0']==np.mean(p[t==0,0]>=.3)
+    assert second['sensitivity_1']==two['sensitivity']==np.mean(p[t==1,
+        1]>=.3) and first['sensitivity_0']==np.mean(p[t==0,0]>=.3)
 
 
 def test_one_label_by_name():
     names = ['opacity','effusion','nodule']
-    got = run([AUROC(label='effusion'), AUROC(label=1), Brier(label='nodule')], BCEWithNaN(), LOGITS, LABELS, [30, 30], names)
+    got = run([AUROC(label='effusion'), AUROC(label=1), Brier(label='nodule')], BCEWithNaN(), LOGITS, LABELS,
+        [30, 30], names)
     keep = ~np.isnan(LABELS[:,1])
-    assert got['auroc_effusion']==got['auroc_1']==pytest.approx(auroc(LABELS[keep,1], LOGITS[keep,1]), abs=1e-9)
-    with pytest.raises(ModelError, match="no label 'mass'"): run([AUROC(label='mass')], BCEWithNaN(), LOGITS, LABELS, [60], names)
-    with pytest.raises(ModelError, match='no label 7'): run([AUROC(label=7)], BCEWithNaN(), LOGITS, LABELS, [60])
+    assert got['auroc_effusion']==got['auroc_1']==pytest.approx(auroc(LABELS[keep,1], LOGITS[keep,1]),
+        abs=1e-9)
+    with pytest.raises(ModelError, match="no label 'mass'"):
+        run([AUROC(label='mass')], BCEWithNaN(), LOGITS, LABELS, [60], names)
+    with pytest.raises(ModelError, match='no label 7'):
+        run([AUROC(label=7)], BCEWithNaN(), LOGITS, LABELS, [60])
 
 
 def test_what_is_not_defined_is_nan_and_the_others_go_on():
@@ -135,8 +168,10 @@ def test_what_is_not_defined_is_nan_and_the_others_go_on():
 def test_bad_use_is_refused():
     with pytest.raises(DataError, match='hold NaN'): run([AUROC()], BCEWithNaN(), LOGITS*np.nan, LABELS, [60])
     with pytest.raises(DataError, match='hold NaN'): run([F1()], BCEWithNaN(), LOGITS*np.nan, LABELS, [60])
-    with pytest.raises(ModelError, match='is for grades'): run([QuadraticKappa()], BCEWithNaN(), LOGITS, LABELS, [60])
-    with pytest.raises(ModelError, match='CrossEntropyLoss does not tell'): run([AUROC()], torch.nn.CrossEntropyLoss(), LOGITS, CLASSES, [60])
+    with pytest.raises(ModelError, match='is for grades'):
+        run([QuadraticKappa()], BCEWithNaN(), LOGITS, LABELS, [60])
+    with pytest.raises(ModelError, match='CrossEntropyLoss does not tell'):
+        run([AUROC()], torch.nn.CrossEntropyLoss(), LOGITS, CLASSES, [60])
 
 
 @given(divisions(12))
@@ -150,7 +185,8 @@ def test_mean_dice_in_any_batches(sizes):
     pairs = [(a, b) for i in range(12) for a,b in zip(truth[i], z[i]>=0) if i!=5]
     got = run([MeanDice(), MeanDice(lesions=True)], DiceLoss(), z, truth, sizes)
     assert got['mean_dice']==pytest.approx(np.mean([dice(a, b) for a,b in pairs]), abs=1e-12)
-    assert got['mean_dice_of_lesions']==pytest.approx(np.mean([dice(a, b) for a,b in pairs if (a>0).any()]), abs=1e-12)
+    assert got['mean_dice_of_lesions']==pytest.approx(np.mean([dice(a, b) for a,b in pairs if (a>0).any()]),
+        abs=1e-12)
 
 
 def test_mean_dice_of_class_numbers():
@@ -160,8 +196,10 @@ def test_mean_dice_of_class_numbers():
     soft = SimpleNamespace(activation=lambda z: z.softmax(1))
     got = run([MeanDice()], soft, z, t, [4, 2])['mean_dice']
     said = z.argmax(1)
-    assert got==pytest.approx(np.mean([dice(np.where(a<0, np.nan, a==k), b==k) for a,b in zip(t, said) for k in (1, 2)]), abs=1e-12)
-    with pytest.raises(ModelError, match='MeanDice is for masks'): run([MeanDice()], DiceLoss(), np.zeros((2, 3, 4, 4)), np.zeros((2, 1, 4, 4)), [2])
+    assert got==pytest.approx(np.mean([dice(np.where(a<0, np.nan, a==k), b==k) for a,b in zip(t, said)
+        for k in (1, 2)]), abs=1e-12)
+    with pytest.raises(ModelError, match='MeanDice is for masks'):
+        run([MeanDice()], DiceLoss(), np.zeros((2, 3, 4, 4)), np.zeros((2, 1, 4, 4)), [2])
 
 
 # --- in a fit ---
@@ -173,7 +211,8 @@ def small_learner(metrics, n=90, **kwargs):
     y[torch.rand(n, 2, generator=gen)<.2] = torch.nan
     train,valid = DataLoader(list(zip(x[:40], y[:40])), 16),DataLoader(list(zip(x[40:], y[40:])), 16)
     torch.manual_seed(0)
-    learn = Learner(DataLoaders(train, valid, device='cpu'), torch.nn.Linear(5, 2), BCEWithNaN(), metrics=metrics, lr=.1, **kwargs)
+    learn = Learner(DataLoaders(train, valid, device='cpu'), torch.nn.Linear(5, 2), BCEWithNaN(),
+        metrics=metrics, lr=.1, **kwargs)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = lambda values: None
     return learn,x,y
@@ -216,7 +255,8 @@ def test_metrics_of_the_training_batches_too():
     learn.recorder.train_metrics = True
     learn.fit(1)
     row = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))
-    assert {'train_auroc','valid_auroc','train_brier','valid_brier'}<=set(row) and row['train_auroc']!=row['valid_auroc']
+    assert {'train_auroc','valid_auroc','train_brier',
+        'valid_brier'}<=set(row) and row['train_auroc']!=row['valid_auroc']
 
 
 @pytest.mark.parametrize('monitor,best', [('brier', min), ('auroc', max), ('valid_loss', min)])
@@ -228,8 +268,11 @@ def test_the_best_epoch_is_the_one_with_the_best_figure(monitor, best):
     assert len(set(values))>2
     with torch.no_grad(): z = learn.model(x[40:])
     p,t = z.sigmoid().numpy(),y[40:].numpy()
-    kept = {'auroc': lambda: scores_auroc(p, t), 'valid_loss': lambda: None, 'brier': lambda: np.mean([calibration(t[:,k], p[:,k]).brier for k in (0, 1)])}[monitor]()
-    if kept is None: kept = sum(BCEWithNaN()(z[i:i+16], y[40+i:56+i]).item()*len(z[i:i+16]) for i in range(0, 50, 16))/50 # as the recorder averages
+    kept = {'auroc': lambda: scores_auroc(p, t), 'valid_loss': lambda: None,
+        'brier': lambda: np.mean([calibration(t[:,k], p[:,k]).brier for k in (0, 1)])}[monitor]()
+    if kept is None:
+        # as the recorder averages
+        kept = sum(BCEWithNaN()(z[i:i+16], y[40+i:56+i]).item()*len(z[i:i+16]) for i in range(0, 50, 16))/50
     assert kept==pytest.approx(best(values), abs=1e-6)
 
 
@@ -251,8 +294,10 @@ def test_in_an_xray_learner():
     data = list(zip(torch.tensor(x), torch.tensor(y)))
     dls = DataLoaders(DataLoader(data[:32], 8), DataLoader(data[32:], 6), device='cpu')
     dls.vocab = ['0','I','II','III']
-    metrics = [ValidAUROC(against=0), QuadraticKappa(), BalancedAccuracy(), Sensitivity(against=0), Brier(label='II')]
-    learn = xray_learner(dls, 'resnet10t', WeightedCrossEntropy(), metrics=metrics, pretrained=False, monitor='quadratic_kappa')
+    metrics = [ValidAUROC(against=0), QuadraticKappa(), BalancedAccuracy(), Sensitivity(against=0),
+        Brier(label='II')]
+    learn = xray_learner(dls, 'resnet10t', WeightedCrossEntropy(), metrics=metrics, pretrained=False,
+        monitor='quadratic_kappa')
     learn.fit_two_phase(2)
     logits,targets = predict_scores(learn, dls.valid)
     best = max(learn.history, key=lambda row: row['quadratic_kappa'])
@@ -260,4 +305,5 @@ def test_in_an_xray_learner():
     p = torch.tensor(logits).softmax(1).numpy()
     assert scores_auroc(p, targets, against=0)==pytest.approx(best['auroc'], abs=1e-6)
     assert calibration(targets==2, p[:,2]).brier==pytest.approx(best['brier_II'], abs=1e-5)
-    assert [k for k in learn.history[0] if k not in ('phase','epoch','train_loss','valid_loss')]==['auroc','quadratic_kappa','balanced_accuracy','sensitivity','brier_II']
+    assert [k for k in learn.history[0] if k not in ('phase','epoch','train_loss','valid_loss')]==['auroc',
+        'quadratic_kappa','balanced_accuracy','sensitivity','brier_II']

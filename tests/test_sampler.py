@@ -1,13 +1,23 @@
-"""Samplers keep their promises for any labels: every batch its minimum, every image seen, NaN never counted, nothing doubled in validation."""
+"""Samplers keep their promises for any labels: every batch its minimum, every image seen, NaN never counted,
+nothing doubled in validation."""
 import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from radiology_ai.core import DataError
-from radiology_ai.data.sampler import (BalancedBatchSampler, OrderedBatchSampler, PairedBatchSampler, PositiveShareSampler, RepeatedBatchSampler, ShuffledBatchSampler,
-                                       WeightedBatchSampler, inverse_frequency)
+from radiology_ai.data.sampler import (
+    BalancedBatchSampler,
+    OrderedBatchSampler,
+    PairedBatchSampler,
+    PositiveShareSampler,
+    RepeatedBatchSampler,
+    ShuffledBatchSampler,
+    WeightedBatchSampler,
+    inverse_frequency,
+)
 
 quick = settings(max_examples=60, deadline=None, database=None)
 worlds = st.integers(1, 4)
@@ -66,12 +76,15 @@ def test_unknown_labels_make_no_class(y, epoch):
 @given(st.integers(1, 300), st.integers(1, 40), worlds, st.integers(0, 9), st.booleans())
 def test_shuffled(n, bs, world, epoch, drop_last):
     assume(n>=world*-(-n//bs//world))
-    try: parts = [list(ShuffledBatchSampler(n, bs, 1, drop_last, r, world).set_epoch(epoch)) for r in range(world)]
+    try:
+        parts = [list(ShuffledBatchSampler(n, bs, 1, drop_last, r, world).set_epoch(epoch))
+            for r in range(world)]
     except DataError as e:
         assert 'Use fewer processes' in str(e) and n<-(-(-(-n//bs))//world)*world
         return
     rows = sum((b for o in parts for b in o), [])
-    assert len({len(o) for o in parts})==1 and len(set(rows))==len(rows) and all(1<=len(b)<=bs for o in parts for b in o)
+    assert len({len(o) for o in parts})==1 and len(set(rows))==len(rows) and all(1<=len(b)<=bs for o in parts
+        for b in o)
     if not drop_last: assert sorted(rows)==list(range(n))
     elif n//bs>=world: assert all(len(b)==bs for o in parts for b in o) and n-len(rows)<bs*world
     assert all(len(o)==len(ShuffledBatchSampler(n, bs, 1, drop_last, r, world)) for r,o in enumerate(parts))
@@ -106,7 +119,8 @@ def test_weighted(n, bs, world, seed):
 @quick
 @given(labels(), st.integers(1, 20), worlds, st.integers(1, 6))
 def test_positive_share(y, bs, world, epochs):
-    p,unknown = holds(y if y.ndim==2 else (y>0).astype(float)[:,None]).any(1),np.isnan(y).reshape(len(y), -1).any(1)
+    p = holds(y if y.ndim==2 else (y>0).astype(float)[:,None]).any(1)
+    unknown = np.isnan(y).reshape(len(y), -1).any(1)
     if y.ndim==1: y = np.where(unknown, np.nan, y>0)
     no = ~p & ~unknown
     assume(p.any() and no.any())
@@ -147,21 +161,25 @@ def test_paired(y, bs, mu, balanced, world):
     seen = np.zeros(len(y), int)
     for e in range(3):
         b = s.batches(e)
-        assert b.shape==(s.n_batches, bs+round(mu*bs)) and not unknown[b[:,:bs]].any() and unknown[b[:,bs:]].all()
+        assert b.shape==(s.n_batches, bs+round(mu*bs)) and not unknown[b[:,:bs]].any() and unknown[b[:,
+            bs:]].all()
         if balanced: assert all((p[o].sum(0)>=1).all() for o in b[:,:bs])
         seen += np.bincount(b.ravel(), minlength=len(y))
         assert (seen[unknown]>e).all() and np.ptp(seen[unknown])<=1
     if not balanced: assert np.ptp(seen[~unknown])<=1
     whole = PairedBatchSampler(y, bs, mu, int(balanced), world=world, among=True)
     b = np.concatenate([whole.batches(e) for e in range(2)])
-    assert not unknown[b[:,:bs]].any() and np.ptp(np.bincount(b[:,bs:].ravel(), minlength=len(y)))<=1 and set(b[:,bs:].ravel())==set(range(len(y)))
+    assert not unknown[b[:,:bs]].any() and np.ptp(np.bincount(b[:,bs:].ravel(),
+        minlength=len(y)))<=1 and set(b[:,bs:].ravel())==set(range(len(y)))
 
 
 def every_sampler(world=1, rank=0, seed=0):
     y = np.where(np.arange(90)%9==0, np.nan, np.arange(90)%4==0)
     share = dict(seed=seed, rank=rank, world=world)
-    return [BalancedBatchSampler(y, 8, 2, **share), ShuffledBatchSampler(90, 8, **share), WeightedBatchSampler(inverse_frequency(y), 8, **share),
-            PositiveShareSampler(y, 8, **share), RepeatedBatchSampler(90, 8, **share), PairedBatchSampler(y, 4, 2, **share)]
+    return [BalancedBatchSampler(y, 8, 2, **share), ShuffledBatchSampler(90, 8, **share),
+        WeightedBatchSampler(inverse_frequency(y), 8, **share),
+            PositiveShareSampler(y, 8, **share), RepeatedBatchSampler(90, 8, **share),
+            PairedBatchSampler(y, 4, 2, **share)]
 
 
 def test_seed_and_epoch_decide():

@@ -1,4 +1,5 @@
-"""Few labels: losses and targets against an oracle written from the papers in NumPy float64, each detail that is easily got wrong, and that the mechanism keeps what the training core promises."""
+"""Few labels: losses and targets against an oracle written from the papers in NumPy float64, each detail that
+is easily got wrong, and that the mechanism keeps what the training core promises."""
 import warnings
 
 import numpy as np
@@ -8,17 +9,38 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
-from radiology_ai.callbacks import EMA
 from radiology_ai.core import DataError, ModelError, rng
 from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.learner import predict_scores, run_record, xray_learner
 from radiology_ai.models.backbone import XrayModel
 from radiology_ai.semi.audit import audit, audit_curve, pseudo_labels
-from radiology_ai.semi.fixmatch import (FixMatch, FixedThreshold, FlexMatch, FlexThreshold, FreeMatch, FreeThreshold, MeanTeacher, SoftMatch, SoftThreshold, consistency)
+from radiology_ai.semi.fixmatch import (
+    FixedThreshold,
+    FixMatch,
+    FlexMatch,
+    FlexThreshold,
+    FreeMatch,
+    FreeThreshold,
+    MeanTeacher,
+    SoftMatch,
+    SoftThreshold,
+    consistency,
+)
 from radiology_ai.semi.mixmatch import MixMatch, distance, mix_pairs, mix_shares, sharpen
-from radiology_ai.semi.step import (Alignment, SemiSupervised, as_shares, as_target, class_shares, frozen_statistics, gentle, harsh, interleaved, log_probabilities, ramp_up, semi_dataloaders)
+from radiology_ai.semi.step import (
+    Alignment,
+    as_shares,
+    as_target,
+    class_shares,
+    frozen_statistics,
+    gentle,
+    harsh,
+    interleaved,
+    log_probabilities,
+    ramp_up,
+    semi_dataloaders,
+)
 from radiology_ai.vision.augment import BatchAugment
-
 
 # ---------------------------------------------------------------- the oracle: NumPy, float64, from the papers
 
@@ -119,7 +141,8 @@ def batches(n, key, c=None):
         z = gen.normal(size=(2, b, k))*gen.uniform(.2, 8)
         yield gen,z[0],z[1]
 
-def close(a, b): np.testing.assert_allclose(float(a) if np.ndim(b)==0 else np.asarray(a), b, rtol=1e-6, atol=1e-9)
+def close(a, b):
+    np.testing.assert_allclose(float(a) if np.ndim(b)==0 else np.asarray(a), b, rtol=1e-6, atol=1e-9)
 
 
 def test_fixmatch_against_the_oracle():
@@ -128,7 +151,8 @@ def test_fixmatch_against_the_oracle():
         p = log_probabilities(t64(a)).exp()
         close(consistency(p, log_probabilities(t64(b)), FixedThreshold(tau)(p, None)), o_fixmatch(a, b, tau))
         p = log_probabilities(t64(a), True).exp()
-        close(consistency(p, log_probabilities(t64(b), True), FixedThreshold(max(tau, .5))(p, None)), o_fixmatch_labels(a, b, max(tau, .5)))
+        close(consistency(p, log_probabilities(t64(b), True), FixedThreshold(max(tau, .5))(p, None)),
+            o_fixmatch_labels(a, b, max(tau, .5)))
 
 def test_soft_targets_against_the_oracle():
     for gen, a, b in batches(100, 'uda'):
@@ -142,7 +166,8 @@ def test_mixmatch_against_the_oracle():
         views = o_softmax(np.stack([a, b]))
         q = sharpen(t64(views).mean(0), T)
         close(q, o_sharpen(views.mean(0), T))
-        close(distance(q[:,None], log_probabilities(t64(b)).exp()), o_mixmatch_u(o_sharpen(views.mean(0), T), b))
+        close(distance(q[:,None], log_probabilities(t64(b)).exp()),
+            o_mixmatch_u(o_sharpen(views.mean(0), T), b))
 
 def test_flexmatch_against_the_oracle():
     for run in range(10):
@@ -173,7 +198,8 @@ def test_softmatch_against_the_oracle():
         gen,c = rng(run, 'soft'),int(rng(run).integers(2, 7))
         ours,theirs = SoftThreshold(.9),OSoft(c, .9)
         ours.begin(0, 0, (1, c), 'cpu')
-        ours.state.update(mu=torch.full((1,), 1/c, dtype=torch.float64), var=torch.ones(1, dtype=torch.float64))
+        ours.state.update(mu=torch.full((1,), 1/c, dtype=torch.float64),
+            var=torch.ones(1, dtype=torch.float64))
         for step in range(10):
             q = o_softmax(gen.normal(size=(24, c))*gen.uniform(.5, 5))
             close(ours(t64(q)[:,None], None)[:,0], theirs.weight(q))
@@ -191,7 +217,8 @@ def test_alignment_against_the_oracle():
 def test_float32_is_near_the_oracle():
     for gen, a, b in batches(40, 'float32'):
         p = log_probabilities(torch.from_numpy(a).float()).exp()
-        got = float(consistency(p, log_probabilities(torch.from_numpy(b).float()), FixedThreshold(0)(p, None), .5))
+        got = float(consistency(p, log_probabilities(torch.from_numpy(b).float()), FixedThreshold(0)(p, None),
+            .5))
         np.testing.assert_allclose(got, o_uda(a, b, 0, .5), rtol=2e-5, atol=1e-5)
 
 
@@ -228,14 +255,16 @@ def test_distance_is_divided_by_classes():
 def test_no_gradient_through_targets():
     a,b = (torch.randn(6, 3, requires_grad=True) for _ in range(2))
     p = log_probabilities(a).exp()
-    for temperature in (None, .5): consistency(p, log_probabilities(b), torch.ones(6, 1), temperature).backward()
+    for temperature in (None, .5):
+        consistency(p, log_probabilities(b), torch.ones(6, 1), temperature).backward()
     distance(p, log_probabilities(b).exp()).backward()
     assert a.grad is None and b.grad.abs().sum()>0
 
 def test_mask_divides_by_all_unlabelled_images():
     p = torch.tensor([[[.99, .01]], [[.6, .4]], [[.5, .5]], [[.55, .45]]])
     logp = log_probabilities(torch.zeros(4, 2))
-    np.testing.assert_allclose(float(consistency(p, logp, FixedThreshold(.95)(p, None))), np.log(2)/4, rtol=1e-6)
+    np.testing.assert_allclose(float(consistency(p, logp, FixedThreshold(.95)(p, None))), np.log(2)/4,
+        rtol=1e-6)
 
 def test_ramp():
     assert [ramp_up(s, 10) for s in (0, 5, 10, 99)]==[0, .5, 1, 1]
@@ -250,7 +279,8 @@ def test_ramp():
         train(Spy(tau=0, lambda_u=3., ramp=ramp), steps=10)
         w = [min(k/steps, 1)*3 for k in range(10)]
         np.testing.assert_allclose([s[0] for s in seen], w)
-        np.testing.assert_allclose([s[1] for s in seen], [a*s[2] for a,s in zip(w, seen)], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose([s[1] for s in seen], [a*s[2] for a,s in zip(w, seen)], rtol=1e-3,
+            atol=1e-5)
 
 def test_flexmatch_counts_the_whole_unlabelled_set():
     "A class that most of the set is sure of keeps tau, whatever the batch holds; all begin near zero."
@@ -272,7 +302,8 @@ def test_softmatch_truncates():
     assert w[0]<.2 and (w[2:]==1).all()
 
 def test_statistics_are_counted_once():
-    "A step moves the running averages once, whatever the number of guessing passes; the guess uses its own batch."
+    """A step moves the running averages once, whatever the number of guessing passes; the guess uses its own
+    batch."""
     for cb in (FixMatch(tau=0), MixMatch(K=3), MeanTeacher()):
         learn = train(cb, steps=3)
         norm = next(m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -295,7 +326,8 @@ def test_one_pass_sees_all_views():
 
 def test_interleaving_changes_the_order_only():
     assert sorted(interleaved([3, 7, 11], 4))==list(range(21))
-    for part in np.split(np.repeat([0, 1, 2], [4, 12, 12])[interleaved([4, 12, 12], 4)], 4): assert np.bincount(part).tolist()==[1, 3, 3]
+    for part in np.split(np.repeat([0, 1, 2], [4, 12, 12])[interleaved([4, 12, 12], 4)], 4):
+        assert np.bincount(part).tolist()==[1, 3, 3]
     def first(k):
         learn = make(FixMatch(tau=0, interleave=k), steps=1)
         learn.model.head[1].p = 0.
@@ -306,8 +338,10 @@ def test_interleaving_changes_the_order_only():
 def test_nan_labels_are_honoured():
     y = torch.tensor([[1., np.nan], [0., 1.]])
     s = as_shares(y, 2)
-    assert torch.isnan(s[0,1]).all() and torch.equal(torch.nan_to_num(as_target(s, True), nan=-1), torch.nan_to_num(y, nan=-1))
-    assert float(distance(s, torch.full((2, 2, 2), .5)))==pytest.approx(.25*3/4) # the unknown entry adds nothing
+    assert torch.isnan(s[0,1]).all() and torch.equal(torch.nan_to_num(as_target(s, True), nan=-1),
+        torch.nan_to_num(y, nan=-1))
+    # the unknown entry adds nothing
+    assert float(distance(s, torch.full((2, 2, 2), .5)))==pytest.approx(.25*3/4)
     assert torch.equal(as_target(as_shares(torch.tensor([2, 0]), 3)), torch.eye(3)[[2, 0]])
 
 
@@ -327,7 +361,8 @@ def data(n=96, labelled=18, n_out=2, multi=False, size=16):
     y = np.arange(n)%n_out
     x = gen.uniform(20, 90, (n, size, size)).astype(np.uint8)
     for i in range(n): x[i, 2+4*y[i]:4+4*y[i], 2:14] = 230
-    t = pd.DataFrame(dict(image_id=[f'im{i}' for i in range(n)], patient_id=[f'p{i}' for i in range(n)], split=np.where(np.arange(n)<n*2//3, 'train', 'valid'), truth=y))
+    t = pd.DataFrame(dict(image_id=[f'im{i}' for i in range(n)], patient_id=[f'p{i}' for i in range(n)],
+        split=np.where(np.arange(n)<n*2//3, 'train', 'valid'), truth=y))
     seen = (np.arange(n)<labelled) | (t.split=='valid')
     if not multi: return Store(x),t.assign(y=np.where(seen, y, np.nan)),'y'
     for k in range(n_out): t[f'l{k}'] = np.where(seen, y==k, np.nan)
@@ -337,13 +372,15 @@ def data(n=96, labelled=18, n_out=2, multi=False, size=16):
 def network(n_out=2, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, 2), nn.BatchNorm2d(12), nn.ReLU())
+        body = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, 2),
+            nn.BatchNorm2d(12), nn.ReLU())
         return XrayModel(body, nn.Sequential(nn.Flatten(), nn.Dropout(.1), nn.Linear(108, n_out)), {})
 
 def make(cb, n_out=2, steps=4, cbs=(), multi=False, mu=N_U/N_L, dls=None, seed=3, **kwargs):
     store,t,labels = data(n_out=n_out, multi=multi)
     dls = dls or semi_dataloaders(store, t, labels, bs=N_L, mu=mu, n_batches=steps, seed=seed, device='cpu')
-    return xray_learner(dls, network(n_out), pretrained=False, lr=3e-3, seed=seed, metrics=[], monitor=None, cbs=[*([] if cb is None else [cb]), *cbs], **kwargs)
+    return xray_learner(dls, network(n_out), pretrained=False, lr=3e-3, seed=seed, metrics=[], monitor=None,
+        cbs=[*([] if cb is None else [cb]), *cbs], **kwargs)
 
 def train(cb, epochs=1, **kwargs):
     learn = make(cb, **kwargs)
@@ -352,10 +389,14 @@ def train(cb, epochs=1, **kwargs):
         learn.fit_two_phase(epochs)
     return learn
 
-def same(a, b): return all(torch.equal(u, v) for u,v in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+def same(a, b):
+    return all(torch.equal(u, v) for u,v in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 
-METHODS = {'fixmatch': lambda: FixMatch(tau=.6), 'flexmatch': lambda: FlexMatch(tau=.6), 'freematch': FreeMatch, 'softmatch': SoftMatch, 'aligned': lambda: FixMatch(tau=.6, align='labels'),
-           'uda': lambda: FixMatch(tau=.6, temperature=.4), 'meanteacher': lambda: MeanTeacher(strong=harsh()), 'mixmatch': MixMatch, 'mixmatch aligned': lambda: MixMatch(K=1, align='labels')}
+METHODS = {'fixmatch': lambda: FixMatch(tau=.6), 'flexmatch': lambda: FlexMatch(tau=.6),
+    'freematch': FreeMatch, 'softmatch': SoftMatch, 'aligned': lambda: FixMatch(tau=.6, align='labels'),
+           'uda': lambda: FixMatch(tau=.6, temperature=.4),
+           'meanteacher': lambda: MeanTeacher(strong=harsh()), 'mixmatch': MixMatch,
+           'mixmatch aligned': lambda: MixMatch(K=1, align='labels')}
 
 
 def test_loaders_pair_and_hide():
@@ -367,10 +408,12 @@ def test_loaders_pair_and_hide():
         assert len(x)==N_L+N_U and (y[:N_L]>=0).all() and (y[N_L:]==-1).all()
         assert y[:N_L].tolist()==t.y.iloc[rows[:N_L]].astype(int).tolist()
         seen += rows[N_L:]
-    assert set(seen)>=set(range(64)) and set(known)<=set(seen) # labelled images stand among the unlabelled ones
+    # labelled images stand among the unlabelled ones
+    assert set(seen)>=set(range(64)) and set(known)<=set(seen)
     apart = semi_dataloaders(store, t, labels, bs=N_L, mu=2, among=False, device='cpu')
     assert not {r for b in apart.train.sampler for r in b[N_L:]} & set(known)
-    many = semi_dataloaders(*data(multi=True)[:2], data(multi=True)[2], bs=N_L, mu=2, device='cpu').one_batch()[1]
+    many = semi_dataloaders(*data(multi=True)[:2], data(multi=True)[2], bs=N_L, mu=2,
+        device='cpu').one_batch()[1]
     assert torch.isnan(many[N_L:]).all() and not torch.isnan(many[:N_L]).all(1).any()
 
 @pytest.mark.parametrize('multi', [False, True])
@@ -397,14 +440,16 @@ def test_killed_and_resumed_gives_the_same_weights(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         whole.fit_two_phase(2)
-        with pytest.raises(KeyboardInterrupt): run([Kill(9)]).fit_two_phase(2, checkpoint=tmp_path/'run', every=2)
+        with pytest.raises(KeyboardInterrupt):
+            run([Kill(9)]).fit_two_phase(2, checkpoint=tmp_path/'run', every=2)
         again = run()
         again.fit_two_phase(2, checkpoint=tmp_path/'run', every=2)
     assert same(whole, again) and again.history==whole.history
 
 def test_a_run_with_another_threshold_is_not_gone_on_with(tmp_path):
     make(FixMatch(tau=.6), steps=4, n_out=3).fit_two_phase(1, checkpoint=tmp_path/'run')
-    with pytest.raises(ModelError): make(FixMatch(tau=.7), steps=4, n_out=3).fit_two_phase(1, checkpoint=tmp_path/'run')
+    with pytest.raises(ModelError):
+        make(FixMatch(tau=.7), steps=4, n_out=3).fit_two_phase(1, checkpoint=tmp_path/'run')
 
 def test_same_seed_same_weights():
     a,b,c = (train(FixMatch(tau=.6, seed=s), n_out=3, steps=6) for s in (None, None, 8))
@@ -412,14 +457,17 @@ def test_same_seed_same_weights():
 
 def test_truth_and_hidden_labels_take_no_part():
     store,t,labels = data(n_out=3)
-    run = lambda table, **k: train(FixMatch(tau=.4, **k), n_out=3, dls=semi_dataloaders(store, table, labels, bs=N_L, mu=2, n_batches=6, seed=3, device='cpu'))
+    run = lambda table, **k: train(FixMatch(tau=.4, **k), n_out=3,
+        dls=semi_dataloaders(store, table, labels, bs=N_L, mu=2, n_batches=6, seed=3, device='cpu'))
     plain,audited = run(t),run(t, truth='truth')
     shuffled = run(t.assign(truth=rng(1).permutation(t.truth.to_numpy())), truth='truth')
     assert same(plain, audited) and same(plain, shuffled)
-    assert audited.history[-1]['guess_accuracy']!=shuffled.history[-1]['guess_accuracy'] and 'guess_accuracy' not in plain.history[-1]
+    assert audited.history[-1]['guess_accuracy']!=shuffled.history[-1][
+        'guess_accuracy'] and 'guess_accuracy' not in plain.history[-1]
 
 def test_hidden_labels_take_no_part():
-    "What a labelled image's label is changes the labelled part alone: among the unlabelled ones it is not seen."
+    """What a labelled image's label is changes the labelled part alone: among the unlabelled ones it is not
+    seen."""
     class Spy(FixMatch):
         def views(self, x, y, u):
             seen.append((len(y), self.learn.yb[0][len(y):].unique().tolist()))
@@ -434,7 +482,9 @@ def test_bf16_gives_all_weights_a_gradient():
         grads = []
         class Spy(Callback):
             order = -5
-            def before_step(self): grads.append([p.grad is not None and bool(p.grad.abs().sum()>0) for p in self.learn.model.parameters()])
+            def before_step(self):
+                grads.append([p.grad is not None and bool(p.grad.abs().sum()>0)
+                    for p in self.learn.model.parameters()])
         train(cb, steps=2, cbs=[Spy()], precision='bf16')
         assert all(sum(g)>=len(g)-2 for g in grads) # a bias before BatchNorm has none
 
@@ -475,18 +525,22 @@ def test_mean_teacher_averages():
 
 def test_out_of_scope_images_count_for_nothing():
     store,t,labels = data(n_out=3)
-    for cb in (FixMatch(tau=0, in_scope='scope', strong=gentle()), MixMatch(in_scope='scope', ramp=0), MeanTeacher(in_scope='scope', ramp=0)):
-        learn = train(cb, n_out=3, dls=semi_dataloaders(store, t.assign(scope=0.), labels, bs=N_L, mu=2, n_batches=3, device='cpu'))
+    for cb in (FixMatch(tau=0, in_scope='scope', strong=gentle()), MixMatch(in_scope='scope', ramp=0),
+            MeanTeacher(in_scope='scope', ramp=0)):
+        learn = train(cb, n_out=3, dls=semi_dataloaders(store, t.assign(scope=0.), labels, bs=N_L, mu=2,
+            n_batches=3, device='cpu'))
         assert float(cb.last_loss)==0 and learn.history[-1]['used']==0
 
 def test_suppression_weighs_by_class():
     store,t,labels = data(n_out=2)
     t = t.assign(y=t.y.where((t.split=='valid') | (t.truth==0) | (t.index<4))) # 9 and 2 labels
-    learn = train(FixMatch(tau=0, suppress=.5), dls=semi_dataloaders(store, t, labels, bs=N_L, mu=2, n_batches=2, device='cpu'))
+    learn = train(FixMatch(tau=0, suppress=.5),
+        dls=semi_dataloaders(store, t, labels, bs=N_L, mu=2, n_batches=2, device='cpu'))
     counts = t[t.split=='train'].y.value_counts()
     np.testing.assert_allclose(learn.fix_match.rare, [1, .5**(1-counts[1.]/counts[0.])], rtol=1e-5)
     p,logp = torch.tensor([[[.9, .1]], [[.2, .8]]]),log_probabilities(torch.zeros(2, 2))
-    np.testing.assert_allclose(float(consistency(p, logp, torch.ones(2, 1), weight=torch.tensor([1., .25]))), np.log(2)*1.25/2, rtol=1e-6)
+    np.testing.assert_allclose(float(consistency(p, logp, torch.ones(2, 1), weight=torch.tensor([1., .25]))),
+        np.log(2)*1.25/2, rtol=1e-6)
 
 def test_record_tells_the_settings():
     learn = train(FlexMatch(tau=.7, ramp=.2), steps=2)
@@ -502,7 +556,8 @@ def test_views_replay():
     cb.batches = 1
     assert not torch.equal(a, cb.see('weak', cb.weak, x))
     noise = lambda v: (v + .1*torch.randn_like(v)).clamp(0, 1)
-    assert torch.equal(cb.see('weak', noise, x), cb.see('weak', noise, x)) and not torch.equal(cb.see('weak', noise, x), x)
+    assert torch.equal(cb.see('weak', noise, x),
+        cb.see('weak', noise, x)) and not torch.equal(cb.see('weak', noise, x), x)
 
 
 @pytest.mark.parametrize('multi', [False, True])
@@ -515,12 +570,14 @@ def test_audit_counts(multi):
     tau = float(table.confidence.median())
     taken = table[table.confidence>=tau]
     everything = audit(table, tau).loc[('', 'all')]
-    assert everything.checked==len(taken) and everything.right==pytest.approx((taken.guess==taken.truth).mean()) and everything.low<=everything.right<=everything.high
+    assert everything.checked==len(taken) and everything.right==pytest.approx(
+        (taken.guess==taken.truth).mean()) and everything.low<=everything.right<=everything.high
     each = audit(table, tau).drop(index=('', 'all'))
     assert each.images.sum()==len(table) and each.checked.sum()==len(taken)
     curve = audit_curve(table.assign(truth=np.nan))
     assert curve.checked.eq(0).all() and curve.right.isna().all() and (np.diff(curve.taken)<=0).all()
-    with pytest.raises(DataError, match="no column 'nobody'"): pseudo_labels(learn, rows, ['nobody'] if multi else 'nobody')
+    with pytest.raises(DataError, match="no column 'nobody'"):
+        pseudo_labels(learn, rows, ['nobody'] if multi else 'nobody')
 
 
 # ---------------------------------------------------------------- bad input
@@ -529,24 +586,37 @@ def test_bad_data_is_named():
     store,t,labels = data(n_out=3)
     train_rows = t.split=='train'
     given = lambda table, **k: semi_dataloaders(store, table, labels, bs=N_L, mu=2, device='cpu', **k)
-    for table, words in ((t.assign(y=t.truth), 'none is unlabelled'), (t.assign(y=t.y.where(~train_rows)), 'No training image has a known label'),
-                         (t.assign(y=t.y.where(~train_rows | (t.y!=2))), '2 has no labelled training image'), (t.assign(y=t.y.where(train_rows)), "split 'valid' has a known label"),
+    for table, words in ((t.assign(y=t.truth), 'none is unlabelled'),
+            (t.assign(y=t.y.where(~train_rows)), 'No training image has a known label'),
+                         (t.assign(y=t.y.where(~train_rows | (t.y!=2))), '2 has no labelled training image'),
+                         (t.assign(y=t.y.where(train_rows)), "split 'valid' has a known label"),
                          (t.assign(patient_id=np.where(t.index.isin([40, 70]), 'x', t.patient_id)), 'more than one split'), # 40 is unlabelled
-                         (t.assign(split='train'), "No row has split = 'valid'"), (t.drop(columns='y'), "no label column 'y'"),
+                         (t.assign(split='train'), "No row has split = 'valid'"),
+                         (t.drop(columns='y'), "no label column 'y'"),
                          (t.assign(Modality=np.where(t.y.notna(), 'DX', 'MR')), "Modality = 'MR'")):
         with pytest.raises(DataError, match=words): given(table)
-    with pytest.warns(UserWarning, match='may be out of scope'): given(t.assign(BodyPartExamined=np.where((t.index>57), 'HAND', 'KNEE')))
+    with pytest.warns(UserWarning, match='may be out of scope'):
+        given(t.assign(BodyPartExamined=np.where((t.index>57), 'HAND', 'KNEE')))
 
 def test_bad_settings_are_named():
-    for f, words in ((lambda: FixMatch(tau=2), 'tau is 2'), (lambda: FixMatch(threshold='firm'), 'threshold is'), (lambda: FixMatch(lambda_u=-1), 'lambda_u is -1'), (lambda: MixMatch(K=0), 'K 0'),
-                     (lambda: FixMatch(temperature=0), 'temperature is 0'), (lambda: MeanTeacher(decay=1), 'decay is 1'), (lambda: FreeThreshold(momentum=1), 'momentum is 1'), (lambda: SoftThreshold(sigmas=0), 'sigmas 0'),
-                     (lambda: FixMatch(collapse='no'), 'collapse is'), (lambda: class_shares([.5, .6], np.array([0, 1]), 2), 'align is'), (lambda: class_shares('even', np.array([0, 1]), 2), "align is 'even'")):
+    for f, words in ((lambda: FixMatch(tau=2), 'tau is 2'),
+            (lambda: FixMatch(threshold='firm'), 'threshold is'),
+            (lambda: FixMatch(lambda_u=-1), 'lambda_u is -1'), (lambda: MixMatch(K=0), 'K 0'),
+                     (lambda: FixMatch(temperature=0), 'temperature is 0'),
+                     (lambda: MeanTeacher(decay=1), 'decay is 1'),
+                     (lambda: FreeThreshold(momentum=1), 'momentum is 1'),
+                     (lambda: SoftThreshold(sigmas=0), 'sigmas 0'),
+                     (lambda: FixMatch(collapse='no'), 'collapse is'),
+                     (lambda: class_shares([.5, .6], np.array([0, 1]), 2), 'align is'),
+                     (lambda: class_shares('even', np.array([0, 1]), 2), "align is 'even'")):
         with pytest.raises(ModelError, match=words): f()
     store,t,labels = data()
-    with pytest.raises(DataError, match='loaders without unlabelled'): train(FixMatch(), dls=xray_dataloaders(store, t.assign(y=t.truth), labels, bs=8, device='cpu'))
+    with pytest.raises(DataError, match='loaders without unlabelled'):
+        train(FixMatch(), dls=xray_dataloaders(store, t.assign(y=t.truth), labels, bs=8, device='cpu'))
     dls = semi_dataloaders(store, t, labels, bs=N_L, mu=2, device='cpu')
     dls.train.after_batch.add(BatchAugment())
-    with pytest.raises(DataError, match='pass through BatchAugment before FixMatch'): train(FixMatch(), dls=dls)
+    with pytest.raises(DataError, match='pass through BatchAugment before FixMatch'):
+        train(FixMatch(), dls=dls)
     for cb in (FixMatch(suppress=.5), FixMatch(truth='truth')):
         with pytest.raises(ModelError, match='several labels'): train(cb, multi=True)
     with pytest.raises(DataError, match="no column 'scope'"): train(FixMatch(in_scope='scope'))
@@ -556,7 +626,9 @@ def test_collapse_is_named():
         def unlabelled_loss(self, rest):
             bias = torch.tensor([50., 0])
             return super().unlabelled_loss(rest + bias)
-    with pytest.raises(ModelError, match='100.0% of the guesses of epoch 0 are 0: the training has collapsed'): make(Lost(collapse='stop'), steps=10).fit_two_phase(1)
+    with pytest.raises(ModelError,
+            match='100.0% of the guesses of epoch 0 are 0: the training has collapsed'):
+        make(Lost(collapse='stop'), steps=10).fit_two_phase(1)
     with pytest.warns(UserWarning, match='Align the guesses'): make(Lost(), steps=10).fit_two_phase(1)
     learn = make(Lost(collapse='stop'), steps=10)
     with pytest.raises(ModelError): learn.fit_two_phase(1)

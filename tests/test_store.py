@@ -1,5 +1,16 @@
-"""The image store survives what happens in hospitals: kills, crashing decoders, full disks, locked folders, copies, lost cluster workers."""
-import errno, importlib.util, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+"""The image store survives what happens in hospitals: kills, crashing decoders, full disks, locked folders,
+copies, lost cluster workers."""
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +48,9 @@ def pictures(tmp_path):
     folder = tmp_path/'pictures'
     folder.mkdir()
     gen = np.random.default_rng(0)
-    for i in range(40): cv2.imwrite(str(folder/f'{i:02d}.png'), gen.integers(0, 255, (33, 44) if i in (11, 30) else (40, 50), dtype=np.uint8))
+    for i in range(40):
+        cv2.imwrite(str(folder/f'{i:02d}.png'), gen.integers(0, 255, (33, 44) if i in (11, 30) else (40, 50),
+            dtype=np.uint8))
     (folder/'07.png').write_text('a letter')
     return folder
 
@@ -54,14 +67,16 @@ def test_a_crashing_decoder_ends_only_its_file(pictures, tmp_path):
     assert len(store)==37
     causes = dict(zip((Path(p).name for p in store.errors.path), store.errors.cause))
     assert set(causes)=={'07.png', '11.png', '30.png'}
-    assert 'crashed' in causes['11.png'] and 'crashed' in causes['30.png'] and 'crashed' not in causes['07.png']
+    assert 'crashed' in causes['11.png'] and 'crashed' in causes['30.png'] and 'crashed' not in causes[
+        '07.png']
     assert not list((tmp_path/'store').rglob('*.now'))
 
 
 def test_a_run_that_a_file_killed_resumes_without_it(pictures, tmp_path):
     code = ("import sys; sys.path[:0]=[{tests!r}, {root!r}]\nfrom test_store import *\n"
             "if __name__=='__main__': print(len(preprocess_folder({src!r}, {out!r}, Killer(size=16), workers=1, show=False)))")
-    code = code.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1]), src=str(pictures), out=str(tmp_path/'store'))
+    code = code.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1]),
+        src=str(pictures), out=str(tmp_path/'store'))
     script = tmp_path/'go.py'
     script.write_text(code)
     runs = [subprocess.run([sys.executable, script], capture_output=True, text=True) for _ in range(3)]
@@ -72,7 +87,8 @@ def test_a_run_that_a_file_killed_resumes_without_it(pictures, tmp_path):
 def started(src, out, workers=1, r="recipe('knee', size=64)"):
     "A process that writes a store, as far as its imports."
     code = (f"import sys; sys.path[:0] = {[str(ROOT/'tests'), str(ROOT)]!r}\nfrom test_store import *\nif __name__=='__main__':\n"
-            f"    print('go', flush=True)\n    preprocess_folder({str(src)!r}, {str(out)!r}, {r}, workers={workers}, show=False, shard_size=4)\n")
+            f"    print('go', flush=True)\n    preprocess_folder({str(src)!r}, {str(out)!r}, {r}, "
+            f"workers={workers}, show=False, shard_size=4)\n")
     file = Path(out).with_suffix('.py')
     file.write_text(code)
     process = subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, text=True)
@@ -88,14 +104,17 @@ def test_killed_five_times_is_the_same_store(hospital, tmp_path, workers):
     gen, left = np.random.default_rng(workers), []
     for _ in range(5):
         have, process = shards(tmp_path/'store'), started(hospital/'dicom', tmp_path/'store', workers)
-        while process.poll() is None and shards(tmp_path/'store')<=have: time.sleep(.002) # each run gets somewhere, and is then killed at any moment
+        while process.poll() is None and shards(tmp_path/'store')<=have:
+            time.sleep(.002) # each run gets somewhere, and is then killed at any moment
         time.sleep(gen.uniform(0, .05))
         process.kill()
         process.wait()
         left.append((tmp_path/'store/index.parquet').exists())
     assert sum(left)<=1, 'the runs ended before they were killed'
-    killed = preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), workers=1, show=False)
-    preprocess_folder(hospital/'dicom', tmp_path/'whole', recipe('knee', size=64), workers=2, show=False, shard_size=4)
+    killed = preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), workers=1,
+        show=False)
+    preprocess_folder(hospital/'dicom', tmp_path/'whole', recipe('knee', size=64), workers=2, show=False,
+        shard_size=4)
     assert len(killed)>50 and not len(killed.verify())
     same(tmp_path/'store', tmp_path/'whole')
 
@@ -107,21 +126,24 @@ def test_two_files_of_a_shard_that_kill_their_process(pictures, tmp_path):
         if process.wait()==0: break
     assert process.returncode==0
     store = ImageStore(tmp_path/'store')
-    assert len(store)==36 and set(Path(p).name for p in store.errors.path)=={'07.png', '11.png', '12.png', '30.png'}
+    assert len(store)==36 and set(Path(p).name for p in store.errors.path)=={'07.png', '11.png', '12.png',
+        '30.png'}
 
 
 def test_two_runs_into_one_store(pictures, tmp_path):
     first = started(pictures, tmp_path/'store', r='Slow(size=16)')
     while first.poll() is None and not shards(tmp_path/'store'): time.sleep(.01)
     assert first.poll() is None
-    with pytest.raises(StoreError, match='Another run is writing'): preprocess_folder(pictures, tmp_path/'store', Slow(size=16), workers=1, shard_size=4)
+    with pytest.raises(StoreError, match='Another run is writing'):
+        preprocess_folder(pictures, tmp_path/'store', Slow(size=16), workers=1, shard_size=4)
     assert first.wait()==0
     store = preprocess_folder(pictures, tmp_path/'store', Slow(size=16), workers=1)
     assert len(store)==39 and not len(store.verify())
 
 
 def test_a_full_disk(pictures, tmp_path, monkeypatch):
-    "The disk is full in the midst of the third shard, and again while the index is written; each time the same call resumes."
+    """The disk is full in the midst of the third shard, and again while the index is written; each time the
+    same call resumes."""
     real, calls = os.fsync, [0]
     def full(fd, at):
         calls[0] += 1
@@ -131,11 +153,13 @@ def test_a_full_disk(pictures, tmp_path, monkeypatch):
     for at, done in ((1 + 2*4 + 2, 2), (3*4 + 2, 5)):
         monkeypatch.setattr(os, 'fsync', lambda fd, at=at: full(fd, at))
         calls[0] = 0
-        with pytest.raises(StoreError, match='No space left on device.*resumes'): preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, shard_size=8)
+        with pytest.raises(StoreError, match='No space left on device.*resumes'):
+            preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, shard_size=8)
         assert shards(tmp_path/'store')==done
         with pytest.raises(StoreError, match='incomplete'): ImageStore(tmp_path/'store')
     monkeypatch.undo()
-    assert preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1).fingerprint==whole.fingerprint
+    assert preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16),
+        workers=1).fingerprint==whole.fingerprint
     same(tmp_path/'store', tmp_path/'whole')
 
 
@@ -143,7 +167,8 @@ def test_a_full_disk(pictures, tmp_path, monkeypatch):
 def small_disk(folder: Path, size: str):
     "A file system of that size at `folder`; skips where none may be mounted."
     folder.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], capture_output=True, text=True) if shutil.which('mount') else None
+    done = (subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder],
+        capture_output=True, text=True) if shutil.which('mount') else None)
     if done is None or done.returncode: pytest.skip('no file system can be mounted here')
     try: yield folder
     finally: subprocess.run(['umount', folder], check=True)
@@ -152,7 +177,9 @@ def small_disk(folder: Path, size: str):
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_disk_that_is_really_full(pictures, tmp_path, workers):
     with small_disk(tmp_path/'disk', '200k') as disk:
-        with pytest.raises(StoreError, match='cannot be written.*No space left'): preprocess_folder(pictures, disk/'store', recipe('plain', size=96), workers=workers, shard_size=4, show=False)
+        with pytest.raises(StoreError, match='cannot be written.*No space left'):
+            preprocess_folder(pictures, disk/'store', recipe('plain', size=96), workers=workers, shard_size=4,
+                show=False)
         assert 0<shards(disk/'store')<10
         shutil.copytree(disk/'store', tmp_path/'store')
     store = preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=96), workers=1, show=False)
@@ -163,7 +190,8 @@ def test_copies_are_stored_once(hospital, tmp_path):
     truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
     first = hospital/'dicom'/truth[truth.broken==''].path.iloc[0]
     for name in ('a.dcm', 'b.dcm'): shutil.copy(first, tmp_path/name)
-    store = preprocess_folder([tmp_path/'a.dcm', tmp_path/'b.dcm'], tmp_path/'store', recipe('plain', size=32), workers=1, show=False)
+    store = preprocess_folder([tmp_path/'a.dcm', tmp_path/'b.dcm'], tmp_path/'store',
+        recipe('plain', size=32), workers=1, show=False)
     assert len(store)==1 and 'copy of a.dcm' in store.errors.cause.iloc[0]
 
 
@@ -192,8 +220,10 @@ def test_a_folder_that_cannot_be_written(pictures):
         (folder/'locked').mkdir()
         for p in (folder/'locked', folder/'store', folder/'store/shards'): p.chmod(0o555)
         become()
-        with pytest.raises(StoreError, match='cannot be written.*Permission denied'): preprocess_folder(folder/'pictures', folder/'locked/store', 'plain')
-        again = preprocess_folder(folder/'pictures', folder/'store', recipe('plain', size=16)) # whole: nothing is written
+        with pytest.raises(StoreError, match='cannot be written.*Permission denied'):
+            preprocess_folder(folder/'pictures', folder/'locked/store', 'plain')
+        # whole: nothing is written
+        again = preprocess_folder(folder/'pictures', folder/'store', recipe('plain', size=16))
         assert again.fingerprint==whole.fingerprint and not len(again.verify())
         with pytest.raises(StoreError, match='cannot be written'): again.to_png(folder/'locked/png')
 
@@ -202,18 +232,23 @@ def test_loader_workers_share_the_store(pictures, tmp_path):
     "A store goes to the processes of a DataLoader and gives the same images there."
     from torch.utils.data import DataLoader
     store = preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, show=False)
-    there = np.concatenate([b.numpy() for b in DataLoader(store, batch_size=8, num_workers=2, multiprocessing_context='spawn')])
+    there = np.concatenate([b.numpy() for b in DataLoader(store, batch_size=8, num_workers=2,
+        multiprocessing_context='spawn')])
     assert (there==np.stack(list(store))).all()
 
 
 @pytest.fixture
 def cluster(tmp_path, request):
-    "The address of a Dask scheduler with two workers, each a process of its own, and those processes, the scheduler last."
-    if importlib.util.find_spec('distributed') is None: pytest.skip('distributed is not installed: pip install radiology_ai[cluster]')
+    """The address of a Dask scheduler with two workers, each a process of its own, and those processes, the
+    scheduler last."""
+    if importlib.util.find_spec('distributed') is None:
+        pytest.skip('distributed is not installed: pip install radiology_ai[cluster]')
     nanny = getattr(request, 'param', '--no-nanny')
-    env = {**os.environ, 'PYTHONPATH': f"{ROOT}{os.pathsep}{ROOT/'tests'}", 'OMP_NUM_THREADS': '1', 'DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES': '3' if nanny=='--no-nanny' else '0'}
+    env = {**os.environ, 'PYTHONPATH': f"{ROOT}{os.pathsep}{ROOT/'tests'}", 'OMP_NUM_THREADS': '1',
+        'DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES': '3' if nanny=='--no-nanny' else '0'}
     file, processes = tmp_path/'scheduler.json', []
-    start = lambda name, *words: processes.append(subprocess.Popen([sys.executable, '-m', f'distributed.cli.dask_{name}', *words, '--scheduler-file', str(file), '--no-dashboard'],
+    start = lambda name, *words: processes.append(subprocess.Popen([sys.executable, '-m',
+        f'distributed.cli.dask_{name}', *words, '--scheduler-file', str(file), '--no-dashboard'],
                                                                   env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True))
     try:
         start('scheduler', '--host', '127.0.0.1', '--port', '0')
@@ -228,7 +263,8 @@ def cluster(tmp_path, request):
 
 
 def test_a_cluster_that_loses_a_worker(hospital, cluster, tmp_path):
-    "One of two workers is killed in the middle: nothing is lost, nothing comes twice, the bytes are those of one process."
+    """One of two workers is killed in the middle: nothing is lost, nothing comes twice, the bytes are those
+    of one process."""
     address, workers = cluster
     alive = []
     def kill():
@@ -237,10 +273,12 @@ def test_a_cluster_that_loses_a_worker(hospital, cluster, tmp_path):
         workers[0].kill()
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    there = preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), scheduler=address, show=False, shard_size=4)
+    there = preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), scheduler=address,
+        show=False, shard_size=4)
     killer.join(10)
     assert alive==[True] and workers[0].wait(10)==-signal.SIGKILL and workers[1].poll() is None
-    preprocess_folder(hospital/'dicom', tmp_path/'here', recipe('knee', size=64), workers=1, show=False, shard_size=4)
+    preprocess_folder(hospital/'dicom', tmp_path/'here', recipe('knee', size=64), workers=1, show=False,
+        shard_size=4)
     assert not there.index.path.duplicated().any() and not len(there.verify())
     same(tmp_path/'store', tmp_path/'here')
 
@@ -252,10 +290,13 @@ def test_a_scheduler_that_dies(hospital, cluster, tmp_path):
         while shards(tmp_path/'store')<3: time.sleep(.002)
         processes[-1].kill()
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(StoreError, match='cluster.*failed.*resumes'): preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), scheduler=address, show=False, shard_size=4)
+    with pytest.raises(StoreError, match='cluster.*failed.*resumes'):
+        preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), scheduler=address,
+            show=False, shard_size=4)
     assert 3<=shards(tmp_path/'store')<20 and not (tmp_path/'store/index.parquet').exists()
     preprocess_folder(hospital/'dicom', tmp_path/'store', recipe('knee', size=64), workers=1, show=False)
-    preprocess_folder(hospital/'dicom', tmp_path/'here', recipe('knee', size=64), workers=1, show=False, shard_size=4)
+    preprocess_folder(hospital/'dicom', tmp_path/'here', recipe('knee', size=64), workers=1, show=False,
+        shard_size=4)
     same(tmp_path/'store', tmp_path/'here')
 
 
@@ -263,10 +304,12 @@ def test_a_scheduler_that_dies(hospital, cluster, tmp_path):
 def test_a_cluster_worker_keeps_its_memory():
     "Page faults of ten large arrays under the environment that Dask's nanny sets."
     code = ("import resource, numpy as np\nfrom radiology_ai.preprocess.scale import _keep_memory\nif {keep}: _keep_memory()\n"
-            "def work(): return float(np.full(4_000_000, 2, np.float32).max())\nwork()\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "def work(): return float(np.full(4_000_000, 2, np.float32).max())\nwork()\nbefore = "
+            "resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for _ in range(10): work()\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
     env = {**os.environ, 'MALLOC_TRIM_THRESHOLD_': '65536', 'PYTHONPATH': str(ROOT)}
-    given, kept = (int(subprocess.run([sys.executable, '-c', code.format(keep=k)], env=env, capture_output=True, text=True, check=True).stdout) for k in (False, True))
+    given, kept = (int(subprocess.run([sys.executable, '-c', code.format(keep=k)], env=env,
+        capture_output=True, text=True, check=True).stdout) for k in (False, True))
     if given<100: pytest.skip('this C library keeps its memory anyway')
     assert kept<given/10
 
@@ -276,14 +319,17 @@ def test_a_file_that_kills_a_cluster_worker(pictures, cluster, tmp_path):
     "Nannies replace the workers that die; the file is listed."
     (pictures/'30.png').unlink()
     store = preprocess_folder(pictures, tmp_path/'store', Killer(size=16), scheduler=cluster[0], show=False)
-    assert len(store)==37 and dict(zip((Path(p).name for p in store.errors.path), store.errors.cause))['11.png']=='its decoder crashed'
+    assert len(store)==37 and dict(zip((Path(p).name for p in store.errors.path),
+        store.errors.cause))['11.png']=='its decoder crashed'
 
 
 def test_a_scheduler_that_is_not_there(pictures, tmp_path, monkeypatch):
-    pytest.importorskip('distributed', reason='distributed is not installed: pip install radiology_ai[cluster]')
+    pytest.importorskip('distributed',
+        reason='distributed is not installed: pip install radiology_ai[cluster]')
     from radiology_ai.preprocess import scale
     monkeypatch.setattr(scale._client.__wrapped__, '__defaults__', (1,))
-    with pytest.raises(StoreError, match='does not answer'): preprocess_folder(pictures, tmp_path/'store', 'plain', scheduler='tcp://127.0.0.1:1')
+    with pytest.raises(StoreError, match='does not answer'):
+        preprocess_folder(pictures, tmp_path/'store', 'plain', scheduler='tcp://127.0.0.1:1')
 
 
 # Bad input: a record with its reason or an error with its cause, never a crash, never a random crop
@@ -319,10 +365,12 @@ RECIPE_NAMES = ('knee', 'chest', 'plain')
 
 def is_whole(affine, shape, size: int):
     "Does the square show the film to its four corners, along its longer side from edge to edge?"
-    corners = Radiograph(np.zeros(shape, np.float32), affine=affine).from_stored([[0, 0], [shape[1], shape[0]]])
+    corners = Radiograph(np.zeros(shape, np.float32),
+        affine=affine).from_stored([[0, 0], [shape[1], shape[0]]])
     lengths = np.ptp(corners, axis=0)
     assert corners.min()>-1e-6 and corners.max()<size + 1e-6 and abs(lengths.max() - size)<1e-6
-    assert np.allclose(lengths, size*np.array(shape[::-1])/max(shape), atol=.51) # the shorter side is rounded to a pixel
+    # the shorter side is rounded to a pixel
+    assert np.allclose(lengths, size*np.array(shape[::-1])/max(shape), atol=.51)
     assert np.allclose(corners.mean(0), size/2, atol=.51)
 
 
@@ -336,7 +384,8 @@ def test_a_recipe_on_strange_pixels(kind, name):
         assert e.value.cause and e.value.remedy and kind in str(e.value)
         return
     out = recipe(name, size=64)(r)
-    assert out.shape==(64, 64) and np.isfinite(out.pixels).all() and 0<=out.pixels.min() and out.pixels.max()<=1
+    assert out.shape==(64, 64) and np.isfinite(
+        out.pixels).all() and 0<=out.pixels.min() and out.pixels.max()<=1
     is_whole(out.affine, r.shape, 64)
     if name=='knee': assert out.tags['knee_found'] is False and 'no knee' in out.tags['reason']
     if name!='plain' and kind in ('black', 'white', 'grey', 'smallest', 'long'): assert out.tags['reason']
@@ -355,17 +404,20 @@ def test_a_folder_of_strange_pictures(tmp_path):
         (stored if good else refused).add(kind)
     for name in RECIPE_NAMES:
         store = preprocess_folder(folder, tmp_path/name, recipe(name, size=64), workers=1, show=False)
-        assert {Path(p).stem for p in store.index.path}==stored and {Path(p).stem for p in store.errors.path}==refused
+        assert {Path(p).stem for p in store.index.path}==stored and {Path(p).stem
+            for p in store.errors.path}==refused
         assert (store.errors.cause!='').all() and (store.errors.remedy!='').all()
         assert not len(store.verify())
         for i, row in enumerate(store.index.itertuples()):
             shape = STRANGE[Path(row.path).stem][0]().shape
             is_whole(np.array(row.affine).reshape(3, 3), shape, 64)
-        if name=='knee': assert not store.index.knee_found.any() and store.index.reason.str.contains('no knee').all()
+        if name=='knee':
+            assert not store.index.knee_found.any() and store.index.reason.str.contains('no knee').all()
 
 
 def test_a_crop_is_only_made_around_a_knee(hospital):
-    "Each film of the hospital by the knee recipe: a box of its millimetres where a knee was found, else the whole."
+    """Each film of the hospital by the knee recipe: a box of its millimetres where a knee was found, else the
+    whole."""
     truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
     found = 0
     for path in truth[truth.broken==''].path:
@@ -383,5 +435,7 @@ def test_a_store_of_an_older_recipe(pictures, tmp_path):
     d = json.loads(file.read_text())
     d['recipe'] = {k: v for k, v in d['recipe'].items() if k!='background'} | {'version': 1}
     file.write_text(json.dumps(d))
-    with pytest.raises(StoreError, match='version 1.*Preprocess the files again'): ImageStore(tmp_path/'store')
-    with pytest.raises(StoreError, match='version 1.*Preprocess the files again'): preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, show=False)
+    with pytest.raises(StoreError, match='version 1.*Preprocess the files again'):
+        ImageStore(tmp_path/'store')
+    with pytest.raises(StoreError, match='version 1.*Preprocess the files again'):
+        preprocess_folder(pictures, tmp_path/'store', recipe('plain', size=16), workers=1, show=False)

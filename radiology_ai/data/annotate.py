@@ -31,7 +31,9 @@ def assign_readers(
     "One row for each image and reader: `image_id`, `reader`, `block` (from 0). Loads differ by one at most."
     images,readers = list(images),list(readers)
     if len(set(images))<len(images): raise DataError("An image is there twice", "Give each image_id once")
-    if not images or not 1<=n<=len(set(readers))==len(readers): raise DataError(f"{len(images)} images, {len(readers)} readers, {n} of them for an image", "Give images, and at least n readers of different names")
+    if not images or not 1<=n<=len(set(readers))==len(readers):
+        raise DataError(f"{len(images)} images, {len(readers)} readers, {n} of them for an image",
+            "Give images, and at least n readers of different names")
     if not 0<=overlap<=1: raise DataError(f"overlap is {overlap}", "Give a share from 0 to 1")
     gen = rng(seed, 'readers')
     load,met = np.zeros(len(readers)),np.zeros((len(readers),)*2)
@@ -44,7 +46,8 @@ def assign_readers(
             load[chosen[-1]] += 1
         for r in chosen: met[r, chosen] += 1
         rows += [(images[i], readers[r], int(load[r]-1)//block) for r in chosen]
-    return pd.DataFrame(rows, columns=['image_id', 'reader', 'block']).sort_values(['reader', 'block'], kind='stable', ignore_index=True)
+    return pd.DataFrame(rows, columns=['image_id', 'reader', 'block']).sort_values(['reader', 'block'],
+        kind='stable', ignore_index=True)
 
 # %% ../../nbs/35_data.annotate.ipynb #74e52149
 class Question(NamedTuple):
@@ -56,9 +59,12 @@ class Question(NamedTuple):
 _SHEET,_LISTS = 'read','answers'
 
 def _questions(questions) -> list:
-    out = [q if isinstance(q, Question) else Question(*q) for q in ([questions] if isinstance(questions, Question) else questions)]
+    out = [q if isinstance(q, Question) else Question(*q)
+        for q in ([questions] if isinstance(questions, Question) else questions)]
     names = [q.name for q in out]
-    if not out or len(set(names))<len(names) or {'image_id', 'reader', 'comment'} & set(names): raise DataError(f"The questions are {names}", "Give each a name of its own, other than image_id, reader and comment")
+    if not out or len(set(names))<len(names) or {'image_id', 'reader', 'comment'} & set(names):
+        raise DataError(f"The questions are {names}",
+            "Give each a name of its own, other than image_id, reader and comment")
     return out
 
 def _write_excel(path, table, questions):
@@ -78,11 +84,15 @@ def _write_excel(path, table, questions):
         letter,column = get_column_letter(j),get_column_letter(list(table.columns).index(q.name)+1)
         for i,v in enumerate([q.name, *map(str, q.answers)], 1): lists[f'{letter}{i}'] = v
         if not q.answers: continue
-        rule = DataValidation('list', formula1=f"{_LISTS}!${letter}$2:${letter}${len(q.answers)+1}", allow_blank=True, showErrorMessage=True, errorTitle=q.name, error='Choose an answer of the list',
-                              showInputMessage=bool(q.help), promptTitle=q.name[:32], prompt=q.help[:255] or None)
+        rule = DataValidation('list', formula1=f"{_LISTS}!${letter}$2:${letter}${len(q.answers)+1}",
+            allow_blank=True, showErrorMessage=True, errorTitle=q.name, error='Choose an answer of the list',
+                              showInputMessage=bool(q.help), promptTitle=q.name[:32],
+                              prompt=q.help[:255] or None)
         sheet.add_data_validation(rule)
         rule.add(f'{column}2:{column}{len(table)+1}')
-    for j,name in enumerate(table.columns, 1): sheet.column_dimensions[get_column_letter(j)].width = max(12, min(60, 2+max(map(len, [str(name), *table[name].astype(str)]))))
+    for j,name in enumerate(table.columns, 1):
+        sheet.column_dimensions[get_column_letter(j)].width = max(12,
+            min(60, 2+max(map(len, [str(name), *table[name].astype(str)]))))
     book.save(path)
 
 def write_templates(
@@ -91,34 +101,47 @@ def write_templates(
     folder,                    # where the tables go, one a reader and block
     kind: str='xlsx',          # xlsx or csv
 ) -> list[Path]:
-    "Write the tables that readers fill in; files that are there are not overwritten, since they may hold answers."
+    """Write the tables that readers fill in; files that are there are not overwritten, since they may hold
+    answers."""
     questions,folder = _questions(questions),Path(folder)
     if kind not in ('xlsx', 'csv'): raise DataError(f"kind is {kind!r}", "Choose xlsx or csv")
-    if missing := [c for c in ('image_id', 'reader') if c not in assignment]: raise DataError(f"The assignment has no column {missing[0]!r}", "Give a table of `assign_readers`")
+    if missing := [c for c in ('image_id', 'reader') if c not in assignment]:
+        raise DataError(f"The assignment has no column {missing[0]!r}", "Give a table of `assign_readers`")
     jobs = {}
-    for (reader,block),rows in assignment.groupby(['reader', assignment['block'] if 'block' in assignment else pd.Series(0, assignment.index, name='block')], sort=True):
+    for (reader,block),rows in assignment.groupby(['reader',
+            assignment['block'] if 'block' in assignment else pd.Series(0, assignment.index, name='block')],
+            sort=True):
         path = folder/f"{''.join(c if c.isalnum() else '_' for c in str(reader))}_{block}.{kind}"
-        if path.exists() or path in jobs: raise DataError(f"{path} is there already", "Give another folder, or move the file away")
+        if path.exists() or path in jobs:
+            raise DataError(f"{path} is there already", "Give another folder, or move the file away")
         shown = rows[['image_id', 'reader', *(c for c in rows if c not in ('image_id', 'reader', 'block'))]]
         jobs[path] = shown.assign(**{q.name: '' for q in questions}, comment='')
     for path,table in jobs.items():
-        with atomic_path(path) as tmp: table.to_csv(tmp, index=False, encoding='utf-8-sig') if kind=='csv' else _write_excel(tmp, table, questions)
+        with atomic_path(path) as tmp:
+            table.to_csv(tmp, index=False, encoding='utf-8-sig') if kind=='csv' else _write_excel(tmp, table,
+                questions)
     return list(jobs)
 
 # %% ../../nbs/35_data.annotate.ipynb #0298eb8d
-VOTES = ['image_id', 'reader', 'question', 'value', 'comment', 'file', 'row'] # the columns of a table of votes
+# the columns of a table of votes
+VOTES = ['image_id', 'reader', 'question', 'value', 'comment', 'file', 'row']
 
 def _read_table(path: Path) -> pd.DataFrame:
     "All cells of a template as text, empty ones as ''."
     if path.suffix.lower()!='.xlsx':
-        return read_labels(path).astype(object).where(lambda d: d.notna(), '').map(lambda v: str(int(v)) if isinstance(v, float) and v==int(v) else str(v).strip())
+        return read_labels(path).astype(object).where(lambda d: d.notna(),
+            '').map(lambda v: str(int(v)) if isinstance(v, float) and v==int(v) else str(v).strip())
     import zipfile
+
     from openpyxl import load_workbook
     try: book = load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as e: raise DataError(f"{path.name} is not a readable Excel file", "Save it as .xlsx or as CSV") from e
-    rows = list((book[_SHEET] if _SHEET in book.sheetnames else book.worksheets[0]).iter_rows(values_only=True))
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as e:
+        raise DataError(f"{path.name} is not a readable Excel file", "Save it as .xlsx or as CSV") from e
+    rows = list((book[_SHEET] if _SHEET in book.sheetnames
+        else book.worksheets[0]).iter_rows(values_only=True))
     book.close()
-    text = lambda v: '' if v is None else str(int(v)) if isinstance(v, float) and v==int(v) else str(v).strip()
+    text = lambda v: '' if v is None else str(int(v)) if isinstance(v,
+        float) and v==int(v) else str(v).strip()
     rows = [[text(v) for v in r] for r in rows]
     if not rows: raise DataError(f"{path.name} is empty", "Fill in the template")
     return pd.DataFrame(rows[1:], columns=rows[0]).loc[:, [bool(c) for c in rows[0]]]
@@ -126,7 +149,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _file_votes(path, questions, given):
     "The votes and the problems of one file."
     table,votes,problems = _read_table(path),[],[]
-    if missing := [c for c in ('image_id', 'reader', *(q.name for q in questions)) if c not in table]: return [],[f"{path.name}: there is no column {missing[0]!r} (columns: {', '.join(table.columns)})"]
+    if missing := [c for c in ('image_id', 'reader', *(q.name for q in questions)) if c not in table]:
+        return [],[f"{path.name}: there is no column {missing[0]!r} (columns: {', '.join(table.columns)})"]
     for i,row in enumerate(table.to_dict('records'), 2):
         answers = {q.name: row[q.name] for q in questions if row[q.name]!=''}
         if not answers: continue
@@ -136,8 +160,11 @@ def _file_votes(path, questions, given):
         for q in questions:
             if (v := answers.get(q.name)) is None: continue
             known = {str(a).casefold(): a for a in q.answers}
-            if q.answers and v.casefold() not in known: problems.append(f"{path.name}, row {i}, column {q.name!r}: {v!r} is not one of {', '.join(map(str, q.answers))}")
-            else: votes.append((row['image_id'], row['reader'], q.name, known.get(v.casefold(), v), row.get('comment', ''), path.name, i))
+            if q.answers and v.casefold() not in known:
+                problems.append(f"{path.name}, row {i}, column {q.name!r}: {v!r} is not one of {', '.join(map(str, q.answers))}")
+            else:
+                votes.append((row['image_id'], row['reader'], q.name, known.get(v.casefold(), v),
+                    row.get('comment', ''), path.name, i))
     return votes,problems
 
 def read_templates(
@@ -149,8 +176,11 @@ def read_templates(
     "The votes (columns `VOTES`), one row for an image, a reader and a question that was answered."
     questions = _questions(questions)
     if errors not in ('raise', 'list'): raise DataError(f"errors is {errors!r}", "Choose 'raise' or 'list'")
-    files = sorted(p for p in Path(files).iterdir() if p.suffix.lower() in ('.xlsx', '.csv') and p.name[0] not in '.~') if isinstance(files, (str, Path)) and Path(files).is_dir() else [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
-    given = None if assignment is None else set(zip(assignment.image_id.astype(str), assignment.reader.astype(str)))
+    files = (sorted(p for p in Path(files).iterdir() if p.suffix.lower() in ('.xlsx', '.csv')
+        and p.name[0] not in '.~') if isinstance(files, (str, Path)) and Path(files).is_dir()
+        else [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)])
+    given = (None if assignment is None else set(zip(assignment.image_id.astype(str),
+        assignment.reader.astype(str))))
     votes,problems = [],[]
     for f in files:
         try: v,p = _file_votes(f, questions, given)
@@ -159,10 +189,15 @@ def read_templates(
     votes = pd.DataFrame(votes, columns=VOTES)
     key = ['image_id', 'reader', 'question']
     torn = votes[votes.groupby(key).value.transform('nunique')>1] if len(votes) else votes
-    problems += [f"{g.file.iloc[-1]}, row {g.row.iloc[-1]}, column {k[2]!r}: reader {k[1]!r} answers {g.value.iloc[-1]!r} for {k[0]!r}, and {g.value.iloc[0]!r} in {g.file.iloc[0]}, row {g.row.iloc[0]}" for k,g in torn.groupby(key, sort=False)]
+    problems += [f"{g.file.iloc[-1]}, row {g.row.iloc[-1]}, column {k[2]!r}: reader {k[1]!r} answers "
+        f"{g.value.iloc[-1]!r} for {k[0]!r}, and {g.value.iloc[0]!r} in {g.file.iloc[0]}, row {g.row.iloc[0]}"
+        for k,g in torn.groupby(key, sort=False)]
     votes = votes.drop(torn.index).drop_duplicates(key, ignore_index=True)
     if errors=='list': return votes,problems
-    if problems: raise DataError(f"{len(problems)} cells cannot be used: {'; '.join(problems[:5])}{'; ...' if len(problems)>5 else ''}", "Mend them, or call with errors='list' to go on with the others")
+    if problems:
+        raise DataError(f"{len(problems)} cells cannot be used: "
+            f"{'; '.join(problems[:5])}{'; ...' if len(problems)>5 else ''}",
+            "Mend them, or call with errors='list' to go on with the others")
     return votes
 
 # %% ../../nbs/35_data.annotate.ipynb #9d5f9522
@@ -175,15 +210,18 @@ class Kappa(NamedTuple):
 
 def _answers(*columns):
     "The different answers in order, and the columns as numbers of them, -1 where missing."
-    values = pd.Series(np.concatenate([np.asarray(c, object) for c in columns]), dtype=object).dropna().unique().tolist()
+    values = pd.Series(np.concatenate([np.asarray(c, object) for c in columns]),
+        dtype=object).dropna().unique().tolist()
     try: values = sorted(values)
     except TypeError: values = sorted(values, key=str)
     return values,[pd.Categorical(pd.Series(c, dtype=object), categories=values).codes for c in columns]
 
 def _drawn(statistic, n, repeats, seed):
     "`statistic(weights)` for images drawn anew: the 95 % interval."
-    draws = [statistic(np.bincount(g.integers(0, n, n), minlength=n).astype(float)) for g in (rng(seed, 'kappa', k) for k in range(repeats))]
-    return tuple(float(v) for v in np.nanpercentile(draws, [2.5, 97.5])) if np.isfinite(draws).any() else (np.nan, np.nan)
+    draws = [statistic(np.bincount(g.integers(0, n, n), minlength=n).astype(float))
+        for g in (rng(seed, 'kappa', k) for k in range(repeats))]
+    return (tuple(float(v) for v in np.nanpercentile(draws, [2.5, 97.5])) if np.isfinite(draws).any()
+        else (np.nan, np.nan))
 
 def cohen_kappa(
     a,                # (N,) answers of one reader; None or NaN where there is none
@@ -193,8 +231,11 @@ def cohen_kappa(
     seed: int=0,
 ) -> Kappa:
     "Agreement of two readers on the images that both have read."
-    if len(a)!=len(b): raise DataError(f"One reader has {len(a)} answers, the other {len(b)}", "Give answers to the same images")
-    if weights not in (None, 'linear', 'quadratic'): raise DataError(f"weights is {weights!r}", "Choose None, 'linear' or 'quadratic'")
+    if len(a)!=len(b):
+        raise DataError(f"One reader has {len(a)} answers, the other {len(b)}",
+            "Give answers to the same images")
+    if weights not in (None, 'linear', 'quadratic'):
+        raise DataError(f"weights is {weights!r}", "Choose None, 'linear' or 'quadratic'")
     values,(a,b) = _answers(a, b)
     a,b = a[(both:=(a>=0) & (b>=0))],b[both]
     if not len(a): return Kappa(np.nan, np.nan, np.nan, 0)
@@ -212,7 +253,8 @@ def fleiss_kappa(
     repeats: int=500,    # of the interval
     seed: int=0,
 ) -> Kappa:
-    "Agreement of all readers on the images that two or more have read; each pair of votes counts, images with more readers not more."
+    """Agreement of all readers on the images that two or more have read; each pair of votes counts, images
+    with more readers not more."""
     values,(codes,) = _answers(votes.value)
     counts = pd.crosstab(votes.image_id, codes).to_numpy(float)
     counts = counts[counts.sum(1)>1]
@@ -228,12 +270,15 @@ def agreement(
     votes: pd.DataFrame, # of `read_templates`
     weights=None,        # as for `cohen_kappa`
 ) -> pd.DataFrame:
-    "Kappa of each pair of readers, and of all (Fleiss), for each question: columns question, readers, kappa, low, high, n."
+    """Kappa of each pair of readers, and of all (Fleiss), for each question: columns question, readers,
+    kappa, low, high, n."""
     rows = []
     for question,v in votes.groupby('question', sort=False):
         wide = v.pivot(index='image_id', columns='reader', values='value')
         for i,a in enumerate(wide.columns):
-            for b in wide.columns[i+1:]: rows.append((question, f'{a}, {b}', *cohen_kappa(wide[a].tolist(), wide[b].tolist(), weights)))
+            for b in wide.columns[i+1:]:
+                rows.append((question, f'{a}, {b}', *cohen_kappa(wide[a].tolist(), wide[b].tolist(),
+                    weights)))
         rows.append((question, 'all', *fleiss_kappa(v)))
     return pd.DataFrame(rows, columns=['question', 'readers', 'kappa', 'low', 'high', 'n'])
 
@@ -248,7 +293,8 @@ def majority(
     out = best.groupby('image_id').agg(value=('value', 'first'), k=('k', 'first'), ties=('value', 'size'))
     out['n'] = votes.groupby('image_id').size()
     out['tie'] = out.ties>1
-    return out.assign(value=out.value.astype(object).where(~out.tie, None), share=out.k/out.n)[['value', 'share', 'n', 'tie']]
+    return out.assign(value=out.value.astype(object).where(~out.tie, None),
+        share=out.k/out.n)[['value', 'share', 'n', 'tie']]
 
 class Consensus(NamedTuple):
     "What Dawid and Skene's model makes of votes."
@@ -283,9 +329,11 @@ def dawid_skene(
         moved,share = np.abs(new-share).max(),new
         if moved<1e-7: break
     best = share.max(1)
-    labels = pd.DataFrame(dict(value=pd.array([values[j] for j in share.argmax(1)], dtype=object), share=best, n=np.bincount(i)), index=pd.Index(images, name='image_id'))
+    labels = pd.DataFrame(dict(value=pd.array([values[j] for j in share.argmax(1)], dtype=object), share=best,
+        n=np.bincount(i)), index=pd.Index(images, name='image_id'))
     labels['tie'] = best<=sure
-    return Consensus(labels, pd.DataFrame(share, labels.index, values), dict(zip(readers, confusion)), pd.Series(prevalence, values))
+    return Consensus(labels, pd.DataFrame(share, labels.index, values), dict(zip(readers, confusion)),
+        pd.Series(prevalence, values))
 
 # %% ../../nbs/35_data.annotate.ipynb #1897e396
 def next_readers(
@@ -298,7 +346,9 @@ def next_readers(
     load = {r: int((assignment.reader==r).sum()) for r in readers}
     had,gen,rows = assignment.groupby('image_id').reader.agg(set).to_dict(),rng(seed, 'next'),[]
     ties = list(labels.index[labels.tie])
-    if spent := [i for i in ties if not set(readers)-had.get(i, set())]: raise DataError(f"All readers have read {len(spent)} images with a tie (such as {spent[0]})", "Name another reader, or let them talk it over")
+    if spent := [i for i in ties if not set(readers)-had.get(i, set())]:
+        raise DataError(f"All readers have read {len(spent)} images with a tie (such as {spent[0]})",
+            "Name another reader, or let them talk it over")
     for i in ties:
         r = min((r for r in readers if r not in had.get(i, set())), key=lambda r: (load[r], gen.random()))
         load[r] += 1
@@ -321,9 +371,12 @@ def add_labels(
     "`history` with rows for the labels that are new or have changed."
     when = pd.Timestamp.now('UTC') if when is None else pd.Timestamp(when)
     when = when.tz_localize('UTC') if when.tzinfo is None else when.tz_convert('UTC')
-    values = (labels['value'] if isinstance(labels, pd.DataFrame) else pd.Series(labels, dtype=object)).dropna()
+    values = (labels['value'] if isinstance(labels, pd.DataFrame)
+        else pd.Series(labels, dtype=object)).dropna()
     history = pd.DataFrame(columns=HISTORY) if history is None else history
-    if len(history) and when<history.when.max(): raise DataError(f"The history ends on {history.when.max()}, the labels are of {when}", "Labels are added in the order of time")
+    if len(history) and when<history.when.max():
+        raise DataError(f"The history ends on {history.when.max()}, the labels are of {when}",
+            "Labels are added in the order of time")
     old = labels_at(history, label)
     new = [(i, label, v, source, when, why) for i,v in values.items() if i not in old.index or old[i]!=v]
     if not new: return history

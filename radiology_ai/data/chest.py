@@ -24,7 +24,8 @@ from .tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
 def _numbers(df, columns, found, file) -> pd.DataFrame:
     "`df` with `columns` as floats; cells that are no numbers are problems and become NaN."
     out = {c: pd.to_numeric(df[c], errors='coerce') for c in columns if c in df}
-    for c,v in out.items(): found += name_rows(df, v.isna() & df[c].notna(), c, lambda v: f"{v!r} is no number", file)
+    for c,v in out.items():
+        found += name_rows(df, v.isna() & df[c].notna(), c, lambda v: f"{v!r} is no number", file)
     return df.assign(**out)
 
 def _ages(df, found, notes, file) -> pd.Series:
@@ -43,14 +44,19 @@ def _inside(boxes, images, found, file) -> pd.DataFrame:
 
 def _unknown(df, wrong, column, known, found, file):
     "Problems for cells that hold a word which is not `known`."
-    def why(v): return f"{v!r} is not known" + (f"; did you mean {near[0]!r}?" if (near := difflib.get_close_matches(str(v), known, 1)) else '')
+    def why(v):
+        return f"{v!r} is not known" + (f"; did you mean {near[0]!r}?"
+            if (near := difflib.get_close_matches(str(v), known, 1)) else '')
     found += name_rows(df, wrong, column, why, file)
 
 # %% ../../nbs/31_data.chest.ipynb #02aad073
-NIH14 = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltration', 'Mass', 'Nodule', 'Pneumonia', 'Pneumothorax', 'Consolidation', 'Edema', 'Emphysema', 'Fibrosis',
+NIH14 = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltration', 'Mass', 'Nodule', 'Pneumonia',
+    'Pneumothorax', 'Consolidation', 'Edema', 'Emphysema', 'Fibrosis',
          'Pleural_Thickening', 'Hernia')
-_NIH = dict(image_id='Image Index', findings='Finding Labels', followup='Follow-up #', patient_id='Patient ID', age='Patient Age', sex='Patient Gender', view='View Position',
-            original_width='OriginalImage[Width', original_height='Height]', original_spacing='OriginalImagePixelSpacing[x?')
+_NIH = dict(image_id='Image Index', findings='Finding Labels', followup='Follow-up #',
+    patient_id='Patient ID', age='Patient Age', sex='Patient Gender', view='View Position',
+            original_width='OriginalImage[Width', original_height='Height]',
+            original_spacing='OriginalImagePixelSpacing[x?')
 _ADJUDICATED = ('Fracture', 'Pneumothorax', 'Airspace opacity', 'Nodule or mass')
 
 def chestxray14(
@@ -65,15 +71,18 @@ def chestxray14(
     "ChestX-ray14: labels `NIH14`, boxes on images of 1024 x 1024."
     file,found,notes = Path(entries).name,[],[]
     df = read_table(entries, _NIH, found)
-    df = df.assign(path=df.image_id, study_id=df.image_id.str.rsplit('.', n=1).str[0], height=1024, width=1024, age=_ages(df, found, notes, file))
+    df = df.assign(path=df.image_id, study_id=df.image_id.str.rsplit('.', n=1).str[0], height=1024,
+        width=1024, age=_ages(df, found, notes, file))
     df = _numbers(df, ('followup', 'original_width', 'original_height', 'original_spacing'), found, file)
     labels = _nih_labels(df, tree, found, file)
     df = df.join(labels)
     if train_val is not None: df['split'] = _official(df, train_val)
-    if adjudicated is not None: df = df.merge(_adjudicated(adjudicated, df, found), on='image_id', how='left').set_axis(df.index)
+    if adjudicated is not None:
+        df = df.merge(_adjudicated(adjudicated, df, found), on='image_id', how='left').set_axis(df.index)
     if boxes is not None: boxes = _nih_boxes(boxes, df, found)
     more = [f'{c}_adjudicated' for c in _ADJUDICATED] if adjudicated is not None else []
-    return make_dataset(df, [*labels, *more], images=images, boxes=boxes, found=found, notes=notes, errors=errors, file=file)
+    return make_dataset(df, [*labels, *more], images=images, boxes=boxes, found=found, notes=notes,
+        errors=errors, file=file)
 
 def _nih_labels(df, tree, found, file) -> pd.DataFrame:
     "The 14 findings (or the categories of `tree`) as 1, 0 and NaN."
@@ -84,7 +93,8 @@ def _nih_labels(df, tree, found, file) -> pd.DataFrame:
     _unknown(rows, pd.Series(True, rows.index), 'findings', [*known.values()], found, file)
     none = terms[terms.str.lower()=='no finding'].index
     both = terms.index.isin(none) & (terms.str.lower()!='no finding')
-    found += name_rows(df, df.index.isin(terms.index[both]) & pd.Series(True, df.index), 'findings', lambda v: f"{v!r} contradicts itself", file)
+    found += name_rows(df, df.index.isin(terms.index[both]) & pd.Series(True, df.index), 'findings',
+        lambda v: f"{v!r} contradicts itself", file)
     flat = LabelTree(NIH14, ('',)*14, ('',)*14)
     mapping = chest_terms('nih14') if tree is not None else {c.lower(): (c,) for c in NIH14}
     out = (tree or flat).from_terms(terms, mapping, df.index, unjudged=odd.index)
@@ -95,12 +105,15 @@ def _official(df, path) -> np.ndarray:
     if not Path(path).is_file(): raise DataError(f"There is no file {path}", "Give train_val_list.txt")
     listed = set(pd.read_csv(path, header=None, dtype=str)[0].str.strip())
     inside = df.image_id.isin(listed)
-    if not inside.any(): raise DataError(f"{Path(path).name} names none of the {len(df)} images", "Give the official train_val_list.txt")
+    if not inside.any():
+        raise DataError(f"{Path(path).name} names none of the {len(df)} images",
+            "Give the official train_val_list.txt")
     return np.where(inside, 'train', 'test')
 
 def _nih_boxes(path, df, found) -> pd.DataFrame:
     file = Path(path).name
-    b = _numbers(read_table(path, dict(image_id='Image Index', label='Finding Label', x='Bbox [x', y='y', w='w', h='h]'), found), 'xywh', found, file)
+    b = _numbers(read_table(path, dict(image_id='Image Index', label='Finding Label', x='Bbox [x', y='y',
+        w='w', h='h]'), found), 'xywh', found, file)
     b['label'] = b.label.replace('Infiltrate', 'Infiltration')
     _unknown(b, ~b.label.isin(NIH14), 'label', NIH14, found, file)
     b = b.assign(x1=b.x, y1=b.y, x2=b.x+b.w, y2=b.y+b.h)[b.label.isin(NIH14)]
@@ -108,14 +121,18 @@ def _nih_boxes(path, df, found) -> pd.DataFrame:
 
 def _adjudicated(path, df, found) -> pd.DataFrame:
     file = Path(path).name
-    t = read_table(path, dict(image_id='Image Index', adjudicated_set='Set Id?', **{c: c for c in _ADJUDICATED}), found)
-    for c in _ADJUDICATED: _unknown(t, ~t[c].isin(['YES', 'NO']) & t[c].notna(), c, ['YES', 'NO'], found, file)
+    t = read_table(path, dict(image_id='Image Index', adjudicated_set='Set Id?',
+        **{c: c for c in _ADJUDICATED}), found)
+    for c in _ADJUDICATED:
+        _unknown(t, ~t[c].isin(['YES', 'NO']) & t[c].notna(), c, ['YES', 'NO'], found, file)
     found += name_rows(t, ~t.image_id.isin(df.image_id), 'image_id', 'there is no such image', file)
     found += name_rows(t, t.image_id.duplicated(), 'image_id', 'this image was there before', file)
-    return t.assign(**{f'{c}_adjudicated': t[c].map({'YES': 1., 'NO': 0.}) for c in _ADJUDICATED}).drop(columns=list(_ADJUDICATED)).drop_duplicates('image_id')
+    return t.assign(**{f'{c}_adjudicated': t[c].map({'YES': 1., 'NO': 0.})
+        for c in _ADJUDICATED}).drop(columns=list(_ADJUDICATED)).drop_duplicates('image_id')
 
 # %% ../../nbs/31_data.chest.ipynb #3c5519ea
-_PADCHEST = dict(image_id='ImageID', folder='ImageDir', date='StudyDate_DICOM', study_id='StudyID', patient_id='PatientID', birth='PatientBirth', sex='PatientSex_DICOM',
+_PADCHEST = dict(image_id='ImageID', folder='ImageDir', date='StudyDate_DICOM', study_id='StudyID',
+    patient_id='PatientID', birth='PatientBirth', sex='PatientSex_DICOM',
                  projection='Projection', pediatric='Pediatric?', labelled_by='MethodLabel?', terms='Labels')
 _PROJECTIONS = {'PA': 'PA', 'AP': 'AP', 'AP_horizontal': 'AP', 'L': 'LAT', 'COSTAL': '', 'EXCLUDE': ''}
 _NO_FINDINGS = ('normal', 'unchanged', 'exclude')
@@ -126,32 +143,42 @@ def padchest(
     images=None,          # the folder of the images
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "PadChest: the categories of the chest tree; also projection, age, sex, pediatric (1, 0), labelled_by, terms and unmapped (joined by |)."
+    """PadChest: the categories of the chest tree; also projection, age, sex, pediatric (1, 0), labelled_by,
+    terms and unmapped (joined by |)."""
     file,found,notes,tree = Path(labels).name,[],[],tree or chest_tree()
     df = read_table(labels, _PADCHEST, found)
-    _unknown(df, df.projection.notna() & ~df.projection.isin(_PROJECTIONS), 'projection', list(_PROJECTIONS), found, file)
-    found += name_rows(df, df.terms.notna() & ~df.terms.fillna('').str.match(r'^\[.*\]$'), 'terms', lambda v: f"{v!r} is no list of terms", file)
-    terms = df.terms.str.findall(r"""'([^']*)'|"([^"]*)\"""").explode().dropna().map(''.join).str.split().str.join(' ').loc[lambda s: s!='']
+    _unknown(df, df.projection.notna() & ~df.projection.isin(_PROJECTIONS), 'projection', list(_PROJECTIONS),
+        found, file)
+    found += name_rows(df, df.terms.notna() & ~df.terms.fillna('').str.match(r'^\[.*\]$'), 'terms',
+        lambda v: f"{v!r} is no list of terms", file)
+    terms = df.terms.str.findall(r"""'([^']*)'|"([^"]*)\"""").explode().dropna().map(
+        ''.join).str.split().str.join(' ').loc[lambda s: s!='']
     years = pd.to_numeric(df.date.str[:4], errors='coerce') - pd.to_numeric(df.birth, errors='coerce')
-    df = df.assign(path=df.folder.fillna('') + '/' + df.image_id, view=df.projection.map(_PROJECTIONS).fillna(''), age=years.where(years.between(0, 120)),
+    df = df.assign(path=df.folder.fillna('') + '/' + df.image_id,
+        view=df.projection.map(_PROJECTIONS).fillna(''), age=years.where(years.between(0, 120)),
                    terms=terms.groupby(level=0).agg('|'.join).reindex(df.index))
     if 'pediatric' in df: df['pediatric'] = df.pediatric.map({'PED': 1., 'No': 0.})
-    return make_dataset(*_padchest_labels(df, terms, tree, notes, file), images=images, found=found, notes=notes, errors=errors, file=file)
+    return make_dataset(*_padchest_labels(df, terms, tree, notes, file), images=images, found=found,
+        notes=notes, errors=errors, file=file)
 
 def _padchest_labels(df, terms, tree, notes, file) -> tuple[pd.DataFrame, list]:
     mapping,low = chest_terms('padchest'),terms.str.lower()
     strange = ~low.isin([*mapping, *_NO_FINDINGS])
     says = lambda word: df.index.isin(low.index[low==word])
     more = df.index.isin(low.index[low!='unchanged'])
-    vague = (says('suboptimal study') & ~says('normal')) | says('exclude') | df.index.isin(terms.index[strange]) | (says('unchanged') & ~more)
+    vague = (says('suboptimal study')
+        & ~says('normal')) | says('exclude') | df.index.isin(terms.index[strange]) | (says('unchanged')
+        & ~more)
     values = tree.from_terms(low[~strange], mapping, df.index, unjudged=df.index[vague], normal='normal')
     torn = says('normal') & values.isna().all(axis=1).to_numpy()
-    notes += name_rows(df, pd.Series(torn, df.index), 'terms', lambda v: f"{v!r} contradicts itself; its labels are taken as unknown", file)
+    notes += name_rows(df, pd.Series(torn, df.index), 'terms',
+        lambda v: f"{v!r} contradicts itself; its labels are taken as unknown", file)
     unmapped = terms[strange].groupby(level=0).agg('|'.join).reindex(df.index)
     return df.drop(columns=['folder', 'birth', 'date']).assign(unmapped=unmapped).join(values), list(values)
 
 # %% ../../nbs/31_data.chest.ipynb #9ab62b0b
-CHEXPERT = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax',
+CHEXPERT = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion',
+    'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax',
             'Pleural Effusion', 'Pleural Other', 'Fracture', 'Support Devices')
 
 def chexpert(
@@ -164,21 +191,30 @@ def chexpert(
     errors: str='raise',   # or 'list', as for `make_dataset`
 ) -> Dataset:
     "CheXpert: labels `CHEXPERT`; under the policy 'soft' values between 0 and 1."
-    if unmentioned not in ('unknown', 'zeros'): raise DataError(f"unmentioned is {unmentioned!r}", "Choose 'unknown' or 'zeros'")
+    if unmentioned not in ('unknown', 'zeros'):
+        raise DataError(f"unmentioned is {unmentioned!r}", "Choose 'unknown' or 'zeros'")
     file,found,notes = Path(labels).name,[],[]
-    df = read_table(labels, dict(path='Path', sex='Sex?', age='Age?', side='Frontal/Lateral?', projection='AP/PA?', **{c: c for c in CHEXPERT}), found)
+    df = read_table(labels, dict(path='Path', sex='Sex?', age='Age?', side='Frontal/Lateral?',
+        projection='AP/PA?', **{c: c for c in CHEXPERT}), found)
     part = df.path.str.extract(r'(?:^|/)(train|valid|test)/(patient\d+)/(study\d+)/([^/]+)\.\w+$')
-    found += name_rows(df, part[1].isna(), 'path', lambda v: f"{v!r} does not end in .../train/patient00001/study1/view1_frontal.jpg", file)
-    if 'side' not in df: df['side'] = part[3].str.extract('_(frontal|lateral)')[0].str.title() # the file of the test set has no such column
+    found += name_rows(df, part[1].isna(), 'path',
+        lambda v: f"{v!r} does not end in .../train/patient00001/study1/view1_frontal.jpg", file)
+    if 'side' not in df:
+        # the file of the test set has no such column
+        df['side'] = part[3].str.extract('_(frontal|lateral)')[0].str.title()
     _unknown(df, ~df.side.isin(['Frontal', 'Lateral']), 'side', ['Frontal', 'Lateral'], found, file)
-    df = df.assign(split=part[0], patient_id=part[1], study_id=part[1] + '/' + part[2], image_id=part[1] + '/' + part[2] + '/' + part[3])[part[1].notna()]
+    df = df.assign(split=part[0], patient_id=part[1], study_id=part[1] + '/' + part[2],
+        image_id=part[1] + '/' + part[2] + '/' + part[3])[part[1].notna()]
     frontal = df.projection.where(df.projection.isin(['AP', 'PA']), '') if 'projection' in df else ''
     df['view'] = np.where(df.side=='Lateral', 'LAT', frontal)
     if 'sex' in df: df['sex'] = df.sex.map({'Male': 'M', 'Female': 'F'})
-    if 'age' in df: df['age'] = _ages(df, found, notes, file).where(lambda a: a>0) # 0 is written for unknown patients
-    ds = make_dataset(df, grades=dict.fromkeys(CHEXPERT, (-1, 0, 1)), images=images, found=found, notes=notes, errors=errors, file=file)
+    if 'age' in df:
+        df['age'] = _ages(df, found, notes, file).where(lambda a: a>0) # 0 is written for unknown patients
+    ds = make_dataset(df, grades=dict.fromkeys(CHEXPERT, (-1, 0, 1)), images=images, found=found, notes=notes,
+        errors=errors, file=file)
     m,cells = ds.manifest,ds.manifest[list(CHEXPERT)]
-    return ds._replace(manifest=m.assign(**resolve_uncertain(cells.fillna(0) if unmentioned=='zeros' else cells, policy, soft, seed)))
+    return ds._replace(manifest=m.assign(**resolve_uncertain(cells.fillna(0) if unmentioned=='zeros'
+        else cells, policy, soft, seed)))
 
 # %% ../../nbs/31_data.chest.ipynb #41197cf7
 RSNA = ('Lung Opacity', 'Normal', 'No Lung Opacity / Not Normal')
@@ -191,27 +227,35 @@ def rsna_pneumonia(
     images=None,          # the folder of the images
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "RSNA pneumonia: labels `RSNA` (only the first without `classes`), boxes of 'Lung Opacity' on images of 1024 x 1024."
+    """RSNA pneumonia: labels `RSNA` (only the first without `classes`), boxes of 'Lung Opacity' on images of
+    1024 x 1024."""
     file,found,notes = Path(labels).name,[],[]
-    t = _numbers(read_table(labels, dict(image_id='patientId', x='x', y='y', w='width', h='height', target='Target'), found), [*'xywh', 'target'], found, file)
+    t = _numbers(read_table(labels, dict(image_id='patientId', x='x', y='y', w='width', h='height',
+        target='Target'), found), [*'xywh', 'target'], found, file)
     found += name_rows(t, ~t.target.isin([0, 1]), 'target', lambda v: f"{v!r} is not 1 or 0", file)
     found += name_rows(t, (t.target==0) & t.x.notna(), 'target', 'is 0, yet there is a box', file)
-    found += name_rows(t, t.groupby('image_id').target.transform('nunique')>1, 'target', 'the image has rows with 1 and with 0', file)
+    found += name_rows(t, t.groupby('image_id').target.transform('nunique')>1, 'target',
+        'the image has rows with 1 and with 0', file)
     df = t.drop_duplicates('image_id')[['image_id']].assign(height=1024, width=1024)
-    df = df.assign(path=df.image_id + '.dcm', patient_id=df.image_id, **{'Lung Opacity': df.image_id.map(t.groupby('image_id').target.max())})
+    df = df.assign(path=df.image_id + '.dcm', patient_id=df.image_id,
+        **{'Lung Opacity': df.image_id.map(t.groupby('image_id').target.max())})
     boxes = t.assign(label='Lung Opacity', x1=t.x, y1=t.y, x2=t.x+t.w, y2=t.y+t.h)[t.target==1]
     boxes = _inside(boxes[['image_id', 'label', *XYXY]], df, found, file)
     if classes is not None: df = _rsna_classes(classes, df, found, file)
     if headers is not None:
-        h = read_table(headers, dict(image_id='PatientID', age='PatientAge', sex='PatientSex', view='ViewPosition'), found)
+        h = read_table(headers, dict(image_id='PatientID', age='PatientAge', sex='PatientSex',
+            view='ViewPosition'), found)
         h['age'] = _ages(h, found, notes, Path(headers).name)
         df = df.merge(h.drop_duplicates('image_id'), on='image_id', how='left').set_axis(df.index)
     if match is not None:
-        n = read_table(match, dict(image_id='pid', nih_image_id='nih', nih_mse='mse'), found).drop_duplicates('image_id')
-        df = df.merge(_numbers(n, ['nih_mse'], found, Path(match).name), on='image_id', how='left').set_axis(df.index)
+        n = read_table(match, dict(image_id='pid', nih_image_id='nih', nih_mse='mse'),
+            found).drop_duplicates('image_id')
+        df = df.merge(_numbers(n, ['nih_mse'], found, Path(match).name), on='image_id',
+            how='left').set_axis(df.index)
         df['patient_id'] = df.nih_image_id.str[:8].str.lstrip('0').fillna(df.patient_id)
         df['study_id'] = df.nih_image_id.str.rsplit('.', n=1).str[0].fillna('')
-    return make_dataset(df, [c for c in RSNA if c in df], images=images, boxes=boxes, found=found, notes=notes, errors=errors, file=file)
+    return make_dataset(df, [c for c in RSNA if c in df], images=images, boxes=boxes, found=found,
+        notes=notes, errors=errors, file=file)
 
 def _rsna_classes(path, df, found, labels) -> pd.DataFrame:
     "`df`, which comes from the file `labels`, with the classes."
@@ -221,7 +265,8 @@ def _rsna_classes(path, df, found, labels) -> pd.DataFrame:
     found += name_rows(c, c.image_id.duplicated(), 'class', 'the image has another class above', file)
     c = c.drop_duplicates('image_id')
     one = df.merge(c, on='image_id', how='left').set_axis(df.index)
-    found += name_rows(one, one['class'].notna() & ((one['class']==RSNA[0])!=(one[RSNA[0]]==1)), 'class', lambda v: f"the class {v!r} does not fit the target", labels)
+    found += name_rows(one, one['class'].notna() & ((one['class']==RSNA[0])!=(one[RSNA[0]]==1)), 'class',
+        lambda v: f"the class {v!r} does not fit the target", labels)
     return one.assign(**{k: (one['class']==k).astype(float).where(one['class'].isin(RSNA)) for k in RSNA[1:]})
 
 # %% ../../nbs/31_data.chest.ipynb #eac731c4
@@ -237,27 +282,34 @@ def siim_pneumothorax(
     t = t.assign(label='Pneumothorax', path='', height=1024, width=1024)
     found += name_rows(t, t.rle.isna(), 'rle', 'is missing; an image without pneumothorax has -1', file)
     empty = t.rle.isin(['-1']) | t.rle.isna()
-    found += name_rows(t, empty & t.image_id.duplicated(keep=False), 'rle', 'is -1, yet the image has a mask', file)
+    found += name_rows(t, empty & t.image_id.duplicated(keep=False), 'rle', 'is -1, yet the image has a mask',
+        file)
     masks = t[~empty][['image_id', 'label', 'rle', 'path', 'height', 'width']]
     wrong = [Problem(*p, file) for p in mask_problems(masks)]
     masks = masks.drop(index={p.row for p in wrong})
     df = t.drop_duplicates('image_id')[['image_id', 'height', 'width']]
     known = df.image_id.isin(t.image_id[t.rle.notna()]) & ~df.image_id.isin([p.image for p in wrong])
-    df = df.assign(path=df.image_id + '.dcm', patient_id=df.image_id, Pneumothorax=df.image_id.isin(masks.image_id).astype(float).where(known))
+    df = df.assign(path=df.image_id + '.dcm', patient_id=df.image_id,
+        Pneumothorax=df.image_id.isin(masks.image_id).astype(float).where(known))
     if index is not None: df = _from_headers(df, index, found, file)
-    return make_dataset(df, 'Pneumothorax', images=images, masks=masks, found=[*found, *wrong], errors=errors, file=file)
+    return make_dataset(df, 'Pneumothorax', images=images, masks=masks, found=[*found, *wrong], errors=errors,
+        file=file)
 
 def _from_headers(df, index, found, file) -> pd.DataFrame:
     "`df` with patient, study, path, view and laterality of the DICOM headers."
-    names = {'SOPInstanceUID': 'image_id', 'PatientID': 'patient_id', 'StudyInstanceUID': 'study_id', 'path': 'path', 'view': 'view', 'laterality': 'laterality'}
-    if lost := [c for c in names if c not in index]: raise DataError(f"The index has no column {lost[0]!r}", "Give what `index_dicoms` returns")
+    names = {'SOPInstanceUID': 'image_id', 'PatientID': 'patient_id', 'StudyInstanceUID': 'study_id',
+        'path': 'path', 'view': 'view', 'laterality': 'laterality'}
+    if lost := [c for c in names if c not in index]:
+        raise DataError(f"The index has no column {lost[0]!r}", "Give what `index_dicoms` returns")
     h = index[list(names)].rename(columns=names).drop_duplicates('image_id')
-    found += name_rows(df, ~df.image_id.isin(h.image_id), 'image_id', 'no file of the index has this SOPInstanceUID', file)
+    found += name_rows(df, ~df.image_id.isin(h.image_id), 'image_id',
+        'no file of the index has this SOPInstanceUID', file)
     df = df[df.image_id.isin(h.image_id)]
     return df.drop(columns=['path', 'patient_id']).merge(h, on='image_id', how='left').set_axis(df.index)
 
 # %% ../../nbs/31_data.chest.ipynb #4e2a6c26
-VINBIG = ('Aortic enlargement', 'Atelectasis', 'Calcification', 'Cardiomegaly', 'Consolidation', 'ILD', 'Infiltration', 'Lung Opacity', 'Nodule/Mass', 'Other lesion', 'Pleural effusion',
+VINBIG = ('Aortic enlargement', 'Atelectasis', 'Calcification', 'Cardiomegaly', 'Consolidation', 'ILD',
+    'Infiltration', 'Lung Opacity', 'Nodule/Mass', 'Other lesion', 'Pleural effusion',
           'Pleural thickening', 'Pneumothorax', 'Pulmonary fibrosis')
 
 def vinbig(
@@ -267,21 +319,30 @@ def vinbig(
     images=None,          # the folder of the images
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "VinBig: labels `VINBIG` and 'No finding' by the readers' majority, `n_readers`, fused boxes with readers, votes and score."
+    """VinBig: labels `VINBIG` and 'No finding' by the readers' majority, `n_readers`, fused boxes with
+    readers, votes and score."""
     file,found = Path(labels).name,[]
-    t = read_table(labels, dict(image_id='image_id', label='class_name', reader='rad_id', x1='x_min', y1='y_min', x2='x_max', y2='y_max'), found)
+    t = read_table(labels, dict(image_id='image_id', label='class_name', reader='rad_id', x1='x_min',
+        y1='y_min', x2='x_max', y2='y_max'), found)
     t = _numbers(t, XYXY, found, file)
     vocab = [*VINBIG, 'No finding']
     _unknown(t, ~t.label.isin(vocab), 'label', vocab, found, file)
     found += name_rows(t, t.reader.isna(), 'reader', 'is missing', file)
-    found += name_rows(t, (t.label=='No finding') & t.groupby(['image_id', 'reader']).label.transform('nunique').gt(1), 'label', 'the same reader drew a finding', file)
+    found += name_rows(t, (t.label=='No finding')
+        & t.groupby(['image_id', 'reader']).label.transform('nunique').gt(1), 'label',
+        'the same reader drew a finding', file)
     t = t[t.label.isin(vocab) & t.reader.notna()]
-    votes = t.drop_duplicates(['image_id', 'reader', 'label']).groupby(['image_id', 'label']).size().unstack(fill_value=0).reindex(columns=vocab, fill_value=0)
+    votes = t.drop_duplicates(['image_id', 'reader', 'label']).groupby(['image_id',
+        'label']).size().unstack(fill_value=0).reindex(columns=vocab, fill_value=0)
     n = t.groupby('image_id').reader.nunique()
     share = votes.div(n, axis=0)
     df = t.drop_duplicates('image_id')[['image_id']].assign(n_readers=lambda d: d.image_id.map(n))
-    df = df.assign(path=df.image_id + '.dicom', patient_id=df.image_id).join(share.where(share==0, (share>.5).astype(float).where(share>.5)), on='image_id')
-    if sizes is not None: df = df.merge(pd.DataFrame(sizes)[['image_id', 'height', 'width']], on='image_id', how='left').set_axis(df.index)
+    df = df.assign(path=df.image_id + '.dicom',
+        patient_id=df.image_id).join(share.where(share==0, (share>.5).astype(float).where(share>.5)),
+        on='image_id')
+    if sizes is not None:
+        df = df.merge(pd.DataFrame(sizes)[['image_id', 'height', 'width']], on='image_id',
+            how='left').set_axis(df.index)
     boxes = _inside(t.loc[t.label!='No finding', ['image_id', 'label', *XYXY, 'reader']], df, found, file)
     if iou is not None: boxes = fuse_boxes(boxes, iou, n)
     return make_dataset(df, vocab, images=images, boxes=boxes, found=found, errors=errors, file=file)

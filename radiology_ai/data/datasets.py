@@ -8,26 +8,43 @@ Docs: https://lluissalord.github.io/radiology_ai/data.datasets.html.md"""
 __all__ = ['SUFFIXES', 'from_folders', 'oai_knees', 'from_csv', 'link']
 
 # %% ../../nbs/31_data.datasets.ipynb #d256a609
-import os, re, warnings
+import os
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from .labels import KELLGREN_LAWRENCE, MANIFEST, _WORDS, Dataset, Problem, find_images, make_dataset, make_manifest, name_rows, read_table
+from radiology_ai.data.labels import (
+    _WORDS,
+    KELLGREN_LAWRENCE,
+    MANIFEST,
+    Dataset,
+    Problem,
+    find_images,
+    make_dataset,
+    make_manifest,
+    name_rows,
+    read_table,
+)
 from .regions import XYXY, box_problems, mask_problems
 
 # %% ../../nbs/31_data.datasets.ipynb #d979b306
 SUFFIXES = ('.dcm', '.dicom', '.png', '.jpg', '.jpeg', '.tif', '.tiff')
-_SPLITS = {'train': 'train', 'training': 'train', 'val': 'valid', 'valid': 'valid', 'validation': 'valid', 'dev': 'valid', 'test': 'test', 'testing': 'test'}
+_SPLITS = {'train': 'train', 'training': 'train', 'val': 'valid', 'valid': 'valid', 'validation': 'valid',
+    'dev': 'valid', 'test': 'test', 'testing': 'test'}
 
 def _image_files(root, suffixes) -> list[str]:
     "The images below `root`, as sorted relative paths with /."
-    if not Path(root).is_dir(): raise DataError(f"There is no folder {root}", "Give the folder that holds the images")
-    names = [os.path.relpath(os.path.join(d, f), root).replace(os.sep, '/') for d,_,fs in os.walk(root) for f in fs]
+    if not Path(root).is_dir():
+        raise DataError(f"There is no folder {root}", "Give the folder that holds the images")
+    names = [os.path.relpath(os.path.join(d, f), root).replace(os.sep, '/') for d,_,fs in os.walk(root)
+        for f in fs]
     if not (out := sorted(f for f in names if not suffixes or f.lower().endswith(tuple(suffixes)))):
-        raise DataError(f"The folder {root} holds no image ({len(names)} files, none with a name in {', '.join(suffixes)})", "Give the folder that holds the images, or other suffixes=")
+        raise DataError(f"The folder {root} holds no image ({len(names)} files, none with a name in "
+            f"{', '.join(suffixes)})", "Give the folder that holds the images, or other suffixes=")
     return out
 
 def _or_text(number, text) -> pd.Series:
@@ -36,10 +53,13 @@ def _or_text(number, text) -> pd.Series:
 
 def _patients(df, found, no_patient, file) -> pd.DataFrame:
     "`df` with the images without patient named, dropped or made patients of their own."
-    if no_patient not in ('raise', 'drop', 'image'): raise DataError(f"no_patient is {no_patient!r}", "Choose 'raise', 'drop' or 'image'")
+    if no_patient not in ('raise', 'drop', 'image'):
+        raise DataError(f"no_patient is {no_patient!r}", "Choose 'raise', 'drop' or 'image'")
     lost = df.patient_id.isna() | df.patient_id.astype(str).str.strip().eq('')
     if no_patient=='image': df = df.assign(patient_id=df.patient_id.where(~lost, df.image_id))
-    if no_patient!='raise' and lost.any(): warnings.warn(f"{int(lost.sum())} images without patient are {'left out' if no_patient=='drop' else 'patients of their own: splits can leak'}", stacklevel=3)
+    if no_patient!='raise' and lost.any():
+        warnings.warn(f"{int(lost.sum())} images without patient are "
+            f"{'left out' if no_patient=='drop' else 'patients of their own: splits can leak'}", stacklevel=3)
     return df[~lost] if no_patient=='drop' else df
 
 def from_folders(
@@ -52,22 +72,29 @@ def from_folders(
     errors: str='raise',     # or 'list', as for `make_dataset`
 ) -> Dataset:
     "A column `label` with the class and one of 1 and 0 for each class; `image_id` is the relative path."
-    if odd := [l for l in levels if l not in ('label', 'split', 'patient_id', 'study_id', 'view', 'laterality', '')]: raise DataError(f"levels holds {odd[0]!r}", "Choose from label, split, patient_id, study_id, view, laterality and ''")
+    if odd := [l for l in levels if l not in ('label', 'split', 'patient_id', 'study_id', 'view',
+            'laterality', '')]:
+        raise DataError(f"levels holds {odd[0]!r}",
+            "Choose from label, split, patient_id, study_id, view, laterality and ''")
     file,found = str(root),[]
     names = pd.Series(_image_files(root, suffixes), dtype=object)
     parts = names.str.split('/')
     names.index = parts.index = names # the row of a file is its path
     df = pd.DataFrame({'image_id': names, 'path': [os.path.join(root, n) for n in names], 'patient_id': None})
     deep = parts.str.len()==len(levels)+1
-    found += name_rows(df, ~deep, 'path', f"stands at another depth than {'/'.join(l or '*' for l in levels)}/file", file)
+    found += name_rows(df, ~deep, 'path',
+        f"stands at another depth than {'/'.join(l or '*' for l in levels)}/file", file)
     empty = pd.Series([os.path.getsize(p)==0 for p in df.path], df.index)
     found += name_rows(df, empty, 'path', 'is an empty file', file)
     df = df.assign(**{l: parts.str[k] for k,l in enumerate(levels) if l})
-    if patient: df['patient_id'] = df.image_id.str.extract(f'(?:{patient})' if not re.compile(patient).groups else patient)[0]
+    if patient:
+        df['patient_id'] = df.image_id.str.extract(f'(?:{patient})' if not re.compile(patient).groups
+            else patient)[0]
     if 'split' in df: df['split'] = df.split.str.lower().map(_SPLITS).fillna(df.split)
     if classes is not None and 'label' in df:
         unknown = ~df.label.isin(classes) & deep
-        found += name_rows(df, unknown, 'label', lambda v: f"{v!r} is not among the classes {', '.join(map(str, classes))}", file)
+        found += name_rows(df, unknown, 'label',
+            lambda v: f"{v!r} is not among the classes {', '.join(map(str, classes))}", file)
         deep &= ~unknown
     df = _patients(df[deep & ~empty], found, no_patient, file)
     vocab = (sorted(df.label.unique()) if classes is None else list(classes)) if 'label' in df else []
@@ -84,18 +111,24 @@ def oai_knees(
     root,found = Path(root),[]
     file = root/'manifest.csv'
     if file.is_file():
-        df = read_table(file, dict(path='path', kl='kl', split='split?', patient_id='patient', laterality='side'), found)
+        df = read_table(file, dict(path='path', kl='kl', split='split?', patient_id='patient',
+            laterality='side'), found)
         df = df.assign(image_id=df.path, kl=_or_text(pd.to_numeric(df.kl, errors='coerce'), df.kl))
     else:
         names = pd.Series(_image_files(root, SUFFIXES), dtype=object)
         names.index = names
-        part = names.str.extract(r'^(?:(?P<split>[^/]+)/)?(?P<kl>[^/]+)/(?P<patient_id>\d+)_?(?P<laterality>[LR12])?[^/]*$')
-        df = part.assign(image_id=names, path=names, laterality=part.laterality.where(part.laterality.isin(['L', 'R']), ''))
+        part = names.str.extract(
+            r'^(?:(?P<split>[^/]+)/)?(?P<kl>[^/]+)/(?P<patient_id>\d+)_?(?P<laterality>[LR12])?[^/]*$')
+        df = part.assign(image_id=names, path=names,
+            laterality=part.laterality.where(part.laterality.isin(['L', 'R']), ''))
         lost = part.patient_id.isna()
-        found += name_rows(df, lost, 'path', lambda v: f"{v!r} is not [split/]grade/patient and side, such as train/0/9607954R.png", str(root))
+        found += name_rows(df, lost, 'path',
+            lambda v: f"{v!r} is not [split/]grade/patient and side, such as train/0/9607954R.png", str(root))
         df = df[~lost].assign(kl=_or_text(pd.to_numeric(df.kl, errors='coerce'), df.kl))
-    df['split'] = (df.split.map(_SPLITS).fillna(df.split) if 'split' in df else pd.Series('', df.index)).fillna('')
-    return make_dataset(df, grades={'kl': KELLGREN_LAWRENCE}, images=images or root, found=found, errors=errors, file=file.name if file.is_file() else str(root))
+    df['split'] = (df.split.map(_SPLITS).fillna(df.split) if 'split' in df
+        else pd.Series('', df.index)).fillna('')
+    return make_dataset(df, grades={'kl': KELLGREN_LAWRENCE}, images=images or root, found=found,
+        errors=errors, file=file.name if file.is_file() else str(root))
 
 # %% ../../nbs/31_data.datasets.ipynb #908ece60
 def from_csv(
@@ -112,13 +145,20 @@ def from_csv(
     errors: str='raise',     # or 'list', as for `make_dataset`
 ) -> Dataset:
     "The images, labels, boxes and masks of a CSV; `path` is `image_id` where no column is named."
-    labels = labels if isinstance(labels, dict) else {c: c for c in ([labels] if isinstance(labels, str) else labels)}
-    if odd := set(columns)-{*MANIFEST, 'label', 'reader', *XYXY, 'w', 'h', 'rle', 'mask', 'height', 'width'}: raise DataError(f"columns holds {sorted(odd)[0]!r}", "Name columns of a manifest, of boxes or of masks; labels go into labels=")
-    if not {'image_id', 'path'} & set(columns): raise DataError("columns names neither image_id nor path", "Say which column names the image")
+    labels = (labels if isinstance(labels, dict)
+        else {c: c for c in ([labels] if isinstance(labels, str) else labels)})
+    if odd := set(columns)-{*MANIFEST, 'label', 'reader', *XYXY, 'w', 'h', 'rle', 'mask', 'height', 'width'}:
+        raise DataError(f"columns holds {sorted(odd)[0]!r}",
+            "Name columns of a manifest, of boxes or of masks; labels go into labels=")
+    if not {'image_id', 'path'} & set(columns):
+        raise DataError("columns names neither image_id nor path", "Say which column names the image")
     file,found = Path(path).name,[]
-    t = read_table(path, {**columns, **labels, **({'findings': findings} if findings else {}), **{c: c for c in keep}}, found)
-    t = t.assign(image_id=t.get('image_id', t.get('path')), path=t.get('path', t.get('image_id')), patient_id=t.get('patient_id', pd.Series(np.nan, t.index, dtype=object)))
-    for c in labels: t[c] = _or_text(pd.to_numeric(t[c], errors='coerce').fillna(t[c].str.lower().map(_WORDS)), t[c])
+    t = read_table(path, {**columns, **labels, **({'findings': findings} if findings else {}),
+        **{c: c for c in keep}}, found)
+    t = t.assign(image_id=t.get('image_id', t.get('path')), path=t.get('path', t.get('image_id')),
+        patient_id=t.get('patient_id', pd.Series(np.nan, t.index, dtype=object)))
+    for c in labels:
+        t[c] = _or_text(pd.to_numeric(t[c], errors='coerce').fillna(t[c].str.lower().map(_WORDS)), t[c])
     vocab = _split_words(t, findings, sep, nothing, vocab, found, file) if findings else []
     if findings: t = t.join(vocab)
     for c in (set(t) & {*XYXY, 'w', 'h', 'height', 'width'}):
@@ -130,10 +170,13 @@ def from_csv(
     names = [*labels, *vocab]
     df = _one_row(t, names) if several else t
     df = _patients(df.drop(columns=[c for c in parts if c in columns]), found, no_patient, file)
-    if 'laterality' in df: df['laterality'] = df.laterality.str.upper().str[:1].where(df.laterality.str.lower().isin(['left', 'right', 'both']), df.laterality)
+    if 'laterality' in df:
+        df['laterality'] = df.laterality.str.upper().str[:1].where(df.laterality.str.lower().isin(['left',
+            'right', 'both']), df.laterality)
     boxes = _own_boxes(t, df, found, file) if 'x1' in columns else None
     masks = _own_masks(t, df, images, found, file) if {'rle', 'mask'} & set(columns) else None
-    return make_dataset(df, names, images=images, boxes=boxes, masks=masks, found=found, errors=errors, file=file)
+    return make_dataset(df, names, images=images, boxes=boxes, masks=masks, found=found, errors=errors,
+        file=file)
 
 def _split_words(t, column, sep, nothing, vocab, found, file) -> pd.DataFrame:
     "One column of 1, 0, NaN for each word."
@@ -141,7 +184,8 @@ def _split_words(t, column, sep, nothing, vocab, found, file) -> pd.DataFrame:
     none = words.isin(nothing)
     odd = pd.Series(False, words.index) if vocab is None else ~words.isin(vocab) & ~none
     rows = pd.DataFrame({'image_id': t.image_id.reindex(words.index[odd]), column: words[odd]})
-    found += name_rows(rows, pd.Series(True, rows.index), column, lambda v: f"{v!r} is not among {', '.join(vocab)}", file)
+    found += name_rows(rows, pd.Series(True, rows.index), column,
+        lambda v: f"{v!r} is not among {', '.join(vocab)}", file)
     vocab = sorted(words[~none].unique()) if vocab is None else list(vocab)
     out = pd.DataFrame({c: t.index.isin(words.index[words==c]).astype(float) for c in vocab}, t.index)
     unknown = ~t.index.isin(words.index) | t.index.isin(words.index[odd])
@@ -152,23 +196,28 @@ def _one_row(t, labels) -> pd.DataFrame:
     first = t.drop_duplicates('image_id')
     for c in labels:
         top = pd.to_numeric(t[c], errors='coerce').groupby(t.image_id).max()
-        first = first.assign(**{c: first.image_id.map(top).astype(object).where(pd.to_numeric(first[c], errors='coerce').notna() | first[c].isna(), first[c])})
+        first = first.assign(**{c: first.image_id.map(top).astype(object).where(pd.to_numeric(first[c],
+            errors='coerce').notna() | first[c].isna(), first[c])})
     return first
 
 def _own_boxes(t, df, found, file) -> pd.DataFrame:
     "The boxes of the rows that have one."
     if {'w', 'h'} <= set(t): t = t.assign(x2=t.x1+t.w, y2=t.y1+t.h)
-    if lost := [c for c in XYXY if c not in t]: raise DataError(f"columns names x1 but not {lost[0]}", "Name x1, y1, x2, y2, or x1, y1, w, h")
+    if lost := [c for c in XYXY if c not in t]:
+        raise DataError(f"columns names x1 but not {lost[0]}", "Name x1, y1, x2, y2, or x1, y1, w, h")
     b = t.loc[t[XYXY].notna().any(axis=1)].assign(label=lambda b: b.label if 'label' in b else 'finding')
     wrong = [Problem(*p, file) for p in box_problems(b, df)]
     found += wrong
-    return b[['image_id', 'label', *XYXY, *(['reader'] if 'reader' in b else [])]].drop(index={p.row for p in wrong})
+    return b[['image_id', 'label', *XYXY, *(['reader'] if 'reader' in b else [])]].drop(index={p.row
+        for p in wrong})
 
 def _own_masks(t, df, images, found, file) -> pd.DataFrame:
     "The masks of the rows that have one: run lengths need the size of the image, files are held against it."
     t = t.assign(label=t.label if 'label' in t else 'finding')
     if 'rle' in t:
-        if not {'height', 'width'} <= set(t): raise DataError("columns names rle without height and width", "Run lengths hold no size: name its columns")
+        if not {'height', 'width'} <= set(t):
+            raise DataError("columns names rle without height and width",
+                "Run lengths hold no size: name its columns")
         m = t[t.rle.notna() & (t.rle!='-1')].assign(path='')
         wrong = [Problem(*p, file) for p in mask_problems(m)]
     else:
@@ -180,8 +229,11 @@ def _own_masks(t, df, images, found, file) -> pd.DataFrame:
 def _mask_files(m, images, file) -> tuple[pd.DataFrame, list]:
     "Masks in files: there, readable, and of the size of their image."
     from PIL import Image, UnidentifiedImageError
-    if images is None: raise DataError("columns names mask, but images is not given", "Say where the images and the masks lie with images=")
-    m = m.assign(path=find_images(images, m['mask']), image=find_images(images, m.image), height=np.nan, width=np.nan)
+    if images is None:
+        raise DataError("columns names mask, but images is not given",
+            "Say where the images and the masks lie with images=")
+    m = m.assign(path=find_images(images, m['mask']), image=find_images(images, m.image), height=np.nan,
+        width=np.nan)
     wrong = []
     for i,r in m.iterrows():
         def add(why): wrong.append(Problem(i, str(r.image_id), 'mask', r['mask'], why, file))
@@ -192,7 +244,8 @@ def _mask_files(m, images, file) -> tuple[pd.DataFrame, list]:
             except (UnidentifiedImageError, OSError) as e: add(f"cannot be read ({e})")
             else:
                 m.loc[i, ['width', 'height']] = list(sizes[0])
-                if sizes[0]!=sizes[1]: add(f"the mask has {sizes[0][0]} x {sizes[0][1]} pixels, its image {sizes[1][0]} x {sizes[1][1]}")
+                if sizes[0]!=sizes[1]:
+                    add(f"the mask has {sizes[0][0]} x {sizes[0][1]} pixels, its image {sizes[1][0]} x {sizes[1][1]}")
     return m,wrong
 
 # %% ../../nbs/31_data.datasets.ipynb #ff3118bd
@@ -201,11 +254,15 @@ def link(
     index: pd.DataFrame,  # of `index_dicoms` or of an `ImageStore`
     on=None,              # as for `make_manifest`; None: by image_id or path, whichever finds more
 ) -> Dataset:
-    "`dataset` with the `image_id` and `path` of `index`; its own name stays in `source_id`. Images of the index that it does not know are left out."
+    """`dataset` with the `image_id` and `path` of `index`; its own name stays in `source_id`. Images of the
+    index that it does not know are left out."""
     m = dataset.manifest
-    labels = m.assign(source_id=m.image_id, patient_id=m.patient_id.where(m.patient_id!=m.image_id, None)) # where the labels know no patient, the header may
+    # where the labels know no patient, the header may
+    labels = m.assign(source_id=m.image_id, patient_id=m.patient_id.where(m.patient_id!=m.image_id, None))
     m = make_manifest(index, labels, on, no_patient='image')
     m = m[m.source_id.notna()].reset_index(drop=True)
     names = dict(zip(m.source_id, m.image_id))
-    def rename(t): return None if t is None else t.assign(image_id=t.image_id.map(names)).dropna(subset='image_id').reset_index(drop=True)
+    def rename(t):
+        return (None if t is None
+            else t.assign(image_id=t.image_id.map(names)).dropna(subset='image_id').reset_index(drop=True))
     return dataset._replace(manifest=m, boxes=rename(dataset.boxes), masks=rename(dataset.masks))

@@ -27,12 +27,14 @@ def _grey(image) -> np.ndarray:
     a = read_radiograph(image).pixels if isinstance(image, (str, Path)) else np.asarray(image)
     if a.ndim!=2 or not a.size: raise DataError(f"An image has shape {a.shape}", "Give grey images (H, W)")
     if a.dtype==np.uint16: return (a>>8).astype(np.uint8)
-    return a if a.dtype==np.uint8 else np.clip(np.nan_to_num(a.astype(np.float32))*255 + .5, 0, 255).astype(np.uint8)
+    return (a if a.dtype==np.uint8 else np.clip(np.nan_to_num(a.astype(np.float32))*255 + .5, 0,
+        255).astype(np.uint8))
 
 def _in_threads(fn, n: int, chunk: int, workers, desc, show) -> list:
     "`fn(range)` for the ranges that make up 0 .. n-1, in order."
     ranges = [range(i, min(i+chunk, n)) for i in range(0, n, chunk)]
-    with ThreadPoolExecutor(n_workers(workers)) as pool: return list(progress(pool.map(fn, ranges), desc, len(ranges), show))
+    with ThreadPoolExecutor(n_workers(workers)) as pool:
+        return list(progress(pool.map(fn, ranges), desc, len(ranges), show))
 
 def thumbnails(
     images,                # an `ImageStore`, or a list of arrays (H, W) or of files
@@ -52,13 +54,15 @@ def thumbnails(
 def fingerprints(
     thumbs: np.ndarray,    # (N, 64, 64) uint8 of all images that are to be compared
 ) -> np.ndarray:
-    "(N, 90) float32 of length 1. Products of two of them are near 1 for copies and near 0 for different patients; they depend on all images given."
+    """(N, 90) float32 of length 1. Products of two of them are near 1 for copies and near 0 for different
+    patients; they depend on all images given."""
     from scipy.fft import dctn
     v,u = np.indices((13, 13))
     keep = (u+v>0) & (u+v<=12)
     out = np.empty((len(thumbs), keep.sum()), np.float32)
     for i in range(0, len(thumbs), 512):
-        small = [cv2.equalizeHist(cv2.resize(o, (32, 32), interpolation=cv2.INTER_AREA)) for o in thumbs[i:i+512]]
+        small = [cv2.equalizeHist(cv2.resize(o, (32, 32), interpolation=cv2.INTER_AREA))
+            for o in thumbs[i:i+512]]
         out[i:i+512] = dctn(np.array(small, np.float32), axes=(1, 2), norm='ortho')[:,:13,:13][:,keep]
     n,prior = len(out),1000 # as many images as the prior weighs
     usual = 650/(u+v)[keep] # amplitude, measured on chests, knees and hands
@@ -98,7 +102,9 @@ def near_pairs(
             if len(i)>8*len(s): keep[keep] = _nearest(i[keep], j[keep], v[keep], k) # a crowd
             out.append((i[keep], j[keep], v[keep]))
         return tuple(np.concatenate(o) for o in zip(*out))
-    with threadpool_limits(1): found = _in_threads(search, len(a) if len(other) else 0, 512, workers, 'near pairs', show) # the threads are ours
+    with threadpool_limits(1):
+        # the threads are ours
+        found = _in_threads(search, len(a) if len(other) else 0, 512, workers, 'near pairs', show)
     if not found: return np.zeros(0, int),np.zeros(0, int),np.zeros(0, np.float32)
     i,j,v = (np.concatenate(o) for o in zip(*found))
     one,two = (np.concatenate([i, j]),np.concatenate([j, i])) if b is None else (i, j)
@@ -109,7 +115,8 @@ def near_pairs(
 def _prepared(thumb) -> tuple[np.ndarray, np.ndarray]:
     "The equalised thumbnail in [0, 1], and where it is neither darkest nor brightest."
     between = (thumb>int(thumb.min())+2) & (thumb<int(thumb.max())-2)
-    return cv2.equalizeHist(thumb).astype(np.float32)/255,cv2.erode(between.astype(np.uint8), np.ones((3,3), np.uint8))
+    return cv2.equalizeHist(thumb).astype(np.float32)/255,cv2.erode(between.astype(np.uint8),
+        np.ones((3,3), np.uint8))
 
 def _laid_on(a, b, steps: int, eps: float) -> float:
     "The correlation of prepared thumbnails after `b` was registered to `a`; 0 where that fails."
@@ -118,9 +125,12 @@ def _laid_on(a, b, steps: int, eps: float) -> float:
     if mask.mean()<.15: mask = np.ones_like(mask)
     try: m = cv2.findTransformECC(x, y, m, cv2.MOTION_AFFINE, (3, steps, eps), mask*255, 3)[1]
     except cv2.error: return 0. # OpenCV's way to say that it does not converge
-    if not (np.abs(m - np.eye(2, 3))[:,:2].max()<.15 and np.abs(m[:,2]).max()<SIDE/6): return 0. # no copy is moved so far
-    moved = cv2.warpAffine(y, m, (SIDE, SIDE), flags=cv2.INTER_LINEAR|cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
-    both = (cv2.warpAffine(my, m, (SIDE, SIDE), flags=cv2.INTER_NEAREST|cv2.WARP_INVERSE_MAP) & mx)[4:-4,4:-4]>0
+    if not (np.abs(m - np.eye(2, 3))[:,:2].max()<.15 and np.abs(m[:,2]).max()<SIDE/6):
+        return 0. # no copy is moved so far
+    moved = cv2.warpAffine(y, m, (SIDE, SIDE), flags=cv2.INTER_LINEAR|cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REFLECT)
+    both = (cv2.warpAffine(my, m, (SIDE, SIDE), flags=cv2.INTER_NEAREST|cv2.WARP_INVERSE_MAP) & mx)[4:-4,
+        4:-4]>0
     if both.mean()<.1: return 0.
     p,q = ((o - cv2.GaussianBlur(o, (0, 0), 2))[4:-4,4:-4][both] for o in (x, moved))
     p,q = p-p.mean(),q-q.mean()
@@ -130,7 +140,8 @@ def registered_correlation(
     a: np.ndarray, # (64, 64) uint8 thumbnail
     b: np.ndarray, # (64, 64) uint8 thumbnail
 ) -> float:
-    "Correlation of the fine structure of two thumbnails after registration, up to 1. Copies have over 0.85, two patients rarely over 0.75; an image without structure has 0."
+    """Correlation of the fine structure of two thumbnails after registration, up to 1. Copies have over 0.85,
+    two patients rarely over 0.75; an image without structure has 0."""
     a,b = _prepared(a),_prepared(b)
     first = _laid_on(a, b, 25, 1e-3)
     return max(first, _laid_on(b, a, 60, 1e-5)) if .6<first<.9 else first
@@ -138,17 +149,24 @@ def registered_correlation(
 # %% ../../nbs/31_data.duplicates.ipynb #5e4575fc
 def _named(images, ids) -> tuple[list, list]:
     "The identifiers of the images, and their numbers in `images`."
-    known = images.index.image_id.astype(str) if hasattr(images, 'index') and hasattr(images.index, 'image_id') else None
+    known = (images.index.image_id.astype(str) if hasattr(images, 'index')
+        and hasattr(images.index, 'image_id') else None)
     if known is None:
-        names = [str(o) for o in ids] if ids is not None else [str(o) if isinstance(o, (str, Path)) else str(k) for k,o in enumerate(images)]
-        if len(names)!=len(images): raise DataError(f"There are {len(names)} ids for {len(images)} images", "Give one for each")
+        names = ([str(o) for o in ids] if ids is not None
+            else [str(o) if isinstance(o, (str, Path)) else str(k) for k,o in enumerate(images)])
+        if len(names)!=len(images):
+            raise DataError(f"There are {len(names)} ids for {len(images)} images", "Give one for each")
         rows = list(range(len(names)))
     else:
         names = list(known) if ids is None else [str(o) for o in ids]
         rows = pd.Index(known).get_indexer(names)
-        if (rows<0).any(): raise DataError(f"{int((rows<0).sum())} of {len(rows)} images are not in the store (such as {names[int(np.argmax(rows<0))]})", "Preprocess these files, or leave out their rows")
+        if (rows<0).any():
+            raise DataError(f"{int((rows<0).sum())} of {len(rows)} images are not in the store (such as "
+                f"{names[int(np.argmax(rows<0))]})", "Preprocess these files, or leave out their rows")
         rows = rows.tolist()
-    if len(set(names))<len(names): raise DataError(f"The image {pd.Series(names)[pd.Series(names).duplicated()].iloc[0]!r} occurs twice", "Give each image once")
+    if len(set(names))<len(names):
+        raise DataError(f"The image {pd.Series(names)[pd.Series(names).duplicated()].iloc[0]!r} occurs twice",
+            "Give each image once")
     return names,rows
 
 def find_copies(
@@ -168,16 +186,21 @@ def find_copies(
         other_names,rows = _named(others, other_ids)
         thumbs = np.concatenate([thumbs, thumbnails(others, rows, workers, show)])
     f = fingerprints(thumbs) if len(thumbs) else np.zeros((0, 90), np.float32)
-    i,j,v = near_pairs(f, workers=workers, show=show) if others is None else near_pairs(f[:n], f[n:], workers=workers, show=show)
+    i,j,v = (near_pairs(f, workers=workers, show=show) if others is None
+        else near_pairs(f[:n], f[n:], workers=workers, show=show))
     second,at = (names,j) if others is None else (other_names,j+n)
-    scores = _in_threads(lambda part: [registered_correlation(thumbs[i[k]], thumbs[at[k]]) for k in part], len(i), 64, workers, 'pairs', show)
-    out = pd.DataFrame({'image_a': [names[k] for k in i], 'image_b': [second[k] for k in j], 'similarity': v, 'correlation': np.array([s for part in scores for s in part], float)})
-    return out[out.correlation>=least].sort_values('correlation', ascending=False, ignore_index=True, kind='stable')
+    scores = _in_threads(lambda part: [registered_correlation(thumbs[i[k]], thumbs[at[k]]) for k in part],
+        len(i), 64, workers, 'pairs', show)
+    out = pd.DataFrame({'image_a': [names[k] for k in i], 'image_b': [second[k] for k in j], 'similarity': v,
+        'correlation': np.array([s for part in scores for s in part], float)})
+    return out[out.correlation>=least].sort_values('correlation', ascending=False, ignore_index=True,
+        kind='stable')
 
 # %% ../../nbs/31_data.duplicates.ipynb #511dbb3a
 def _stems(values) -> pd.Series:
     "Names without folder and extension."
-    return values.astype(str).str.replace(r'^.*[/\\]', '', regex=True).str.replace(r'\.(png|jpe?g|dcm|tiff?)$', '', regex=True, case=False)
+    return values.astype(str).str.replace(r'^.*[/\\]', '',
+        regex=True).str.replace(r'\.(png|jpe?g|dcm|tiff?)$', '', regex=True, case=False)
 
 def _rows_of(df, wanted) -> pd.Series:
     "The row of `df` for each of `wanted`, -1 where there is none, by the column that knows most of them."
@@ -197,14 +220,21 @@ def same_images(
     match: pd.DataFrame, # a table of identities, one row an image
     on: tuple|None=None, # its columns that name images (or patients with one image) of `a` and of `b`; None: its first two
 ) -> pd.DataFrame:
-    "Pairs `image_a`, `image_b`, `patient_a`, `patient_b` of images that are in both manifests, for `patient_groups`, `patient_split` and `assert_no_leakage`. Names are compared without folder and extension."
+    """Pairs `image_a`, `image_b`, `patient_a`, `patient_b` of images that are in both manifests, for
+    `patient_groups`, `patient_split` and `assert_no_leakage`. Names are compared without folder and
+    extension."""
     on = tuple(match.columns[:2] if on is None else on)
     for column in on:
-        if column not in match: raise DataError(f"The table of identities has no column {column!r} (it has {', '.join(map(str, match.columns))})", "Name two of its columns in on=")
+        if column not in match:
+            raise DataError(f"The table of identities has no column {column!r} (it has "
+                f"{', '.join(map(str, match.columns))})", "Name two of its columns in on=")
     for name,df in (('first', a), ('second', b)):
         for column in ('image_id', 'patient_id'):
-            if column not in df: raise DataError(f"The {name} manifest has no column {column!r} (it has {', '.join(map(str, df.columns))})", "Give manifests")
+            if column not in df:
+                raise DataError(f"The {name} manifest has no column {column!r} (it has "
+                    f"{', '.join(map(str, df.columns))})", "Give manifests")
     i,j = _rows_of(a, _stems(match[on[0]])),_rows_of(b, _stems(match[on[1]]))
     both = (i>=0) & (j>=0)
-    parts = {f'{c}_{s}': df[f'{c}_id'].astype(str).to_numpy()[k[both]] for c in ('image', 'patient') for s,df,k in (('a', a, i), ('b', b, j))}
+    parts = {f'{c}_{s}': df[f'{c}_id'].astype(str).to_numpy()[k[both]] for c in ('image', 'patient')
+        for s,df,k in (('a', a, i), ('b', b, j))}
     return pd.DataFrame(parts)

@@ -9,7 +9,13 @@ __all__ = ['SCHATZKER', 'KELLGREN_LAWRENCE', 'MANIFEST', 'Grade', 'Problem', 'na
            'validate_manifest', 'read_labels', 'make_manifest', 'Dataset', 'make_dataset', 'read_table', 'find_images']
 
 # %% ../../nbs/30_data.labels.ipynb #40759246
-import csv, difflib, gzip, io, os, re, warnings
+import csv
+import difflib
+import gzip
+import io
+import os
+import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +47,8 @@ KELLGREN_LAWRENCE = {
     4: Grade('4', 'large osteophytes, marked narrowing, severe sclerosis, definite deformity')}
 
 # %% ../../nbs/30_data.labels.ipynb #9290f73b
-MANIFEST = ['image_id', 'path', 'patient_id', 'study_id', 'split', 'view', 'laterality'] # the columns of every manifest
+# the columns of every manifest
+MANIFEST = ['image_id', 'path', 'patient_id', 'study_id', 'split', 'view', 'laterality']
 
 class Problem(NamedTuple):
     "One cell that breaks the contract of its table."
@@ -54,7 +61,8 @@ class Problem(NamedTuple):
 
     def __str__(self):
         if self.row is None: return f"{self.file}: {self.why}" if self.file else self.why
-        at = f"{self.file}, line {self.row+2}" if self.file and isinstance(self.row, (int, np.integer)) else f"row {self.row}"
+        at = (f"{self.file}, line {self.row+2}" if self.file and isinstance(self.row, (int, np.integer))
+            else f"row {self.row}")
         return f"{at}{f' (image {self.image})' if self.image and self.image!=self.row else ''}, column {self.column!r}: {self.why}"
 
 def _blank(s: pd.Series) -> pd.Series:
@@ -76,7 +84,8 @@ def name_rows(
 
 def _no_column(df, column) -> Problem:
     near = difflib.get_close_matches(str(column), map(str, df.columns), 1)
-    return Problem(None, '', column, None, f"there is no column {column!r}{f'; did you mean {near[0]!r}?' if near else ''} (columns: {', '.join(map(str, df.columns))})")
+    return Problem(None, '', column, None,
+        f"there is no column {column!r}{f'; did you mean {near[0]!r}?' if near else ''} (columns: {', '.join(map(str, df.columns))})")
 
 def _label_problems(df, column, allowed, what) -> list[Problem]:
     "Rows of a label column whose values are neither missing nor `allowed`."
@@ -96,14 +105,21 @@ def find_problems(
     if not len(df): out.append(Problem(None, '', '', None, "the table has no rows"))
     for c in ('image_id','patient_id'):
         if c in df: out += name_rows(df, _blank(df[c]), c, 'is missing')
-    if 'image_id' in df: out += name_rows(df, df.image_id.duplicated() & ~_blank(df.image_id), 'image_id', 'this image was there before')
-    if 'laterality' in df: out += name_rows(df, ~_blank(df.laterality) & ~df.laterality.isin(['L','R','B']), 'laterality', lambda v: f"{v!r} is not L, R, B (both) or empty")
+    if 'image_id' in df:
+        out += name_rows(df, df.image_id.duplicated() & ~_blank(df.image_id), 'image_id',
+            'this image was there before')
+    if 'laterality' in df:
+        out += name_rows(df, ~_blank(df.laterality) & ~df.laterality.isin(['L','R','B']), 'laterality',
+            lambda v: f"{v!r} is not L, R, B (both) or empty")
     if 'study_id' in df and 'patient_id' in df:
         known = df[~_blank(df.study_id)]
         torn = known.groupby('study_id').patient_id.transform('nunique')>1
-        out += name_rows(known, torn & ~known.study_id.duplicated(), 'study_id', lambda v: f"study {v} belongs to more than one patient")
-    for c in [labels] if isinstance(labels, str) else labels: out += _label_problems(df, c, (0, 1), '1, 0 or empty')
-    for c,allowed in (grades or {}).items(): out += _label_problems(df, c, allowed, f"one of {', '.join(map(str, allowed))} or empty")
+        out += name_rows(known, torn & ~known.study_id.duplicated(), 'study_id',
+            lambda v: f"study {v} belongs to more than one patient")
+    for c in [labels] if isinstance(labels, str) else labels:
+        out += _label_problems(df, c, (0, 1), '1, 0 or empty')
+    for c,allowed in (grades or {}).items():
+        out += _label_problems(df, c, allowed, f"one of {', '.join(map(str, allowed))} or empty")
     return out
 
 def manifest_problems(df: pd.DataFrame, labels=(), grades: dict|None=None) -> list[str]:
@@ -120,11 +136,13 @@ def validate_manifest(
     grades: dict|None=None,  # columns that must hold one of the given whole numbers or NaN, such as `{'schatzker': SCHATZKER}`
 ) -> pd.DataFrame:
     "`df` itself if it keeps the contract; otherwise a `DataError` that names the rows and columns."
-    if found := find_problems(df, labels, grades): _refuse(found, "The manifest breaks its contract", "`manifest_problems`")
+    if found := find_problems(df, labels, grades):
+        _refuse(found, "The manifest breaks its contract", "`manifest_problems`")
     return df
 
 # %% ../../nbs/30_data.labels.ipynb #5fd4bb72
-_IDS = {'image_id', 'patient_id', 'study_id', 'path', 'split', 'view', 'laterality', 'patientid', 'studyinstanceuid', 'seriesinstanceuid', 'sopinstanceuid', 'accessionnumber',
+_IDS = {'image_id', 'patient_id', 'study_id', 'path', 'split', 'view', 'laterality', 'patientid',
+    'studyinstanceuid', 'seriesinstanceuid', 'sopinstanceuid', 'accessionnumber',
         'file', 'filename', 'file_name', 'image', 'imageid', 'image index', 'patient', 'patient id'}
 _WORDS = {'true': 1., 'false': 0., 'yes': 1., 'no': 0., 'positive': 1., 'negative': 0.}
 
@@ -132,7 +150,8 @@ def _decode(path: Path, found: list|None=None) -> str:
     "The text of a CSV, also if compressed with gzip."
     data = path.read_bytes()
     if data[:2]==b'\x1f\x8b': data = gzip.decompress(data)
-    if b'\0' in data[:4096] and data[:2] not in (b'\xff\xfe', b'\xfe\xff'): raise DataError(f"{path.name} is not a text table", "Save it as CSV (UTF-8) or parquet")
+    if b'\0' in data[:4096] and data[:2] not in (b'\xff\xfe', b'\xfe\xff'):
+        raise DataError(f"{path.name} is not a text table", "Save it as CSV (UTF-8) or parquet")
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'): return data.decode('utf-16')
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError: return _decode_lines(path.name, data, found)
@@ -143,17 +162,22 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 def _decode_lines(name: str, data: bytes, found: list|None) -> str:
-    "Windows-1252, unless other lines are UTF-8: then each line as what it is, and the cells that are not UTF-8 are problems."
+    """Windows-1252, unless other lines are UTF-8: then each line as what it is, and the cells that are not
+    UTF-8 are problems."""
     lines = data.splitlines(keepends=True)
     utf8 = [_is_utf8(line) for line in lines]
     if all(line.isascii() for line,good in zip(lines, utf8) if good):
-        warnings.warn(f"{name} is not UTF-8 (line {utf8.index(False)+1}); it is read as Windows-1252", stacklevel=5)
+        warnings.warn(f"{name} is not UTF-8 (line {utf8.index(False)+1}); it is read as Windows-1252",
+            stacklevel=5)
         return data.decode('cp1252', errors='replace')
-    text = [line.decode('utf-8-sig' if good else 'cp1252', errors='replace') for line,good in zip(lines, utf8)]
+    text = [line.decode('utf-8-sig' if good else 'cp1252', errors='replace')
+        for line,good in zip(lines, utf8)]
     sep = max(',;\t', key=text[0].count)
     header = next(csv.reader([text[0]], delimiter=sep))
-    mixed = [Problem(i-1, '', header[k].strip() if k<len(header) else str(k), cell, f"{cell!r} is not UTF-8, other lines are", name)
-             for i,good in enumerate(utf8) if not good for k,cell in enumerate(next(csv.reader([text[i]], delimiter=sep))) if not cell.isascii()]
+    mixed = [Problem(i-1, '', header[k].strip() if k<len(header) else str(k), cell,
+        f"{cell!r} is not UTF-8, other lines are", name)
+             for i,good in enumerate(utf8) if not good
+             for k,cell in enumerate(next(csv.reader([text[i]], delimiter=sep))) if not cell.isascii()]
     if found is None: _refuse(mixed, f"{name} mixes encodings", "save it as UTF-8 and look for odd letters")
     found += mixed
     return ''.join(text)
@@ -161,15 +185,21 @@ def _decode_lines(name: str, data: bytes, found: list|None) -> str:
 def _read_csv(path: Path, found: list|None=None) -> pd.DataFrame:
     "All cells as text, empty ones as NaN."
     text = _decode(path, found)
-    if not text.strip(): raise DataError(f"{path.name} is empty", "Give a table with a header line and one line an image")
+    if not text.strip():
+        raise DataError(f"{path.name} is empty", "Give a table with a header line and one line an image")
     text = text.lstrip('\r\n')
     header = text.splitlines()[0]
     sep = max(',;\t', key=header.count)
-    try: df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False, skip_blank_lines=False)
-    except (pd.errors.ParserError, csv.Error) as e: raise DataError(f"{path.name} is not a regular table ({str(e).strip()})", "Give every line the same number of cells as the header") from e
+    try:
+        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, skipinitialspace=True,
+            index_col=False, skip_blank_lines=False)
+    except (pd.errors.ParserError, csv.Error) as e:
+        raise DataError(f"{path.name} is not a regular table ({str(e).strip()})",
+            "Give every line the same number of cells as the header") from e
     df.columns = [str(c).strip() for c in df.columns]
     lines = text.splitlines()[1:] # blank lines hold no row, but they count: row i is line i + 2
-    df = df[np.array([line.strip()!='' for line in lines], bool) if len(lines)==len(df) else df.ne('').any(axis=1)]
+    df = df[np.array([line.strip()!='' for line in lines], bool) if len(lines)==len(df)
+        else df.ne('').any(axis=1)]
     df = df.apply(lambda c: c.str.strip())
     return df.where(~df.isin(['', 'NA', 'N/A', 'NaN', 'nan', 'None', 'null']))
 
@@ -182,27 +212,36 @@ def _to_number(s: pd.Series, name: str, strict: bool) -> pd.Series:
     if (bad := number.isna()).any():
         if not strict: return s
         where = ', '.join(f"line {i+2}: {v!r}" for i,v in known[bad][:5].items())
-        raise DataError(f"Label column {s.name!r} of {name} holds {int(bad.sum())} values that are no numbers ({where})", "Write 1, 0 or nothing; grades as whole numbers")
+        raise DataError(f"Label column {s.name!r} of {name} holds {int(bad.sum())} values that are no "
+            f"numbers ({where})", "Write 1, 0 or nothing; grades as whole numbers")
     return number.reindex(s.index).astype(float)
 
 def read_labels(
     path,       # a .csv (also .csv.gz, .tsv, .txt) or .parquet file
     labels=(),  # label column, or several, that must be there and be numbers
 ) -> pd.DataFrame:
-    "A table of labels: identifiers as text, label columns as floats with NaN where empty, other columns as numbers where they all are."
+    """A table of labels: identifiers as text, label columns as floats with NaN where empty, other columns as
+    numbers where they all are."""
     path = Path(path)
     labels = [labels] if isinstance(labels, str) else list(labels)
-    if not path.is_file(): raise DataError(f"There is no file {path}", "Give the path of a CSV or parquet table")
-    if path.suffix in ('.xlsx', '.xls'): raise DataError(f"{path.name} is an Excel file", "Save it as CSV (UTF-8)")
+    if not path.is_file():
+        raise DataError(f"There is no file {path}", "Give the path of a CSV or parquet table")
+    if path.suffix in ('.xlsx', '.xls'):
+        raise DataError(f"{path.name} is an Excel file", "Save it as CSV (UTF-8)")
     if path.suffix=='.parquet':
         try: df = pd.read_parquet(path)
-        except (OSError, ValueError) as e: raise DataError(f"{path.name} is not a readable parquet file ({e})", "Write it again") from e
+        except (OSError, ValueError) as e:
+            raise DataError(f"{path.name} is not a readable parquet file ({e})", "Write it again") from e
     else: df = _read_csv(path)
     if not len(df): raise DataError(f"{path.name} has no rows", "Give a table with one line an image")
-    if len(double := df.columns[df.columns.duplicated()]): raise DataError(f"{path.name} has two columns {double[0]!r}", "Rename one of them")
-    if missing := [c for c in labels if c not in df]: raise DataError(f"{path.name}: {_no_column(df, missing[0])}", "Name a column that is there")
+    if len(double := df.columns[df.columns.duplicated()]):
+        raise DataError(f"{path.name} has two columns {double[0]!r}", "Rename one of them")
+    if missing := [c for c in labels if c not in df]:
+        raise DataError(f"{path.name}: {_no_column(df, missing[0])}", "Name a column that is there")
     for c in df.columns:
-        if c in labels or (c.lower() not in _IDS and not pd.api.types.is_numeric_dtype(df[c]) and path.suffix!='.parquet'): df[c] = _to_number(df[c], path.name, c in labels)
+        if (c in labels or (c.lower() not in _IDS and not pd.api.types.is_numeric_dtype(df[c])
+                and path.suffix!='.parquet')):
+            df[c] = _to_number(df[c], path.name, c in labels)
         elif c.lower() in _IDS: df[c] = df[c].astype(object).where(df[c].notna(), None)
     return df.reset_index(drop=True)
 
@@ -217,7 +256,8 @@ def _match_paths(images, labels) -> np.ndarray:
     out = np.full(len(images), -1)
     ends = {p: i for i,p in enumerate(labels) if p}
     lengths = sorted({len(p) for p in ends}, reverse=True)
-    for i,p in enumerate(images): out[i] = next((ends[p[-n:]] for n in lengths if n<=len(p) and p[-n:] in ends), -1)
+    for i,p in enumerate(images):
+        out[i] = next((ends[p[-n:]] for n in lengths if n<=len(p) and p[-n:] in ends), -1)
     for short in (lambda p: p[-1], lambda p: p[-1].rsplit('.', 1)[0]):
         taken = set(out[out>=0])
         rest = [i for i in np.flatnonzero(out<0) if images[i]]
@@ -234,38 +274,50 @@ def _unique(names: dict) -> dict:
 # %% ../../nbs/30_data.labels.ipynb #66079d99
 def _text_key(s: pd.Series) -> pd.Series:
     "Identifiers as text without blanks at the ends and without the `.0` of a number; None if missing."
-    key = s.astype(object).map(lambda o: str(int(o)) if isinstance(o, (float, np.floating)) and o==o and o==int(o) else str(o).strip())
+    key = s.astype(object).map(lambda o: str(int(o)) if isinstance(o, (float, np.floating)) and o==o
+        and o==int(o) else str(o).strip())
     return key.str.replace(r'^(\d+)\.0$', r'\1', regex=True).astype(object).where(~_blank(s), None)
 
 def _match(index, labels, column, target) -> np.ndarray:
     "For each row of `index` the row of `labels` whose `column` fits `target`, or -1."
     key = _text_key(labels[column])
     if (double := key.notna() & key.duplicated(keep=False)).any():
-        raise DataError(f"The labels hold {key[double].iloc[0]!r} in column {column!r} {int((key==key[double].iloc[0]).sum())} times ({key[double].nunique()} such values)", "Give one row for each, or join on another column with on=")
-    if target!='path': return _text_key(index[target]).map({k: i for i,k in enumerate(key) if k is not None}).fillna(-1).astype(int).to_numpy()
+        raise DataError(f"The labels hold {key[double].iloc[0]!r} in column {column!r} "
+            f"{int((key==key[double].iloc[0]).sum())} times ({key[double].nunique()} such values)",
+            "Give one row for each, or join on another column with on=")
+    if target!='path':
+        return _text_key(index[target]).map({k: i for i,k in enumerate(key)
+            if k is not None}).fillna(-1).astype(int).to_numpy()
     at = _match_paths(index.path, key)
     fits = pd.Series(at[at>=0])
     if (double := fits.duplicated()).any():
         rows = np.flatnonzero(at==fits[double].iloc[0])[:2]
-        raise DataError(f"The label of {key.iloc[fits[double].iloc[0]]!r} fits several images: {', '.join(index.path.iloc[rows])}", "Give longer paths in the table")
+        raise DataError(f"The label of {key.iloc[fits[double].iloc[0]]!r} fits several images: "
+            f"{', '.join(index.path.iloc[rows])}", "Give longer paths in the table")
     return at
 
 # %% ../../nbs/30_data.labels.ipynb #cd73fc4f
 _RENAME = {'image_id': 'SOPInstanceUID', 'patient_id': 'PatientID', 'study_id': 'StudyInstanceUID'}
-_KEYS = [('image_id', 'image_id'), ('SOPInstanceUID', 'image_id'), ('path', 'path'), ('file', 'path'), ('filename', 'path'), ('file_name', 'path'), ('image', 'path'),
-         ('Image Index', 'path'), ('image_id', 'path'), ('StudyInstanceUID', 'study_id'), ('study_id', 'study_id')]
+_KEYS = [('image_id', 'image_id'), ('SOPInstanceUID', 'image_id'), ('path', 'path'), ('file', 'path'),
+    ('filename', 'path'), ('file_name', 'path'), ('image', 'path'),
+         ('Image Index', 'path'), ('image_id', 'path'), ('StudyInstanceUID', 'study_id'),
+         ('study_id', 'study_id')]
 
 def _base(index: pd.DataFrame) -> pd.DataFrame:
     "The readable images of an index or a store's index with the columns of a manifest."
-    if 'path' not in index: raise DataError(f"The index has no column 'path' (columns: {', '.join(map(str, index.columns))})", "Give what `index_dicoms` returns, or the index of an ImageStore")
+    if 'path' not in index:
+        raise DataError(f"The index has no column 'path' (columns: {', '.join(map(str, index.columns))})",
+            "Give what `index_dicoms` returns, or the index of an ImageStore")
     df = index[_blank(index['error'])] if 'error' in index else index
-    df = df.drop(columns=[c for c in ('error','shard','row','affine') if c in df]).reset_index(drop=True).copy()
+    df = df.drop(columns=[c for c in ('error','shard','row','affine')
+        if c in df]).reset_index(drop=True).copy()
     if not len(df): raise DataError("The index holds no readable image", "Look at its column `error`")
     for name,keyword in _RENAME.items():
         if name not in df: df[name] = df.pop(keyword) if keyword in df else ''
     df['image_id'] = df.image_id.where(~_blank(df.image_id), df.path.map(str))
     if (double := df.image_id.duplicated()).any():
-        warnings.warn(f"{int(double.sum())} files hold an image that another file holds too (such as {df.path[double].iloc[0]}); the first is kept", stacklevel=3)
+        warnings.warn(f"{int(double.sum())} files hold an image that another file holds too (such as "
+            f"{df.path[double].iloc[0]}); the first is kept", stacklevel=3)
         df = df[~double].reset_index(drop=True)
     for c in ('split','view','laterality'):
         if c not in df: df[c] = ''
@@ -276,10 +328,15 @@ def _best_key(df, labels, on) -> tuple[tuple, np.ndarray]:
     if on is not None:
         column,target = (on, on if on in MANIFEST else 'path') if isinstance(on, str) else on
         for c,table,name in ((column, labels, 'The labels have'), (target, df, 'The index has')):
-            if c not in table: raise DataError(f"{name} no column {c!r} (columns: {', '.join(map(str, table.columns))})", "Name the columns to join with on=(label column, manifest column)")
+            if c not in table:
+                raise DataError(f"{name} no column {c!r} (columns: {', '.join(map(str, table.columns))})",
+                    "Name the columns to join with on=(label column, manifest column)")
         return (column, target), _match(df, labels, column, target)
     keys = [k for k in _KEYS if k[0] in labels]
-    if not keys: raise DataError(f"The labels have no column that names an image (columns: {', '.join(map(str, labels.columns))})", "Add image_id or path, or say on=(label column, manifest column)")
+    if not keys:
+        raise DataError("The labels have no column that names an image (columns: "
+            f"{', '.join(map(str, labels.columns))})",
+            "Add image_id or path, or say on=(label column, manifest column)")
     found,errors = [],[]
     for k in keys:
         try: found.append((k, _match(df, labels, *k)))
@@ -296,7 +353,8 @@ def make_manifest(
     on: str|tuple|None=None,            # the column to join on, or (label column, manifest column); None: the usual ones are tried
     no_patient: str='raise',            # images without patient: 'raise', 'drop' them, or 'image': each image is a patient of its own
 ) -> pd.DataFrame:
-    "One row for each readable image: the columns of a manifest, what the index knew, and the labels (NaN where there is none)."
+    """One row for each readable image: the columns of a manifest, what the index knew, and the labels (NaN
+    where there is none)."""
     df = _base(index)
     if labels is not None and len(labels): df = _join(df, labels.reset_index(drop=True), on)
     elif labels is not None: raise DataError("The table of labels is empty", "Give one row an image")
@@ -305,18 +363,23 @@ def make_manifest(
             warnings.warn(f"{int(lost.sum())} images without patient are left out", stacklevel=2)
             df = df[~lost].reset_index(drop=True)
         elif no_patient=='image': df['patient_id'] = df.patient_id.where(~lost, df.image_id)
-        else: raise DataError(f"{int(lost.sum())} of {len(df)} images have no patient (such as {df.path[lost].iloc[0]})",
-                              "Add a column patient_id to the labels, or say no_patient='drop', or 'image' if each image is of another patient")
+        else:
+            raise DataError(f"{int(lost.sum())} of {len(df)} images have no patient (such as {df.path[lost].iloc[0]})",
+                                  "Add a column patient_id to the labels, or say no_patient='drop', or "
+                                  "'image' if each image is of another patient")
     return validate_manifest(df)
 
 def _join(df, labels, on) -> pd.DataFrame:
     (column,target),at = _best_key(df, labels, on)
     hit = at>=0
     if not hit.any():
-        raise DataError(f"None of the {len(labels)} labels fits one of the {len(df)} images: column {column!r} holds {str(labels[column].iloc[0])!r}, the images' {target} {str(df[target].iloc[0])!r}",
+        raise DataError(f"None of the {len(labels)} labels fits one of the {len(df)} images: column "
+            f"{column!r} holds {str(labels[column].iloc[0])!r}, the images' {target} {str(df[target].iloc[0])!r}",
                         "Write the same names in both, or say on=(label column, manifest column)")
     unused,without = len(labels) - len(set(at[hit])),int((~hit).sum())
-    if unused or without: warnings.warn(f"Joined on {column}: {unused} of {len(labels)} labels have no image, {without} of {len(df)} images have no label", stacklevel=3)
+    if unused or without:
+        warnings.warn(f"Joined on {column}: {unused} of {len(labels)} labels have no image, {without} of "
+            f"{len(df)} images have no label", stacklevel=3)
     header = _text_key(df.patient_id)
     for c in labels.columns:
         if c in (column, 'path', 'image_id') and c in df: continue
@@ -333,10 +396,12 @@ def _prefer(new: pd.Series, old: pd.Series) -> pd.Series:
     return new.astype(object).where(~_blank(new), old.astype(object)).infer_objects()
 
 def _rename_patients(header, joined, hit) -> pd.Series:
-    "Patients as the labels name them, also for the unlabelled images of a patient whom the labels have renamed."
+    """Patients as the labels name them, also for the unlabelled images of a patient whom the labels have
+    renamed."""
     changed = hit & header.notna() & (joined!=header)
     if not changed.any(): return joined.fillna('')
-    warnings.warn(f"{int(changed.sum())} images have another patient_id in their header than in the labels, which are believed", stacklevel=4)
+    warnings.warn(f"{int(changed.sum())} images have another patient_id in their header than in the labels, "
+        "which are believed", stacklevel=4)
     names = pd.DataFrame({'header': header, 'joined': joined})[hit & header.notna()].drop_duplicates()
     names = names[~names.header.duplicated(keep=False)].set_index('header').joined
     return joined.where(hit, header.map(names).astype(object).fillna(joined)).fillna('')
@@ -351,7 +416,8 @@ class Dataset(NamedTuple):
     labels: tuple=()                 # the columns of labels and grades
 
     def __repr__(self):
-        more = ''.join(f", {len(t)} {n}" for n,t in (('boxes', self.boxes), ('masks', self.masks), ('problems', self.problems)) if t is not None and (len(t) or n!='problems'))
+        more = ''.join(f", {len(t)} {n}" for n,t in (('boxes', self.boxes), ('masks', self.masks),
+            ('problems', self.problems)) if t is not None and (len(t) or n!='problems'))
         return f"Dataset({len(self.manifest)} images of {self.manifest.patient_id.nunique()} patients{more})"
 
 def _usable(df, labels, grades, wrong) -> pd.DataFrame:
@@ -387,15 +453,23 @@ def make_dataset(
         df = df.assign(path=at.fillna(''))
     wrong = [p._replace(file=p.file or file) for p in wrong]
     everything = [*found, *wrong]
-    if broken := [p for p in everything if p.row is None]: raise DataError(str(broken[0]), "Give a table with this column" if broken[0].column else "Give one row an image")
-    if everything and errors=='raise': _refuse(everything, f"{file or 'The data set'} has {len(everything)} fault{'s'*(len(everything)>1)}", "errors='list'")
+    if broken := [p for p in everything if p.row is None]:
+        raise DataError(str(broken[0]), "Give a table with this column" if broken[0].column
+            else "Give one row an image")
+    if everything and errors=='raise':
+        _refuse(everything, f"{file or 'The data set'} has {len(everything)} fault{'s'*(len(everything)>1)}",
+            "errors='list'")
     df = _usable(df, labels, grades, wrong)
-    boxes,masks = (None if t is None else t[t.image_id.isin(df.image_id)].reset_index(drop=True) for t in (boxes, masks))
-    if notes: warnings.warn(f"{file or 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)}, such as {notes[0]} (all of them: `problems` of the data set)", stacklevel=3)
+    boxes,masks = (None if t is None else t[t.image_id.isin(df.image_id)].reset_index(drop=True)
+        for t in (boxes, masks))
+    if notes:
+        warnings.warn(f"{file or 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)}, such as "
+            f"{notes[0]} (all of them: `problems` of the data set)", stacklevel=3)
     return Dataset(df, boxes, masks, _problem_table([*everything, *notes]), (*labels, *(grades or {})))
 
 def _problem_table(found) -> pd.DataFrame:
-    return pd.DataFrame([(p.file, int(p.row)+2 if isinstance(p.row, (int, np.integer)) else p.row, p.image, p.column, p.value, p.why) for p in found],
+    return pd.DataFrame([(p.file, int(p.row)+2 if isinstance(p.row, (int, np.integer)) else p.row, p.image,
+        p.column, p.value, p.why) for p in found],
                         columns=['file', 'line', 'image_id', 'column', 'value', 'problem'])
 
 # %% ../../nbs/30_data.labels.ipynb #183c8b12
@@ -407,28 +481,36 @@ def read_table(
     columns: dict,  # {our name: the file's name}; a name that ends in '?' may be missing and is then left out
     found: list,    # problems of the encoding are added here
 ) -> pd.DataFrame:
-    "The columns as text under our names, NaN where empty; row i is line i + 2 of the file (a cell with a line break in it counts as one line)."
+    """The columns as text under our names, NaN where empty; row i is line i + 2 of the file (a cell with a
+    line break in it counts as one line)."""
     path = Path(path)
-    if not path.is_file(): raise DataError(f"There is no file {path}", "Give the path of the label file as downloaded")
+    if not path.is_file():
+        raise DataError(f"There is no file {path}", "Give the path of the label file as downloaded")
     df = _read_csv(path, found)
     theirs = {_plain(c): c for c in reversed(df.columns)}
     out = {}
     for ours,name in columns.items():
         if _plain(name) in theirs: out[ours] = df[theirs[_plain(name)]]
-        elif not name.endswith('?'): raise DataError(f"{path.name}: {_no_column(df, name)}", "Give the label file as downloaded")
+        elif not name.endswith('?'):
+            raise DataError(f"{path.name}: {_no_column(df, name)}", "Give the label file as downloaded")
     return pd.DataFrame(out, dtype=object)
 
 def find_images(
     images,           # a folder
     names: pd.Series, # relative paths or file names
 ) -> pd.Series:
-    "The file below `images` of each name, NaN where there is none: by as much of the end of its path as is unique, at last without its suffix."
-    if not Path(images).is_dir(): raise DataError(f"There is no folder {images}", "Give the folder that holds the images")
-    files = pd.Series([os.path.join(d, f).replace(os.sep, '/') for d,_,fs in os.walk(images) for f in fs], dtype=object)
+    """The file below `images` of each name, NaN where there is none: by as much of the end of its path as is
+    unique, at last without its suffix."""
+    if not Path(images).is_dir():
+        raise DataError(f"There is no folder {images}", "Give the folder that holds the images")
+    files = pd.Series([os.path.join(d, f).replace(os.sep, '/') for d,_,fs in os.walk(images) for f in fs],
+        dtype=object)
     known,out = names.drop_duplicates(),pd.Series(np.nan, names.index, dtype=object)
     for n in [*range(known.str.count('/').max()+1, 0, -1), 0]:
-        end = (lambda s: s.str.split('/').str[-n:].str.join('/')) if n else lambda s: s.str.split('/').str[-1].str.replace(r'\.\w+$', '', regex=True)
-        theirs,ours = ({v: k for k,v in zip(s, end(s)[~end(s).duplicated(keep=False)].reindex(s.index)) if v==v} for s in (files, known))
+        end = ((lambda s: s.str.split('/').str[-n:].str.join('/')) if n
+            else lambda s: s.str.split('/').str[-1].str.replace(r'\.\w+$', '', regex=True))
+        theirs,ours = ({v: k for k,v in zip(s, end(s)[~end(s).duplicated(keep=False)].reindex(s.index))
+            if v==v} for s in (files, known))
         out = out.where(out.notna(), names.map({name: theirs[v] for v,name in ours.items() if v in theirs}))
         if out.notna().all(): break
     return out

@@ -14,14 +14,12 @@ import warnings
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.foundation import L
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import Category
-from fastai.vision.data import get_grid
+from fastai.data.transforms import Category, IntToFloatTensor
 from fastai.torch_core import TensorCategory, TensorMask, TensorMultiCategory, default_device
 from fastai.vision.core import TensorImage
-import fastai.vision.data # how batches of images are drawn
-from fastai.data.transforms import IntToFloatTensor
+from fastai.vision.data import get_grid
+from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
 
 from ..core import DataError
@@ -32,7 +30,9 @@ from .split import assert_no_leakage
 # %% ../../nbs/34_data.load.ipynb #886c321d
 def _check_columns(rows, columns):
     for c in columns:
-        if c not in rows: raise DataError(f"The manifest has no label column {c!r} (columns: {', '.join(map(str, rows.columns))})", "Name a column that is there")
+        if c not in rows:
+            raise DataError(f"The manifest has no label column {c!r} (columns: "
+                f"{', '.join(map(str, rows.columns))})", "Name a column that is there")
 
 def _plain(v):
     "A whole float as int, everything else as it is."
@@ -45,14 +45,21 @@ def category_codes(
 ) -> tuple[np.ndarray, list]:
     "Class numbers (N,) with -1 where the label is NaN, and the vocabulary."
     _check_columns(rows, [column])
-    values = rows[column].astype(object).where(rows[column].notna(), None).map(lambda v: None if v is None else _plain(v))
+    values = rows[column].astype(object).where(rows[column].notna(),
+        None).map(lambda v: None if v is None else _plain(v))
     known = values[values.notna()]
-    try: vocab = [_plain(v) for v in vocab] if vocab is not None else sorted(_plain(v) for v in known.unique())
-    except TypeError as e: raise DataError(f"Label column {column!r} mixes numbers and text", "Write all its values the same way") from e
-    if vocab and len(vocab)>max(50, len(known)//2) and len(known)>100: raise DataError(f"Label column {column!r} holds {len(vocab)} different values", "Choose a column of classes")
+    try:
+        vocab = [_plain(v) for v in vocab] if vocab is not None else sorted(_plain(v) for v in known.unique())
+    except TypeError as e:
+        raise DataError(f"Label column {column!r} mixes numbers and text",
+            "Write all its values the same way") from e
+    if vocab and len(vocab)>max(50, len(known)//2) and len(known)>100:
+        raise DataError(f"Label column {column!r} holds {len(vocab)} different values",
+            "Choose a column of classes")
     codes = values.map({v: i for i,v in enumerate(vocab)})
     if (bad := codes.isna() & values.notna()).any():
-        raise DataError(f"Label column {column!r} holds {values[bad].iloc[0]!r} in row {rows.index[bad][0]}, which is not among the classes {vocab}", "Correct the label or the vocab")
+        raise DataError(f"Label column {column!r} holds {values[bad].iloc[0]!r} in row {rows.index[bad][0]}, "
+            f"which is not among the classes {vocab}", "Correct the label or the vocab")
     return codes.fillna(-1).astype(int).to_numpy(), vocab
 
 def label_matrix(
@@ -65,13 +72,15 @@ def label_matrix(
     for k,c in enumerate(columns):
         v = pd.to_numeric(rows[c], errors='coerce')
         if (bad := (rows[c].notna() & v.isna()) | (v.notna() & ~v.isin([0, 1]))).any():
-            raise DataError(f"Label column {c!r} holds {_plain(rows[c][bad].iloc[0])!r} in row {rows.index[bad][0]}", "A label of several is 1, 0 or empty; give a grade as a single column")
+            raise DataError(f"Label column {c!r} holds {_plain(rows[c][bad].iloc[0])!r} in row "
+                f"{rows.index[bad][0]}", "A label of several is 1, 0 or empty; give a grade as a single column")
         out[:,k] = v
     return out
 
 # %% ../../nbs/34_data.load.ipynb #a02a9910
 class BoxTargets:
-    "Boxes of stored images as targets: `batch(positions)` is {'boxes': [(K, 4) float32], 'labels': [(K,) int64]}."
+    """Boxes of stored images as targets: `batch(positions)` is {'boxes': [(K, 4) float32], 'labels': [(K,)
+    int64]}."""
     def __init__(self,
         store,                # an `ImageStore`
         boxes: pd.DataFrame,  # image_id, x1, y1, x2, y2 in pixels of the stored images, as of `stored_boxes`, and, if there are several kinds, label
@@ -80,12 +89,21 @@ class BoxTargets:
         labels = boxes['label'] if 'label' in boxes else pd.Series('finding', boxes.index)
         self.vocab = sorted(labels.unique()) if vocab is None else list(vocab)
         codes = labels.map({v: k for k,v in enumerate(self.vocab)})
-        if codes.isna().any(): raise DataError(f"Row {boxes.index[codes.isna()][0]} of the boxes has the label {labels[codes.isna()].iloc[0]!r}, which is not among {self.vocab}", "Correct the label or the vocab")
+        if codes.isna().any():
+            raise DataError(f"Row {boxes.index[codes.isna()][0]} of the boxes has the label "
+                f"{labels[codes.isna()].iloc[0]!r}, which is not among {self.vocab}",
+                "Correct the label or the vocab")
         at = pd.Index(store.index.image_id.astype(str)).get_indexer(boxes.image_id.astype(str))
-        if (at<0).any(): raise DataError(f"Row {boxes.index[at<0][0]} of the boxes belongs to {boxes.image_id[at<0].iloc[0]!r}, which is not in the store", "Give the result of stored_boxes")
+        if (at<0).any():
+            raise DataError(f"Row {boxes.index[at<0][0]} of the boxes belongs to "
+                f"{boxes.image_id[at<0].iloc[0]!r}, which is not in the store",
+                "Give the result of stored_boxes")
         xy,(h,w) = boxes[XYXY].to_numpy(np.float32),store[0].shape
-        if (bad := (xy<-.5).any(1) | (xy>np.array([w, h, w, h])+.5).any(1)).any(): raise DataError(f"Row {boxes.index[bad][0]} of the boxes is {xy[bad][0].tolist()} in an image of {h} x {w} pixels", "Give the result of stored_boxes")
-        self.by = {i: (torch.from_numpy(xy[k]), torch.from_numpy(codes.to_numpy(np.int64)[k])) for i,k in pd.Series(range(len(at))).groupby(at).indices.items()}
+        if (bad := (xy<-.5).any(1) | (xy>np.array([w, h, w, h])+.5).any(1)).any():
+            raise DataError(f"Row {boxes.index[bad][0]} of the boxes is {xy[bad][0].tolist()} in an image of "
+                f"{h} x {w} pixels", "Give the result of stored_boxes")
+        self.by = {i: (torch.from_numpy(xy[k]), torch.from_numpy(codes.to_numpy(np.int64)[k]))
+            for i,k in pd.Series(range(len(at))).groupby(at).indices.items()}
         self.none = torch.zeros(0, 4),torch.zeros(0, dtype=torch.int64)
 
     def present(self, positions) -> np.ndarray: return np.array([int(i in self.by) for i in positions])
@@ -105,8 +123,10 @@ class MaskTargets:
     ):
         masks.check(store)
         self.masks,self.vocab = masks,['background', 'finding']
-    def present(self, positions) -> np.ndarray: return np.array([int(self.masks[int(i)].any()) for i in positions])
-    def batch(self, positions): return TensorMask(torch.from_numpy(np.stack([self.masks[int(i)] for i in positions])))
+    def present(self, positions) -> np.ndarray:
+        return np.array([int(self.masks[int(i)].any()) for i in positions])
+    def batch(self, positions):
+        return TensorMask(torch.from_numpy(np.stack([self.masks[int(i)] for i in positions])))
     def draw(self, ax, target, k):
         m = np.asarray(target[k].cpu())
         if m.any(): ax.contour(m, [.5], colors='cyan', linewidths=.8)
@@ -121,16 +141,26 @@ def study_rows(
     views: list,        # the views in order, such as ['PA', 'LATERAL']
     labels=(),          # label columns: all rows of a study must agree
 ) -> pd.DataFrame:
-    "One row a study: its first row of these views, and `image_ids`, a tuple with one identifier a view, '' where it is missing."
+    """One row a study: its first row of these views, and `image_ids`, a tuple with one identifier a view, ''
+    where it is missing."""
     _check_columns(rows, ['study_id', 'view', *labels])
-    if (blank := rows.study_id.isna() | (rows.study_id.astype(str)=='')).any(): raise DataError(f"Row {rows.index[blank][0]} (image {rows.image_id[blank].iloc[0]}) has no study_id", "Views can only be put together within a study")
+    if (blank := rows.study_id.isna() | (rows.study_id.astype(str)=='')).any():
+        raise DataError(f"Row {rows.index[blank][0]} (image {rows.image_id[blank].iloc[0]}) has no study_id",
+            "Views can only be put together within a study")
     rows = rows[rows.view.isin(views)]
-    if not len(rows): raise DataError(f"No image has one of the views {', '.join(views)}", "See the column `view`")
+    if not len(rows):
+        raise DataError(f"No image has one of the views {', '.join(views)}", "See the column `view`")
     for c in labels:
-        if (torn := rows.groupby('study_id')[c].transform('nunique')>1).any(): raise DataError(f"Study {rows.study_id[torn].iloc[0]} has different labels {c!r}", "Give a study one label")
-    if (twice := rows.duplicated(['study_id', 'view'])).any(): warnings.warn(f"{int(twice.sum())} studies have several images of one view; the first is taken", stacklevel=3)
-    wide = rows[~twice].pivot(index='study_id', columns='view', values='image_id').reindex(columns=views).fillna('')
-    first = rows.assign(_order=rows.view.map({v: k for k,v in enumerate(views)})).sort_values('_order', kind='stable').drop_duplicates('study_id').sort_index().drop(columns='_order')
+        if (torn := rows.groupby('study_id')[c].transform('nunique')>1).any():
+            raise DataError(f"Study {rows.study_id[torn].iloc[0]} has different labels {c!r}",
+                "Give a study one label")
+    if (twice := rows.duplicated(['study_id', 'view'])).any():
+        warnings.warn(f"{int(twice.sum())} studies have several images of one view; the first is taken",
+            stacklevel=3)
+    wide = rows[~twice].pivot(index='study_id', columns='view',
+        values='image_id').reindex(columns=views).fillna('')
+    first = rows.assign(_order=rows.view.map({v: k for k,v in enumerate(views)})).sort_values('_order',
+        kind='stable').drop_duplicates('study_id').sort_index().drop(columns='_order')
     return first.assign(image_ids=first.study_id.map(dict(zip(wide.index, map(tuple, wide.to_numpy())))))
 
 # %% ../../nbs/34_data.load.ipynb #d1495fae
@@ -139,7 +169,8 @@ class TensorRadiograph(TensorImage):
     _show_args = {'cmap': 'gray', 'vmin': 0, 'vmax': 1}
 
 class XrayDataset:
-    "Rows of a manifest with their images in a store. `ds.batch([3, 5])` is (TensorImage uint8 (B, views, H, W), targets ...); `ds[i]` one image of it."
+    """Rows of a manifest with their images in a store. `ds.batch([3, 5])` is (TensorImage uint8 (B, views, H,
+    W), targets ...); `ds[i]` one image of it."""
     def __init__(self,
         store,               # an `ImageStore`
         rows: pd.DataFrame,  # manifest rows with `image_id`, or of `study_rows` with `image_ids`
@@ -148,20 +179,35 @@ class XrayDataset:
         split_idx: int=1,    # 0: training, 1: validation
         regions=None,        # `BoxTargets` or `MaskTargets`: the first target
     ):
-        self.store,self.items,self.vocab,self.split_idx,self.n_inp,self.regions = store,rows.reset_index(drop=True),vocab,split_idx,1,regions
+        self.store = store
+        self.items = rows.reset_index(drop=True)
+        self.vocab = vocab
+        self.split_idx = split_idx
+        self.n_inp = 1
+        self.regions = regions
         self.c = len(vocab) if vocab is not None else 0
         if not len(rows): raise DataError("There are no images", "Give at least one row of the manifest")
-        if 'image_id' not in rows: raise DataError(f"The rows have no column 'image_id' (columns: {', '.join(map(str, rows.columns))})", "Give rows of a manifest")
-        ids = np.array([list(o) for o in self.items.image_ids], object) if 'image_ids' in rows else self.items.image_id.astype(str).to_numpy(object)[:, None]
-        self.views = pd.Index(store.index.image_id.astype(str)).get_indexer(ids.ravel()).reshape(ids.shape) # (N, views), -1: none
+        if 'image_id' not in rows:
+            raise DataError("The rows have no column 'image_id' (columns: "
+                f"{', '.join(map(str, rows.columns))})", "Give rows of a manifest")
+        ids = (np.array([list(o) for o in self.items.image_ids], object) if 'image_ids' in rows
+            else self.items.image_id.astype(str).to_numpy(object)[:, None])
+        # (N, views), -1: none
+        self.views = pd.Index(store.index.image_id.astype(str)).get_indexer(ids.ravel()).reshape(ids.shape)
         if (lost := ((self.views<0) & (ids!='')).any(1)).any():
-            raise DataError(f"{int(lost.sum())} of {len(rows)} images are not in the store (such as {ids[lost][0][0]})", "Preprocess these files, or leave out their rows")
+            raise DataError(f"{int(lost.sum())} of {len(rows)} images are not in the store (such as "
+                f"{ids[lost][0][0]})", "Preprocess these files, or leave out their rows")
         self.positions = self.views[:, 0]
-        if regions is not None and self.views.shape[1]>1: raise DataError("Boxes and masks belong to one image, these items have several views", "Leave views out")
+        if regions is not None and self.views.shape[1]>1:
+            raise DataError("Boxes and masks belong to one image, these items have several views",
+                "Leave views out")
         self.targets = None if targets is None else np.asarray(targets)
-        self.target_type = None if targets is None else TensorCategory if self.targets.ndim==1 else TensorMultiCategory
+        self.target_type = (None if targets is None else TensorCategory if self.targets.ndim==1
+            else TensorMultiCategory)
         first = store[int(self.views[self.views>=0][0])]
-        if first.dtype!=np.uint8: raise DataError(f"The store holds {first.dtype}", "Preprocess with bits=8: batches for training have 8 bits")
+        if first.dtype!=np.uint8:
+            raise DataError(f"The store holds {first.dtype}",
+                "Preprocess with bits=8: batches for training have 8 bits")
         self.shape = tuple(first.shape)
 
     def __len__(self): return len(self.items)
@@ -170,7 +216,8 @@ class XrayDataset:
         return (x[0], *({k: v[0] for k,v in t.items()} if isinstance(t, dict) else t[0] for t in y))
 
     def batch(self, rows: list) -> tuple:
-        "The images of `rows` copied from the memory map into one tensor, with their targets: boxes or masks first, then classes."
+        """The images of `rows` copied from the memory map into one tensor, with their targets: boxes or masks
+        first, then classes."""
         views = self.views[rows]
         x = np.zeros((*views.shape, *self.shape), np.uint8)
         for at in zip(*np.nonzero(views>=0)): x[at] = self.store[int(views[at])]
@@ -181,26 +228,33 @@ class XrayDataset:
     def decode(self, item, full=True):
         "An image and its target as things that show themselves, for fastai's `show_results`."
         x,*y = item
-        x = TensorRadiograph((x[:1] if x.is_floating_point() else x[:1].float()/255).clamp(0, 1)) # fastai's decoding gives 0 .. 255
-        return (x, *y[:-1], Category(self.title(y[-1]))) if y and self.vocab is not None and torch.is_tensor(y[-1]) and y[-1].ndim<2 else (x, *y)
+        # fastai's decoding gives 0 .. 255
+        x = TensorRadiograph((x[:1] if x.is_floating_point() else x[:1].float()/255).clamp(0, 1))
+        return ((x, *y[:-1], Category(self.title(y[-1]))) if y and self.vocab is not None
+            and torch.is_tensor(y[-1]) and y[-1].ndim<2 else (x, *y))
 
     def title(self, y) -> str:
         "The class of a target, or the labels that are 1 and, in brackets, those that are unknown."
         if y.ndim==0: return str(self.vocab[int(y)])
-        return ', '.join([str(v) for v,on in zip(self.vocab, y) if on==1] + [f'({v}?)' for v,on in zip(self.vocab, y) if on!=on]) or 'none'
+        return (', '.join([str(v) for v,on in zip(self.vocab, y) if on==1]
+            + [f'({v}?)' for v,on in zip(self.vocab, y) if on!=on]) or 'none')
 
 # %% ../../nbs/34_data.load.ipynb #1a789c65
 class XrayDL(TfmdDL):
-    "A `TfmdDL` over an `XrayDataset` that reads whole batches; `sampler` gives their rows, without one the rows come in order."
+    """A `TfmdDL` over an `XrayDataset` that reads whole batches; `sampler` gives their rows, without one the
+    rows come in order."""
     def __init__(self, dataset, bs=32, sampler=None, shuffle=False, num_workers=0, **kwargs):
         self.sampler,self.epoch = sampler,0
         super().__init__(dataset, bs=bs, shuffle=False, num_workers=num_workers, **kwargs)
-        region = [] if dataset.regions is None else [dict if isinstance(dataset.regions, BoxTargets) else TensorMask]
-        self._n_inp,self._types = 1,{tuple: [TensorImage, *region] + ([dataset.target_type] if dataset.target_type else [])}
+        region = ([] if dataset.regions is None else [dict if isinstance(dataset.regions, BoxTargets)
+            else TensorMask])
+        self._n_inp = 1
+        self._types = {tuple: [TensorImage, *region] + ([dataset.target_type] if dataset.target_type else [])}
 
     @property
     def prebatched(self): return True
-    def __len__(self): return len(self.sampler) if self.sampler is not None else -(-len(self.dataset)//self.bs)
+    def __len__(self):
+        return len(self.sampler) if self.sampler is not None else -(-len(self.dataset)//self.bs)
     def set_epoch(self, epoch: int):
         "The epoch of the sampler that the next pass gives."
         self.epoch = int(epoch)
@@ -225,13 +279,16 @@ class XrayDL(TfmdDL):
         views,n = self.dataset.views.shape[1],min(max_n, len(x))
         region = y.pop(0) if self.dataset.regions is not None else None
         for k,ax in zip(range(n), np.ravel(get_grid(n, nrows, ncols, figsize=figsize))):
-            ax.imshow(np.hstack(x[k, :views].as_subclass(torch.Tensor).cpu().float().numpy()), cmap='gray', vmin=0, vmax=1)
+            ax.imshow(np.hstack(x[k, :views].as_subclass(torch.Tensor).cpu().float().numpy()), cmap='gray',
+                vmin=0, vmax=1)
             ax.set_axis_off()
             if region is not None: self.dataset.regions.draw(ax, region, k)
-            if y and self.dataset.vocab is not None: ax.set_title(self.dataset.title(y[0][k].cpu()), fontsize=9)
+            if y and self.dataset.vocab is not None:
+                ax.set_title(self.dataset.title(y[0][k].cpu()), fontsize=9)
 
     def new(self, dataset=None, cls=None, shuffle=None, **kwargs):
-        "A loader over the same images with the same transforms; in order, without the sampler, for `shuffle=False` or another data set."
+        """A loader over the same images with the same transforms; in order, without the sampler, for
+        `shuffle=False` or another data set."""
         keep = dataset is None and shuffle is not False
         return super().new(dataset, cls, sampler=self.sampler if keep else None, **kwargs)
 
@@ -249,7 +306,10 @@ class OnImages(Transform):
     def encodes(self, x:TensorImage): return TensorImage(self.f(x))
 
 def _after_batch(channels, tfms=(), views: int=1) -> Pipeline:
-    if channels not in ((1, 3) if views==1 else (1, views)): raise DataError(f"channels is {channels}", "Choose 1, or 3 for a backbone that wants colour" if views==1 else "Leave it out: the views are the channels")
+    if channels not in ((1, 3) if views==1 else (1, views)):
+        raise DataError(f"channels is {channels}",
+            "Choose 1, or 3 for a backbone that wants colour" if views==1
+            else "Leave it out: the views are the channels")
     tfms = [t if isinstance(t, (Transform, type)) else OnImages(t) for t in L(tfms)]
     return Pipeline([IntToFloatTensor, *tfms, RepeatChannels(channels)])
 
@@ -264,16 +324,20 @@ def xray_test_dl(
     device=None,            # None: that of the `DataLoaders`, or fastai's default
     regions=None,           # `BoxTargets` or `MaskTargets`
 ) -> XrayDL:
-    "A loader of `rows` in their order, without transforms; the last batch may be smaller. Batches are (images,), or (images, targets) with `labels` or `regions`."
+    """A loader of `rows` in their order, without transforms; the last batch may be smaller. Batches are
+    (images,), or (images, targets) with `labels` or `regions`."""
     if isinstance(store, DataLoaders):
         if store.views is not None and 'image_ids' not in rows: rows = study_rows(rows, store.views)
         store,channels,device = store.store,channels or store.channels,device or store.device
     targets = None
     if isinstance(labels, str): targets,vocab = category_codes(rows, labels, vocab)
     elif labels is not None: targets,vocab = label_matrix(rows, list(labels)),list(labels)
-    if targets is not None and targets.ndim==1 and (targets<0).any(): raise DataError(f"{int((targets<0).sum())} rows have no {labels!r}", "Leave these rows out, or ask without labels")
+    if targets is not None and targets.ndim==1 and (targets<0).any():
+        raise DataError(f"{int((targets<0).sum())} rows have no {labels!r}",
+            "Leave these rows out, or ask without labels")
     ds = XrayDataset(store, rows, targets, vocab, regions=regions)
-    return XrayDL(ds, bs, num_workers=n_workers, device=device or default_device(), after_batch=_after_batch(channels or 1, views=ds.views.shape[1]))
+    return XrayDL(ds, bs, num_workers=n_workers, device=device or default_device(),
+        after_batch=_after_batch(channels or 1, views=ds.views.shape[1]))
 
 # %% ../../nbs/34_data.load.ipynb #b1f0117d
 class XrayDataLoaders(DataLoaders):
@@ -289,39 +353,50 @@ class XrayDataLoaders(DataLoaders):
     ) -> XrayDL:
         "A loader of other images of the same store in their order."
         if self.views is not None: rows = study_rows(rows, self.views)
-        given = dict(labels=self.labels, vocab=list(self.vocab) if self.labels is not None else None, regions=self.train_ds.regions) if with_labels else {}
+        given = (dict(labels=self.labels, vocab=list(self.vocab) if self.labels is not None else None,
+            regions=self.train_ds.regions) if with_labels else {})
         return xray_test_dl(self, rows, bs or self.train.bs, **given, **kwargs)
 
 def _known_rows(rows, labels, vocab):
     "The rows with a known label, their targets and the vocabulary."
-    targets,vocab = category_codes(rows, labels, vocab) if isinstance(labels, str) else (label_matrix(rows, labels), labels)
+    targets,vocab = (category_codes(rows, labels, vocab) if isinstance(labels, str)
+        else (label_matrix(rows, labels), labels))
     known = targets>=0 if targets.ndim==1 else ~np.isnan(targets).all(1)
-    if not known.all(): warnings.warn(f"{int((~known).sum())} of {len(rows)} images have no known label and are left out", stacklevel=4)
+    if not known.all():
+        warnings.warn(f"{int((~known).sum())} of {len(rows)} images have no known label and are left out",
+            stacklevel=4)
     return rows[known],targets[known],vocab
 
 def _check_classes(targets, vocab, what):
     "Training needs two classes of each label."
     if not len(targets): raise DataError(f"No training image has a known label {what!r}", "Add labels")
     if targets.ndim==1 and len(np.unique(targets))<2:
-        raise DataError(f"All {len(targets)} training images have {what} = {vocab[targets[0]]}", "Training needs images of at least two classes")
+        raise DataError(f"All {len(targets)} training images have {what} = {vocab[targets[0]]}",
+            "Training needs images of at least two classes")
     if targets.ndim==2:
         for k,name in enumerate(vocab):
-            if len(v := np.unique(targets[~np.isnan(targets[:,k]),k]))<2: raise DataError(f"The training images have {name} = {'unknown' if not len(v) else int(v[0])} only", "Leave this label out, or add images of both classes")
+            if len(v := np.unique(targets[~np.isnan(targets[:,k]),k]))<2:
+                raise DataError(f"The training images have {name} = {'unknown' if not len(v) else int(v[0])} "
+                    "only", "Leave this label out, or add images of both classes")
 
 # %% ../../nbs/34_data.load.ipynb #2ac79b4b
 def _grades(rows, column) -> list:
     "All whole grades from the lowest to the highest, also one that nobody has."
     _check_columns(rows, [column])
     v = pd.to_numeric(rows[column], errors='coerce').dropna()
-    if not len(v) or (v%1!=0).any(): raise DataError(f"Column {column!r} holds no whole grades", "An ordinal label is a whole number")
+    if not len(v) or (v%1!=0).any():
+        raise DataError(f"Column {column!r} holds no whole grades", "An ordinal label is a whole number")
     return list(range(int(v.min()), int(v.max())+1))
 
 def _two_splits(manifest, train, valid, check_leakage, duplicates):
     "The rows to train and to validate on."
-    if 'split' not in manifest: raise DataError("The manifest has no column 'split'", "Divide it with `patient_split`")
+    if 'split' not in manifest:
+        raise DataError("The manifest has no column 'split'", "Divide it with `patient_split`")
     if check_leakage: assert_no_leakage(manifest, duplicates=duplicates)
     if lost := [s for s in (train, valid) if not (manifest.split==s).any()]:
-        raise DataError(f"No row has split = {lost[0]!r} (there are {', '.join(map(str, manifest.split.dropna().unique()))})", "Divide the manifest with `patient_split`, or name its splits with train= and valid=")
+        raise DataError(f"No row has split = {lost[0]!r} (there are "
+            f"{', '.join(map(str, manifest.split.dropna().unique()))})",
+            "Divide the manifest with `patient_split`, or name its splits with train= and valid=")
     return manifest[manifest.split.isin([train, valid])]
 
 def xray_dataloaders(
@@ -349,21 +424,31 @@ def xray_dataloaders(
     """Loaders whose batches are (TensorImage float (B, channels, H, W) in [0, 1], targets). The targets are the boxes or masks, if any, and then those of the labels:
     TensorCategory (B,), or TensorMultiCategory (B, C) with NaN."""
     labels = labels if labels is None or isinstance(labels, str) else list(labels)
-    if labels is None and boxes is None and masks is None: raise DataError("There is nothing to learn", "Give labels, boxes or masks")
-    if boxes is not None and masks is not None: raise DataError("There are both boxes and masks", "Give one of them")
+    if labels is None and boxes is None and masks is None:
+        raise DataError("There is nothing to learn", "Give labels, boxes or masks")
+    if boxes is not None and masks is not None:
+        raise DataError("There are both boxes and masks", "Give one of them")
     rows = _two_splits(manifest, train, valid, check_leakage, duplicates)
-    if views is not None: rows = study_rows(rows, views, [labels] if isinstance(labels, str) else labels or [])
+    if views is not None:
+        rows = study_rows(rows, views, [labels] if isinstance(labels, str) else labels or [])
     if ordinal: vocab = _grades(rows, labels) if vocab is None else vocab
-    regions = BoxTargets(store, boxes, vocab if labels is None else None) if boxes is not None else MaskTargets(store, masks) if masks is not None else None
+    regions = (BoxTargets(store, boxes, vocab if labels is None else None) if boxes is not None
+        else MaskTargets(store, masks) if masks is not None else None)
     if labels is None: targets,vocab = None,regions.vocab
     else: rows,targets,vocab = _known_rows(rows, labels, vocab)
     is_train = (rows.split==train).to_numpy()
     if targets is not None: _check_classes(targets[is_train], vocab, labels)
     if is_train.all(): raise DataError(f"No image of the split {valid!r} has a known label", "Add labels")
-    train_ds,valid_ds = (XrayDataset(store, rows[m], None if targets is None else targets[m], vocab, i, regions) for i,m in enumerate((is_train, ~is_train)))
-    if isinstance(sampler, str) and sampler!='balanced': raise DataError(f"sampler is {sampler!r}", "Choose 'balanced', None, or give a sampler")
+    train_ds,valid_ds = (XrayDataset(store, rows[m], None if targets is None else targets[m], vocab, i,
+        regions) for i,m in enumerate((is_train, ~is_train)))
+    if isinstance(sampler, str) and sampler!='balanced':
+        raise DataError(f"sampler is {sampler!r}", "Choose 'balanced', None, or give a sampler")
     if sampler is None: sampler = ShuffledBatchSampler(len(train_ds), bs, seed, drop_last=True)
-    elif isinstance(sampler, str): sampler = BalancedBatchSampler(regions.present(train_ds.positions) if targets is None else targets[is_train], bs, min_per_class, seed)
-    make = lambda ds, tfms, s: XrayDL(ds, bs, s, num_workers=n_workers, after_batch=_after_batch(channels, tfms, ds.views.shape[1]))
-    dls = XrayDataLoaders(make(train_ds, batch_tfms, sampler), make(valid_ds, None, None), store=store, labels=labels, channels=channels, views=views, ordinal=ordinal)
+    elif isinstance(sampler, str):
+        sampler = BalancedBatchSampler(regions.present(train_ds.positions) if targets is None
+            else targets[is_train], bs, min_per_class, seed)
+    make = lambda ds, tfms, s: XrayDL(ds, bs, s, num_workers=n_workers,
+        after_batch=_after_batch(channels, tfms, ds.views.shape[1]))
+    dls = XrayDataLoaders(make(train_ds, batch_tfms, sampler), make(valid_ds, None, None), store=store,
+        labels=labels, channels=channels, views=views, ordinal=ordinal)
     return dls.to(device or default_device())

@@ -21,16 +21,20 @@ def box_problems(
     images: pd.DataFrame, # image_id and, if known, height and width
     tolerance: float=.5,  # pixels by which a box may reach out
 ) -> list[tuple]:
-    "(row, image, column, value, why) of each box that is not inside its image: without number, empty, outside, or of an image that is not there."
+    """(row, image, column, value, why) of each box that is not inside its image: without number, empty,
+    outside, or of an image that is not there."""
     out = []
-    def name(wrong, column, why): out.extend((i, o, column, v, why) for i,o,v in zip(boxes.index[wrong], boxes.image_id[wrong], boxes.loc[wrong, column]))
+    def name(wrong, column, why):
+        out.extend((i, o, column, v, why) for i,o,v in zip(boxes.index[wrong], boxes.image_id[wrong],
+            boxes.loc[wrong, column]))
     name(~boxes.image_id.isin(images.image_id), 'image_id', 'there is no such image')
     for c in XYXY: name(~np.isfinite(boxes[c].astype(float)), c, 'is no number')
     for low,high in (('x1', 'x2'), ('y1', 'y2')): name(boxes[high]<=boxes[low], high, 'the box is empty')
     size = images.drop_duplicates('image_id').set_index('image_id').reindex(columns=['width', 'height'])
     for c,side in zip(XYXY, ['width', 'height']*2):
         limit = boxes.image_id.map(size[side]).fillna(np.inf).astype(float)
-        name((boxes[c]<-tolerance) | (boxes[c]>limit+tolerance), c, f"lies outside the image (0 to its {side})")
+        name((boxes[c]<-tolerance) | (boxes[c]>limit+tolerance), c,
+            f"lies outside the image (0 to its {side})")
     return out
 
 # %% ../../nbs/30_data.regions.ipynb #546c3395
@@ -63,18 +67,22 @@ def fuse_boxes(
     iou: float=.4,          # boxes of one label that overlap by more than this are one finding
     readers=None,           # how many read each image: a number or a Series by image_id; None: as many as drew a box on it
 ) -> pd.DataFrame:
-    "One row a finding: image_id, label, x1, y1, x2, y2, readers ('R8|R9'), votes and score = votes / readers of the image."
+    """One row a finding: image_id, label, x1, y1, x2, y2, readers ('R8|R9'), votes and score = votes /
+    readers of the image."""
     if not 0<=iou<1: raise DataError(f"iou is {iou}", "Give a number from 0 up to, not including, 1")
     b = boxes.reset_index(drop=True)
     w = b.weight.astype(float) if 'weight' in b else pd.Series(1., b.index)
     xyxy,weight = b[XYXY].to_numpy(float),w.to_numpy()
     cluster = np.zeros(len(b), int)
-    for rows in b.groupby(['image_id', 'label'], sort=False).indices.values(): cluster[rows] = _clusters(xyxy[rows], weight[rows], iou) if len(rows)>1 else 0
+    for rows in b.groupby(['image_id', 'label'], sort=False).indices.values():
+        cluster[rows] = _clusters(xyxy[rows], weight[rows], iou) if len(rows)>1 else 0
     keys = ['image_id', 'label', 'cluster']
-    parts = b[['image_id', 'label']].assign(cluster=cluster, w=weight, reader=b.reader.astype(str), **{c: xyxy[:,k]*weight for k,c in enumerate(XYXY)})
+    parts = b[['image_id', 'label']].assign(cluster=cluster, w=weight, reader=b.reader.astype(str),
+        **{c: xyxy[:,k]*weight for k,c in enumerate(XYXY)})
     groups = parts.groupby(keys, sort=True)
     out = groups[[*XYXY, 'w']].sum()
-    out = out[XYXY].div(out.w, axis=0).join(groups.reader.agg(readers=lambda o: '|'.join(sorted(set(o))), votes='nunique')).reset_index().drop(columns='cluster')
+    out = out[XYXY].div(out.w, axis=0).join(groups.reader.agg(readers=lambda o: '|'.join(sorted(set(o))),
+        votes='nunique')).reset_index().drop(columns='cluster')
     n = b.groupby('image_id').reader.nunique() if readers is None else readers
     return out.assign(score=out.votes/(out.image_id.map(n) if isinstance(n, pd.Series) else n))
 
@@ -84,8 +92,13 @@ def _runs(rle) -> tuple[np.ndarray, np.ndarray]:
     text = '' if rle is None or rle!=rle else str(rle).strip()
     if text in ('', '-1'): return np.zeros(0, int),np.zeros(0, int)
     try: n = np.array(text.split(), np.int64)
-    except (ValueError, OverflowError): raise DataError(f"The run lengths {text[:40]!r} are not whole numbers", "Give pairs 'gap length', or -1 for an empty mask") from None
-    if len(n)%2 or (n<0).any(): raise DataError(f"The run lengths {text[:40]!r} {'are not pairs' if len(n)%2 else 'hold a negative number'}", "Give pairs 'gap length', or -1 for an empty mask")
+    except (ValueError, OverflowError):
+        raise DataError(f"The run lengths {text[:40]!r} are not whole numbers",
+            "Give pairs 'gap length', or -1 for an empty mask") from None
+    if len(n)%2 or (n<0).any():
+        raise DataError(f"The run lengths {text[:40]!r} "
+            f"{'are not pairs' if len(n)%2 else 'hold a negative number'}",
+            "Give pairs 'gap length', or -1 for an empty mask")
     ends = np.cumsum(n[0::2] + n[1::2])
     return ends-n[1::2],ends
 
@@ -96,7 +109,9 @@ def rle_decode(
     "(H, W) bool."
     h,w = shape
     starts,ends = _runs(rle)
-    if len(ends) and ends[-1]>h*w: raise DataError(f"The mask ends at pixel {ends[-1]}, an image of {h} x {w} has {h*w}", "The mask belongs to an image of another size")
+    if len(ends) and ends[-1]>h*w:
+        raise DataError(f"The mask ends at pixel {ends[-1]}, an image of {h} x {w} has {h*w}",
+            "The mask belongs to an image of another size")
     step = np.zeros(h*w+1, np.int32)
     np.add.at(step, starts, 1)
     np.add.at(step, ends, -1)
@@ -129,7 +144,9 @@ def mask_problems(
     for i,o,rle,h,w in zip(masks.index, masks.image_id, masks.rle, masks.height, masks.width):
         try:
             _,ends = _runs(rle)
-            if len(ends) and ends[-1]>h*w: out.append((i, o, 'rle', str(rle)[:40], f"the mask ends at pixel {ends[-1]}, the image of {h:.0f} x {w:.0f} has {h*w:.0f}: it belongs to another size"))
+            if len(ends) and ends[-1]>h*w:
+                out.append((i, o, 'rle', str(rle)[:40],
+                    f"the mask ends at pixel {ends[-1]}, the image of {h:.0f} x {w:.0f} has {h*w:.0f}: it belongs to another size"))
         except DataError as e: out.append((i, o, 'rle', str(rle)[:40], e.what))
     return out
 
@@ -140,6 +157,8 @@ def image_mask(
 ) -> np.ndarray:
     "(H, W) bool, all masks of the image together."
     rows = masks[masks.image_id==image_id]
-    if not len(rows) and shape is None: raise DataError(f"There is no mask of image {image_id!r}", "Say its shape=(height, width) to get an empty one")
+    if not len(rows) and shape is None:
+        raise DataError(f"There is no mask of image {image_id!r}",
+            "Say its shape=(height, width) to get an empty one")
     shape = shape or tuple(int(v) for v in rows[['height', 'width']].iloc[0])
     return np.any([rle_decode(rle, shape) for rle in rows.rle] or [np.zeros(shape, bool)], axis=0)

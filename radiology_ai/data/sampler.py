@@ -21,16 +21,20 @@ from ..core import DataError, rng
 def _positives(labels) -> tuple[np.ndarray, list]:
     "`labels` as (N, C) bool and the names of the C classes."
     a = np.asarray(labels)
-    if a.ndim not in (1, 2): raise DataError(f"labels have shape {a.shape}", "Give (N,) classes or (N, C) labels of 1, 0 and NaN")
+    if a.ndim not in (1, 2):
+        raise DataError(f"labels have shape {a.shape}", "Give (N,) classes or (N, C) labels of 1, 0 and NaN")
     known = ~pd.isna(a)
     if a.ndim==2:
         names = list(getattr(labels, 'columns', range(a.shape[1])))
         if (bad := known & ~np.isin(a, (0, 1))).any():
             r,c = np.argwhere(bad)[0]
-            raise DataError(f"Label {names[c]!r} holds {a[r,c]} in row {r}, which is other than 1, 0 and NaN", "Give one column of class numbers (N,), or 1 / 0 / NaN for each label")
+            raise DataError(f"Label {names[c]!r} holds {a[r,c]} in row {r}, which is other than 1, 0 and NaN",
+                "Give one column of class numbers (N,), or 1 / 0 / NaN for each label")
         return np.where(known, a, 0).astype(bool),names
     try: names = sorted(set(a[known].tolist()))
-    except TypeError as e: raise DataError(f"The labels mix numbers and text ({', '.join(map(repr, set(a[known].tolist())))})", "Write all of them the same way") from e
+    except TypeError as e:
+        raise DataError(f"The labels mix numbers and text ({', '.join(map(repr, set(a[known].tolist())))})",
+            "Write all of them the same way") from e
     codes = pd.Index(names).get_indexer(a) if len(names) else np.full(len(a), -1)
     return (codes[:,None]==np.arange(len(names))) & known[:,None],names
 
@@ -42,12 +46,19 @@ def _rarest(positive) -> np.ndarray:
 
 # %% ../../nbs/33_data.sampler.ipynb #2944850c
 class BatchSampler:
-    "Iterates over lists of row numbers. A subclass has `n_batches` and `batches(epoch)`, those of all processes together."
+    """Iterates over lists of row numbers. A subclass has `n_batches` and `batches(epoch)`, those of all
+    processes together."""
     def _prepare(self, n, bs, seed, rank, world):
         if not n: raise DataError("There are no images to sample", "Give at least one image")
         if bs<1: raise DataError(f"bs is {bs}", "Give at least 1")
-        if not 0<=rank<world: raise DataError(f"rank is {rank} of {world} processes", "Count the processes from 0")
-        self.n,self.bs,self.seed,self.rank,self.world,self.epoch = int(n),int(bs),int(seed),int(rank),int(world),0
+        if not 0<=rank<world:
+            raise DataError(f"rank is {rank} of {world} processes", "Count the processes from 0")
+        self.n = int(n)
+        self.bs = int(bs)
+        self.seed = int(seed)
+        self.rank = int(rank)
+        self.world = int(world)
+        self.epoch = 0
     def _whole(self, n: int, also: int=1) -> int:
         "`n` batches, or the few more that can be shared by all processes (and by `also`)."
         step = lcm(self.world, also)
@@ -87,12 +98,16 @@ class BalancedBatchSampler(BatchSampler):
         self.min_per_class = int(min_per_class)
         if self.min_per_class<0: raise DataError(f"min_per_class is {min_per_class}", "Give at least 0")
         counts = self.positive.sum(0)
-        if c and counts.min()==0: raise DataError(f"No image has the class {self.classes[int(np.argmin(counts))]!r}", "Leave this class out, or add images of it")
+        if c and counts.min()==0:
+            raise DataError(f"No image has the class {self.classes[int(np.argmin(counts))]!r}",
+                "Leave this class out, or add images of it")
         if self.bs < c*self.min_per_class:
-            raise DataError(f"A batch of {bs} cannot hold {min_per_class} of each of {c} classes", f"Give bs of at least {c*self.min_per_class}, or a smaller min_per_class")
+            raise DataError(f"A batch of {bs} cannot hold {min_per_class} of each of {c} classes",
+                f"Give bs of at least {c*self.min_per_class}, or a smaller min_per_class")
         self.order,self.owner = np.argsort(counts, kind='stable'),_rarest(self.positive) # rarest class first
         if self.bs==c*self.min_per_class and (self.owner<0).any():
-            raise DataError(f"{int((self.owner<0).sum())} images have no class, and {min_per_class} of each of {c} classes fill a batch of {bs}", f"Give bs of at least {bs+1}")
+            raise DataError(f"{int((self.owner<0).sum())} images have no class, and {min_per_class} of each "
+                f"of {c} classes fill a batch of {bs}", f"Give bs of at least {bs+1}")
         self.n_batches = self._whole(self._length())
 
     def _length(self) -> int:
@@ -111,7 +126,8 @@ class BalancedBatchSampler(BatchSampler):
 
 # %% ../../nbs/33_data.sampler.ipynb #be147c56
 def _fill(batches, used, rows, items, choices, gen):
-    "Append `items` to the batches `rows` (all different); an item that is there already is replaced from `choices`."
+    """Append `items` to the batches `rows` (all different); an item that is there already is replaced from
+    `choices`."""
     here = batches[rows]
     items = items.copy()
     for attempt in range(8):
@@ -161,12 +177,14 @@ def batches(self:BalancedBatchSampler,
     batches[places, used[places]+rank] = left
     used += np.bincount(places, minlength=b)
     everything = np.arange(n)
-    while len(rows := np.flatnonzero(used<self.bs)): _fill(batches, used, rows, gen.integers(n, size=len(rows)), everything, gen)
+    while len(rows := np.flatnonzero(used<self.bs)):
+        _fill(batches, used, rows, gen.integers(n, size=len(rows)), everything, gen)
     return gen.permuted(batches, axis=1)
 
 # %% ../../nbs/33_data.sampler.ipynb #c987693c
 class ShuffledBatchSampler(BatchSampler):
-    "Iterates over shuffled batches of row numbers, each image once an epoch; with `drop_last` an incomplete last batch is left out (if there is another)."
+    """Iterates over shuffled batches of row numbers, each image once an epoch; with `drop_last` an incomplete
+    last batch is left out (if there is another)."""
     def __init__(self,
         n: int,                # number of images
         bs: int=32,            # images in a batch, at most
@@ -177,8 +195,11 @@ class ShuffledBatchSampler(BatchSampler):
     ):
         self._prepare(n, bs, seed, rank, world)
         self.drop_last = drop_last and self.n//self.bs>=self.world
-        self.n_batches = self.n//self.bs//self.world*self.world if self.drop_last else self._whole(-(-self.n//self.bs))
-        if self.n_batches>self.n: raise DataError(f"There are {n} images for {self.n_batches} batches on {world} processes", "Use fewer processes")
+        self.n_batches = (self.n//self.bs//self.world*self.world if self.drop_last
+            else self._whole(-(-self.n//self.bs)))
+        if self.n_batches>self.n:
+            raise DataError(f"There are {n} images for {self.n_batches} batches on {world} processes",
+                "Use fewer processes")
     def batches(self, epoch: int) -> list:
         "The batches of an epoch, a list of arrays of row numbers."
         order = rng(self.seed, 'batches', epoch).permutation(self.n)
@@ -189,7 +210,8 @@ class ShuffledBatchSampler(BatchSampler):
 
 # %% ../../nbs/33_data.sampler.ipynb #e322aa00
 class OrderedBatchSampler(BatchSampler):
-    "Iterates over batches of row numbers in order; each image is on one process, once. The shares differ by at most one image."
+    """Iterates over batches of row numbers in order; each image is on one process, once. The shares differ by
+    at most one image."""
     def __init__(self,
         n: int,        # number of images
         bs: int=64,    # images in a batch
@@ -199,7 +221,8 @@ class OrderedBatchSampler(BatchSampler):
         self._prepare(n, bs, 0, rank, world)
         self.start,self.stop = self.n*self.rank//self.world,self.n*(self.rank+1)//self.world
     def __len__(self): return -(-(self.stop-self.start)//self.bs)
-    def __iter__(self): yield from (list(range(i, min(i+self.bs, self.stop))) for i in range(self.start, self.stop, self.bs))
+    def __iter__(self):
+        yield from (list(range(i, min(i+self.bs, self.stop))) for i in range(self.start, self.stop, self.bs))
 
 # %% ../../nbs/33_data.sampler.ipynb #16c63e86
 def inverse_frequency(
@@ -218,7 +241,8 @@ def inverse_frequency(
     return out*(len(out)/out.sum())
 
 class WeightedBatchSampler(BatchSampler):
-    "Iterates over batches of row numbers drawn by weight: in each epoch an image comes its expected number of times, rounded up or down."
+    """Iterates over batches of row numbers drawn by weight: in each epoch an image comes its expected number
+    of times, rounded up or down."""
     def __init__(self,
         weights,            # (N,) at least 0, any scale
         bs: int=32,         # images in a batch
@@ -231,7 +255,9 @@ class WeightedBatchSampler(BatchSampler):
         self._prepare(w.size, bs, seed, rank, world)
         if w.ndim!=1 or not np.isfinite(w).all() or (w<0).any() or not w.any():
             bad = np.flatnonzero(~(w>=0)) if w.ndim==1 else []
-            raise DataError(f"weights have shape {w.shape}{f' and {w[bad[0]]} in row {bad[0]}' if len(bad) else ''}", "Give one weight of at least 0 for each image, not all 0")
+            raise DataError("weights have shape "
+                f"{w.shape}{f' and {w[bad[0]]} in row {bad[0]}' if len(bad) else ''}",
+                "Give one weight of at least 0 for each image, not all 0")
         self.n_batches = self._whole(-(-(self.n if n is None else int(n))//self.bs))
         self.order = rng(self.seed, 'order').permutation(self.n)
         self.line = np.cumsum(w[self.order])
@@ -246,7 +272,8 @@ class WeightedBatchSampler(BatchSampler):
 
 # %% ../../nbs/33_data.sampler.ipynb #e8a9b9b9
 class PositiveShareSampler(BatchSampler):
-    "Iterates over batches of row numbers whose share of positives moves evenly from `start` in the first epoch to `end` in the last, and stays there."
+    """Iterates over batches of row numbers whose share of positives moves evenly from `start` in the first
+    epoch to `end` in the last, and stays there."""
     def __init__(self,
         labels,            # (N,) of 1, 0 and NaN, or (N, C): positive if any is 1, negative if all are 0; others are left out
         bs: int=32,        # images in a batch
@@ -262,8 +289,11 @@ class PositiveShareSampler(BatchSampler):
         positive = _positives(y)[0].any(1)
         self.pools = np.flatnonzero(positive),np.flatnonzero(~positive & ~pd.isna(y).any(1))
         self._prepare(sum(map(len, self.pools)), bs, seed, rank, world)
-        if not (0<=start<=1 and 0<=end<=1) or epochs<1: raise DataError(f"The share moves from {start} to {end} in {epochs} epochs", "Give shares in 0 .. 1 and at least one epoch")
-        for pool,share,what in zip(self.pools, (max(start, end), 1 - min(start, end)), ('positive', 'negative')):
+        if not (0<=start<=1 and 0<=end<=1) or epochs<1:
+            raise DataError(f"The share moves from {start} to {end} in {epochs} epochs",
+                "Give shares in 0 .. 1 and at least one epoch")
+        for pool,share,what in zip(self.pools, (max(start, end), 1 - min(start, end)),
+                ('positive', 'negative')):
             if share>0 and not len(pool): raise DataError(f"No image is {what}", "Add such images")
         self.start,self.end,self.epochs = float(start),float(end),int(epochs)
         self.n_batches = self._whole(-(-self.n//self.bs))
@@ -274,16 +304,20 @@ class PositiveShareSampler(BatchSampler):
     def batches(self, epoch: int) -> np.ndarray:
         "The batches of an epoch as row numbers (number of batches, bs)."
         gen,total,count = rng(self.seed, 'batches', epoch),self.n_batches*self.bs,self._count(epoch)
-        before = sum(self._count(e) for e in range(min(epoch, self.epochs))) + max(0, epoch-self.epochs)*self._count(self.epochs)
-        each = gen.permutation(np.diff(np.arange(self.n_batches+1)*count//self.n_batches)) # they differ by at most one
+        before = sum(self._count(e) for e in range(min(epoch, self.epochs))) + max(0,
+            epoch-self.epochs)*self._count(self.epochs)
+        # they differ by at most one
+        each = gen.permutation(np.diff(np.arange(self.n_batches+1)*count//self.n_batches))
         out,is_positive = np.empty((self.n_batches, self.bs), int),np.arange(self.bs)<each[:,None]
-        for where,pool,start,n,key in ((is_positive, self.pools[0], before, count, 'positive'), (~is_positive, self.pools[1], epoch*total-before, total-count, 'negative')):
+        for where,pool,start,n,key in ((is_positive, self.pools[0], before, count, 'positive'),
+                (~is_positive, self.pools[1], epoch*total-before, total-count, 'negative')):
             if n: out[where] = pool[_walk(len(pool), start, n, self.seed, key)]
         return gen.permuted(out, axis=1)
 
 # %% ../../nbs/33_data.sampler.ipynb #18673db6
 class RepeatedBatchSampler(BatchSampler):
-    "Iterates over batches of row numbers with each image `m` times; on `world` processes the copies of an image are on different ones (as far as there are `m`)."
+    """Iterates over batches of row numbers with each image `m` times; on `world` processes the copies of an
+    image are on different ones (as far as there are `m`)."""
     def __init__(self,
         n: int,         # number of images
         bs: int=32,     # images in a batch
@@ -304,7 +338,8 @@ class RepeatedBatchSampler(BatchSampler):
 
 # %% ../../nbs/33_data.sampler.ipynb #99c2167a
 class PairedBatchSampler(BatchSampler):
-    "Iterates over batches of row numbers: the first `bs` are labelled, the following `n_unlabelled` are not. `set_epoch`, `rank` and `world` as in the others."
+    """Iterates over batches of row numbers: the first `bs` are labelled, the following `n_unlabelled` are
+    not. `set_epoch`, `rank` and `world` as in the others."""
     def __init__(self,
         labels,                   # (N,) or (N, C); an image is unlabelled where all are NaN
         bs: int=16,               # labelled images in a batch
@@ -321,20 +356,27 @@ class PairedBatchSampler(BatchSampler):
         self.labelled,self.unlabelled,self.mu = np.flatnonzero(known),np.flatnonzero(~known),float(mu)
         self._prepare(len(known), bs, seed, rank, world)
         self.n_unlabelled = int(round(self.mu*self.bs))
-        if self.n_unlabelled<1: raise DataError(f"mu is {mu}", "Give the number of unlabelled images for each labelled one")
+        if self.n_unlabelled<1:
+            raise DataError(f"mu is {mu}", "Give the number of unlabelled images for each labelled one")
         for rows,what in ((self.labelled, 'labelled'), (self.unlabelled, 'unlabelled')):
-            if not len(rows): raise DataError(f"None of {self.n} images is {what}", "Semi-supervised training needs both")
+            if not len(rows):
+                raise DataError(f"None of {self.n} images is {what}", "Semi-supervised training needs both")
         if among: self.unlabelled = np.arange(self.n)
-        self.balanced = BalancedBatchSampler(np.asarray(labels)[known], bs, min_per_class, seed) if min_per_class else None
-        self.n_batches = self._whole(-(-len(self.unlabelled)//self.n_unlabelled) if n_batches is None else int(n_batches))
+        self.balanced = (BalancedBatchSampler(np.asarray(labels)[known], bs, min_per_class, seed)
+            if min_per_class else None)
+        self.n_batches = self._whole(-(-len(self.unlabelled)//self.n_unlabelled) if n_batches is None
+            else int(n_batches))
     def _labelled(self, start: int, count: int) -> np.ndarray:
         "The labelled part (count, bs) of the batches from `start` on, counted over epochs."
-        if not self.balanced: return self.labelled[_walk(len(self.labelled), start*self.bs, count*self.bs, self.seed, 'labelled')].reshape(-1, self.bs)
+        if not self.balanced:
+            return self.labelled[_walk(len(self.labelled), start*self.bs, count*self.bs, self.seed,
+                'labelled')].reshape(-1, self.bs)
         n = self.balanced.n_batches
         rounds = np.concatenate([self.balanced.batches(e) for e in range(start//n, -(-(start+count)//n))])
         return self.labelled[rounds[start%n:start%n + count]]
     def batches(self, epoch: int) -> np.ndarray:
         "The batches of an epoch as row numbers (number of batches, bs + n_unlabelled)."
         b = self.n_batches
-        some = _walk(len(self.unlabelled), epoch*b*self.n_unlabelled, b*self.n_unlabelled, self.seed, 'unlabelled')
+        some = _walk(len(self.unlabelled), epoch*b*self.n_unlabelled, b*self.n_unlabelled, self.seed,
+            'unlabelled')
         return np.concatenate([self._labelled(epoch*b, b), self.unlabelled[some].reshape(b, -1)], 1)

@@ -9,7 +9,12 @@ __all__ = ['patient_keys', 'patient_groups', 'patient_split', 'prevalence', 'spl
            'held_out_split', 'fewer_negatives', 'assert_no_leakage', 'split_hash', 'save_split', 'load_split']
 
 # %% ../../nbs/32_data.split.ipynb #c196e69f
-import difflib, hashlib, io, json, re, warnings
+import difflib
+import hashlib
+import io
+import json
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,8 @@ def _column(df, column, what='column'):
     "The column, or an error with the nearest name."
     if column in df: return df[column]
     near = difflib.get_close_matches(str(column), map(str, df.columns), 1)
-    raise DataError(f"The table has no {what} {column!r}{f'; did you mean {near[0]!r}?' if near else ''} (it has {', '.join(map(str, df.columns))})", "Rename or add it")
+    raise DataError(f"The table has no {what} {column!r}{f'; did you mean {near[0]!r}?' if near else ''} (it "
+        f"has {', '.join(map(str, df.columns))})", "Rename or add it")
 
 def _some(values, n: int=5) -> str:
     "The first few of `values`."
@@ -36,19 +42,25 @@ def patient_keys(
     "The patient of each row as text; `DataError` that names the rows without one."
     raw = _column(df, column)
     missing = raw.isna()
-    keys = raw.astype(object).where(~missing, '').map(lambda o: str(int(o)) if isinstance(o, (float, np.floating)) and o==int(o) else str(o).strip())
+    keys = raw.astype(object).where(~missing, '').map(lambda o: str(int(o))
+        if isinstance(o, (float, np.floating)) and o==int(o) else str(o).strip())
     keys = keys.str.replace(r'^(\d+)\.0$', r'\1', regex=True).astype(object)
     if (empty := missing | keys.isin(['', 'nan', 'None'])).any():
-        raise DataError(f"{int(empty.sum())} of {len(df)} rows have no {column} (rows {_some(df.index[empty])})", "Fill in the patient, or leave these images out: without it a split may leak")
+        raise DataError(f"{int(empty.sum())} of {len(df)} rows have no {column} (rows "
+            f"{_some(df.index[empty])})",
+            "Fill in the patient, or leave these images out: without it a split may leak")
     return keys
 
 def _image_ids(df) -> pd.Series:
     "The images as text; `DataError` that names those that occur twice or are missing."
     ids = _column(df, 'image_id')
-    if ids.isna().any(): raise DataError(f"{int(ids.isna().sum())} rows have no image_id (rows {_some(df.index[ids.isna()])})", "Name each image")
+    if ids.isna().any():
+        raise DataError(f"{int(ids.isna().sum())} rows have no image_id (rows {_some(df.index[ids.isna()])})",
+            "Name each image")
     ids = ids.astype(str)
     if (twice := ids.duplicated()).any():
-        raise DataError(f"{int(twice.sum())} rows repeat an image_id ({_some(f'{i} in row {r}' for r,i in ids[twice].items())})", "Leave one row of each image")
+        raise DataError(f"{int(twice.sum())} rows repeat an image_id "
+            f"({_some(f'{i} in row {r}' for r,i in ids[twice].items())})", "Leave one row of each image")
     return ids
 
 # %% ../../nbs/32_data.split.ipynb #3c02c2a2
@@ -65,28 +77,38 @@ def patient_groups(
     for side in 'ab':
         image = _column(duplicates, f'image_{side}').astype(str)
         other = duplicates[f'patient_{side}'] if f'patient_{side}' in duplicates else image
-        nodes.append([known.get(i) or ('elsewhere', str(p)) for i,p in zip(image, other)]) # a tuple is never the text of a patient
-    if not any(isinstance(n, str) for side in nodes for n in side): warnings.warn(f"None of the {len(duplicates)} pairs names an image of the table (such as {duplicates.image_a.iloc[0]})", stacklevel=2)
+        # a tuple is never the text of a patient
+        nodes.append([known.get(i) or ('elsewhere', str(p)) for i,p in zip(image, other)])
+    if not any(isinstance(n, str) for side in nodes for n in side):
+        warnings.warn(f"None of the {len(duplicates)} pairs names an image of the table (such as "
+            f"{duplicates.image_a.iloc[0]})", stacklevel=2)
     names = sorted(set(keys)) + sorted({n for side in nodes for n in side if not isinstance(n, str)})
     number = {n: i for i,n in enumerate(names)}
     a,b = ([number[n] for n in side] for side in nodes)
-    group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(len(names),)*2), directed=False)[1]
+    group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(len(names),)*2),
+        directed=False)[1]
     first = pd.Series(group).drop_duplicates()
     name = dict(zip(first, (names[i] for i in first.index)))
     return keys.map(lambda k: name[group[number[k]]]).astype(object)
 
 # %% ../../nbs/32_data.split.ipynb #d82d706c
 def _classes(df, units, labels) -> tuple[np.ndarray, list]:
-    "Residuals (U, C+1), known images (U, C+1) and presence (U, C) of each patient side by side, and the C classes as (column, value)."
+    """Residuals (U, C+1), known images (U, C+1) and presence (U, C) of each patient side by side, and the C
+    classes as (column, value)."""
     residuals,known,presence,names,n = [],[],[],[],np.bincount(units)
     for column in [labels] if isinstance(labels, str) else list(labels or []):
         values = _column(df, column, 'label column')
         here = values.notna().to_numpy()
-        if not here.any(): raise DataError(f"Column {column!r} holds no known value", "Choose a column with labels")
+        if not here.any():
+            raise DataError(f"Column {column!r} holds no known value", "Choose a column with labels")
         distinct = values[here].unique()
-        if len(distinct)>50: raise DataError(f"Column {column!r} holds {len(distinct)} different values", "Stratify on a label with few classes, or cut it into bins first")
+        if len(distinct)>50:
+            raise DataError(f"Column {column!r} holds {len(distinct)} different values",
+                "Stratify on a label with few classes, or cut it into bins first")
         try: distinct = sorted(distinct)
-        except TypeError as e: raise DataError(f"Column {column!r} mixes numbers and text ({_some(map(repr, distinct))})", "Write all its values the same way") from e
+        except TypeError as e:
+            raise DataError(f"Column {column!r} mixes numbers and text ({_some(map(repr, distinct))})",
+                "Write all its values the same way") from e
         have = np.bincount(units[here], minlength=len(n))
         for value in distinct:
             positive = np.bincount(units[(values==value).to_numpy(bool, na_value=False)], minlength=len(n))
@@ -106,7 +128,8 @@ def _sizes(fractions, n: int) -> np.ndarray:
     return out
 
 def _share_out(weights, n: int, room) -> np.ndarray:
-    "Whole numbers that sum to `n`, in proportion to `weights` (or evenly where these are 0), none above `room`."
+    """Whole numbers that sum to `n`, in proportion to `weights` (or evenly where these are 0), none above
+    `room`."""
     out = np.zeros(len(room), int)
     while n>0:
         w = np.where(out<room, np.maximum(weights, 0), 0)
@@ -119,7 +142,8 @@ def _share_out(weights, n: int, room) -> np.ndarray:
     return out
 
 def _deal(has: np.ndarray, sizes: np.ndarray, least: int, gen) -> np.ndarray:
-    "The split (U,) of each patient: `has` (U, C) presence, `sizes` (S,) patients in each split, `least` of them with each class."
+    """The split (U,) of each patient: `has` (U, C) presence, `sizes` (S,) patients in each split, `least` of
+    them with each class."""
     split,free,todo = np.full(len(has), -1),sizes.copy(),list(range(has.shape[1]))
     while todo:
         c = min(todo, key=lambda k: (has[split<0,k].sum(), k))
@@ -149,7 +173,8 @@ def _largest(total, a=None, b=None, d=None):
     now = deviations(total)
     if d is None: return now.max() + now.mean()
     rest,one,two = np.delete(now, [a, b], 0),deviations(total[a]+d),deviations(total[b]-d)
-    return np.maximum(one.max(1), two.max(1)).clip(rest.max(initial=0)) + (one.sum(1) + two.sum(1) + rest.sum())/now.size - now.max() - now.mean()
+    return np.maximum(one.max(1), two.max(1)).clip(rest.max(initial=0)) + (one.sum(1) + two.sum(1)
+        + rest.sum())/now.size - now.max() - now.mean()
 
 def _exchange(split, x, sizes, least: int, gen, gain, patience: int=30, rounds: int=20_000):
     "Exchange patients between splits, in place, as long as one of many random pairs has a negative `gain`."
@@ -187,20 +212,26 @@ def _best_deal(x, sizes, least: int, gen) -> np.ndarray:
 
 # %% ../../nbs/32_data.split.ipynb #476e7c7c
 def _spread(df, fractions, names, label, seed, min_positives, duplicates) -> pd.Series:
-    "The number of the split of each row; a class with too few patients in a split is an error or (None) a warning."
+    """The number of the split of each row; a class with too few patients in a split is an error or (None) a
+    warning."""
     if not len(df): raise DataError("The table is empty", "Give a manifest with at least one image")
     if 'image_id' in df: _image_ids(df)
     units,keys = pd.factorize(patient_groups(df, duplicates), sort=True)
-    if len(keys)<len(fractions): raise DataError(f"There are {len(keys)} patients for {len(fractions)} splits", "Each split needs at least one patient")
+    if len(keys)<len(fractions):
+        raise DataError(f"There are {len(keys)} patients for {len(fractions)} splits",
+            "Each split needs at least one patient")
     x,classes = _classes(df, units, label)
     least = max(1, min_positives or 0)
     split = _best_deal(x, _sizes(fractions, len(keys)), least, rng(seed, 'split'))
     for k,(column,value) in enumerate(classes):
         got = np.bincount(split[x[:,k-len(classes)]>0], minlength=len(names))
         if got.min()>=least or min_positives==0: continue
-        lost,few = [n for n,g in zip(names, got) if not g],[f"{g} of them in {n}" for n,g in zip(names, got) if 0<g<least]
+        lost = [n for n,g in zip(names, got) if not g]
+        few = [f"{g} of them in {n}" for n,g in zip(names, got) if 0<g<least]
         what = f"{column} = {value} occurs in {got.sum()} patients: {', '.join((['none of them in ' + ', '.join(lost)] if lost else []) + few)}"
-        if min_positives is not None: raise DataError(f"{what}; min_positives is {min_positives}", "Give larger shares to these splits, fewer splits, or a smaller min_positives")
+        if min_positives is not None:
+            raise DataError(f"{what}; min_positives is {min_positives}",
+                "Give larger shares to these splits, fewer splits, or a smaller min_positives")
         warnings.warn(what, stacklevel=3)
     return pd.Series(split[units], index=df.index)
 
@@ -212,10 +243,12 @@ def patient_split(
     min_positives: int|None=None,  # patients of each class that every split must have; None: only warn where a split has none
     duplicates=None,               # pairs of equal images, whose patients stay together: see `patient_groups`
 ) -> pd.DataFrame:
-    "A copy of `df` with the column `split`. No patient crosses, and labels are as frequent in each split as in all: see `split_deviation`."
+    """A copy of `df` with the column `split`. No patient crosses, and labels are as frequent in each split as
+    in all: see `split_deviation`."""
     sizes = {'train': .6, 'valid': .2, 'test': .2} if sizes is None else dict(sizes)
     if not sizes or any(not v>0 for v in sizes.values()) or abs(sum(sizes.values())-1)>1e-6:
-        raise DataError(f"The sizes are {sizes}", "Give positive shares that sum to 1, such as {'train': 0.8, 'valid': 0.2}")
+        raise DataError(f"The sizes are {sizes}",
+            "Give positive shares that sum to 1, such as {'train': 0.8, 'valid': 0.2}")
     df = df.reset_index(drop=True) if not df.index.is_unique else df.copy()
     number = _spread(df, list(sizes.values()), list(sizes), label, seed, min_positives, duplicates)
     df['split'] = number.map(dict(enumerate(sizes))).astype(object)
@@ -235,7 +268,9 @@ def prevalence(
         known = values.dropna()
         for value in sorted(known.unique()) if not known.isin([0, 1]).all() else [1]:
             positive = (values==value).astype(float).where(values.notna())
-            out[column if known.isin([0, 1]).all() else f'{column} = {value}'] = {**positive.groupby(used[split], sort=False).mean(), 'all': positive.mean()}
+            out[column if known.isin([0, 1]).all()
+                else f'{column} = {value}'] = {**positive.groupby(used[split], sort=False).mean(),
+                'all': positive.mean()}
     return pd.DataFrame.from_dict(out, orient='index')
 
 def split_deviation(
@@ -243,7 +278,8 @@ def split_deviation(
     labels,              # label columns of 1, 0 and NaN, or one column of classes
     split: str='split',  # its column of splits
 ) -> tuple[float, float]:
-    "The largest and the mean distance |prevalence in a split - prevalence in all| over classes and splits, in 0 .. 1; a split without known labels counts for nothing."
+    """The largest and the mean distance |prevalence in a split - prevalence in all| over classes and splits,
+    in 0 .. 1; a split without known labels counts for nothing."""
     table = prevalence(df, labels, split)
     gap = (table.drop(columns='all').sub(table['all'], axis=0)).abs()
     return float(gap.max(axis=None)),float(np.nanmean(gap.to_numpy()))
@@ -259,7 +295,8 @@ def patient_folds(
 ) -> pd.Series:
     "The fold 0 .. k-1 of each row, by patient; the index is that of `df`."
     if k<2: raise DataError(f"k is {k}", "Give at least 2 folds")
-    out = _spread(df.reset_index(drop=True), [1/k]*k, [f'fold {i}' for i in range(k)], label, seed, min_positives, duplicates)
+    out = _spread(df.reset_index(drop=True), [1/k]*k, [f'fold {i}' for i in range(k)], label, seed,
+        min_positives, duplicates)
     return pd.Series(out.to_numpy(), index=df.index, name='fold')
 
 # %% ../../nbs/32_data.split.ipynb #993d86ab
@@ -276,16 +313,24 @@ def official_split(
     own,where = patient_keys(df, by),pd.Series(dtype=object)
     for name,ids in lists.items():
         ids = pd.Index(patient_keys(pd.DataFrame({by: list(ids)}), by)).unique()
-        if len(both := where.index.intersection(ids)): raise DataError(f"{len(both)} of {by} are in two lists ({_some(f'{i}: {where[i]} and {name}' for i in both)})", "Each belongs to one split")
-        if not own.isin(ids).any(): raise DataError(f"None of the {len(ids)} of {by} in the list {name!r} is in the table (the list has {_some(ids[:2])}, the table {_some(own[:2])})", "Check by= and how the names are written")
+        if len(both := where.index.intersection(ids)):
+            raise DataError(f"{len(both)} of {by} are in two lists "
+                f"({_some(f'{i}: {where[i]} and {name}' for i in both)})", "Each belongs to one split")
+        if not own.isin(ids).any():
+            raise DataError(f"None of the {len(ids)} of {by} in the list {name!r} is in the table (the list "
+                f"has {_some(ids[:2])}, the table {_some(own[:2])})",
+                "Check by= and how the names are written")
         where = pd.concat([where, pd.Series(name, index=ids, dtype=object)])
     split,groups = own.map(where),patient_groups(df, kwargs.get('duplicates'))
     seen = pd.DataFrame({'patient': groups, 'split': split.fillna('in no list')}).drop_duplicates()
-    if len(torn := seen[seen.patient.duplicated(keep=False)].groupby('patient').split.agg(lambda o: ' and '.join(sorted(o)))):
+    if (len(torn := seen[seen.patient.duplicated(keep=False)].groupby('patient').split.agg(lambda o: ' and '.join(sorted(o))))):
         raise DataError(f"{len(torn)} patients cross the lists ({_some(f'{p}: {s}' for p,s in torn.items())})", "Put all images of a patient into one list")
     if (free := split.isna()).any():
-        if sizes is None: raise DataError(f"{int(free.sum())} of {len(df)} images are in no list ({_some(df.image_id[free])})", "Complete the lists, or give sizes= to divide the others")
-        split[free] = patient_split(df[free].assign(patient_id=groups[free]), sizes, **{**kwargs, 'duplicates': None}).split
+        if sizes is None:
+            raise DataError(f"{int(free.sum())} of {len(df)} images are in no list "
+                f"({_some(df.image_id[free])})", "Complete the lists, or give sizes= to divide the others")
+        split[free] = patient_split(df[free].assign(patient_id=groups[free]), sizes,
+            **{**kwargs, 'duplicates': None}).split
     df['split'] = split.astype(object)
     return df
 
@@ -297,14 +342,23 @@ def held_out_split(
     test: str='test',       # the split of the held-out images
     **kwargs                # label, seed, min_positives, duplicates as in `patient_split`
 ) -> pd.DataFrame:
-    "A copy of `df` whose split `test` is all images of some centres and nothing else; a patient who was also seen elsewhere is an error."
+    """A copy of `df` whose split `test` is all images of some centres and nothing else; a patient who was
+    also seen elsewhere is an error."""
     values = [values] if isinstance(values, str) or np.isscalar(values) else list(values)
     centre = _column(df, column)
-    if lost := [v for v in values if not (centre==v).any()]: raise DataError(f"No row has {column} = {lost[0]!r} (there are {_some(map(repr, centre.dropna().unique()))})", "Hold out values that occur")
-    if centre.isna().any(): raise DataError(f"{int(centre.isna().sum())} rows have no {column} (rows {_some(df.index[centre.isna()])})", "Fill it in, or leave these rows out")
-    if centre.isin(values).all(): raise DataError(f"All rows have {column} in {values}", "Hold out some centres only: nothing is left to train on")
+    if lost := [v for v in values if not (centre==v).any()]:
+        raise DataError(f"No row has {column} = {lost[0]!r} (there are "
+            f"{_some(map(repr, centre.dropna().unique()))})", "Hold out values that occur")
+    if centre.isna().any():
+        raise DataError(f"{int(centre.isna().sum())} rows have no {column} (rows "
+            f"{_some(df.index[centre.isna()])})", "Fill it in, or leave these rows out")
+    if centre.isin(values).all():
+        raise DataError(f"All rows have {column} in {values}",
+            "Hold out some centres only: nothing is left to train on")
     sizes = {'train': .8, 'valid': .2} if sizes is None else dict(sizes)
-    if test in sizes: raise DataError(f"sizes has {test!r}, the split of the held-out images", "Give the shares of the other splits only")
+    if test in sizes:
+        raise DataError(f"sizes has {test!r}, the split of the held-out images",
+            "Give the shares of the other splits only")
     return official_split(df, {test: _image_ids(df)[centre.isin(values)]}, sizes, **kwargs)
 
 # %% ../../nbs/32_data.split.ipynb #d1acc59d
@@ -315,12 +369,16 @@ def fewer_negatives(
     train: str='train',    # the split that is thinned
     seed: int=0,           # another seed, other images
 ) -> pd.DataFrame:
-    "`df` without some training images on which every label is known and 0; all other splits stay as they are."
+    """`df` without some training images on which every label is known and 0; all other splits stay as they
+    are."""
     labels = [labels] if isinstance(labels, str) else list(labels)
     values = pd.concat([_column(df, c, 'label column') for c in labels], axis=1)
     here = (_column(df, 'split')==train).to_numpy()
-    negative,positive = np.flatnonzero(here & (values==0).all(axis=1)),int((here & (values==1).any(axis=1)).sum())
-    if not per_positive>=0: raise DataError(f"per_positive is {per_positive}", "Give the number of negatives for each positive image, at least 0")
+    negative = np.flatnonzero(here & (values==0).all(axis=1))
+    positive = int((here & (values==1).any(axis=1)).sum())
+    if not per_positive>=0:
+        raise DataError(f"per_positive is {per_positive}",
+            "Give the number of negatives for each positive image, at least 0")
     n = int(round(per_positive*positive))
     drop = rng(seed, 'negatives').permutation(negative)[n:]
     return df[~np.isin(np.arange(len(df)), drop)]
@@ -331,30 +389,40 @@ def assert_no_leakage(
     split: str='split',  # its column of splits
     duplicates=None,     # table of equal images `image_a`, `image_b` of `find_copies` or `same_images`
 ) -> None:
-    "`DataError` that names the patients, images, files or pairs of equal images that are in more than one split."
-    if split not in df: raise DataError(f"The table has no column {split!r}", "Divide it first with `patient_split`")
+    """`DataError` that names the patients, images, files or pairs of equal images that are in more than one
+    split."""
+    if split not in df:
+        raise DataError(f"The table has no column {split!r}", "Divide it first with `patient_split`")
     used = df[df[split].notna() & (df[split]!='')]
     splits,keys = used[split].astype(str).to_numpy(),{'patient_id': patient_keys(used)}
     keys |= {c: used[c] for c in ('image_id','path') if c in used}
     for column,key in keys.items():
         pairs = pd.DataFrame({'key': key.to_numpy(), 'split': splits}).drop_duplicates()
         pairs = pairs[pairs.key.notna() & (pairs.key!='')]
-        crossing = pairs[pairs.key.duplicated(keep=False)].groupby('key').split.agg(lambda o: ' and '.join(sorted(o)))
+        crossing = pairs[pairs.key.duplicated(keep=False)].groupby('key').split.agg(
+            lambda o: ' and '.join(sorted(o)))
         if len(crossing):
-            raise DataError(f"{len(crossing)} values of {column} are in more than one split: {_some(f'{k} ({o})' for k,o in crossing.items())}", "Divide by patient with `patient_split`")
+            raise DataError(f"{len(crossing)} values of {column} are in more than one split: "
+                f"{_some(f'{k} ({o})' for k,o in crossing.items())}",
+                "Divide by patient with `patient_split`")
     if duplicates is None or not len(duplicates): return
-    groups = pd.DataFrame({'patient': patient_groups(used, duplicates), 'split': splits, 'image': _image_ids(used)}).drop_duplicates(['patient', 'split'])
-    crossing = groups[groups.patient.duplicated(keep=False)].groupby('patient', sort=False).apply(lambda o: ' = '.join(f'{i} ({s})' for i,s in zip(o.image, o.split)))
+    groups = pd.DataFrame({'patient': patient_groups(used, duplicates), 'split': splits,
+        'image': _image_ids(used)}).drop_duplicates(['patient', 'split'])
+    crossing = groups[groups.patient.duplicated(keep=False)].groupby('patient',
+        sort=False).apply(lambda o: ' = '.join(f'{i} ({s})' for i,s in zip(o.image, o.split)))
     if len(crossing):
-        raise DataError(f"{len(crossing)} groups of patients with equal images are in more than one split: {_some(crossing)}", "Give the pairs to `patient_split` as duplicates=")
+        raise DataError(f"{len(crossing)} groups of patients with equal images are in more than one split: "
+            f"{_some(crossing)}", "Give the pairs to `patient_split` as duplicates=")
 
 # %% ../../nbs/32_data.split.ipynb #56cbf30c
 def split_hash(
     df: pd.DataFrame, # a manifest with `image_id`, `patient_id` and `split`
 ) -> str:
-    "16 hexadecimal digits that name which image and patient is in which split; the order of rows does not matter."
+    """16 hexadecimal digits that name which image and patient is in which split; the order of rows does not
+    matter."""
     for column in ('image_id','split'):
-        if column not in df: raise DataError(f"The table has no column {column!r}", "Divide a manifest with `patient_split`")
+        if column not in df:
+            raise DataError(f"The table has no column {column!r}", "Divide a manifest with `patient_split`")
     rows = sorted(zip(df.image_id.astype(str), patient_keys(df), df.split.fillna('').astype(str)))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -363,29 +431,41 @@ def save_split(
     path,             # a .csv file
     duplicates=None,  # pairs of equal images that must not cross
 ) -> str:
-    "Writes image, patient and split of each row, sorted, below a line with the hash; returns the hash. A split that leaks is not written."
+    """Writes image, patient and split of each row, sorted, below a line with the hash; returns the hash. A
+    split that leaks is not written."""
     assert_no_leakage(df, duplicates=duplicates)
-    table = pd.DataFrame({'image_id': _image_ids(df), 'patient_id': patient_keys(df), 'split': df.split.fillna('').astype(str)}).sort_values('image_id')
+    table = pd.DataFrame({'image_id': _image_ids(df), 'patient_id': patient_keys(df),
+        'split': df.split.fillna('').astype(str)}).sort_values('image_id')
     name = split_hash(table)
-    with atomic_path(path) as tmp: tmp.write_text(f"# split {name}\n" + table.to_csv(index=False, lineterminator='\n'), encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(f"# split {name}\n" + table.to_csv(index=False, lineterminator='\n'), encoding='utf-8')
     return name
 
 def load_split(
     path,                       # a file of `save_split`
     df: pd.DataFrame|None=None, # a manifest to divide; None: only read
 ) -> pd.DataFrame:
-    "The table of the file, or a copy of `df` with its `split`. `DataError` if the file was changed, or does not have every image of `df` with the same patient."
+    """The table of the file, or a copy of `df` with its `split`. `DataError` if the file was changed, or does
+    not have every image of `df` with the same patient."""
     path = Path(path)
     if not path.is_file(): raise DataError(f"There is no file {path}", "Give a file written by save_split")
     head,_,body = path.read_text(encoding='utf-8').partition('\n')
-    if not (found := re.match(r'# split ([0-9a-f]{16})\s*$', head)): raise DataError(f"{path.name} is no split: its first line has no hash", "Give a file written by save_split")
+    if not (found := re.match(r'# split ([0-9a-f]{16})\s*$', head)):
+        raise DataError(f"{path.name} is no split: its first line has no hash",
+            "Give a file written by save_split")
     table = pd.read_csv(io.StringIO(body), dtype=str, keep_default_na=False)
-    if list(table)!=['image_id', 'patient_id', 'split'] or split_hash(table)!=found[1]: raise DataError(f"{path.name} was changed: its rows do not have the hash {found[1]}", "Take the file as it was written")
+    if list(table)!=['image_id', 'patient_id', 'split'] or split_hash(table)!=found[1]:
+        raise DataError(f"{path.name} was changed: its rows do not have the hash {found[1]}",
+            "Take the file as it was written")
     if df is None: return table
     ids,known = _image_ids(df),table.set_index('image_id')
-    if (lost := ~ids.isin(known.index)).any(): raise DataError(f"{int(lost.sum())} of {len(df)} images are not in {path.name} (rows {_some(f'{r}: {i}' for r,i in ids[lost].items())})", "Leave them out, or make a new split")
+    if (lost := ~ids.isin(known.index)).any():
+        raise DataError(f"{int(lost.sum())} of {len(df)} images are not in {path.name} (rows "
+            f"{_some(f'{r}: {i}' for r,i in ids[lost].items())})", "Leave them out, or make a new split")
     here = known.loc[ids]
     if (other := here.patient_id.to_numpy()!=patient_keys(df).to_numpy()).any():
-        raise DataError(f"{int(other.sum())} images have another patient than in {path.name} (rows {_some(f'{r}: {i}' for r,i in ids[other].items())})", "Correct the patients, or make a new split")
+        raise DataError(f"{int(other.sum())} images have another patient than in {path.name} (rows "
+            f"{_some(f'{r}: {i}' for r,i in ids[other].items())})",
+            "Correct the patients, or make a new split")
     split = here.split.astype(object).to_numpy()
     return df.assign(split=pd.Series(np.where(split=='', None, split), index=df.index, dtype=object))

@@ -8,7 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/data.targets.html.md"""
 __all__ = ['stored_boxes', 'MaskStore', 'write_masks']
 
 # %% ../../nbs/33_data.targets.ipynb #9c697e9b
-import json, warnings
+import json
+import warnings
 from pathlib import Path
 
 import cv2
@@ -16,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, StoreError, atomic_path, progress, transform_boxes
-from ..preprocess.intensity import move_mask
 from .regions import XYXY, image_mask
+from ..preprocess.intensity import move_mask
 
 # %% ../../nbs/33_data.targets.ipynb #e20d9a57
 def stored_boxes(
@@ -25,38 +26,51 @@ def stored_boxes(
     boxes: pd.DataFrame,    # image_id, x1, y1, x2, y2 in pixels of the original film, and other columns
     min_visible: float=.3,  # a box of which less is left inside the stored image is dropped
 ) -> pd.DataFrame:
-    "The boxes in pixels of the stored images, clipped to them. A warning says how many were dropped; those of images that are not in the store are left out."
-    if lost := [c for c in ('image_id', *XYXY) if c not in boxes]: raise DataError(f"The boxes have no column {lost[0]!r} (columns: {', '.join(map(str, boxes.columns))})", "Give image_id, x1, y1, x2 and y2")
+    """The boxes in pixels of the stored images, clipped to them. A warning says how many were dropped; those
+    of images that are not in the store are left out."""
+    if lost := [c for c in ('image_id', *XYXY) if c not in boxes]:
+        raise DataError(f"The boxes have no column {lost[0]!r} (columns: "
+            f"{', '.join(map(str, boxes.columns))})", "Give image_id, x1, y1, x2 and y2")
     xy = boxes[XYXY].to_numpy(float)
-    if (bad := ~np.isfinite(xy).all(1) | (xy[:, 2:]<=xy[:, :2]).any(1)).any(): raise DataError(f"Row {boxes.index[bad][0]} of the boxes is {xy[bad][0].tolist()}", "Give finite numbers with x1 < x2 and y1 < y2")
+    if (bad := ~np.isfinite(xy).all(1) | (xy[:, 2:]<=xy[:, :2]).any(1)).any():
+        raise DataError(f"Row {boxes.index[bad][0]} of the boxes is {xy[bad][0].tolist()}",
+            "Give finite numbers with x1 < x2 and y1 < y2")
     at = pd.Index(store.index.image_id.astype(str)).get_indexer(boxes.image_id.astype(str))
     boxes,xy,at = boxes[at>=0],xy[at>=0],at[at>=0]
     if not len(boxes): raise DataError("None of the boxes belongs to an image of the store", "Check image_id")
-    moved = np.stack([transform_boxes(np.reshape(store.index.affine.iloc[i], (3, 3)), b) for i,b in zip(at, xy)])
+    moved = np.stack([transform_boxes(np.reshape(store.index.affine.iloc[i], (3, 3)), b)
+        for i,b in zip(at, xy)])
     h,w = store[0].shape
     inside = np.clip(moved, 0, [w, h, w, h])
     area = lambda b: np.prod(np.maximum(b[:, 2:]-b[:, :2], 0), 1)
     keep = area(inside)>=min_visible*area(moved)
-    if not keep.all(): warnings.warn(f"{int((~keep).sum())} of {len(keep)} boxes lie outside the stored images and are dropped", stacklevel=2)
+    if not keep.all():
+        warnings.warn(f"{int((~keep).sum())} of {len(keep)} boxes lie outside the stored images and are dropped", stacklevel=2)
     return boxes[keep].assign(**dict(zip(XYXY, inside[keep].T))).reset_index(drop=True)
 
 # %% ../../nbs/33_data.targets.ipynb #70a53bdc
 class MaskStore:
-    "The masks of a store's images: `masks[i]` is (H, W) uint8 of 0 and 1 by memory map, `masks.known[i]` says whether anybody has drawn on image i."
+    """The masks of a store's images: `masks[i]` is (H, W) uint8 of 0 and 1 by memory map, `masks.known[i]`
+    says whether anybody has drawn on image i."""
     def __init__(self,
         path,  # the folder of `write_masks`
     ):
         self.path = Path(path)
         try:
             self.meta = json.loads((self.path/'masks.json').read_text())
-            self.pixels,self.known = np.load(self.path/'masks.npy', mmap_mode='r'),np.load(self.path/'known.npy')
-        except (OSError, ValueError) as e: raise StoreError(f"{self.path} holds no masks", "Make them with write_masks") from e
+            self.pixels = np.load(self.path/'masks.npy', mmap_mode='r')
+            self.known = np.load(self.path/'known.npy')
+        except (OSError, ValueError) as e:
+            raise StoreError(f"{self.path} holds no masks", "Make them with write_masks") from e
     def __len__(self): return len(self.pixels)
     def __getitem__(self, i) -> np.ndarray: return self.pixels[i]
-    def __repr__(self): return f"MaskStore({int(self.known.sum())} of {len(self)} images, {self.pixels.shape[1]} x {self.pixels.shape[2]})"
+    def __repr__(self):
+        return f"MaskStore({int(self.known.sum())} of {len(self)} images, {self.pixels.shape[1]} x {self.pixels.shape[2]})"
     def check(self, store):
         "`StoreError` if these are not the masks of `store`."
-        if self.meta['store']!=store.fingerprint: raise StoreError(f"The masks in {self.path} were made for another store", "Make them again with write_masks")
+        if self.meta['store']!=store.fingerprint:
+            raise StoreError(f"The masks in {self.path} were made for another store",
+                "Make them again with write_masks")
 
 def write_masks(
     store,              # an `ImageStore`
@@ -64,26 +78,32 @@ def write_masks(
     folder,             # where they go
     show: bool|None=None,
 ) -> MaskStore:
-    "Lay the masks over the stored images. Images without a row are unknown; with the run length -1 they are known to be empty."
+    """Lay the masks over the stored images. Images without a row are unknown; with the run length -1 they are
+    known to be empty."""
     table = masks if isinstance(masks, pd.DataFrame) else None
-    groups = {str(k): g for k,g in table.groupby('image_id')} if table is not None else {str(k): v for k,v in masks.items()}
+    groups = ({str(k): g for k,g in table.groupby('image_id')} if table is not None
+        else {str(k): v for k,v in masks.items()})
     h,w = store[0].shape
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = store.index.image_id.astype(str).isin(list(groups)).to_numpy()
-    if not known.any(): raise DataError("None of the masks belongs to an image of the store", "Check image_id")
+    if not known.any():
+        raise DataError("None of the masks belongs to an image of the store", "Check image_id")
     with atomic_path(folder/'masks.npy') as tmp:
         out = np.lib.format.open_memmap(tmp, 'w+', np.uint8, (len(store), h, w))
         for i in progress(np.flatnonzero(known), 'masks', show=show):
             row = store.index.iloc[i]
             mask = _one_mask(groups[str(row.image_id)], str(row.image_id))
             size = (int(row.Rows), int(row.Columns))
-            if min(size)>0 and mask.shape!=size: raise DataError(f"The mask of image {row.image_id} has {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}", "Give masks of the original's size")
+            if min(size)>0 and mask.shape!=size:
+                raise DataError(f"The mask of image {row.image_id} has {mask.shape[0]} x {mask.shape[1]} "
+                    f"pixels, its image {size[0]} x {size[1]}", "Give masks of the original's size")
             out[i] = move_mask(mask!=0, np.reshape(row.affine, (3, 3)), (h, w))
         out.flush()
         del out
     with atomic_path(folder/'known.npy') as tmp: np.save(tmp, known)
-    with atomic_path(folder/'masks.json') as tmp: tmp.write_text(json.dumps(dict(store=store.fingerprint, images=len(store))))
+    with atomic_path(folder/'masks.json') as tmp:
+        tmp.write_text(json.dumps(dict(store=store.fingerprint, images=len(store))))
     return MaskStore(folder)
 
 def _one_mask(m, image_id):
@@ -93,5 +113,6 @@ def _one_mask(m, image_id):
         a = cv2.imread(str(m), cv2.IMREAD_UNCHANGED)
         if a is None: raise DataError(f"The mask {m} of image {image_id} cannot be read", "Give PNG files")
         m = a
-    if (m := np.asarray(m)).ndim!=2: raise DataError(f"The mask of image {image_id} has shape {m.shape}", "Give (H, W)")
+    if (m := np.asarray(m)).ndim!=2:
+        raise DataError(f"The mask of image {image_id} has shape {m.shape}", "Give (H, W)")
     return m

@@ -22,7 +22,8 @@ from ..core import DataError, rng
 # %% ../../nbs/30_data.tree.ipynb #9afb7268
 @dataclass(frozen=True)
 class LabelTree:
-    "Categories, each with at most one parent and a tier; one of them may be `normal`, which excludes every category of the tiers above the lowest."
+    """Categories, each with at most one parent and a tier; one of them may be `normal`, which excludes every
+    category of the tiers above the lowest."""
     names: tuple        # C names
     parents: tuple      # C names of parents, '' for none
     tiers: tuple        # C names of tiers
@@ -30,13 +31,17 @@ class LabelTree:
     normal: str=''      # the category that says that there is no finding, '' for none
 
     def __post_init__(self):
-        if twice := {n for n in self.names if self.names.count(n)>1}: raise DataError(f"The tree has the category {twice.pop()!r} twice", "Give each category one row")
+        if twice := {n for n in self.names if self.names.count(n)>1}:
+            raise DataError(f"The tree has the category {twice.pop()!r} twice", "Give each category one row")
         parent = dict(zip(self.names, self.parents))
         for name,p in parent.items():
-            if p and p not in parent: raise DataError(f"The parent {p!r} of {name!r} is no category", "Add it, or leave the parent empty")
+            if p and p not in parent:
+                raise DataError(f"The parent {p!r} of {name!r} is no category",
+                    "Add it, or leave the parent empty")
             seen = {name}
             while p:
-                if p in seen: raise DataError(f"The category {name!r} stands below itself", "Mend the parents")
+                if p in seen:
+                    raise DataError(f"The category {name!r} stands below itself", "Mend the parents")
                 seen.add(p)
                 p = parent[p]
 
@@ -52,14 +57,16 @@ class LabelTree:
     @cached_property
     def disease(self) -> np.ndarray:
         "(C,) bool: the categories that `normal` excludes."
-        return np.array([t!=self.order[0] for t in self.tiers]) if self.normal else np.zeros(len(self.names), bool)
+        return (np.array([t!=self.order[0] for t in self.tiers]) if self.normal
+            else np.zeros(len(self.names), bool))
 
     def __repr__(self):
         depth = self.below.sum(1)-1
         rows,todo = [],[i for i,p in enumerate(self.parents) if not p]
         while todo:
             i = todo.pop(0)
-            rows.append(f"{'    '*depth[i]}{self.names[i]}" + (f"  ({self.tiers[i]})" if self.tiers[i] else ''))
+            rows.append(f"{'    '*depth[i]}{self.names[i]}"
+                + (f"  ({self.tiers[i]})" if self.tiers[i] else ''))
             todo = [j for j,p in enumerate(self.parents) if p==self.names[i]] + todo
         return '\n'.join(rows)
 
@@ -71,13 +78,15 @@ def _chest() -> dict:
 def chest_tree() -> LabelTree:
     "The 32 categories of a chest radiograph in three tiers (RELIANCE)."
     c = _chest()['categories']
-    return LabelTree(*(tuple(r[k] for r in c) for k in ('category', 'parent', 'tier')), ('no pathology', 'pathologic', 'urgent'), 'Normal')
+    return LabelTree(*(tuple(r[k] for r in c) for k in ('category', 'parent', 'tier')),
+        ('no pathology', 'pathologic', 'urgent'), 'Normal')
 
 def chest_terms(
     name: str, # 'padchest' or 'nih14'
 ) -> dict[str, tuple]:
     "What each term of a data set means: {term in lower case: its categories}."
-    if name not in _chest()['terms']: raise DataError(f"There is no mapping {name!r}", f"Choose one of {', '.join(_chest()['terms'])}")
+    if name not in _chest()['terms']:
+        raise DataError(f"There is no mapping {name!r}", f"Choose one of {', '.join(_chest()['terms'])}")
     return {term.lower(): tuple(c) for term,c in _chest()['terms'][name].items()}
 
 # %% ../../nbs/30_data.tree.ipynb #d70016f1
@@ -85,10 +94,13 @@ def chest_terms(
 def matrix(self:LabelTree, df: pd.DataFrame) -> np.ndarray:
     "(N, C) values 1, 0, NaN of `df`, whose columns are categories; NaN for a category that is not there."
     values = df.reindex(columns=list(self.names)).apply(pd.to_numeric, errors='coerce').to_numpy(float).copy()
-    wrong = ~(np.isnan(values) | (values==0) | (values==1)) | (np.isnan(values) & df.reindex(columns=list(self.names)).notna().to_numpy())
+    wrong = ~(np.isnan(values) | (values==0) | (values==1)) | (np.isnan(values)
+        & df.reindex(columns=list(self.names)).notna().to_numpy())
     if wrong.any():
         i,j = np.argwhere(wrong)[0]
-        raise DataError(f"Row {df.index[i]}, column {self.names[j]!r}: {df[self.names[j]].iloc[i]} is not 1, 0 or NaN ({int(wrong.sum())} such cells)", "Resolve uncertain labels first: `resolve_uncertain`")
+        raise DataError(f"Row {df.index[i]}, column {self.names[j]!r}: {df[self.names[j]].iloc[i]} is not 1, "
+            f"0 or NaN ({int(wrong.sum())} such cells)",
+            "Resolve uncertain labels first: `resolve_uncertain`")
     return values
 
 @patch
@@ -97,10 +109,15 @@ def contradictions(self:LabelTree,
 ) -> list[tuple]:
     "(row, column, other column, reason) of each pair of cells that cannot both be right."
     v = self.matrix(df)
-    pairs = [(i, j, 0, 'is 1, and {} above it is 0') for i,j in np.argwhere(self.below & ~np.eye(len(v.T), dtype=bool))]
-    if self.normal: pairs += [(i, self.names.index(self.normal), 1, 'is 1, and so is {}') for i in np.flatnonzero(self.disease)]
-    found = sorted((r, i, j, why) for i,j,other,why in pairs for r in np.flatnonzero((v[:,i]==1) & (v[:,j]==other)))
-    return [(df.index[r], self.names[i], self.names[j], why.format(repr(self.names[j]))) for r,i,j,why in found]
+    pairs = [(i, j, 0, 'is 1, and {} above it is 0')
+        for i,j in np.argwhere(self.below & ~np.eye(len(v.T), dtype=bool))]
+    if self.normal:
+        pairs += [(i, self.names.index(self.normal), 1, 'is 1, and so is {}')
+            for i in np.flatnonzero(self.disease)]
+    found = sorted((r, i, j, why) for i,j,other,why in pairs
+        for r in np.flatnonzero((v[:,i]==1) & (v[:,j]==other)))
+    return [(df.index[r], self.names[i], self.names[j], why.format(repr(self.names[j])))
+        for r,i,j,why in found]
 
 @patch
 def close(self:LabelTree,
@@ -108,7 +125,8 @@ def close(self:LabelTree,
     errors: str='raise',  # rows that contradict themselves: 'raise', or 'unknown' makes all their categories NaN
 ) -> pd.DataFrame:
     "`df` with all categories as columns and everything filled that follows from the tree."
-    if errors not in ('raise', 'unknown'): raise DataError(f"errors is {errors!r}", "Choose 'raise' or 'unknown'")
+    if errors not in ('raise', 'unknown'):
+        raise DataError(f"errors is {errors!r}", "Choose 'raise' or 'unknown'")
     v,wrong = self.matrix(df),self.contradictions(df)
     if wrong and errors=='raise':
         lines = '; '.join(f"row {r}, column {c!r}: {why}" for r,c,_,why in wrong[:5])
@@ -117,7 +135,8 @@ def close(self:LabelTree,
     up,down = (v==1)@self.below,(v==0)@self.below.T
     v = np.where(up, 1., np.where(down, 0., v))
     if self.normal: v = self._close_normal(v)
-    return df.drop(columns=[c for c in self.names if c in df]).join(pd.DataFrame(v, df.index, list(self.names)))
+    return df.drop(columns=[c for c in self.names if c in df]).join(pd.DataFrame(v, df.index,
+        list(self.names)))
 
 @patch
 def _close_normal(self:LabelTree, v):
@@ -151,7 +170,8 @@ def from_terms(self:LabelTree,
     if self.normal:
         sick,said = named[:,self.disease].any(1),index.isin(terms.index[term==normal])
         heard = said | (named.any(1) & ~index.isin(unjudged))
-        v[:,self.names.index(self.normal)] = np.where(sick, np.where(said, np.nan, 0.), np.where(heard, 1., np.nan))
+        v[:,self.names.index(self.normal)] = np.where(sick, np.where(said, np.nan, 0.),
+            np.where(heard, 1., np.nan))
         v[sick & said] = np.nan
     v[~index.isin(terms.index)] = np.nan
     return pd.DataFrame(v, index, list(self.names))
@@ -179,13 +199,19 @@ def resolve_uncertain(
 ):
     "`values` as floats without `mark`; same type and shape."
     if isinstance(values, pd.DataFrame):
-        if isinstance(policy, dict) and (lost := set(policy)-set(values.columns)): raise DataError(f"There is no column {sorted(map(str, lost))[0]!r} (columns: {', '.join(map(str, values.columns))})", "Name columns of the table")
+        if isinstance(policy, dict) and (lost := set(policy)-set(values.columns)):
+            raise DataError(f"There is no column {sorted(map(str, lost))[0]!r} (columns: "
+                f"{', '.join(map(str, values.columns))})", "Name columns of the table")
         each = policy if isinstance(policy, dict) else dict.fromkeys(values.columns, policy)
-        return pd.DataFrame({c: resolve_uncertain(values[c], each.get(c, 'ignore'), soft, seed+i, mark) for i,c in enumerate(values.columns)}, values.index)
-    if policy not in ('ignore', 'ones', 'zeros', 'soft'): raise DataError(f"The policy is {policy!r}", "Choose 'ignore', 'ones', 'zeros' or 'soft'")
+        return pd.DataFrame({c: resolve_uncertain(values[c], each.get(c, 'ignore'), soft, seed+i, mark)
+            for i,c in enumerate(values.columns)}, values.index)
+    if policy not in ('ignore', 'ones', 'zeros', 'soft'):
+        raise DataError(f"The policy is {policy!r}", "Choose 'ignore', 'ones', 'zeros' or 'soft'")
     v = np.asarray(values, float).copy()
     low,high = (soft, soft) if np.isscalar(soft) else soft
-    if not 0<=low<=high<=1: raise DataError(f"soft is {soft}", "Give a value in [0, 1], or a range (low, high)")
+    if not 0<=low<=high<=1:
+        raise DataError(f"soft is {soft}", "Give a value in [0, 1], or a range (low, high)")
     unsure = v==mark
-    v[unsure] = rng(seed).uniform(low, high, int(unsure.sum())) if policy=='soft' else {'ignore': np.nan, 'ones': 1., 'zeros': 0.}[policy]
+    v[unsure] = (rng(seed).uniform(low, high, int(unsure.sum())) if policy=='soft'
+        else {'ignore': np.nan, 'ones': 1., 'zeros': 0.}[policy])
     return pd.Series(v, values.index, name=values.name) if isinstance(values, pd.Series) else v

@@ -25,7 +25,8 @@ _FAINT = 15        # the same for strokes of an extreme value, and beside type
 _NOISE = 5         # median difference from the median of the neighbours, of 255
 
 def _grey8(stored):
-    "The stored integers as 8 bits between their 0.5 % and 99.5 % quantiles; a noisy picture through a median of 5 x 5, and whether it is."
+    """The stored integers as 8 bits between their 0.5 % and 99.5 % quantiles; a noisy picture through a
+    median of 5 x 5, and whether it is."""
     some = stored[::max(1, stored.shape[0]//512), ::max(1, stored.shape[1]//512)]
     lo,hi = (float(v) for v in np.percentile(some, [.5, 99.5]))
     grey = np.clip((stored.astype(np.float32) - lo)*(255/max(hi - lo, 1)), 0, 255).astype(np.uint8)
@@ -34,23 +35,28 @@ def _grey8(stored):
     return (cv2.medianBlur(grey, 5) if noisy else grey),noisy
 
 def _pieces(grey, extreme, k):
-    "The top-hat, and bright strokes narrower than `k` pixels as a dict of equally long arrays: x, y, w, h, a(rea), sw (stroke width), v(alue), t (contrast), e (share of extreme values)."
+    """The top-hat, and bright strokes narrower than `k` pixels as a dict of equally long arrays: x, y, w, h,
+    a(rea), sw (stroke width), v(alue), t (contrast), e (share of extreme values)."""
     padded = cv2.copyMakeBorder(grey, k, k, k, k, cv2.BORDER_REPLICATE)
-    top = np.ascontiguousarray(cv2.morphologyEx(padded, cv2.MORPH_TOPHAT, np.ones((k, k), np.uint8))[k:-k, k:-k])
+    top = np.ascontiguousarray(cv2.morphologyEx(padded, cv2.MORPH_TOPHAT, np.ones((k, k), np.uint8))[k:-k,
+        k:-k])
     mask = ((top>_LEAST) | (top>_FAINT) & extreme).astype(np.uint8)
     n,labels,stats,_ = cv2.connectedComponentsWithStats(mask, connectivity=8, ltype=cv2.CV_32S)
     x,y,w,h,a = stats[1:].T
-    keep = (np.minimum(w, h)>=2) & (np.maximum(w, h)>=6) & (np.maximum(w, h)<=48*k) & (np.minimum(w, h)<=6*k) & (a>=6) & (a>=.08*w*h)
+    keep = (np.minimum(w, h)>=2) & (np.maximum(w, h)>=6) & (np.maximum(w, h)<=48*k) & (np.minimum(w,
+        h)<=6*k) & (a>=6) & (a>=.08*w*h)
     ids = np.flatnonzero(keep) + 1
     new = np.zeros(n, np.int32)
     new[ids] = np.arange(1, len(ids) + 1)
     rows,cols = np.nonzero(mask)
     of = new[labels[rows, cols]]
     rows,cols,of = (o[of>0] for o in (rows, cols, of))
-    inner = cv2.erode(mask, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    inner = cv2.erode(mask, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)),
+        borderType=cv2.BORDER_CONSTANT, borderValue=0)
     total = lambda v: np.bincount(of, v, len(ids) + 1)[1:]
     area = np.maximum(total(None), 1)
-    pieces = dict(zip('xywh', stats[ids].T[:4].astype(float)), a=area, sw=2*area/np.maximum(total(1 - inner[rows, cols]), 1))
+    pieces = dict(zip('xywh', stats[ids].T[:4].astype(float)), a=area,
+        sw=2*area/np.maximum(total(1 - inner[rows, cols]), 1))
     return top,pieces | dict(v=total(grey[rows, cols])/area, t=total(top[rows, cols])/area,
                          e=total(extreme[rows, cols])/area)
 
@@ -63,7 +69,8 @@ def _chains(p):
     high,low = np.maximum(h[:, None], h),np.minimum(h[:, None], h)
     gap = np.maximum(x[:, None], x) - np.minimum((x + w)[:, None], x + w)
     far = lambda v: np.abs(v[:, None] - v)
-    together = (high<=1.5*low + 2) & (gap<=high + 1) & (gap>=-.2*high) & (far(y + h)<=.22*high + 1.5) & (far(p['v'])<60) & (far(p['t'])<45)
+    together = (high<=1.5*low + 2) & (gap<=high + 1) & (gap>=-.2*high) & (far(y + h)<=.22*high
+        + 1.5) & (far(p['v'])<60) & (far(p['t'])<45)
     together &= np.maximum(p['sw'][:, None], p['sw'])<1.8*np.minimum(p['sw'][:, None], p['sw'])
     n,chain = connected_components(csr_matrix(together), directed=False)
     order = np.argsort(chain, kind='stable')
@@ -75,9 +82,13 @@ def _is_type(p, s):
     height,t,n = np.median(h),np.median(p['t'][s]),len(s)
     letters = np.maximum(1, np.round(w/(.75*height))).sum()
     faint = t<75
-    if faint and (n<4 or letters<5 or np.median(p['e'][s])<.4 and t<50 or t<18 or h.std()>.25*height or height<7 or np.median(p['a'][s]/(w*h))<.42): return False
-    if letters<3 or np.median(p['a'][s]/(w*h))<.33 or np.median(p['sw'][s])<.1*height or h.std()>.32*height: return False
-    if n==2 and (t<110 or letters<4) or height<9 and not faint and (n<3 and letters<6 or t<85 or letters<4): return False
+    if (faint and (n<4 or letters<5 or np.median(p['e'][s])<.4 and t<50 or t<18 or h.std()>.25*height
+            or height<7 or np.median(p['a'][s]/(w*h))<.42)):
+        return False
+    if letters<3 or np.median(p['a'][s]/(w*h))<.33 or np.median(p['sw'][s])<.1*height or h.std()>.32*height:
+        return False
+    if n==2 and (t<110 or letters<4) or height<9 and not faint and (n<3 and letters<6 or t<85 or letters<4):
+        return False
     off,slope = zip(*(_level(x + w/2, v) for v in (y, y + h)))
     return min(off)<=.13*height and min(slope)<=.12
 
@@ -88,13 +99,16 @@ def _level(x, y):
     return float(np.sqrt(np.mean((y - a*x - b)**2))),abs(float(a))
 
 def _marks(ink, height):
-    "Left and right ends of the pieces of the strip `ink` that may be letters or dots of type of that height: they do not run through its edges."
+    """Left and right ends of the pieces of the strip `ink` that may be letters or dots of type of that
+    height: they do not run through its edges."""
     x,y,w,h,a = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)[2][1:].T
-    like = (h>=.2*height) & (h<=1.45*height) & (w<=8*height) & (a>=4) & ((y>0) & (y + h<len(ink)) | (len(ink)<height + 2*(height//3)))
+    like = (h>=.2*height) & (h<=1.45*height) & (w<=8*height) & (a>=4) & ((y>0) & (y + h<len(ink))
+        | (len(ink)<height + 2*(height//3)))
     return x[like],(x + w)[like]
 
 def _grown(top, grey, stored, box, value, tolerance):
-    "The box with what continues its line, with less contrast too or of the same stored value, after gaps of up to 1.6 times its height; with a margin."
+    """The box with what continues its line, with less contrast too or of the same stored value, after gaps of
+    up to 1.6 times its height; with a margin."""
     x1,y1,x2,y2 = (int(v) for v in box)
     height = y2 - y1
     band = slice(max(0, y1 - height//3), y2 + height//3)
@@ -113,10 +127,12 @@ def _grown(top, grey, stored, box, value, tolerance):
 def find_text(
     stored: np.ndarray, # (H, W) stored integers or grey values
 ) -> np.ndarray:
-    "Boxes (N, 4) of lines of 3 letters or more as x1 y1 x2 y2 in whole stored pixels (x2, y2 not included), level or upright type, bright or dark."
+    """Boxes (N, 4) of lines of 3 letters or more as x1 y1 x2 y2 in whole stored pixels (x2, y2 not included),
+    level or upright type, bright or dark."""
     (grey,noisy),boxes = _grey8(stored),[]
     lo,hi = float(stored.min()),float(stored.max())
-    for g,extreme in ((grey, (not noisy) & (stored>=hi - .03*(hi - lo))), (255 - grey, (not noisy) & (stored<=lo + .03*(hi - lo)))):
+    for g,extreme in ((grey, (not noisy) & (stored>=hi - .03*(hi - lo))),
+            (255 - grey, (not noisy) & (stored<=lo + .03*(hi - lo)))):
         for k in _KERNELS:
             top,p = _pieces(g, extreme, k)
             best = np.argsort(-p['t'], kind='stable')[:_MOST]
@@ -128,7 +144,9 @@ def find_text(
                 for s in _chains(q) if keep.sum()>1 else ():
                     if not _is_type(q, s): continue
                     turn = np.transpose if upright else np.asarray
-                    b = _grown(turn(top), turn(g), turn(stored), (q['x'][s].min(), q['y'][s].min(), (q['x'] + q['w'])[s].max(), (q['y'] + q['h'])[s].max()), np.median(q['v'][s]), .005*np.ptp(stored[::4, ::4]))
+                    b = _grown(turn(top), turn(g), turn(stored),
+                        (q['x'][s].min(), q['y'][s].min(), (q['x'] + q['w'])[s].max(),
+                        (q['y'] + q['h'])[s].max()), np.median(q['v'][s]), .005*np.ptp(stored[::4, ::4]))
                     boxes.append((b[1], b[0], b[3], b[2]) if upright else b)
     return _merged(np.array(boxes).reshape(-1, 4), stored.shape)
 
@@ -165,7 +183,9 @@ def black_out(
         order = '<' if raw else '>'
         if stored.dtype.itemsize==1 and not raw and ds['PixelData'].VR=='OW': order = 'swap'
         data = np.frombuffer(ds.PixelData, 'u1')
-        a = (data.reshape(-1, 2)[:, ::-1].ravel() if order=='swap' else data)[:stored.nbytes].view(stored.dtype.newbyteorder('<' if order=='swap' else order)).reshape(stored.shape).copy()
+        a = (data.reshape(-1, 2)[:, ::-1].ravel() if order=='swap'
+            else data)[:stored.nbytes].view(stored.dtype.newbyteorder('<' if order=='swap'
+            else order)).reshape(stored.shape).copy()
         low = int(ds.HighBit) + 1 - int(ds.BitsStored) if ds.get('HighBit') is not None else 0
         value = value<<max(0, low)
     for x1,y1,x2,y2 in boxes: a[y1:y2, x1:x2] = value

@@ -9,7 +9,14 @@ __all__ = ['MAX_RATIO', 'stream_info', 'check_stream', 'decode_reduced', 'halvin
            'decode_frame']
 
 # %% ../../nbs/12_dicom.codecs.ipynb #7bea418d
-import os, queue, re, subprocess, sys, tempfile, threading, warnings
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
 from io import BytesIO
 from typing import NamedTuple
 
@@ -24,7 +31,8 @@ from ..core import DicomError
 
 # %% ../../nbs/12_dicom.codecs.ipynb #b3a96466
 _copy = 'Copy the file again from its source'
-_SOF = {0xC0:'jpeg', 0xC1:'jpeg', 0xC2:'jpeg', 0xC3:'lossless', 0xF7:'jpegls'} | {m:'other' for m in (0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)}
+_SOF = {0xC0:'jpeg', 0xC1:'jpeg', 0xC2:'jpeg', 0xC3:'lossless',
+    0xF7:'jpegls'} | {m:'other' for m in (0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)}
 
 def stream_info(
     data: bytes, # one compressed frame
@@ -44,7 +52,8 @@ def _jpeg_info(data):
         if m==0xFF: p += 1; continue
         if m in _SOF and len(data)>=p+10:
             s,progressive = data[p+4:p+10],m==0xC2
-            info |= dict(kind=_SOF[m], bits=s[0], rows=int.from_bytes(s[1:3], 'big'), cols=int.from_bytes(s[3:5], 'big'), samples=s[5], exact=m in (0xC3, 0xF7))
+            info |= dict(kind=_SOF[m], bits=s[0], rows=int.from_bytes(s[1:3], 'big'),
+                cols=int.from_bytes(s[3:5], 'big'), samples=s[5], exact=m in (0xC3, 0xF7))
         if m==0xDA:
             if not info['kind']: return info | dict(fault='the scan comes before the frame header')
             first,last = data[p+n-1:p+n+1] if len(data)>p+n else (0, 0)
@@ -57,11 +66,13 @@ def _jpeg_info(data):
 def _jpeg2k_info(data, i):
     "The main header of a JPEG 2000 codestream that begins at byte `i`."
     at = lambda p, n: int.from_bytes(data[p:p+n], 'big')
-    info = dict(kind='jpeg2k', rows=at(i+12, 4) - at(i+20, 4), cols=at(i+8, 4) - at(i+16, 4), bits=(at(i+42, 1)&127) + 1, samples=at(i+40, 2),
+    info = dict(kind='jpeg2k', rows=at(i+12, 4) - at(i+20, 4), cols=at(i+8, 4) - at(i+16, 4),
+        bits=(at(i+42, 1)&127) + 1, samples=at(i+40, 2),
                 signed=bool(at(i+42, 1)&128), levels=0, exact=False, whole=b'\xff\xd9' in data[-64:] or i>0)
     if min(info['rows'], info['cols'])<=0: return info | dict(fault='it declares no size')
     tile = at(i+24, 4)*at(i+28, 4)
-    if not tile or info['rows']*info['cols']>2**16*tile: return info | dict(fault='it is cut into too many tiles')
+    if not tile or info['rows']*info['cols']>2**16*tile:
+        return info | dict(fault='it is cut into too many tiles')
     p = i + 2
     while p+4<=len(data) and data[p]==0xFF and data[p+1]!=0x90: # up to the first tile
         if data[p+1]==0x50: info['kind'] = 'htj2k'
@@ -70,7 +81,9 @@ def _jpeg2k_info(data, i):
     return info if info['levels']<=32 else info | dict(fault=f"it declares {info['levels']} wavelet levels")
 
 # %% ../../nbs/12_dicom.codecs.ipynb #ba28faf6
-MAX_RATIO = dict(jpeg=257, progressive=4096, lossless=8.1, rle=64.5, jpegls=5000, jpeg2k=5000, htj2k=5000, other=1000) # samples a byte (RLE: bytes); colour twice
+# samples a byte (RLE: bytes); colour twice
+MAX_RATIO = dict(jpeg=257, progressive=4096, lossless=8.1, rle=64.5, jpegls=5000, jpeg2k=5000, htj2k=5000,
+    other=1000)
 _stray = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')
 
 def check_stream(
@@ -83,40 +96,60 @@ def check_stream(
     "Raises `DicomError` for a frame that is faulty, cut, impossible or not of the declared size."
     def damaged(why): raise DicomError(path, f'the compressed pixel data is damaged: {why}', _copy)
     (rows,cols),samples = shape[:2],shape[2] if shape[2:] else 1
-    if info.get('fault'): raise DicomError(path, f"the compressed pixel data is damaged: {info['fault']}", 'Ask the source for an uncompressed or lossless copy')
+    if info.get('fault'):
+        raise DicomError(path, f"the compressed pixel data is damaged: {info['fault']}",
+            'Ask the source for an uncompressed or lossless copy')
     if info['kind'] and (info['rows'], info['cols'])!=(rows, cols):
-        raise DicomError(path, f"the header declares {rows} x {cols} pixels but the compressed stream {info['rows']} x {info['cols']}", _copy)
-    if info['kind'] and info['samples']!=samples: damaged(f"{info['samples']} samples a pixel where the header declares {samples}")
-    if info['kind'] and info['bits']>max(alloc, 8): damaged(f"{info['bits']} bits a sample where the header allows {alloc}")
-    if info.get('whole') is False: raise DicomError(path, 'the compressed pixel data ends early (no end marker)', _copy)
-    kind,n = 'progressive' if info.get('progressive') else info['kind'] or 'rle',int(np.prod(shape))*(alloc//8 if not info['kind'] else 1)
-    if n>2**12 and n>MAX_RATIO[kind]*(2 if samples>1 else 1)*(len(data) - info.get('scan', 0)): damaged(f'{len(data)} bytes for {rows} x {cols} pixels hold no picture')
+        raise DicomError(path, f"the header declares {rows} x {cols} pixels but the compressed stream "
+            f"{info['rows']} x {info['cols']}", _copy)
+    if info['kind'] and info['samples']!=samples:
+        damaged(f"{info['samples']} samples a pixel where the header declares {samples}")
+    if info['kind'] and info['bits']>max(alloc, 8):
+        damaged(f"{info['bits']} bits a sample where the header allows {alloc}")
+    if info.get('whole') is False:
+        raise DicomError(path, 'the compressed pixel data ends early (no end marker)', _copy)
+    kind = 'progressive' if info.get('progressive') else info['kind'] or 'rle'
+    n = int(np.prod(shape))*(alloc//8 if not info['kind'] else 1)
+    if n>2**12 and n>MAX_RATIO[kind]*(2 if samples>1 else 1)*(len(data) - info.get('scan', 0)):
+        damaged(f'{len(data)} bytes for {rows} x {cols} pixels hold no picture')
     if info['kind'] in ('lossless', 'jpeg') and info['samples']==1 and 'scan' in info:
         m = _stray.search(data, info['scan'])
-        if m and data[m.start()+1]!=0xD9 and (info['kind']=='lossless' or data[m.start()+1] not in (0xC4, 0xDA, 0xDB, 0xDD, 0xFE)): damaged('a marker stands inside the scan')
-        if m and data[m.start()+1]==0xD9 and len(data) - m.start()>66: damaged('its end marker comes too early')
+        if (m and data[m.start()+1]!=0xD9 and (info['kind']=='lossless'
+                or data[m.start()+1] not in (0xC4, 0xDA, 0xDB, 0xDD, 0xFE))):
+            damaged('a marker stands inside the scan')
+        if m and data[m.start()+1]==0xD9 and len(data) - m.start()>66:
+            damaged('its end marker comes too early')
 
 # %% ../../nbs/12_dicom.codecs.ipynb #1eecf2a7
 def _imagecodecs(data, info, ds, dtype, shape):
     "One frame by imagecodecs: the array and the codec's name."
     kind,rgb = info['kind'],{}
-    if ds.get('PhotometricInterpretation')=='RGB' and b'JFIF' not in data[:20]: rgb = dict(colorspace='RGB', outcolorspace='RGB')
+    if ds.get('PhotometricInterpretation')=='RGB' and b'JFIF' not in data[:20]:
+        rgb = dict(colorspace='RGB', outcolorspace='RGB')
     if kind=='jpeg': return imagecodecs.jpeg8_decode(data, **rgb),'imagecodecs.jpeg8'
-    if kind=='lossless': return imagecodecs.jpeg8_decode(data, **(rgb if shape[2:] else {})),'imagecodecs.jpeg8'
+    if kind=='lossless':
+        return imagecodecs.jpeg8_decode(data, **(rgb if shape[2:] else {})),'imagecodecs.jpeg8'
     if kind=='jpegls': return imagecodecs.jpegls_decode(data),'imagecodecs.jpegls'
-    if kind in ('jpeg2k', 'htj2k'): return imagecodecs.jpeg2k_decode(data),'imagecodecs.jpeg2k' # for HTJ2K too: its other decoder, OpenJPH, hangs on some damaged streams
+    if kind in ('jpeg2k', 'htj2k'):
+        # for HTJ2K too: its other decoder, OpenJPH, hangs on some damaged streams
+        return imagecodecs.jpeg2k_decode(data),'imagecodecs.jpeg2k'
     return _rle(data, dtype, shape),'imagecodecs.packbits'
 
 def _rle(data, dtype, shape):
-    "RLE (PS3.5 annex G): each byte of each sample is a segment of runs, which must unpack to exactly one byte a pixel."
+    """RLE (PS3.5 annex G): each byte of each sample is a segment of runs, which must unpack to exactly one
+    byte a pixel."""
     n,planes = shape[0]*shape[1],dtype.itemsize*(shape[2] if shape[2:] else 1)
     head = np.frombuffer(data, '<u4', 16).astype(np.int64)
     starts = [*head[1:1 + planes], len(data)]
-    if head[0]!=planes or any(a>=b for a,b in zip(starts, starts[1:])) or starts[0]!=64: raise ValueError('segments')
-    out = [np.frombuffer(imagecodecs.packbits_decode(data[a:b], out=n + 1), np.uint8) for a,b in zip(starts, starts[1:])]
+    if head[0]!=planes or any(a>=b for a,b in zip(starts, starts[1:])) or starts[0]!=64:
+        raise ValueError('segments')
+    out = [np.frombuffer(imagecodecs.packbits_decode(data[a:b], out=n + 1), np.uint8)
+        for a,b in zip(starts, starts[1:])]
     if any(len(o)!=n for o in out): raise ValueError('length')
-    samples = [out[i:i + dtype.itemsize][::-1] for i in range(0, planes, dtype.itemsize)] # the high byte comes first
-    whole = [cv2.merge([o.reshape(shape[:2]) for o in s]).reshape(*shape[:2], -1).view(dtype.newbyteorder('<'))[..., 0] for s in samples]
+    # the high byte comes first
+    samples = [out[i:i + dtype.itemsize][::-1] for i in range(0, planes, dtype.itemsize)]
+    whole = [cv2.merge([o.reshape(shape[:2]) for o in s]).reshape(*shape[:2],
+        -1).view(dtype.newbyteorder('<'))[..., 0] for s in samples]
     return np.stack(whole, -1) if shape[2:] else whole[0]
 
 # %% ../../nbs/12_dicom.codecs.ipynb #97f19418
@@ -125,7 +158,8 @@ def decode_reduced(
     info: dict,  # as of `stream_info`
     halvings: int, # 0: the full size; at most `info['levels']`
 ) -> np.ndarray:
-    "The integers of the picture at 1/2**halvings of its size; sample (i, j) has its centre on that of the stored pixel (i, j)*2**halvings."
+    """The integers of the picture at 1/2**halvings of its size; sample (i, j) has its centre on that of the
+    stored pixel (i, j)*2**halvings."""
     from PIL import Image
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -144,7 +178,8 @@ def halvings(
     "How often the picture can be halved."
     if not least or info['kind'] not in ('jpeg2k', 'htj2k') or info['samples']!=1 or info['bits']>16: return 0
     r = 0
-    while r<info['levels'] and -(-info['rows']//2**(r+1))>=least[0] and -(-info['cols']//2**(r+1))>=least[1]: r += 1
+    while r<info['levels'] and -(-info['rows']//2**(r+1))>=least[0] and -(-info['cols']//2**(r+1))>=least[1]:
+        r += 1
     return r
 
 # %% ../../nbs/12_dicom.codecs.ipynb #480b45cc
@@ -180,7 +215,8 @@ class _Other:
     def __init__(self): self.process,self.owner,self.lock = None,0,threading.Lock()
 
     def _start(self):
-        self.process = subprocess.Popen([sys.executable, '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen([sys.executable, '-c', _CHILD], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.owner,self.answers = os.getpid(),queue.Queue()
         def listen(process, answers):
             for line in process.stdout: answers.put(line.strip())
@@ -195,7 +231,8 @@ class _Other:
         self.process = None
 
     def decode(self, decoder: str, file: bytes, seconds=20) -> bytes:
-        "The pixels of a one-frame DICOM file (gdcm) or a stream (openjph). `ValueError` where it refuses, crashes or hangs."
+        """The pixels of a one-frame DICOM file (gdcm) or a stream (openjph). `ValueError` where it refuses,
+        crashes or hangs."""
         with self.lock:
             if not self.process or self.owner!=os.getpid(): self._start()
             fd,name = tempfile.mkstemp(suffix='.dcm')
@@ -215,7 +252,8 @@ class _Other:
 
 _other = _Other()
 
-_UID = {k: f'1.2.840.10008.1.2.4.{v}' for k,v in dict(jpeg=51, lossless=57, jpegls=80, jpeg2k=90, htj2k=201).items()}
+_UID = {k: f'1.2.840.10008.1.2.4.{v}' for k,v in dict(jpeg=51, lossless=57, jpegls=80, jpeg2k=90,
+    htj2k=201).items()}
 
 def syntax_of(ds) -> str:
     "The transfer syntax that the file meta of `ds` names, or ''."
@@ -228,7 +266,8 @@ def _bare_file(data, info, ds, shape):
     bare.file_meta.TransferSyntaxUID = _UID.get(info['kind']) or syntax_of(ds)
     bare.file_meta.MediaStorageSOPClassUID = bare.SOPClassUID = '1.2.840.10008.5.1.4.1.1.7'
     bare.file_meta.MediaStorageSOPInstanceUID = bare.SOPInstanceUID = '1.2.3'
-    for k in ('Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'):
+    for k in ('Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration',
+            'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'):
         if ds.get(k) is not None: setattr(bare, k, ds.get(k))
     bare.SamplesPerPixel = shape[2] if shape[2:] else 1
     bare.PixelData = encapsulate([data if isinstance(data, bytes) else bytes(data)])
@@ -243,7 +282,8 @@ def second_opinion(
     ds,              # its header
     dtype, shape,    # of the frame
 ) -> tuple[np.ndarray,str]:
-    "The frame by another decoder (gdcm; OpenJPH for HTJ2K) and that decoder's name. `ValueError` where it cannot."
+    """The frame by another decoder (gdcm; OpenJPH for HTJ2K) and that decoder's name. `ValueError` where it
+    cannot."""
     decoder = 'openjph' if info['kind']=='htj2k' else 'gdcm'
     out = _other.decode(decoder, data if decoder=='openjph' else _bare_file(data, info, ds, shape))
     if len(out)!=int(np.prod(shape))*dtype.itemsize: raise ValueError(f'{len(out)} bytes')
@@ -259,7 +299,8 @@ class Decoded(NamedTuple):
     bits: int=0       # of a sample in the stream; 0: as allocated
 
 def _apart(one, two, bits):
-    "In how many samples two decodes of `bits` bits differ, and by how much at most; signs above the stored bits do not count."
+    """In how many samples two decodes of `bits` bits differ, and by how much at most; signs above the stored
+    bits do not count."""
     if one.shape!=two.shape: return one.size,f'shapes {one.shape} and {two.shape}'
     half = 2**(bits-1)
     d = np.abs((one.astype(np.int64) - two + half)%(2*half) - half)
@@ -268,11 +309,14 @@ def _apart(one, two, bits):
 def _verified(one, codec, data, info, ds, dtype, shape, path):
     "The frame, if a second decoder agrees."
     try: two,second = second_opinion(data, info, ds, dtype, shape)
-    except ValueError as e: raise DicomError(path, f'the second decoder does not confirm {codec}: {e}', 'Ask the source for another copy, or read it without verify') from None
+    except ValueError as e:
+        raise DicomError(path, f'the second decoder does not confirm {codec}: {e}',
+            'Ask the source for another copy, or read it without verify') from None
     n,d = _apart(one, two, int(ds.get('BitsStored') or 8*dtype.itemsize))
     exact = info.get('exact', True)
     if n and (exact or isinstance(d, str) or d>2):
-        raise DicomError(path, f'two decoders disagree ({codec} and {second}) in {n} samples by up to {d}', 'Ask the source for an uncompressed or lossless copy')
+        raise DicomError(path, f'two decoders disagree ({codec} and {second}) in {n} samples by up to {d}',
+            'Ask the source for an uncompressed or lossless copy')
     return f'{codec} + {second}'
 
 def decode_frame(
@@ -288,17 +332,26 @@ def decode_frame(
     info = stream_info(data)
     rle = not info['kind'] and syntax_of(ds)==RLELossless
     if rle: info = dict(kind='')
-    if not rle and not info['kind']: raise DicomError(path, f"the compressed pixel data is damaged: {info.get('fault', 'it is neither JPEG, JPEG-LS nor JPEG 2000')}", _copy)
+    if not rle and not info['kind']:
+        raise DicomError(path, "the compressed pixel data is damaged: "
+            f"{info.get('fault', 'it is neither JPEG, JPEG-LS nor JPEG 2000')}", _copy)
     check_stream(data, info, shape, dtype.itemsize*8, path)
     exact = info.get('exact', True)
     r = 0 if verify else halvings(info, least)
     while r:
         try: return Decoded(decode_reduced(data, info, r), f'pillow.jpeg2k/{2**r}', 2**r, False, info['bits'])
         except (OSError, ValueError): r -= 1 # some odd sizes fail at a level
-    try: a,codec = second_opinion(data, info, ds, dtype, shape) if info['kind']=='other' else _imagecodecs(data, info, ds, dtype, shape)
-    except Exception as e: raise DicomError(path, f'the compressed pixel data is damaged ({type(e).__name__})', _copy) from None # native decoders raise their own types
-    if a.shape[:2]!=shape[:2]: raise DicomError(path, f'the compressed pixel data is damaged: it decodes to shape {a.shape}', _copy)
-    if info['kind']=='lossless' and a.size and int(a.max())>>info['bits']: raise DicomError(path, f"the compressed pixel data is damaged: values beyond {info['bits']} bits", _copy)
+    try:
+        a,codec = (second_opinion(data, info, ds, dtype, shape) if info['kind']=='other'
+            else _imagecodecs(data, info, ds, dtype, shape))
+    except Exception as e:
+        # native decoders raise their own types
+        raise DicomError(path, f'the compressed pixel data is damaged ({type(e).__name__})', _copy) from None
+    if a.shape[:2]!=shape[:2]:
+        raise DicomError(path, f'the compressed pixel data is damaged: it decodes to shape {a.shape}', _copy)
+    if info['kind']=='lossless' and a.size and int(a.max())>>info['bits']:
+        raise DicomError(path, f"the compressed pixel data is damaged: values beyond {info['bits']} bits",
+            _copy)
     flat = len(data)>4096 + a.size//256 and a.min()==a.max()
     if (verify or flat) and codec!='gdcm': codec = _verified(a, codec, data, info, ds, dtype, shape, path)
     return Decoded(a, codec, 1, exact, info.get('bits', 0))

@@ -8,7 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.deidentify.html.md"""
 __all__ = ['Walk', 'words_of', 'date_forms', 'Residue', 'clean_header', 'HeldBack', 'deidentify']
 
 # %% ../../nbs/18_dicom.deidentify.ipynb #d1a42dc8
-import json, re, warnings
+import json
+import re
+import warnings
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -54,7 +56,9 @@ class Walk:
                 if not self._private(ds, tag, safe, out): self.account.append((at, '', 'P'))
                 continue
             try: e = ds[tag]
-            except Exception: self.account.append((at, keyword_for_tag(tag), 'X')); continue # a value that contradicts its own type
+            except Exception:
+                self.account.append((at, keyword_for_tag(tag), 'X'))
+                continue # a value that contradicts its own type
             new,code = self._element(e, at, bool(place))
             if code: self.account.append((at, e.keyword, code))
             if new is not None: out.add(new)
@@ -65,8 +69,10 @@ class Walk:
         code = self.profile.action(int(e.tag), e.VR, self.sop_class, nested)
         if code in ('X', 'Z', 'D', 'U', 'C'): self._remember(e)
         if code=='X': return None,'X'
-        if e.VR=='SQ' and (code in ('', 'K', 'U*') or code=='D' and e.keyword=='ReferencedPerformedProcedureStepSequence'):
-            return DataElement(e.tag, 'SQ', Sequence([self.dataset(item, f'{at}[{i}].') for i,item in enumerate(e.value)])),code
+        if (e.VR=='SQ' and (code in ('', 'K', 'U*') or code=='D'
+                and e.keyword=='ReferencedPerformedProcedureStepSequence')):
+            return DataElement(e.tag, 'SQ', Sequence([self.dataset(item, f'{at}[{i}].')
+                for i,item in enumerate(e.value)])),code
         if code in ('', 'K'): return e,code
         value = self._value(e, code)
         self.made += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v]
@@ -77,9 +83,11 @@ class Walk:
         if e.keyword=='PatientID': return self.names.patient(e.value or self.patient)
         if e.keyword=='PatientName' and e.value: return self.names.patient(self.patient)
         if e.VR=='UI' and code in ('U', 'D'): return self._each(e.value, self.names.uid) or ''
-        if e.is_empty or code=='Z': return Sequence() if e.VR=='SQ' else None if e.VR in ('OB', 'OW', 'UN') else ''
+        if e.is_empty or code=='Z':
+            return Sequence() if e.VR=='SQ' else None if e.VR in ('OB', 'OW', 'UN') else ''
         if code!='C': return dummy(e.VR)
-        if e.VR in ('DA', 'DT'): return self._each(e.value, lambda v: shift_date(v, self.names.days(self.patient)))
+        if e.VR in ('DA', 'DT'):
+            return self._each(e.value, lambda v: shift_date(v, self.names.days(self.patient)))
         if e.keyword=='PatientAge': return young_enough(e.value)
         if e.VR=='TM': return e.value
         return self._each(e.value, lambda v: clean_words(v, self._people()))
@@ -97,7 +105,9 @@ class Walk:
         if e.VR=='SQ': [self._remember_all(item) for item in e.value]
         elif e.VR in _TELLING and e.value and e.keyword not in _SILENT:
             values = e.value if isinstance(e.value, (list, MultiValue)) else [e.value]
-            self.lost |= {(e.VR, str(v).strip('\0 ')) for v in values if not str(v).startswith('1.2.840.10008.')} # UIDs of the standard are nobody's
+            # UIDs of the standard are nobody's
+            self.lost |= {(e.VR, str(v).strip('\0 ')) for v in values
+                if not str(v).startswith('1.2.840.10008.')}
 
     def _remember_all(self, item):
         for tag in list(item.keys()):
@@ -105,14 +115,17 @@ class Walk:
             except Exception: continue # not readable: it goes anyway
 
     def _declared_safe(self, ds):
-        "Private elements that the file itself declares free of identity (PS3.3 C.12.1.1.7): by group and creator, all or a set of element numbers."
+        """Private elements that the file itself declares free of identity (PS3.3 C.12.1.1.7): by group and
+        creator, all or a set of element numbers."""
         out = {}
         if 'safe_private' not in self.profile.retain: return out
         for item in ds.get('PrivateDataElementCharacteristicsSequence') or []:
-            key,status = (item.get('PrivateGroupReference'), str(item.get('PrivateCreatorReference', ''))),item.get('BlockIdentifyingInformationStatus')
+            key = (item.get('PrivateGroupReference'), str(item.get('PrivateCreatorReference', '')))
+            status = item.get('BlockIdentifyingInformationStatus')
             some = item.get('NonidentifyingPrivateElements')
             if status=='SAFE': out[key] = None
-            elif status=='MIXED' and some is not None: out[key] = {int(v) & 0xFF for v in (some if isinstance(some, (list, MultiValue)) else [some])}
+            elif status=='MIXED' and some is not None:
+                out[key] = {int(v) & 0xFF for v in (some if isinstance(some, (list, MultiValue)) else [some])}
         return out
 
     def _private(self, ds, tag, safe, out):
@@ -128,8 +141,10 @@ class Walk:
         return True
 
 # %% ../../nbs/18_dicom.deidentify.ipynb #ff836e3e
-_TELLING = {'PN', 'LO', 'SH', 'UI', 'DA', 'DT', 'AE', 'ST', 'LT', 'UT', 'UC', 'UR'} # representations whose values may identify
-_SILENT = {'StationName', 'SpecificCharacterSet', 'DeviceSerialNumber'} # of the device; a station is often named like the model, which stays
+# representations whose values may identify
+_TELLING = {'PN', 'LO', 'SH', 'UI', 'DA', 'DT', 'AE', 'ST', 'LT', 'UT', 'UC', 'UR'}
+# of the device; a station is often named like the model, which stays
+_SILENT = {'StationName', 'SpecificCharacterSet', 'DeviceSerialNumber'}
 
 def words_of(
     text: str, # a value
@@ -138,7 +153,8 @@ def words_of(
     return {w for w in re.findall(r'[^\W\d_]{3,}', text) if w.upper() not in VOCABULARY}
 
 # %% ../../nbs/18_dicom.deidentify.ipynb #81920714
-_NUMERIC = {'DS', 'IS', 'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV', 'AT', 'OB', 'OW', 'OD', 'OF', 'OL', 'OV', 'SQ', 'UI', 'DA', 'DT', 'TM', 'US or SS', 'OB or OW'}
+_NUMERIC = {'DS', 'IS', 'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV', 'AT', 'OB', 'OW', 'OD', 'OF', 'OL',
+    'OV', 'SQ', 'UI', 'DA', 'DT', 'TM', 'US or SS', 'OB or OW'}
 
 def date_forms(
     value: str, # DA or DT
@@ -147,7 +163,8 @@ def date_forms(
     m = re.match(r'(\d{4})[.-]?(\d\d)[.-]?(\d\d)', value)
     if not m: return set()
     y,mo,d = m.groups()
-    return {f'{y}{mo}{d}', f'{y}-{mo}-{d}', f'{y}/{mo}/{d}', f'{y}.{mo}.{d}', f'{d}.{mo}.{y}', f'{d}/{mo}/{y}', f'{mo}/{d}/{y}', f'{d}-{mo}-{y}', f'{mo}-{d}-{y}'}
+    return {f'{y}{mo}{d}', f'{y}-{mo}-{d}', f'{y}/{mo}/{d}', f'{y}.{mo}.{d}', f'{d}.{mo}.{y}',
+        f'{d}/{mo}/{y}', f'{mo}/{d}/{y}', f'{d}-{mo}-{y}', f'{mo}-{d}-{y}'}
 
 class Residue:
     "Original values (VR, text) to be looked for in what is written; `made`: new values, which are not hits."
@@ -158,21 +175,28 @@ class Residue:
             elif vr in ('DA', 'DT'): tokens |= date_forms(v)
             elif len(v)>=3 and any(c.isdigit() for c in v) or words_of(v) and len(v)>=5: tokens.add(v)
         self.tokens = {t for t in tokens if t.upper() not in own and t.upper() not in VOCABULARY}
-        words,others = ('|'.join(re.escape(t) for t in sorted(self.tokens, key=len, reverse=True) if t.isalpha()==w) for w in (True, False))
-        parts = [p for p in (rf'(?<![^\W\d_])(?:{words})(?![^\W\d_])' if words else '', rf'(?<![^\W_])(?:{others})(?![^\W_])' if others else '') if p]
-        self.pattern = re.compile('|'.join(parts), re.I) if parts else None # a word between anything but letters, a number between anything but letters and digits
+        words,others = ('|'.join(re.escape(t) for t in sorted(self.tokens, key=len, reverse=True)
+            if t.isalpha()==w) for w in (True, False))
+        parts = [p for p in (rf'(?<![^\W\d_])(?:{words})(?![^\W\d_])' if words else '',
+            rf'(?<![^\W_])(?:{others})(?![^\W_])' if others else '') if p]
+        # a word between anything but letters, a number between anything but letters and digits
+        self.pattern = re.compile('|'.join(parts), re.I) if parts else None
         forms = {v for t in self.tokens if len(t)>=5 for v in (t, t.upper(), t.lower(), t.title())}
-        self.bytes = {b.upper() for v in forms for b in (v.encode(), v.encode('latin-1', 'ignore'), v.encode('utf-16-le')) if len(b)>=5}
-        self.stamps = {b for v in forms if not re.fullmatch(r'\d+[-/.]\d+[-/.]\d+', v) for b in (v.encode(), v.encode('latin-1', 'ignore')) if len(b)>=5}
+        self.bytes = {b.upper() for v in forms for b in (v.encode(), v.encode('latin-1', 'ignore'),
+            v.encode('utf-16-le')) if len(b)>=5}
+        self.stamps = {b for v in forms if not re.fullmatch(r'\d+[-/.]\d+[-/.]\d+', v)
+            for b in (v.encode(), v.encode('latin-1', 'ignore')) if len(b)>=5}
 
     def scrub(self, ds: Dataset, account: list, place: str=''):
         "Cuts hits out of the texts of `ds` and all its sequences."
         for e in list(ds) if self.pattern else ():
             at = f'{place}({e.tag.group:04x},{e.tag.element:04x})'
             if e.VR=='SQ': [self.scrub(item, account, f'{at}[{i}].') for i,item in enumerate(e.value)]
-            elif e.VR not in _NUMERIC and e.value and e.keyword not in ('PatientID', 'PatientName') and self.pattern.search(str(e.value)):
+            elif (e.VR not in _NUMERIC and e.value and e.keyword not in ('PatientID', 'PatientName')
+                    and self.pattern.search(str(e.value))):
                 many = isinstance(e.value, (list, MultiValue))
-                new = [' '.join(self.pattern.sub(' ', str(v)).split()) for v in (e.value if many else [e.value])]
+                new = [' '.join(self.pattern.sub(' ', str(v)).split())
+                    for v in (e.value if many else [e.value])]
                 ds[e.tag] = DataElement(e.tag, e.VR, b'' if e.VR=='UN' else new if many else new[0])
                 account.append((at, e.keyword, 'S'))
 
@@ -206,10 +230,13 @@ def clean_header(
     out.PatientID = out.PatientName = names.patient(patient)
     walk.made.append(out.PatientID)
     r = profile.retain
-    out.PatientIdentityRemoved,out.DeidentificationMethod = 'YES',f'radiology_ai, PS3.15 {EDITION} Basic Profile'
-    codes = [('113100', 'Basic Application Confidentiality Profile'), *([('113101', 'Clean Pixel Data Option')] if pixels else []), *sorted(OPTIONS[o] for o in r)]
+    out.PatientIdentityRemoved = 'YES'
+    out.DeidentificationMethod = f'radiology_ai, PS3.15 {EDITION} Basic Profile'
+    codes = [('113100', 'Basic Application Confidentiality Profile'),
+        *([('113101', 'Clean Pixel Data Option')] if pixels else []), *sorted(OPTIONS[o] for o in r)]
     out.DeidentificationMethodCodeSequence = Sequence([_code(*c) for c in codes])
-    out.LongitudinalTemporalInformationModified = 'UNMODIFIED' if 'dates_full' in r else 'MODIFIED' if 'dates_modified' in r else 'REMOVED'
+    out.LongitudinalTemporalInformationModified = ('UNMODIFIED' if 'dates_full' in r else 'MODIFIED'
+        if 'dates_modified' in r else 'REMOVED')
     Residue(walk.lost, walk.made).scrub(out, walk.account)
     return out,walk
 
@@ -221,7 +248,8 @@ def _tight(ds, path, account):
     e,data = ds['PixelData'],ds.PixelData
     inside = any(t.group & 0xFF00==0x6000 and t.element==0x0102 and int(ds[t].value or 0) for t in ds.keys())
     if e.is_undefined_length:
-        if inside: raise HeldBack(path, 'an overlay lies in unused bits of compressed pixels', 'Decompress it first')
+        if inside:
+            raise HeldBack(path, 'an overlay lies in unused bits of compressed pixels', 'Decompress it first')
         return data[:sum(fragments(pixel_value(ds), max(1, int(ds.get('NumberOfFrames') or 1)), path)[-1])]
     need = declared_frame(ds, path)*max(1, int(ds.get('NumberOfFrames') or 1))
     if len(data)>need + need%2 and ds.get('BitsAllocated') in (8, 16, 32):
@@ -237,33 +265,44 @@ def _tight(ds, path, account):
     return data
 
 def _check_text(ds, path, burned_in):
-    "Boxes of text in the one frame (H, W) of stored integers, and the integers; raises `DicomError` where that cannot be told."
+    """Boxes of text in the one frame (H, W) of stored integers, and the integers; raises `DicomError` where
+    that cannot be told."""
     n = max(1, int(ds.get('NumberOfFrames') or 1))
-    if n>64: raise HeldBack(path, f'it holds {n} frames, too many to be searched for text', "Use burned_in='keep' after a look at it")
+    if n>64:
+        raise HeldBack(path, f'it holds {n} frames, too many to be searched for text',
+            "Use burned_in='keep' after a look at it")
     for i in range(n):
         stored,_ = decode_stored(ds, i, path)
         boxes = find_text(stored.max(2) if stored.ndim==3 else stored)
-        if len(boxes) and (n>1 or stored.ndim==3): raise HeldBack(path, 'text was found in a picture of several frames or colours', 'Look at it')
+        if len(boxes) and (n>1 or stored.ndim==3):
+            raise HeldBack(path, 'text was found in a picture of several frames or colours', 'Look at it')
     if not len(boxes) and str(ds.get('BurnedInAnnotation') or '').upper()=='YES':
         raise HeldBack(path, 'the header says that text is burned in, but none was found', 'Look at it')
-    if len(boxes) and burned_in=='hold': raise HeldBack(path, f'text was found in the picture, in {len(boxes)} places', "Look at it, or use burned_in='black'")
+    if len(boxes) and burned_in=='hold':
+        raise HeldBack(path, f'text was found in the picture, in {len(boxes)} places',
+            "Look at it, or use burned_in='black'")
     return boxes,stored
 
 # %% ../../nbs/18_dicom.deidentify.ipynb #62ec0278
 _UNKNOWN = 'it has no SOP class or instance UID' 
 
 def _clean_file(path, names, profile, burned_in):
-    "The new data set ready to be written, its walk, and the number of boxes blacked out; a `DicomError` holds the file back."
+    """The new data set ready to be written, its walk, and the number of boxes blacked out; a `DicomError`
+    holds the file back."""
     ds = open_dicom(path)
-    if not ds.get('SOPClassUID') or not ds.get('SOPInstanceUID'): raise DicomError(path, _UNKNOWN, 'Leave it out')
-    if 'PixelData' not in ds: raise HeldBack(path, 'it has no pixel data: only images are de-identified', 'Leave it out')
+    if not ds.get('SOPClassUID') or not ds.get('SOPInstanceUID'):
+        raise DicomError(path, _UNKNOWN, 'Leave it out')
+    if 'PixelData' not in ds:
+        raise HeldBack(path, 'it has no pixel data: only images are de-identified', 'Leave it out')
     boxes = stored = ()
     if burned_in!='keep': boxes,stored = _check_text(ds, path, burned_in)
     out,walk = clean_header(ds, names, profile, burned_in!='keep')
     data,(implicit,little) = _tight(ds, path, walk.account),ds.original_encoding
-    default = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little is not False else ExplicitVRBigEndian
+    default = (ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little is not False
+        else ExplicitVRBigEndian)
     out.file_meta = FileMetaDataset()
-    out.file_meta.TransferSyntaxUID = getattr(getattr(ds, 'file_meta', None), 'TransferSyntaxUID', None) or default
+    out.file_meta.TransferSyntaxUID = (getattr(getattr(ds, 'file_meta', None), 'TransferSyntaxUID', None)
+        or default)
     out.file_meta.MediaStorageSOPClassUID,out.file_meta.MediaStorageSOPInstanceUID = out.SOPClassUID,out.SOPInstanceUID
     pixel = DataElement(0x7FE00010, ds['PixelData'].VR, data)
     pixel.is_undefined_length = ds['PixelData'].is_undefined_length
@@ -273,8 +312,11 @@ def _clean_file(path, names, profile, burned_in):
         out.BurnedInAnnotation = 'NO'
         walk.account.append(('(7fe0,0010)', 'PixelData', 'C'))
     rest = Residue(walk.lost, walk.made)
-    if rest.in_header(_header_bytes(out)): raise HeldBack(path, 'an original value is still in the header', 'Look at its free texts')
-    if rest.in_pixels(out.PixelData): raise HeldBack(path, 'an original value stands in the pixel data, perhaps in a comment of the stream', 'Decompress it first')
+    if rest.in_header(_header_bytes(out)):
+        raise HeldBack(path, 'an original value is still in the header', 'Look at its free texts')
+    if rest.in_pixels(out.PixelData):
+        raise HeldBack(path, 'an original value stands in the pixel data, perhaps in a comment of the stream',
+            'Decompress it first')
     return out,walk,len(boxes)
 
 def _header_bytes(ds):
@@ -290,7 +332,8 @@ def _write_new(out, path):
     "Writes atomically to a path that must not exist."
     path.parent.mkdir(parents=True, exist_ok=True)
     try: path.open('xb').close()
-    except FileExistsError: raise HeldBack(path, 'another file has the same SOP instance UID', 'Keep one of them') from None
+    except FileExistsError:
+        raise HeldBack(path, 'another file has the same SOP instance UID', 'Keep one of them') from None
     try:
         with atomic_path(path) as tmp: pydicom.dcmwrite(tmp, out, enforce_file_format=True)
     except BaseException:
@@ -301,14 +344,17 @@ _CODES = ('X', 'Z', 'D', 'U', 'C', 'K', 'P', 'S')
 
 def _row(number, path, names):
     "The row of a file in the account, still without result."
-    return dict(number=number, source=names.short('path', path), path='', status='ok', cause='', patient='', text_boxes=0) | {c: 0 for c in _CODES}
+    return dict(number=number, source=names.short('path', path), path='', status='ok', cause='', patient='',
+        text_boxes=0) | {c: 0 for c in _CODES}
 
 def _lost(job, cause):
     "The result of a file on which a worker process died."
-    return _row(job[0], job[1], Pseudonyms(job[3])) | dict(status='error', cause=f'the process that worked on it {cause}'),[],('', '')
+    return _row(job[0], job[1], Pseudonyms(job[3])) | dict(status='error',
+        cause=f'the process that worked on it {cause}'),[],('', '')
 
 def _one(job):
-    "De-identifies one file: its row of the account, the actions, and original and new patient ID for the linking table."
+    """De-identifies one file: its row of the account, the actions, and original and new patient ID for the
+    linking table."""
     number,path,dst,key,retain,burned_in = job
     names = Pseudonyms(key)
     row = _row(number, path, names)
@@ -317,25 +363,35 @@ def _one(job):
             warnings.simplefilter('ignore')
             out,walk,n = _clean_file(path, names, Profile(retain), burned_in)
             uids = [str(out.get(k, '')) for k in ('StudyInstanceUID', 'SeriesInstanceUID')]
-            where = Path(out.PatientID, *(f'{k}{names.short(k, u)}' for k,u in zip(('ST', 'SE'), uids)), f'{re.sub(r"[^0-9.]", "", str(out.SOPInstanceUID))}.dcm')
+            where = Path(out.PatientID, *(f'{k}{names.short(k, u)}' for k,u in zip(('ST', 'SE'), uids)),
+                f'{re.sub(r"[^0-9.]", "", str(out.SOPInstanceUID))}.dcm')
             _write_new(out, Path(dst)/where)
-    except DicomError as e: return row | dict(status='held' if isinstance(e, HeldBack) else 'error', cause=e.cause),[],('', '')
+    except DicomError as e:
+        return row | dict(status='held' if isinstance(e, HeldBack) else 'error', cause=e.cause),[],('', '')
     except Exception as e: # hostile headers raise many types; their text may quote values
         return row | dict(status='error', cause=f'it cannot be written ({type(e).__name__})'),[],('', '')
     for _,_,c in walk.account: row['U' if c=='U*' else c] += 1
-    return row | dict(path=str(where), patient=out.PatientID, text_boxes=n),walk.account,(walk.patient, out.PatientID)
+    return row | dict(path=str(where), patient=out.PatientID, text_boxes=n),walk.account,(walk.patient,
+        out.PatientID)
 
 # %% ../../nbs/18_dicom.deidentify.ipynb #bc7c3a64
 def _check_places(files, roots, dst, key, link):
     "Refuses whatever could touch the source or overwrite something."
     for s in roots:
         s = Path(s).resolve()
-        if dst==s or dst.is_relative_to(s) or s.is_relative_to(dst): raise DataError("The source and the target lie within each other", "Give a target folder elsewhere")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())): raise DataError(f"The target {dst} exists and is not an empty folder", "Give a new folder; nothing is overwritten")
+        if dst==s or dst.is_relative_to(s) or s.is_relative_to(dst):
+            raise DataError("The source and the target lie within each other",
+                "Give a target folder elsewhere")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise DataError(f"The target {dst} exists and is not an empty folder",
+            "Give a new folder; nothing is overwritten")
     for name,p in (('key', key), ('link', link)):
         if isinstance(p, (str, Path)) and name=='link' or isinstance(p, Path):
-            if Path(p).resolve().is_relative_to(dst): raise DataError(f"The {name} file lies in the target folder", "It would undo the work: keep it elsewhere")
-    if link is not None and Path(link).exists(): raise DataError(f"The linking table {link} exists", "Give another path; nothing is overwritten")
+            if Path(p).resolve().is_relative_to(dst):
+                raise DataError(f"The {name} file lies in the target folder",
+                    "It would undo the work: keep it elsewhere")
+    if link is not None and Path(link).exists():
+        raise DataError(f"The linking table {link} exists", "Give another path; nothing is overwritten")
 
 def deidentify(
     src,                   # a file, a folder with all its subfolders, or a list of them
@@ -348,9 +404,12 @@ def deidentify(
     workers: int|None=None,# processes; None: as many as cores
     show: bool|None=None,  # a progress bar; None: on a terminal
 ) -> pd.DataFrame:
-    "De-identified copies in `dst` with `account.csv` (a row a file) and `actions.jsonl` (every action). Returns the account; its `number` counts the files in sorted order."
-    if profile!='basic': raise DataError(f"The profile is {profile!r}", "The only one is 'basic'; use retain= for its options")
-    if burned_in not in ('black', 'hold', 'keep'): raise DataError(f"burned_in is {burned_in!r}", "Use 'black', 'hold' or 'keep'")
+    """De-identified copies in `dst` with `account.csv` (a row a file) and `actions.jsonl` (every action).
+    Returns the account; its `number` counts the files in sorted order."""
+    if profile!='basic':
+        raise DataError(f"The profile is {profile!r}", "The only one is 'basic'; use retain= for its options")
+    if burned_in not in ('black', 'hold', 'keep'):
+        raise DataError(f"burned_in is {burned_in!r}", "Use 'black', 'hold' or 'keep'")
     retain = Profile(frozenset([retain] if isinstance(retain, str) else retain)).retain
     roots,dst = list(src) if isinstance(src, (list, tuple)) else [src],Path(dst).resolve()
     files = image_files(roots)
@@ -360,10 +419,13 @@ def deidentify(
     jobs = [(i, f, str(dst), secret, retain, burned_in) for i,f in enumerate(files)]
     rows,links = [],[]
     with atomic_path(dst/'actions.jsonl') as tmp, tmp.open('w') as f:
-        for job,(row,actions,pair) in zip(jobs, run_parallel(_one, jobs, workers, chunk=4, desc='de-identify', show=show, lost=_lost, seconds=120)):
+        for job,(row,actions,pair) in zip(jobs, run_parallel(_one, jobs, workers, chunk=4, desc='de-identify',
+                show=show, lost=_lost, seconds=120)):
             rows.append(row)
-            links.append(dict(original=job[1], path=row['path'], status=row['status'], patient_id=pair[0], patient=pair[1]))
-            f.write(json.dumps(dict(source=row['source'], path=row['path'], status=row['status'], actions=actions)) + '\n')
+            links.append(dict(original=job[1], path=row['path'], status=row['status'], patient_id=pair[0],
+                patient=pair[1]))
+            f.write(json.dumps(dict(source=row['source'], path=row['path'], status=row['status'],
+                actions=actions)) + '\n')
     account = pd.DataFrame(rows)
     for p in dst.rglob('*'): # what a killed process left half written
         if p.is_file() and (p.name.startswith('.') or not p.stat().st_size): p.unlink()

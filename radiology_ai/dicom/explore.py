@@ -8,7 +8,10 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.explore.html.md"""
 __all__ = ['ELEMENTS', 'summarise', 'join_labels', 'prevalence', 'Exploration', 'explore_dicoms', 'show_index']
 
 # %% ../../nbs/17_dicom.explore.ipynb #e0ee54fb
-import base64, html, io, warnings
+import base64
+import html
+import io
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,22 +22,29 @@ import pydicom
 from fastcore.basics import patch
 
 from ..core import DataError, DicomError, atomic_path
-from .read import read_radiograph
 from .index import INDEX_COLUMNS, index_dicoms, read_index
 from .quality import RADIOGRAPHS, find_attention, find_duplicates, next_text, pixel_digest
+from .read import read_radiograph
 from ..parallel import run_parallel
 
 # %% ../../nbs/17_dicom.explore.ipynb #092c00fe
-ELEMENTS = dict(Modality='modality', BodyPartExamined='body part', view='view', laterality='side', Manufacturer='manufacturer', ManufacturerModelName='model',
-    PhotometricInterpretation='photometric interpretation', BitsStored='bits stored', TransferSyntaxUID='transfer syntax', PresentationIntentType='intent', PatientSex='sex', age='age', year='year')
+ELEMENTS = dict(Modality='modality', BodyPartExamined='body part', view='view', laterality='side',
+    Manufacturer='manufacturer', ManufacturerModelName='model',
+    PhotometricInterpretation='photometric interpretation', BitsStored='bits stored',
+    TransferSyntaxUID='transfer syntax', PresentationIntentType='intent', PatientSex='sex', age='age',
+    year='year')
 _NONE = '(none)'
 
 def _syntax_name(uid):
     "A short name of a transfer syntax."
     name = pydicom.uid.UID(uid).name if uid else ''
-    for long,short in (('Image Compression', ''), ('(Lossless Only)', 'lossless'), ('Transfer Syntax', ''), ('Little Endian', 'LE'), ('Big Endian', 'BE'), ('Non-Hierarchical, ', ''),
-                       ('First-Order Prediction', 'SV1'), ('(Process 14 [Selection Value 1])', ''), ('High-Throughput ', 'HT'), (' (Process 14)', ''), ('Baseline (Process 1)', 'baseline'),
-                       ('Extended (Process 2 and 4)', 'extended'), ('(Near-Lossless)', 'near-lossless')): name = name.replace(long, short)
+    for long,short in (('Image Compression', ''), ('(Lossless Only)', 'lossless'), ('Transfer Syntax', ''),
+            ('Little Endian', 'LE'), ('Big Endian', 'BE'), ('Non-Hierarchical, ', ''),
+                       ('First-Order Prediction', 'SV1'), ('(Process 14 [Selection Value 1])', ''),
+                       ('High-Throughput ', 'HT'), (' (Process 14)', ''),
+                       ('Baseline (Process 1)', 'baseline'),
+                       ('Extended (Process 2 and 4)', 'extended'), ('(Near-Lossless)', 'near-lossless')):
+        name = name.replace(long, short)
     return ' '.join(name.split(':')[0].replace(', ,', ',').strip(' ,').split())
 
 def _plain_values(df):
@@ -44,11 +54,13 @@ def _plain_values(df):
         if k in df: out[k] = df[k].astype(str)
     out['BodyPartExamined'] = df.BodyPartExamined.str.upper()
     out['BitsStored'] = df.BitsStored.astype(str).replace('0', '')
-    out['TransferSyntaxUID'] = df.TransferSyntaxUID.map({u: _syntax_name(u) for u in df.TransferSyntaxUID.unique()})
+    out['TransferSyntaxUID'] = df.TransferSyntaxUID.map({u: _syntax_name(u)
+        for u in df.TransferSyntaxUID.unique()})
     year = next_text(df, 'StudyDate', 'AcquisitionDate', 'SeriesDate', 'ContentDate').str.slice(0, 4)
     out['year'] = year.where(year.str.fullmatch(r'(19|20)\d\d').astype(bool), '')
     years = pd.to_numeric(df.PatientAge.str.extract(r'^(\d{1,3})Y')[0], errors='coerce')
-    years = years.fillna(pd.to_numeric(year, errors='coerce') - pd.to_numeric(df.PatientBirthDate.str.slice(0, 4), errors='coerce'))
+    years = years.fillna(pd.to_numeric(year, errors='coerce')
+        - pd.to_numeric(df.PatientBirthDate.str.slice(0, 4), errors='coerce'))
     decade = (years.clip(0, 90)//10*10).astype('Int64').astype('string').fillna('')
     out['age'] = decade.map(lambda d: '' if d=='' else '90+' if d=='90' else f'{d}-{int(d)+9}').astype(str)
     return out.replace({k: {'': _NONE} for k in ELEMENTS})
@@ -57,19 +69,24 @@ def summarise(
     df: pd.DataFrame, # as of `index_dicoms`
     top: int=6,       # values shown of each element
 ) -> pd.DataFrame:
-    "What is in an index: one row for each of the most frequent values of each element, with the number of files and their share."
+    """What is in an index: one row for each of the most frequent values of each element, with the number of
+    files and their share."""
     good,bad = df[df.error==''],df[df.error!='']
     distinct = lambda k: int(good[k][good[k]!=''].nunique())
-    people = {'files': len(df), 'unreadable': len(bad), 'patients': distinct('PatientID'), 'studies': distinct('StudyInstanceUID'), 'series': distinct('SeriesInstanceUID'),
+    people = {'files': len(df), 'unreadable': len(bad), 'patients': distinct('PatientID'),
+        'studies': distinct('StudyInstanceUID'), 'series': distinct('SeriesInstanceUID'),
               'images told twice': int(good.SOPInstanceUID[good.SOPInstanceUID!=''].duplicated().sum())}
     rows = [('folder', k, v, np.nan) for k,v in people.items()]
-    rows += [('error', v, int(n), n/len(bad)) for v,n in bad.error.str.replace(r'\d+', '#', regex=True).value_counts().head(top).items()]
+    rows += [('error', v, int(n), n/len(bad)) for v,n in bad.error.str.replace(r'\d+', '#',
+        regex=True).value_counts().head(top).items()]
     plain = _plain_values(good)
-    rows += [(k, v, int(n), n/len(good)) for k in ELEMENTS for v,n in plain[k].value_counts().head(top).items()]
+    rows += [(k, v, int(n), n/len(good)) for k in ELEMENTS
+        for v,n in plain[k].value_counts().head(top).items()]
     return pd.DataFrame(rows, columns=['what', 'value', 'files', 'share'])
 
 # %% ../../nbs/17_dicom.explore.ipynb #b8b61b23
-_KEYS = dict(image_id='SOPInstanceUID', SOPInstanceUID='SOPInstanceUID', path='path', patient_id='PatientID', PatientID='PatientID', study_id='StudyInstanceUID', StudyInstanceUID='StudyInstanceUID')
+_KEYS = dict(image_id='SOPInstanceUID', SOPInstanceUID='SOPInstanceUID', path='path', patient_id='PatientID',
+    PatientID='PatientID', study_id='StudyInstanceUID', StudyInstanceUID='StudyInstanceUID')
 
 def join_labels(
     df: pd.DataFrame, # as of `index_dicoms`
@@ -78,18 +95,25 @@ def join_labels(
 ) -> pd.DataFrame:
     "The labels (1, 0 or NaN) of the rows of `df`. `DataError` where nothing joins."
     table = labels if isinstance(labels, pd.DataFrame) else pd.read_csv(labels, dtype={k: str for k in _KEYS})
-    if columns is None: columns = [k for k in table if k not in _KEYS and (v := pd.to_numeric(table[k], errors='coerce')).isin([0, 1]).any() and (v.isin([0, 1]) | table[k].isna()).all()]
+    if columns is None:
+        columns = [k for k in table if k not in _KEYS
+            and (v := pd.to_numeric(table[k], errors='coerce')).isin([0, 1]).any()
+            and (v.isin([0, 1]) | table[k].isna()).all()]
     columns = [columns] if isinstance(columns, str) else list(columns)
     missing = [k for k in columns if k not in table]
-    if missing or not columns: raise DataError(f"The labels have no column {', '.join(missing) or 'of 0 and 1'} (columns: {', '.join(map(str, table))})", "Name the label columns")
+    if missing or not columns:
+        raise DataError(f"The labels have no column {', '.join(missing) or 'of 0 and 1'} (columns: "
+            f"{', '.join(map(str, table))})", "Name the label columns")
     for key in _KEYS:
         if key not in table: continue
         own = df[_KEYS[key]]
         if key=='path': own,table = _relative(own, table)
-        values = table.dropna(subset=[key]).drop_duplicates(key).set_index(key)[columns].apply(pd.to_numeric, errors='coerce')
+        values = table.dropna(subset=[key]).drop_duplicates(key).set_index(key)[columns].apply(pd.to_numeric,
+            errors='coerce')
         out = values.reindex(own).set_axis(df.index)
         if out.notna().any(axis=None): return out
-    raise DataError(f"The labels join no file of the index (columns: {', '.join(map(str, table))})", f"Give one of the columns {', '.join(_KEYS)} with the values of the index")
+    raise DataError(f"The labels join no file of the index (columns: {', '.join(map(str, table))})",
+        f"Give one of the columns {', '.join(_KEYS)} with the values of the index")
 
 def _relative(own, table):
     "Paths of the index cut to as many parts as those of the labels have, and these with forward slashes."
@@ -103,25 +127,32 @@ def prevalence(
     labels: pd.DataFrame, # of `join_labels`, same rows
     top: int=6,           # values of each element
 ) -> pd.DataFrame:
-    "One row for each label and group: images with a label, positive ones, the share with its 95 % interval. Groups of patients count patients."
+    """One row for each label and group: images with a label, positive ones, the share with its 95 % interval.
+    Groups of patients count patients."""
     from scipy.stats import binomtest
     plain,rows = _plain_values(df),[]
     for k in labels:
         y = labels[k].dropna()
         groups = [('all', 'images', y)]
-        if (df.PatientID!='').any(): groups.append(('all', 'patients', y.groupby(df.PatientID[y.index].where(lambda p: p!='')).max()))
+        if (df.PatientID!='').any():
+            groups.append(('all', 'patients', y.groupby(df.PatientID[y.index].where(lambda p: p!='')).max()))
         for by in ('view', 'laterality', 'Manufacturer', 'Modality', 'BodyPartExamined', 'PatientSex', 'age'):
             value = plain[by][y.index]
-            if value.nunique()>1: groups += [(ELEMENTS[by], v, y[value==v]) for v in (sorted(value.unique()) if by=='age' else value.value_counts().index[:top])]
+            if value.nunique()>1:
+                groups += [(ELEMENTS[by], v, y[value==v])
+                    for v in (sorted(value.unique()) if by=='age' else value.value_counts().index[:top])]
         for by,value,part in groups:
             n,pos = len(part),int((part>0).sum())
-            rows.append((k, by, value, n, pos, pos/n if n else np.nan, *(binomtest(pos, n).proportion_ci(method='wilson') if n else (np.nan, np.nan))))
-    return pd.DataFrame(rows, columns=['label', 'by', 'value', 'labelled', 'positive', 'prevalence', 'low', 'high'])
+            rows.append((k, by, value, n, pos, pos/n if n else np.nan,
+                *(binomtest(pos, n).proportion_ci(method='wilson') if n else (np.nan, np.nan))))
+    return pd.DataFrame(rows, columns=['label', 'by', 'value', 'labelled', 'positive', 'prevalence', 'low',
+        'high'])
 
 # %% ../../nbs/17_dicom.explore.ipynb #ac6aa565
 @dataclass
 class Exploration:
-    "What `explore_dicoms` found: the `index`, `tables` by name, `attention`, the `files` of each line of it, and paths for the contact sheet."
+    """What `explore_dicoms` found: the `index`, `tables` by name, `attention`, the `files` of each line of
+    it, and paths for the contact sheet."""
     index: pd.DataFrame
     tables: dict = field(default_factory=dict)
     attention: pd.DataFrame|None = None
@@ -136,7 +167,8 @@ def _overview(df, twice, decoded):
     "Counts of the folder."
     good = df[df.error=='']
     distinct = lambda k: int(good[k][good[k]!=''].nunique())
-    rows = dict(files=len(df), unreadable=int((df.error!='').sum()), patients=distinct('PatientID'), studies=distinct('StudyInstanceUID'), series=distinct('SeriesInstanceUID'),
+    rows = dict(files=len(df), unreadable=int((df.error!='').sum()), patients=distinct('PatientID'),
+        studies=distinct('StudyInstanceUID'), series=distinct('SeriesInstanceUID'),
                 gigabytes=round(df.bytes.sum()/1e9, 3))
     rows |= {f'files, {k}': int((twice.kind==k).sum()) for k in ('same SOP instance', 'same bytes')}
     rows |= {'files, same pixels': int((twice.kind=='same pixels').sum()) if decoded else 'not compared'}
@@ -146,27 +178,43 @@ def _tables(df, twice, decoded):
     "The tables of an exploration."
     good = df[df.error=='']
     plain = _plain_values(good)
-    counts = pd.concat([plain[k].value_counts().rename_axis('value').reset_index(name='files').assign(element=ELEMENTS[k]) for k in ELEMENTS])
-    equipment = plain.assign(patient=good.PatientID).groupby(['Manufacturer', 'ManufacturerModelName', 'Modality', 'BitsStored', 'PhotometricInterpretation'], as_index=False)
+    counts = pd.concat(
+        [plain[k].value_counts().rename_axis('value').reset_index(name='files').assign(element=ELEMENTS[k])
+        for k in ELEMENTS])
+    equipment = plain.assign(patient=good.PatientID).groupby(['Manufacturer', 'ManufacturerModelName',
+        'Modality', 'BitsStored', 'PhotometricInterpretation'], as_index=False)
     per = lambda key, what: good[good[key]!=''].groupby(key)[what].nunique().value_counts().sort_index()
-    people = {'images a patient': per('PatientID', 'path'), 'studies a patient': per('PatientID', 'StudyInstanceUID'), 'images a study': per('StudyInstanceUID', 'path')}
-    numbers = good[['Rows', 'Columns', 'spacing_row', 'KVP', 'Exposure']].assign(megapixels=good.Rows*good.Columns/1e6)
+    people = {'images a patient': per('PatientID', 'path'),
+        'studies a patient': per('PatientID', 'StudyInstanceUID'),
+        'images a study': per('StudyInstanceUID', 'path')}
+    numbers = good[['Rows', 'Columns', 'spacing_row', 'KVP',
+        'Exposure']].assign(megapixels=good.Rows*good.Columns/1e6)
     return dict(overview=_overview(df, twice, decoded),
-        elements=counts.assign(share=counts.files/max(1, len(good)))[['element', 'value', 'files', 'share']].reset_index(drop=True),
-        equipment=equipment.agg(files=('path', 'size'), patients=('patient', 'nunique')).sort_values('files', ascending=False, ignore_index=True),
-        sizes=good.groupby(['Rows', 'Columns']).size().reset_index(name='files').sort_values('files', ascending=False, ignore_index=True),
-        numbers=numbers.replace(0, np.nan).describe(percentiles=[.05, .5, .95]).T.rename_axis('what').reset_index(),
-        people=pd.concat([v.rename_axis('number').reset_index(name='count').assign(what=k) for k,v in people.items()])[['what', 'number', 'count']].reset_index(drop=True),
-        duplicates=twice, unreadable=df[df.error!=''].groupby(df.error.str.replace(r'\d+', '#', regex=True)).agg(files=('path', 'size'), example=('path', 'first')).rename_axis('cause')
+        elements=counts.assign(share=counts.files/max(1, len(good)))[['element', 'value', 'files',
+        'share']].reset_index(drop=True),
+        equipment=equipment.agg(files=('path', 'size'), patients=('patient', 'nunique')).sort_values('files',
+        ascending=False, ignore_index=True),
+        sizes=good.groupby(['Rows', 'Columns']).size().reset_index(name='files').sort_values('files',
+        ascending=False, ignore_index=True),
+        numbers=numbers.replace(0, np.nan).describe(percentiles=[.05, .5,
+        .95]).T.rename_axis('what').reset_index(),
+        people=pd.concat([v.rename_axis('number').reset_index(name='count').assign(what=k)
+        for k,v in people.items()])[['what', 'number', 'count']].reset_index(drop=True),
+        duplicates=twice, unreadable=df[df.error!=''].groupby(df.error.str.replace(r'\d+', '#',
+        regex=True)).agg(files=('path', 'size'), example=('path', 'first')).rename_axis('cause')
             .sort_values('files', ascending=False).reset_index())
 
 def _examples(df, files, n):
-    "Paths of one radiograph for each (body part, view, photometric interpretation), frequent ones first, with the others of its group behind it; files with declared annotation, colour and frames are left out."
-    shy = {p for k in ('burned-in annotation', 'colour', 'several frames', 'pixels damaged', 'all pixels equal') for p in files.get(k, ())}
+    """Paths of one radiograph for each (body part, view, photometric interpretation), frequent ones first,
+    with the others of its group behind it; files with declared annotation, colour and frames are left out."""
+    shy = {p for k in ('burned-in annotation', 'colour', 'several frames', 'pixels damaged',
+        'all pixels equal') for p in files.get(k, ())}
     good = df[(df.error=='') & df.Modality.isin((*RADIOGRAPHS, '')) & ~df.path.isin(shy)]
     part = good.BodyPartExamined.str.upper().str.slice(0, 16).replace('', 'part?')
-    groups = good.groupby([part, good.view.replace('', 'view?'), good.PhotometricInterpretation.replace('', 'still image')])
-    return [(*key, len(g), g.path.iloc[[len(g)//2, 0, -1]].tolist()) for key,g in sorted(groups, key=lambda o: -len(o[1]))[:n]]
+    groups = good.groupby([part, good.view.replace('', 'view?'),
+        good.PhotometricInterpretation.replace('', 'still image')])
+    return [(*key, len(g), g.path.iloc[[len(g)//2, 0, -1]].tolist())
+        for key,g in sorted(groups, key=lambda o: -len(o[1]))[:n]]
 
 def explore_dicoms(
     folder,                 # a folder, files, an index of `index_dicoms` or its `.parquet`
@@ -178,18 +226,26 @@ def explore_dicoms(
     show: bool|None=None,   # progress bars; None: on a terminal
     previous=None,          # an earlier index, see `index_dicoms`
 ) -> Exploration:
-    "What is in this folder: tables, pictures (`.show()`) and what needs attention. Neither holds identifiers; `.index`, `.files` and paths do."
+    """What is in this folder: tables, pictures (`.show()`) and what needs attention. Neither holds
+    identifiers; `.index`, `.files` and paths do."""
     df = _as_index(folder, workers, show, previous)
-    if pixels not in (False, True, 'all'): raise DataError(f"pixels is {pixels!r}", "Use False, True or 'all'")
+    if pixels not in (False, True, 'all'):
+        raise DataError(f"pixels is {pixels!r}", "Use False, True or 'all'")
     todo = df[(df.error=='') & (df.Rows>0)]
     if pixels is not True: todo = todo if pixels else todo[:0]
     else: todo = todo[todo.duplicated(['Rows', 'Columns'], keep=False)]
-    told = dict(zip(todo.path, run_parallel(pixel_digest, todo.path.tolist(), workers, chunk=8, desc='pixels', show=show, seconds=60,
-                                                lost=lambda p, cause: ('', False, f'the process that decoded it {cause}'))))
-    twice = find_duplicates(df, pd.Series({p: d for p,(d,_,_) in told.items()}, dtype=object) if pixels else None)
-    attention,files = find_attention(df, twice, [p for p,o in told.items() if o[2]], [p for p,o in told.items() if o[1]])
+    told = dict(zip(todo.path, run_parallel(pixel_digest, todo.path.tolist(), workers, chunk=8, desc='pixels',
+        show=show, seconds=60,
+                                                lost=lambda p, cause: ('', False,
+                                                f'the process that decoded it {cause}'))))
+    twice = find_duplicates(df, pd.Series({p: d for p,(d,_,_) in told.items()}, dtype=object) if pixels
+        else None)
+    attention,files = find_attention(df, twice, [p for p,o in told.items() if o[2]],
+        [p for p,o in told.items() if o[1]])
     e = Exploration(df, _tables(df, twice, bool(pixels)), attention, files, _examples(df, files, examples))
-    if any(o[2] for o in told.values()): e.tables['damaged'] = pd.DataFrame(Counter(o[2] for o in told.values() if o[2]).most_common(), columns=['cause', 'files'])
+    if any(o[2] for o in told.values()):
+        e.tables['damaged'] = pd.DataFrame(Counter(o[2] for o in told.values() if o[2]).most_common(),
+            columns=['cause', 'files'])
     if labels is not None: e.tables['labels'] = prevalence(df, join_labels(df, labels, columns))
     return e
 
@@ -211,7 +267,8 @@ def _short(text, n=24): return text if len(text)<=n else text[:n-1] + '…'
 def _bars(ax, names, counts, title, color=_BLUE, most=24):
     "Horizontal bars, longest on top, with the numbers at their ends."
     names,counts = [_short(str(o), most) for o in names],np.asarray(counts, float)
-    ax.barh(range(len(counts)), counts, color=[_GREY if n in (_NONE, 'others') else color for n in names], height=.72)
+    ax.barh(range(len(counts)), counts, color=[_GREY if n in (_NONE, 'others') else color for n in names],
+        height=.72)
     for i,n in enumerate(counts): ax.text(n, i, f' {int(n)}', va='center', fontsize=7)
     ax.set_yticks(range(len(counts)), names, fontsize=7.5)
     ax.set_ylim(max(len(counts), 5) - .4, -.6)
@@ -232,9 +289,12 @@ def _element_figure(e, top=7):
     for ax in axes[len(names):]: ax.set_axis_off()
     for ax,name in zip(axes, names):
         part = table[table.element==name]
-        if name in ('age', 'year', 'bits stored'): part = part.sort_values('value', key=lambda v: pd.to_numeric(v.str.extract(r'(\d+)')[0]))
+        if name in ('age', 'year', 'bits stored'):
+            part = part.sort_values('value', key=lambda v: pd.to_numeric(v.str.extract(r'(\d+)')[0]))
         if len(part)>top and name in ('age', 'year'): _columns(ax, part, name); continue
-        if len(part)>top: part = pd.concat([part.head(top - 1), pd.DataFrame(dict(value=['others'], files=[part.files.iloc[top - 1:].sum()]))])
+        if len(part)>top:
+            part = pd.concat([part.head(top - 1), pd.DataFrame(dict(value=['others'],
+                files=[part.files.iloc[top - 1:].sum()]))])
         _bars(ax, part.value, part.files, name)
     return fig
 
@@ -242,11 +302,13 @@ def _columns(ax, part, title):
     "Upright bars in the order of the values; years without files have their place."
     if title=='year':
         known = part[part.value!=_NONE].set_index('value').files
-        known = known.reindex([str(y) for y in range(int(known.index.min()), int(known.index.max()) + 1)], fill_value=0)
+        known = known.reindex([str(y) for y in range(int(known.index.min()), int(known.index.max()) + 1)],
+            fill_value=0)
         part = pd.concat([known.rename_axis('value').reset_index(), part[part.value==_NONE]])
     ax.bar(range(len(part)), part.files, color=[_GREY if v==_NONE else _BLUE for v in part.value], width=.8)
     step = max(1, -(-len(part)//8))
-    ax.set_xticks(range(0, len(part), step), ['?' if v==_NONE else v.split('-')[0] for v in part.value[::step]], fontsize=7)
+    ax.set_xticks(range(0, len(part), step), ['?' if v==_NONE else v.split('-')[0]
+        for v in part.value[::step]], fontsize=7)
     ax.tick_params(length=0, labelsize=7)
     ax.set_title(title, fontsize=9, loc='left', fontweight='bold')
     ax.spines[['top', 'right']].set_visible(False)
@@ -261,7 +323,8 @@ def _size_figure(e):
     fig = plt.figure(figsize=(10, 2.6 + low), dpi=_DPI, layout='constrained')
     upper,lower = fig.subfigures(2, 1, height_ratios=[2.6, low])
     axes = upper.subplots(1, 3)
-    axes[0].scatter(sizes.Columns, sizes.Rows, s=8 + 60*sizes.files/max(1, sizes.files.max()), color=_BLUE, alpha=.5, linewidths=0)
+    axes[0].scatter(sizes.Columns, sizes.Rows, s=8 + 60*sizes.files/max(1, sizes.files.max()), color=_BLUE,
+        alpha=.5, linewidths=0)
     limit = 1.08*max([1, *sizes.Rows, *sizes.Columns])
     axes[0].plot([0, limit], [0, limit], color=_GREY, lw=.6)
     axes[0].set(xlim=(0, limit), ylim=(0, limit), xlabel='columns', ylabel='rows')
@@ -273,12 +336,14 @@ def _size_figure(e):
     tall = part['count'].groupby(tall, sort=False).sum()
     axes[2].bar(tall.index, tall.values, color=_GREEN)
     axes[2].set(xlabel='images', ylabel='patients')
-    for ax,title in zip(axes, ('size in pixels', f'pixel spacing ({int(good.spacing_row.isna().sum())} unknown)', 'images a patient')):
+    for ax,title in zip(axes, ('size in pixels',
+            f'pixel spacing ({int(good.spacing_row.isna().sum())} unknown)', 'images a patient')):
         ax.set_title(title, fontsize=9, loc='left', fontweight='bold')
         ax.tick_params(labelsize=7)
         ax.xaxis.label.set_size(8); ax.yaxis.label.set_size(8)
         ax.spines[['top', 'right']].set_visible(False)
-    for ax,t,title in zip(lower.subplots(1, 2), (doubts, causes), ('needs attention: files', 'unreadable: causes')):
+    for ax,t,title in zip(lower.subplots(1, 2), (doubts, causes),
+            ('needs attention: files', 'unreadable: causes')):
         if len(t): _bars(ax, t.iloc[:, 0], t.files, title, _RED, most=34)
         else: ax.set_axis_off()
     return fig
@@ -295,7 +360,9 @@ def _label_figure(e, most=4):
         ax.axvline(t.prevalence[0], color=_GREY, lw=.7)
         ax.hlines(t.index, t.low, t.high, color=_BLUE, lw=1.6)
         ax.plot(t.prevalence, t.index, 'o', color=_BLUE, ms=4, clip_on=False)
-        ax.set_yticks(t.index, [f'{_short(v, 20)}  ({n})' if b=='all' else f'{b.replace("manufacturer", "maker")}: {_short(v, 20)}  ({n})' for b,v,n in zip(t.by, t.value, t.labelled)], fontsize=7.5)
+        ax.set_yticks(t.index, [f'{_short(v, 20)}  ({n})' if b=='all'
+            else f'{b.replace("manufacturer", "maker")}: {_short(v, 20)}  ({n})'
+            for b,v,n in zip(t.by, t.value, t.labelled)], fontsize=7.5)
         ax.set_ylim(len(t) - .4, -.6)
         ax.set_xlim(0, min(1, t.high.max()*1.05))
         ax.set_xlabel('share of positives, with 95 % interval', fontsize=8)
@@ -321,14 +388,17 @@ def _example_figure(e, size=150):
             except DicomError: continue
             ax.imshow(r.pixels, cmap='gray', vmin=0, vmax=1)
             break
-        else: ax.text(.5, .5, 'none of three\ncould be decoded', ha='center', va='center', fontsize=8, color=_RED)
+        else:
+            ax.text(.5, .5, 'none of three\ncould be decoded', ha='center', va='center', fontsize=8,
+                color=_RED)
         ax.set_title(f'{part} {way}\n{photometric.replace("MONOCHROME", "MONO")}, {count} file{"s"*(count>1)}', fontsize=8)
     return fig
 
 # %% ../../nbs/17_dicom.explore.ipynb #b07927ab
 @patch
 def figures(self:Exploration) -> dict:
-    "The figures by name: `elements`, `sizes`, with labels `labels`, and `examples` where there are radiographs."
+    """The figures by name: `elements`, `sizes`, with labels `labels`, and `examples` where there are
+    radiographs."""
     out = dict(elements=_element_figure(self), sizes=_size_figure(self))
     if 'labels' in self.tables: out['labels'] = _label_figure(self)
     if self.examples: out['examples'] = _example_figure(self)
@@ -352,15 +422,19 @@ def to_html(self:Exploration,
 ) -> Path:
     "Writes tables and figures as one page that needs nothing else. Paths are left out of it."
     import matplotlib.pyplot as plt
-    parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>What is in this folder?</title><style>body{font:15px/1.45 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}'
-             'table{border-collapse:collapse;font-size:13px}td,th{padding:2px 9px;border-bottom:1px solid #ddd;text-align:left}img{max-width:100%}</style><h1>What is in this folder?</h1>', self._repr_html_()]
+    parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>What is in this '
+        'folder?</title><style>body{font:15px/1.45 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}'
+             'table{border-collapse:collapse;font-size:13px}td,th{padding:2px 9px;border-bottom:1px solid '
+             '#ddd;text-align:left}img{max-width:100%}</style><h1>What is in this folder?</h1>',
+             self._repr_html_()]
     for name,fig in self.figures().items():
         buffer = io.BytesIO()
         fig.savefig(buffer, format='png', dpi=110)
         plt.close(fig)
         parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
     for name,t in self.tables.items():
-        if name not in ('overview', 'duplicates'): parts.append(f"<h2>{name}</h2>{t.drop(columns='example', errors='ignore').head(60).round(3).to_html(index=False)}")
+        if name not in ('overview', 'duplicates'):
+            parts.append(f"<h2>{name}</h2>{t.drop(columns='example', errors='ignore').head(60).round(3).to_html(index=False)}")
     with atomic_path(path) as p: p.write_text('\n'.join(parts), encoding='utf-8')
     return Path(path)
 

@@ -9,7 +9,9 @@ __all__ = ['MAX_PIXELS', 'MAX_HEADER', 'MAX_FRAGMENTS', 'read_head', 'file_kind'
            'fragments', 'transfer_syntax', 'open_parts', 'open_dicom']
 
 # %% ../../nbs/10_dicom.file.ipynb #14f31a69
-import os, warnings, zlib
+import os
+import warnings
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -26,7 +28,8 @@ from ..core import DicomError
 
 # %% ../../nbs/10_dicom.file.ipynb #901b585a
 _copy = 'Copy the file again from its source'
-MAX_PIXELS = 50_000_000 # a frame that declares more than so many samples of up to 16 bits is refused before memory is taken; of 32 bits, a quarter
+# a frame that declares more than so many samples of up to 16 bits is refused before memory is taken; of 32 bits, a quarter
+MAX_PIXELS = 50_000_000
 MAX_HEADER = 2**25 # bytes in front of the pixel data
 
 def read_head(
@@ -36,7 +39,9 @@ def read_head(
     "The first bytes; a `DicomError` where the file cannot be opened."
     try:
         with open(path, 'rb') as f: return f.read(n)
-    except (OSError, ValueError) as e: raise DicomError(path, f'the file cannot be opened ({type(e).__name__})', 'Check the path and your permissions') from None
+    except (OSError, ValueError) as e:
+        raise DicomError(path, f'the file cannot be opened ({type(e).__name__})',
+            'Check the path and your permissions') from None
 
 def file_kind(
     path,            # names the file in the errors
@@ -45,10 +50,12 @@ def file_kind(
     "`'dicom'` or `'still'` (PNG, JPEG, TIFF) from the first bytes; a `DicomError` for anything else."
     if not head: raise DicomError(path, 'the file is empty', _copy)
     if head[128:132]==b'DICM': return 'dicom'
-    if head[:8]==b'\x89PNG\r\n\x1a\n' or head[:3]==b'\xff\xd8\xff' or head[:4] in (b'II*\0', b'MM\0*'): return 'still'
+    if head[:8]==b'\x89PNG\r\n\x1a\n' or head[:3]==b'\xff\xd8\xff' or head[:4] in (b'II*\0', b'MM\0*'):
+        return 'still'
     if head[:2] in (b'\x02\0', b'\x08\0', b'\0\x02', b'\0\x08') and len(head)>8: return 'dicom'
     text = all(b in b'\t\r\n\f' or 32<=b<256 and b!=127 for b in head[:128])
-    raise DicomError(path, 'the file holds text, not an image' if text else 'the file is neither DICOM nor PNG, JPEG or TIFF',
+    raise DicomError(path, 'the file holds text, not an image' if text
+        else 'the file is neither DICOM nor PNG, JPEG or TIFF',
                      'Export it again as DICOM, or leave it out')
 
 # %% ../../nbs/10_dicom.file.ipynb #955a50c7
@@ -65,14 +72,22 @@ def declared_frame(
     path='',              # names the file in errors
     max_pixels: int=MAX_PIXELS,
 ) -> int:
-    "Bytes of one uncompressed frame as the header declares it (0 where it declares none); `DicomError` where it is absurd."
+    """Bytes of one uncompressed frame as the header declares it (0 where it declares none); `DicomError`
+    where it is absurd."""
     try:
         rows,cols,samples,bits,frames = (int(ds.get(k) or d) for k,d in
-            (('Rows', 0), ('Columns', 0), ('SamplesPerPixel', 1), ('BitsAllocated', 8), ('NumberOfFrames', 1)))
-    except Exception: raise DicomError(path, 'its declared size is not a number', _copy) from None # pydicom converts late and raises many types
-    if min(rows, cols, samples, bits)<0 or samples>4 or bits>64: raise DicomError(path, f'{bits} bits and {samples} samples a pixel are not of a radiograph', 'Leave it out')
+            (('Rows', 0), ('Columns', 0), ('SamplesPerPixel', 1), ('BitsAllocated', 8),
+            ('NumberOfFrames', 1)))
+    except Exception:
+        # pydicom converts late and raises many types
+        raise DicomError(path, 'its declared size is not a number', _copy) from None
+    if min(rows, cols, samples, bits)<0 or samples>4 or bits>64:
+        raise DicomError(path, f'{bits} bits and {samples} samples a pixel are not of a radiograph',
+            'Leave it out')
     limit = pixel_limit(samples, bits, max_pixels)
-    if rows*cols>limit: raise DicomError(path, f'it declares {rows} x {cols} pixels, above the limit of {limit}', 'Raise max_pixels if you trust the file')
+    if rows*cols>limit:
+        raise DicomError(path, f'it declares {rows} x {cols} pixels, above the limit of {limit}',
+            'Raise max_pixels if you trust the file')
     if not 0<=frames<=2**20: raise DicomError(path, f'it declares {frames} frames', 'Leave it out')
     return rows*cols*samples*max(1, bits//8)
 
@@ -96,7 +111,8 @@ class PixelValue:
     @contextmanager
     def opened(self):
         "A function `read(start, n)` that gives up to `n` bytes from byte `start` of the value."
-        if self.data is not None: yield lambda start, n: self.data[start:start + max(0, min(n, self.size - start))]
+        if self.data is not None:
+            yield lambda start, n: self.data[start:start + max(0, min(n, self.size - start))]
         else:
             with open(self.path, 'rb', buffering=0) as f:
                 def read(start, n):
@@ -116,16 +132,20 @@ def fragments(
     n_frames: int=1,
     path='',           # names the file in errors
 ) -> list[tuple[int,int]]:
-    "Where the content of each fragment starts in the value and how many bytes it has; the offset table is the first."
+    """Where the content of each fragment starts in the value and how many bytes it has; the offset table is
+    the first."""
     out,p,end = [],0,value.size
     with value.opened() as read:
         while p+8<=end:
             tag,n = unpack_from('<II', read(p, 8))
             if tag==0xE0DDFFFE: break
-            if tag!=0xE000FFFE: raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
+            if tag!=0xE000FFFE:
+                raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
             if p+8+n>end: raise DicomError(path, 'the compressed pixel data ends early', _copy)
             out.append((p + 8, n))
-            if len(out)>MAX_FRAGMENTS + n_frames: raise DicomError(path, f'its pixel data is cut into more than {MAX_FRAGMENTS} fragments', 'Do not trust this file')
+            if len(out)>MAX_FRAGMENTS + n_frames:
+                raise DicomError(path, f'its pixel data is cut into more than {MAX_FRAGMENTS} fragments',
+                    'Do not trust this file')
             p += 8 + n
     if len(out)<2: raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
     return out
@@ -134,7 +154,8 @@ def fragments(
 def transfer_syntax(
     head: bytes, # the first bytes of a file
 ) -> tuple[str,int]:
-    "The transfer syntax that the file meta group names ('' if there is none in `head`), and where the data set begins."
+    """The transfer syntax that the file meta group names ('' if there is none in `head`), and where the data
+    set begins."""
     p = 132 if head[128:132]==b'DICM' else 0
     syntax = ''
     while head[p:p+2]==b'\2\0' and p+12<=len(head): # always explicit, little endian (PS3.10 7.1)
@@ -146,17 +167,21 @@ def transfer_syntax(
     return syntax,p
 
 def _inflate(f, path, pixels, max_pixels):
-    "The rest of the open file inflated, piece by piece: as far as the declared size needs; without `pixels` the first MB."
+    """The rest of the open file inflated, piece by piece: as far as the declared size needs; without `pixels`
+    the first MB."""
     z,out,limit,need = zlib.decompressobj(-zlib.MAX_WBITS),bytearray(),2**20,None
     while not z.eof and (chunk := f.read(2**18)):
         while chunk:
             out += z.decompress(chunk, limit + 1 - len(out))
             chunk = z.unconsumed_tail
             if len(out)<=limit: break
-            if need is not None: raise DicomError(path, f'it inflates beyond the {need} bytes which its size declares', 'Do not trust this file')
+            if need is not None:
+                raise DicomError(path, f'it inflates beyond the {need} bytes which its size declares',
+                    'Do not trust this file')
             if not pixels: return out
             ds = read_dataset(BytesIO(out), False, True, stop_when=_at_pixels)
-            need = min(declared_frame(ds, path, max_pixels)*max(1, int(ds.get('NumberOfFrames') or 1)), 8*max_pixels)
+            need = min(declared_frame(ds, path, max_pixels)*max(1, int(ds.get('NumberOfFrames') or 1)),
+                8*max_pixels)
             limit = need + 2**22
     if not z.eof: raise DicomError(path, 'the deflated data set ends early', _copy)
     return out
@@ -170,7 +195,8 @@ def _parse(f, path, tags, syntax, start, pixels, max_pixels):
     f.seek(start)
     stream = BytesIO(_inflate(f, path, pixels, max_pixels))
     ds = read_dataset(stream, False, True, stop_when=_at_pixels)
-    return FileDataset(str(path), ds, file_meta=read_file_meta_info(path), is_implicit_VR=False, is_little_endian=True),stream
+    return FileDataset(str(path), ds, file_meta=read_file_meta_info(path), is_implicit_VR=False,
+        is_little_endian=True),stream
 
 _PIXEL_TAGS = {(0x7FE0, 0x10): 'OW', (0x7FE0, 8): 'OF', (0x7FE0, 9): 'OD'}
 
@@ -192,16 +218,20 @@ def open_parts(
     pixels: bool=True, # False: the pixel data of a deflated file stays packed
     max_pixels: int=MAX_PIXELS,
 ) -> tuple[Dataset,PixelValue|None]:
-    "The header and where the pixel data lies (None: there is none). Raises `DicomError` where it cannot be parsed; nothing of its content goes into messages."
+    """The header and where the pixel data lies (None: there is none). Raises `DicomError` where it cannot be
+    parsed; nothing of its content goes into messages."""
     head = read_head(path, 2**16)
-    if file_kind(path, head)!='dicom': raise DicomError(path, 'it is a still image, not DICOM', 'Use read_radiograph')
+    if file_kind(path, head)!='dicom':
+        raise DicomError(path, 'it is a still image, not DICOM', 'Use read_radiograph')
     try:
         with warnings.catch_warnings(), disable_value_validation(), open(path, 'rb') as f:
             warnings.simplefilter('ignore')
             ds,stream = _parse(f, path, tags, *transfer_syntax(head), pixels, max_pixels)
             ds.get('Rows') # converts early what must be right
-            if stream is f and f.tell()>os.path.getsize(path): raise DicomError(path, 'an element claims more bytes than the file has', _copy)
-            if stream.tell()>MAX_HEADER: raise DicomError(path, f'its header has {stream.tell()} bytes, above the limit of {MAX_HEADER}', 'Leave it out')
+            if stream is f and f.tell()>os.path.getsize(path):
+                raise DicomError(path, 'an element claims more bytes than the file has', _copy)
+            if stream.tell()>MAX_HEADER:
+                raise DicomError(path, f'its header has {stream.tell()} bytes, above the limit of {MAX_HEADER}', 'Leave it out')
             return ds,_pixel_value(stream, ds, path)
     except DicomError: raise
     except zlib.error: raise DicomError(path, 'the deflated data set is damaged', _copy) from None

@@ -9,11 +9,14 @@ __all__ = ['MAX_ELEMENTS', 'MAX_DEPTH', 'MAX_VALUE', 'INDEX_INT', 'INDEX_FLOAT',
            'scan_header', 'header_values', 'fast_header', 'index_row', 'index_dicoms', 'write_index', 'read_index']
 
 # %% ../../nbs/15_dicom.index.ipynb #ee3ed693
-import os, warnings, zlib
+import os
+import warnings
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
-from struct import Struct, error as struct_error
+from struct import Struct
+from struct import error as struct_error
 
 import numpy as np
 import pandas as pd
@@ -26,12 +29,13 @@ from pydicom.tag import Tag
 
 from ..core import DataError, DicomError, atomic_path
 from .file import MAX_FRAGMENTS, file_kind, pixel_limit
-from .tags import TAGS, laterality, spacing, tags_of, view
 from .read import read_header
+from .tags import TAGS, laterality, spacing, tags_of, view
 from ..parallel import run_parallel
 
 # %% ../../nbs/15_dicom.index.ipynb #3f646976
-_NO_IMAGE = {'.csv', '.tsv', '.txt', '.json', '.xml', '.html', '.htm', '.pdf', '.md', '.parquet', '.xlsx', '.xls', '.doc', '.docx', '.py', '.ipynb', '.npy', '.npz', '.zip', '.gz',
+_NO_IMAGE = {'.csv', '.tsv', '.txt', '.json', '.xml', '.html', '.htm', '.pdf', '.md', '.parquet', '.xlsx',
+    '.xls', '.doc', '.docx', '.py', '.ipynb', '.npy', '.npz', '.zip', '.gz',
              '.tar', '.exe', '.dll', '.ini', '.log', '.inf', '.yaml', '.yml', '.safetensors', '.onnx'}
 
 def image_files(
@@ -44,7 +48,9 @@ def image_files(
     folder = str(Path(folder))
     if not os.path.isdir(folder): raise DataError(f"The folder {folder} does not exist", "Check its path")
     out = list(_below(folder))
-    if not out: raise DataError(f"The folder {folder} holds no image files", "Give a folder with DICOM, PNG, JPEG or TIFF files")
+    if not out:
+        raise DataError(f"The folder {folder} holds no image files",
+            "Give a folder with DICOM, PNG, JPEG or TIFF files")
     return sorted(out)
 
 def _below(folder):
@@ -58,7 +64,9 @@ def _below(folder):
             continue
         for o in entries:
             if o.is_dir(follow_symlinks=False): todo.append(o.path)
-            elif o.name[0]!='.' and os.path.splitext(o.name)[1].lower() not in _NO_IMAGE and o.name.upper()!='DICOMDIR' and not (o.is_symlink() and os.path.isdir(o.path)): yield o.path
+            elif (o.name[0]!='.' and os.path.splitext(o.name)[1].lower() not in _NO_IMAGE
+                    and o.name.upper()!='DICOMDIR' and not (o.is_symlink() and os.path.isdir(o.path))):
+                yield o.path
 
 # %% ../../nbs/15_dicom.index.ipynb #0e42c345
 MAX_ELEMENTS = 40_000 # steps of the walk before a header is given up
@@ -71,8 +79,10 @@ _WANTED = {t: vr.encode() for t,(_,vr) in _TAGS.items()} | {0x00080005: b'CS', 0
 _LONG = {b'OB', b'OW', b'OF', b'OD', b'OL', b'OV', b'SQ', b'UC', b'UN', b'UR', b'UT', b'SV', b'UV'}
 _OPEN = 0xFFFFFFFF
 _ITEM_END,_SEQUENCE_END = 0xFFFEE00D,0xFFFEE0DD
-_STOPS = {0x7FE00008, 0x7FE00009, 0x7FE00010, _ITEM_END} # pixel data, or an item that ends outside of a sequence
-_FORMS = {little: tuple(Struct(o + f).unpack_from for f in ('HH2sH', 'HHI', 'I')) for little,o in ((True, '<'), (False, '>'))}
+# pixel data, or an item that ends outside of a sequence
+_STOPS = {0x7FE00008, 0x7FE00009, 0x7FE00010, _ITEM_END}
+_FORMS = {little: tuple(Struct(o + f).unpack_from for f in ('HH2sH', 'HHI', 'I'))
+    for little,o in ((True, '<'), (False, '>'))}
 
 class _Fault(Exception): "What is wrong with a header, in words that hold nothing of its content."
 
@@ -101,7 +111,8 @@ class _Inflated(_Source):
         return bytes(self.out[p:p+n])
 
 def _skip(source, p, modes, little, steps):
-    "The position behind a value of undefined length that begins at `p`; `modes` tells for each open level whether it is implicit."
+    """The position behind a value of undefined length that begins at `p`; `modes` tells for each open level
+    whether it is implicit."""
     explicit_form,implicit_form,u4 = _FORMS[little]
     data,base,p = b'',p,0
     for _ in steps:
@@ -128,7 +139,8 @@ def _skip(source, p, modes, little, steps):
     raise _Fault(f'the header holds more than {MAX_ELEMENTS} elements')
 
 def _walk(source, p, implicit, little, stop):
-    "Raw values and odd types by tag from position `p`, until `stop(tag)`; position there, and the value's position and length (-1, 0 at the end)."
+    """Raw values and odd types by tag from position `p`, until `stop(tag)`; position there, and the value's
+    position and length (-1, 0 at the end)."""
     explicit_form,implicit_form,u4 = _FORMS[little]
     data,base,p,end,found,odd,steps = b'',p,0,0,{},{},iter(range(MAX_ELEMENTS))
     for _ in steps:
@@ -153,12 +165,14 @@ def _walk(source, p, implicit, little, stop):
             data,base,end,p,n = b'',after,0,0,after - first
         else: p = v + n
         if tag in _WANTED:
-            if n>MAX_VALUE and _WANTED[tag]!=b'SQ': raise _Fault(f'the value of the element {g:04X},{e:04X} has {n} bytes')
+            if n>MAX_VALUE and _WANTED[tag]!=b'SQ':
+                raise _Fault(f'the value of the element {g:04X},{e:04X} has {n} bytes')
             found[tag] = data[v:p] if p<=end and end else source.at(first, min(n, MAX_VALUE))
             if vr is not None and vr!=_WANTED[tag]: odd[tag] = vr
     raise _Fault(f'the header holds more than {MAX_ELEMENTS} elements')
 
-_EXPLICIT = _LONG | {b'AE', b'AS', b'AT', b'CS', b'DA', b'DS', b'DT', b'FD', b'FL', b'IS', b'LO', b'LT', b'PN', b'SH', b'SL', b'SS', b'ST', b'TM', b'UI', b'UL', b'US'}
+_EXPLICIT = _LONG | {b'AE', b'AS', b'AT', b'CS', b'DA', b'DS', b'DT', b'FD', b'FL', b'IS', b'LO', b'LT',
+    b'PN', b'SH', b'SL', b'SS', b'ST', b'TM', b'UI', b'UL', b'US'}
 
 def _letters(vr): return len(vr)==2 and 64<vr[0]<91 and 64<vr[1]<91
 
@@ -166,7 +180,8 @@ def scan_header(
     file,      # a DICOM file, opened in binary mode without buffer
     size: int, # its length in bytes
 ) -> dict:
-    "Raw `values` and `odd` types by tag, `implicit`, `little`, `syntax`, and where the pixel data's value begins (`at`; -1: none), its `length` and the `size` of what holds it."
+    """Raw `values` and `odd` types by tag, `implicit`, `little`, `syntax`, and where the pixel data's value
+    begins (`at`; -1: none), its `length` and the `size` of what holds it."""
     source = _Source(file, size)
     head = source.at(0, 140)
     p = 132 if head[128:132]==b'DICM' else 0
@@ -179,10 +194,12 @@ def scan_header(
         implicit = not _letters(peek[4:6])
         values,odd,_,at,n = _walk(source, p, implicit, little, _STOPS.__contains__)
     except struct_error as e: raise _Fault('the header ends early') from e
-    return dict(values=values, odd=odd, implicit=implicit, little=little, syntax=syntax, at=at, length=n, size=source.size)
+    return dict(values=values, odd=odd, implicit=implicit, little=little, syntax=syntax, at=at, length=n,
+        size=source.size)
 
 # %% ../../nbs/15_dicom.index.ipynb #fb7234c5
-_PLAIN_SETS = {b'', b'ISO_IR 6', b'ISO_IR 100', b'ISO_IR 101', b'ISO_IR 109', b'ISO_IR 110', b'ISO_IR 126', b'ISO_IR 127', b'ISO_IR 138', b'ISO_IR 144', b'ISO_IR 148', b'ISO_IR 192',
+_PLAIN_SETS = {b'', b'ISO_IR 6', b'ISO_IR 100', b'ISO_IR 101', b'ISO_IR 109', b'ISO_IR 110', b'ISO_IR 126',
+    b'ISO_IR 127', b'ISO_IR 138', b'ISO_IR 144', b'ISO_IR 148', b'ISO_IR 192',
                b'ISO 2022 IR 6', b'ISO 2022 IR 100'} # single-byte sets and UTF-8, whose first 128 letters are ASCII
 
 class _Odd(Exception): "A value for pydicom."
@@ -227,7 +244,9 @@ def _known_value(raw, vr):
 def _by_pydicom(raw, scan):
     "Values of the elements `raw` (bytes by tag) as pydicom reads them."
     odd,implicit,little = scan['odd'],scan['implicit'],scan['little']
-    ds = Dataset({Tag(t): RawDataElement(Tag(t), None if implicit else odd.get(t, _WANTED[t]).decode('latin-1'), len(b), b, 0, implicit, little) for t,b in raw.items()})
+    ds = Dataset({Tag(t): RawDataElement(Tag(t),
+        None if implicit else odd.get(t, _WANTED[t]).decode('latin-1'), len(b), b, 0, implicit, little)
+        for t,b in raw.items()})
     with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter('ignore')
         charset = scan['values'].get(0x00080005, b'').decode('latin-1').strip('\0 ').split('\\')
@@ -245,7 +264,8 @@ def header_values(
         k,vr = _TAGS[t]
         try:
             if not plain or t in odd: raise _Odd
-            v = _known_value(raw, vr) if vr not in ('UI', 'SQ') else _meaning(raw, scan['implicit']) if vr=='SQ' else _text_value(raw, vr)
+            v = (_known_value(raw, vr) if vr not in ('UI', 'SQ') else _meaning(raw, scan['implicit'])
+                if vr=='SQ' else _text_value(raw, vr))
         except (_Odd, ValueError, struct_error): slow[t] = raw
         else:
             if v is not None: tags[k] = v
@@ -256,22 +276,30 @@ def header_values(
 def fast_header(
     path, # a DICOM file
 ) -> dict:
-    "The header values of a file as `read_header` gives them. `DicomError` where the header is damaged or beyond the limits."
+    """The header values of a file as `read_header` gives them. `DicomError` where the header is damaged or
+    beyond the limits."""
     with open(path, 'rb', buffering=0) as f:
         try: tags = header_values(scan_header(f, os.fstat(f.fileno()).st_size))
-        except _Fault as e: raise DicomError(path, str(e), 'Copy the file again from its source, or leave it out') from e
+        except _Fault as e:
+            raise DicomError(path, str(e), 'Copy the file again from its source, or leave it out') from e
     return {k: tags[k] for k in (*TAGS, 'TransferSyntaxUID') if k in tags}
 
 # %% ../../nbs/15_dicom.index.ipynb #19ed6938
 _LISTS = 'SeriesNumber InstanceNumber HighBit PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing EstimatedRadiographicMagnificationFactor'.split()
-INDEX_INT = 'Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated BitsStored PixelRepresentation bytes mtime_ns'.split() # 0 where unknown
-INDEX_FLOAT = 'WindowCenter WindowWidth RescaleSlope RescaleIntercept KVP Exposure ExposureTime XRayTubeCurrent spacing_row spacing_col'.split() # NaN where unknown
-INDEX_TEXT = ['path', 'error'] + [k for k in TAGS if k not in INDEX_INT+INDEX_FLOAT+_LISTS] + ['TransferSyntaxUID', 'view', 'laterality'] # '' where absent
+# 0 where unknown
+INDEX_INT = 'Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated BitsStored PixelRepresentation bytes mtime_ns'.split()
+# NaN where unknown
+INDEX_FLOAT = 'WindowCenter WindowWidth RescaleSlope RescaleIntercept KVP Exposure ExposureTime XRayTubeCurrent spacing_row spacing_col'.split()
+# '' where absent
+INDEX_TEXT = ['path', 'error'] + [k for k in TAGS
+    if k not in INDEX_INT+INDEX_FLOAT+_LISTS] + ['TransferSyntaxUID', 'view', 'laterality']
 INDEX_COLUMNS = INDEX_TEXT + INDEX_INT + INDEX_FLOAT
 _UNOPENED = 'the file cannot be opened'
 _text_tags,_int_tags,_float_tags = INDEX_TEXT[2:-2],INDEX_INT[:-2],INDEX_FLOAT[:-2]
 
-def _text(v): return v if type(v) is str else '' if v is None else '\\'.join('' if o is None else str(o) for o in v) if isinstance(v, list) else str(v)
+def _text(v):
+    return (v if type(v) is str else '' if v is None else '\\'.join('' if o is None else str(o) for o in v)
+        if isinstance(v, list) else str(v))
 
 def _number(v, none):
     "The first number of a value, or `none`."
@@ -280,13 +308,16 @@ def _number(v, none):
 
 def _pixel_fault(file, tags, at, n, size):
     "What is wrong with the pixel data, without decoding it; '' if nothing."
-    rows,cols,frames,samples,bits = (int(_number(tags.get(k), d)) for k,d in (('Rows', 0), ('Columns', 0), ('NumberOfFrames', 1), ('SamplesPerPixel', 1), ('BitsAllocated', 8)))
+    rows,cols,frames,samples,bits = (int(_number(tags.get(k), d))
+        for k,d in (('Rows', 0), ('Columns', 0), ('NumberOfFrames', 1), ('SamplesPerPixel', 1),
+        ('BitsAllocated', 8)))
     if frames>2**20: return f'it declares {frames} frames'
     limit = pixel_limit(samples, bits)
     if rows*cols>limit: return f'it declares {rows} x {cols} pixels, above the limit of {limit}'
     if at<0 or n==0 or rows*cols<=0: return 'it has no pixel data'
     if n==_OPEN: return _fragments_fault(file, at, size, max(1, frames))
-    need = (rows*cols*max(1, frames)*samples*bits + 7)//8 if bits==1 else rows*cols*max(1, frames)*samples*max(1, bits//8)
+    need = ((rows*cols*max(1, frames)*samples*bits + 7)//8 if bits==1
+        else rows*cols*max(1, frames)*samples*max(1, bits//8))
     if tags.get('PhotometricInterpretation')=='YBR_FULL_422': need = need*2//3
     return f'the pixel data ends early: {min(n, size-at)} of {need} bytes' if min(n, size-at)<need else ''
 
@@ -316,17 +347,22 @@ def _row(path, lost=''):
     try:
         info = os.stat(path)
         size,mtime = info.st_size,info.st_mtime_ns
-        if lost or not S_ISREG(info.st_mode): raise _Fault(lost or 'it is not a regular file') # to open a pipe would wait for ever
+        if lost or not S_ISREG(info.st_mode):
+            raise _Fault(lost or 'it is not a regular file') # to open a pipe would wait for ever
         tags,error = _file_tags(path, size)
     except _Fault as e: error = str(e)
     except DicomError as e: error = e.cause
     except OSError as e: error = f'{_UNOPENED} ({type(e).__name__})'
-    except Exception as e: error = f'the header is damaged ({type(e).__name__})' # hostile bytes may raise anything in pydicom
-    if not path.isascii() and path!=path.encode('utf-8', 'replace').decode('utf-8'): # a name in another encoding fits into no table
-        path,error = path.encode('utf-8', 'backslashreplace').decode('utf-8'),'the name of the file is not UTF-8; rename it'
+    except Exception as e:
+        error = f'the header is damaged ({type(e).__name__})' # hostile bytes may raise anything in pydicom
+    # a name in another encoding fits into no table
+    if not path.isascii() and path!=path.encode('utf-8', 'replace').decode('utf-8'):
+        path = path.encode('utf-8', 'backslashreplace').decode('utf-8')
+        error = 'the name of the file is not UTF-8; rename it'
     get,mm = tags.get,spacing(tags) or (np.nan, np.nan)
     return (path, error, *[_text(get(k)) for k in _text_tags], view(tags), laterality(tags),
-            *[int(_number(get(k), 0)) for k in _int_tags], size, mtime, *[float(_number(get(k), np.nan)) for k in _float_tags], *mm)
+            *[int(_number(get(k), 0)) for k in _int_tags], size, mtime,
+            *[float(_number(get(k), np.nan)) for k in _float_tags], *mm)
 
 def index_row(
     path, # one file
@@ -341,7 +377,8 @@ def _table(rows):
     "Rows as typed columns."
     columns = zip(*rows) if rows else [()]*len(INDEX_COLUMNS)
     kind = {**dict.fromkeys(INDEX_INT, np.int64), **dict.fromkeys(INDEX_FLOAT, float)}
-    df = pd.DataFrame({k: np.array(v, kind[k]) if k in kind else pd.Series(v, dtype=_TEXT_TYPE) for k,v in zip(INDEX_COLUMNS, columns)})
+    df = pd.DataFrame({k: np.array(v, kind[k]) if k in kind else pd.Series(v, dtype=_TEXT_TYPE)
+        for k,v in zip(INDEX_COLUMNS, columns)})
     df.attrs['index_version'] = _VERSION
     return df
 
@@ -351,7 +388,8 @@ def _unchanged(previous, paths):
         if previous is None or not Path(previous).exists(): return None
         previous = read_index(previous)
     if previous.attrs.get('index_version')!=_VERSION or [*previous]!=INDEX_COLUMNS: return None
-    known = {p: (size,mtime) for p,size,mtime,e in zip(previous.path, previous.bytes, previous.mtime_ns, previous.error) if not e.startswith(_UNOPENED)}
+    known = {p: (size,mtime) for p,size,mtime,e in zip(previous.path, previous.bytes, previous.mtime_ns,
+        previous.error) if not e.startswith(_UNOPENED)}
     keep = {p for p in paths if p in known and _stamp(p)==known[p]}
     return previous[previous.path.isin(keep)].drop_duplicates('path') if keep else None
 
@@ -366,15 +404,18 @@ def index_dicoms(
     show: bool|None=None,   # a progress bar; None: on a terminal
     previous=None,          # an earlier index, or its `.parquet`, which may not exist yet: unchanged files are not read again
 ) -> pd.DataFrame:
-    "One row a file, sorted by path: text columns ('' where absent), whole numbers (0), real numbers (NaN); `error` is '' for a good file."
+    """One row a file, sorted by path: text columns ('' where absent), whole numbers (0), real numbers (NaN);
+    `error` is '' for a good file."""
     paths = image_files(folder)
     kept = _unchanged(previous, paths)
     have = set() if kept is None else set(kept.path)
     todo = [p for p in paths if p not in have]
-    rows = list(run_parallel(_row, todo, workers, chunk=256, desc='index', show=show, few=_FEW if workers is None else 2, seconds=60,
+    rows = list(run_parallel(_row, todo, workers, chunk=256, desc='index', show=show,
+        few=_FEW if workers is None else 2, seconds=60,
                              lost=lambda p, cause: _row(p, f'the process that read it {cause}')))
     if kept is None: return _table(rows)
-    df = (pd.concat([_table(rows), kept], ignore_index=True) if rows else kept).sort_values('path', ignore_index=True)
+    df = (pd.concat([_table(rows), kept], ignore_index=True) if rows else kept).sort_values('path',
+        ignore_index=True)
     df.attrs['index_version'] = _VERSION
     return df
 
@@ -394,8 +435,12 @@ def read_index(
 ) -> pd.DataFrame:
     "An index as it was written. `DataError` where the file is missing or is no index."
     try: df = pd.read_parquet(path)
-    except FileNotFoundError as e: raise DataError(f"The index {path} does not exist", "Make it with index_dicoms and write_index") from e
-    except Exception as e: raise DataError(f"{path} is not a readable parquet file ({type(e).__name__})", "Make it again with write_index") from e
+    except FileNotFoundError as e:
+        raise DataError(f"The index {path} does not exist",
+            "Make it with index_dicoms and write_index") from e
+    except Exception as e:
+        raise DataError(f"{path} is not a readable parquet file ({type(e).__name__})",
+            "Make it again with write_index") from e
     missing = [k for k in ('path', 'error', 'SOPInstanceUID') if k not in df]
     if missing: raise DataError(f"{path} has no column {', '.join(missing)}", "Make it with index_dicoms")
     return df

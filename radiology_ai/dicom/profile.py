@@ -9,7 +9,8 @@ __all__ = ['EDITION', 'DEVICE', 'INSTITUTION', 'PATIENT', 'DESCRIPTIONS', 'OPTIO
            'table_action', 'clean_words', 'choose', 'Profile']
 
 # %% ../../nbs/17_dicom.profile.ipynb #16deefd7
-import importlib, re
+import importlib
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,19 +20,23 @@ from ..core import DataError
 
 # %% ../../nbs/17_dicom.profile.ipynb #91691426
 EDITION = '2026c' # of the DICOM standard whose table is used
-_LISTS = {'D_TAGS':'D', 'Z_TAGS':'Z', 'X_TAGS':'X', 'U_TAGS':'U', 'Z_D_TAGS':'Z/D', 'X_Z_TAGS':'X/Z', 'X_D_TAGS':'X/D', 'X_Z_D_TAGS':'X/Z/D', 'X_Z_U_STAR_TAGS':'X/Z/U*'}
+_LISTS = {'D_TAGS':'D', 'Z_TAGS':'Z', 'X_TAGS':'X', 'U_TAGS':'U', 'Z_D_TAGS':'Z/D', 'X_Z_TAGS':'X/Z',
+    'X_D_TAGS':'X/D', 'X_Z_D_TAGS':'X/Z/D', 'X_Z_U_STAR_TAGS':'X/Z/U*'}
 
 @cache
 def basic_profile() -> dict:
-    "Table E.1-1 of PS3.15: action by (tag, mask); a data set's tag belongs to a row if `tag & mask` is the row's tag."
+    """Table E.1-1 of PS3.15: action by (tag, mask); a data set's tag belongs to a row if `tag & mask` is the
+    row's tag."""
     t = importlib.import_module(f'dicomanonymizer.dicom_anonymization_databases.dicomfields_{EDITION}')
-    return {(r[0]<<16 | r[1], r[2]<<16 | r[3] if len(r)==4 else 0xFFFFFFFF): action for name,action in _LISTS.items() for r in getattr(t, name)}
+    return {(r[0]<<16 | r[1], r[2]<<16 | r[3] if len(r)==4 else 0xFFFFFFFF): action
+        for name,action in _LISTS.items() for r in getattr(t, name)}
 
 @cache
 def _rows():
     "The rows of single elements by tag, and the others."
     table = basic_profile()
-    return {t: a for (t,m),a in table.items() if m==0xFFFFFFFF},[(t, m, a) for (t,m),a in table.items() if m!=0xFFFFFFFF]
+    return {t: a for (t,m),a in table.items() if m==0xFFFFFFFF},[(t, m, a) for (t,m),a in table.items()
+        if m!=0xFFFFFFFF]
 
 def table_action(
     tag: int, # (group << 16) + element
@@ -53,9 +58,13 @@ PATIENT = _words('EthnicGroup PatientAge PatientSex PatientSexNeutered PatientSi
 DESCRIPTIONS = _words('''StudyDescription SeriesDescription ProtocolName PerformedProcedureStepDescription RequestedProcedureDescription RequestedSeriesDescription
 ScheduledProcedureStepDescription AcquisitionDeviceProcessingDescription AcquisitionProtocolDescription''')
 OPTIONS = { # name: code and meaning in CID 7050 (PS3.16)
-    'dates_full': ('113106', 'Retain Longitudinal Temporal Information Full Dates Option'), 'dates_modified': ('113107', 'Retain Longitudinal Temporal Information Modified Dates Option'),
-    'patient': ('113108', 'Retain Patient Characteristics Option'), 'device': ('113109', 'Retain Device Identity Option'), 'uids': ('113110', 'Retain UIDs Option'),
-    'safe_private': ('113111', 'Retain Safe Private Option'), 'institution': ('113112', 'Retain Institution Identity Option'), 'descriptions': ('113105', 'Clean Descriptors Option')}
+    'dates_full': ('113106', 'Retain Longitudinal Temporal Information Full Dates Option'),
+    'dates_modified': ('113107', 'Retain Longitudinal Temporal Information Modified Dates Option'),
+    'patient': ('113108', 'Retain Patient Characteristics Option'),
+    'device': ('113109', 'Retain Device Identity Option'), 'uids': ('113110', 'Retain UIDs Option'),
+    'safe_private': ('113111', 'Retain Safe Private Option'),
+    'institution': ('113112', 'Retain Institution Identity Option'),
+    'descriptions': ('113105', 'Clean Descriptors Option')}
 
 # %% ../../nbs/17_dicom.profile.ipynb #80ceb86d
 VOCABULARY = _words('''ABDOMEN ABD ACROMIOCLAVICULAR AC ANKLE ARM BARIUM BILATERAL BOTH BONE AGE BREAST CALCANEUS CERVICAL CHEST CLAVICLE COCCYX COLUMN CSPINE LSPINE TSPINE ELBOW EXTREMITY
@@ -72,11 +81,14 @@ def clean_words(
     names=(),     # words in capitals that are left out all the same, such as the patient's name
 ) -> str:
     "Only the words of `VOCABULARY`, in their order."
-    return ' '.join(w for w in re.split(r'[^0-9A-Za-zÀ-ɏ]+', str(text)) if w.upper() in VOCABULARY and w.upper() not in names)
+    return ' '.join(w for w in re.split(r'[^0-9A-Za-zÀ-ɏ]+', str(text)) if w.upper() in VOCABULARY
+        and w.upper() not in names)
 
 # %% ../../nbs/17_dicom.profile.ipynb #7a045a7a
-_TYPES = dict(ContentDate=2, ContentTime=2, ContrastBolusAgent=2, PatientSexNeutered=2, PatientID=1, AcquisitionContextSequence=2)
-_DX = ('1.2.840.10008.5.1.4.1.1.1.1', '1.2.840.10008.5.1.4.1.1.1.2', '1.2.840.10008.5.1.4.1.1.1.3') # DX, mammography, intra-oral, each for presentation and (.1) processing
+_TYPES = dict(ContentDate=2, ContentTime=2, ContrastBolusAgent=2, PatientSexNeutered=2, PatientID=1,
+    AcquisitionContextSequence=2)
+# DX, mammography, intra-oral, each for presentation and (.1) processing
+_DX = ('1.2.840.10008.5.1.4.1.1.1.1', '1.2.840.10008.5.1.4.1.1.1.2', '1.2.840.10008.5.1.4.1.1.1.3')
 _DX_TYPES = dict(ReferencedPerformedProcedureStepSequence=1)
 
 def choose(
@@ -85,7 +97,8 @@ def choose(
     sop_class: str='', # of the object
     nested: bool=False, # inside a sequence
 ) -> str:
-    "One of the codes of `action`: X for an element of Type 3, Z for Type 2, D for Type 1, as far as the row allows it."
+    """One of the codes of `action`: X for an element of Type 3, Z for Type 2, D for Type 1, as far as the row
+    allows it."""
     codes = action.split('/')
     if len(codes)==1: return action
     if 'U*' in codes: return 'U*' # the sequence stays, its UIDs are mapped
@@ -107,11 +120,14 @@ class Profile:
 
     def __post_init__(self):
         unknown = sorted(map(str, set(self.retain) - set(OPTIONS)))
-        if unknown: raise DataError(f"The option {unknown[0]!r} is not known", f"Use some of {', '.join(OPTIONS)}")
-        if {'dates_full', 'dates_modified'} <= set(self.retain): raise DataError("Both 'dates_full' and 'dates_modified' are asked for", "Choose one of them")
+        if unknown:
+            raise DataError(f"The option {unknown[0]!r} is not known", f"Use some of {', '.join(OPTIONS)}")
+        if {'dates_full', 'dates_modified'} <= set(self.retain):
+            raise DataError("Both 'dates_full' and 'dates_modified' are asked for", "Choose one of them")
 
     def action(self, tag: int, vr: str, sop_class: str='', nested: bool=False) -> str:
-        "X remove, Z empty, D dummy, U map the UID, C clean, K keep, U* and '' keep the sequence or element and look inside."
+        """X remove, Z empty, D dummy, U map the UID, C clean, K keep, U* and '' keep the sequence or element
+        and look inside."""
         keyword,listed = keyword_for_tag(tag),table_action(tag)
         kept = self._option(keyword, vr, listed)
         if kept: return kept
@@ -125,14 +141,16 @@ class Profile:
             if 'dates_modified' in r: return 'C'
         if not listed: return ''
         if 'patient' in r and keyword in PATIENT: return 'C' if keyword=='PatientAge' else 'K'
-        if 'device' in r and keyword in DEVICE or 'institution' in r and keyword in INSTITUTION: return 'U*' if vr=='SQ' else 'K'
+        if 'device' in r and keyword in DEVICE or 'institution' in r and keyword in INSTITUTION:
+            return 'U*' if vr=='SQ' else 'K'
         if 'uids' in r and (listed=='U' or vr=='UI'): return 'K'
         return 'C' if 'descriptions' in r and keyword in DESCRIPTIONS else ''
 
     def _unlisted(self, tag, vr, keyword):
         "For elements that the table does not have."
         group = tag>>16
-        if tag & 0xFFFF==0 or 0x6000<=group<=0x60FF or tag==_ENCRYPTED or not dictionary_has_tag(tag): return 'X'
+        if tag & 0xFFFF==0 or 0x6000<=group<=0x60FF or tag==_ENCRYPTED or not dictionary_has_tag(tag):
+            return 'X'
         if vr=='PN': return 'Z'
         if vr in _DATES or vr in ('LT', 'ST', 'UT', 'UR', 'UN'): return 'X'
         if vr!='UI' or re.search('Class(es)?(UID|Supported|In)|TransferSyntax', keyword): return ''

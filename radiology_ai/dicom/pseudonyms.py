@@ -8,7 +8,11 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.pseudonyms.html.md"""
 __all__ = ['Pseudonyms', 'read_key', 'dummy', 'shift_date', 'young_enough']
 
 # %% ../../nbs/17_dicom.pseudonyms.ipynb #b5d26dd0
-import hashlib, hmac, os, re, secrets
+import hashlib
+import hmac
+import os
+import re
+import secrets
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -21,12 +25,14 @@ from ..core import DataError
 class Pseudonyms:
     "New identifiers from old ones by a secret key."
     def __init__(self, key: bytes): self.key = key
-    def _digest(self, kind, value): return hmac.new(self.key, f'{kind}\0{value}'.encode(), hashlib.sha256).digest()
+    def _digest(self, kind, value):
+        return hmac.new(self.key, f'{kind}\0{value}'.encode(), hashlib.sha256).digest()
 
     def uid(self, old: str) -> str:
         "A UID below 2.25 (PS3.5 B.2); registered UIDs of the standard stay."
         old = str(old).strip('\0 ')
-        return old if not old or old.startswith('1.2.840.10008.') else f"2.25.{int.from_bytes(self._digest('uid', old)[:16], 'big')}"
+        return (old if not old or old.startswith('1.2.840.10008.')
+            else f"2.25.{int.from_bytes(self._digest('uid', old)[:16], 'big')}")
 
     def patient(self, old: str) -> str:
         "A patient's pseudonym: P and 12 hexadecimal digits."
@@ -47,13 +53,18 @@ def read_key(
     if key is None: return secrets.token_bytes(32)
     if isinstance(key, Path):
         if not key.exists():
-            with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f: f.write(secrets.token_bytes(32))
+            with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
+                f.write(secrets.token_bytes(32))
         key = key.read_bytes()
-    if len(key)<16: raise DataError(f"The secret key has {len(key)} bytes or letters", "Give at least 16, or key=Path('new.key') to have one drawn and written")
-    return hashlib.scrypt(key.encode(), salt=b'radiology_ai', n=2**14, r=8, p=1) if isinstance(key, str) else bytes(key)
+    if len(key)<16:
+        raise DataError(f"The secret key has {len(key)} bytes or letters",
+            "Give at least 16, or key=Path('new.key') to have one drawn and written")
+    return (hashlib.scrypt(key.encode(), salt=b'radiology_ai', n=2**14, r=8, p=1) if isinstance(key, str)
+        else bytes(key))
 
 # %% ../../nbs/17_dicom.pseudonyms.ipynb #62cb1f36
-_DUMMY = dict(AS='000Y', DA='19000101', DT='19000101000000', TM='000000', DS='0', IS='0', UR='urn:removed', OB=b'\0\0', OW=b'\0\0', OD=b'\0'*8, OF=b'\0'*4, OL=b'\0'*4, OV=b'\0'*8,
+_DUMMY = dict(AS='000Y', DA='19000101', DT='19000101000000', TM='000000', DS='0', IS='0', UR='urn:removed',
+    OB=b'\0\0', OW=b'\0\0', OD=b'\0'*8, OF=b'\0'*4, OL=b'\0'*4, OV=b'\0'*8,
               UN=b'\0\0', US=0, SS=0, UL=0, SL=0, UV=0, SV=0, FL=0., FD=0., AT=0)
 
 def dummy(

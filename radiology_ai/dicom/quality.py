@@ -8,29 +8,35 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.quality.html.md"""
 __all__ = ['RADIOGRAPHS', 'pixel_digest', 'file_digest', 'find_duplicates', 'next_text', 'sides_disagree', 'find_attention']
 
 # %% ../../nbs/16_dicom.quality.ipynb #0125d967
-import hashlib, os, warnings
+import hashlib
+import os
+import warnings
 
 import numpy as np
 import pandas as pd
 
 from ..core import DicomError
 from .file import file_kind, open_dicom, read_head
-from .tags import laterality
-from .stored import decode_stored
 from .read import read_radiograph
+from .stored import decode_stored
+from .tags import laterality
 
 # %% ../../nbs/16_dicom.quality.ipynb #71abfd8f
 def pixel_digest(
     path, # DICOM or still image
 ) -> tuple[str,bool,str]:
-    "SHA-256 of the stored pixels ('' if they cannot be decoded), whether all are equal, and the cause of a failure. Equal pixels have equal digests in every lossless syntax."
+    """SHA-256 of the stored pixels ('' if they cannot be decoded), whether all are equal, and the cause of a
+    failure. Equal pixels have equal digests in every lossless syntax."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            if file_kind(path, read_head(path))=='still': a = np.round(read_radiograph(path).pixels*65535).astype(np.uint16)
+            if file_kind(path, read_head(path))=='still':
+                a = np.round(read_radiograph(path).pixels*65535).astype(np.uint16)
             else: a = decode_stored(open_dicom(path), frame=0, path=path)[0]
     except DicomError as e: return '',False,e.cause
-    except Exception as e: return '',False,f'the pixels cannot be decoded ({type(e).__name__})' # what a decoder raises is its own affair
+    except Exception as e:
+        # what a decoder raises is its own affair
+        return '',False,f'the pixels cannot be decoded ({type(e).__name__})'
     low,high = int(a.min()),int(a.max())
     a = a.astype('u1' if low>=0 and high<256 else '<u2' if low>=0 and high<2**16 else '<i4', copy=False)
     return hashlib.sha256(str(a.shape).encode() + np.ascontiguousarray(a).data).hexdigest(),low==high,''
@@ -46,25 +52,33 @@ def find_duplicates(
     df: pd.DataFrame,       # as of `index_dicoms`
     digests: pd.Series|None=None, # of `pixel_digest`, by path; None: pixels are not compared
 ) -> pd.DataFrame:
-    "One row a readable file that is not alone: `kind` (same SOP instance, same bytes, same pixels), `group`, `path`, `patients` (how many the group has)."
+    """One row a readable file that is not alone: `kind` (same SOP instance, same bytes, same pixels),
+    `group`, `path`, `patients` (how many the group has)."""
     df = df[df.error=='']
-    same = df[df.duplicated(['bytes', 'SOPInstanceUID'], keep=False)] # equal bytes have equal length and equal headers
-    keys = {'same SOP instance': df.SOPInstanceUID.where(df.SOPInstanceUID!=''), 'same bytes': same.path.map(file_digest).replace('', np.nan)}
+    # equal bytes have equal length and equal headers
+    same = df[df.duplicated(['bytes', 'SOPInstanceUID'], keep=False)]
+    keys = {'same SOP instance': df.SOPInstanceUID.where(df.SOPInstanceUID!=''),
+        'same bytes': same.path.map(file_digest).replace('', np.nan)}
     if digests is not None: keys['same pixels'] = df.path.map(digests).replace('', np.nan)
     out = []
     for kind,key in keys.items():
         key = key.dropna()
         key = key[key.duplicated(keep=False)]
         part = df.loc[key.index, ['path', 'PatientID']].assign(kind=kind, group=pd.factorize(key)[0] + 1)
-        out.append(part.assign(patients=part.groupby('group').PatientID.transform('nunique')).sort_values(['group', 'path']))
+        out.append(
+            part.assign(patients=part.groupby('group').PatientID.transform('nunique')).sort_values(['group',
+            'path']))
     return pd.concat(out)[['kind', 'group', 'path', 'patients']].reset_index(drop=True)
 
 # %% ../../nbs/16_dicom.quality.ipynb #d76af1e0
 RADIOGRAPHS = ('CR', 'DX', 'RG', 'MG', 'PX', 'IO') # modalities of projection radiographs
 _CAPTURE = '1.2.840.10008.5.1.4.1.1.7' # secondary capture and its multi-frame variants
-_LOSSY = ('1.2.840.10008.1.2.4.50', '1.2.840.10008.1.2.4.51', '1.2.840.10008.1.2.4.81', '1.2.840.10008.1.2.4.91', '1.2.840.10008.1.2.4.203')
-_SIDE_TAGS = ['ImageLaterality', 'Laterality', 'FrameLaterality', 'SeriesDescription', 'ProtocolName', 'PerformedProcedureStepDescription',
-              'AcquisitionDeviceProcessingDescription', 'RequestedProcedureDescription', 'StudyDescription', 'BodyPartExamined']
+_LOSSY = ('1.2.840.10008.1.2.4.50', '1.2.840.10008.1.2.4.51', '1.2.840.10008.1.2.4.81',
+    '1.2.840.10008.1.2.4.91', '1.2.840.10008.1.2.4.203')
+_SIDE_TAGS = ['ImageLaterality', 'Laterality', 'FrameLaterality', 'SeriesDescription', 'ProtocolName',
+    'PerformedProcedureStepDescription',
+              'AcquisitionDeviceProcessingDescription', 'RequestedProcedureDescription', 'StudyDescription',
+              'BodyPartExamined']
 
 def next_text(
     df: pd.DataFrame,
@@ -81,7 +95,8 @@ def sides_disagree(
     "Do the elements that tell a side, or their words, tell different ones?"
     verdict = {}
     rows = list(zip(*(df[k] for k in _SIDE_TAGS)))
-    for texts in set(rows): verdict[texts] = len({laterality({k: v}) for k,v in zip(_SIDE_TAGS, texts) if v} - {''})>1
+    for texts in set(rows):
+        verdict[texts] = len({laterality({k: v}) for k,v in zip(_SIDE_TAGS, texts) if v} - {''})>1
     return pd.Series([verdict[t] for t in rows], index=df.index, dtype=bool)
 
 def _several(df, key, value):
@@ -93,35 +108,47 @@ def _questions(df, twice, pixels):
     "(name, mask over the files, why it matters, what to do)."
     good,dicom = df.error=='',(df.SOPClassUID!='') | (df.TransferSyntaxUID!='')
     fine,colour = good & dicom,~df.PhotometricInterpretation.isin(['MONOCHROME1', 'MONOCHROME2', ''])
-    within = lambda kind, patients=1: df.path.isin(twice.path[(twice.kind==kind) & (twice.patients>=patients)])
+    within = lambda kind, patients=1: df.path.isin(twice.path[(twice.kind==kind)
+        & (twice.patients>=patients)])
     capture = df.SOPClassUID.str.startswith(_CAPTURE) | df.ImageType.str.contains('SCREEN', case=False)
     half = fine & (df.PhotometricInterpretation=='MONOCHROME1')
     year = pd.to_numeric(next_text(df, 'StudyDate', 'AcquisitionDate').str.slice(0, 4), errors='coerce')
     yield 'unreadable',~good,'They are lost to training, perhaps not at random','Copy them again; see tables["unreadable"]'
     yield 'pixels damaged',df.path.isin(pixels['damaged']),'The header is whole, the picture is not','Copy them again or leave them out'
     yield 'all pixels equal',df.path.isin(pixels['constant']),'A blank image teaches nothing, and its label is wrong','Leave them out'
-    yield 'same pixels, different patients',within('same pixels', 2),'A split by patient leaks','Find out whose image it is; keep one'
-    yield 'same pixels',within('same pixels') & ~within('same pixels', 2),'It counts twice','Keep one of each group'
+    yield 'same pixels, different patients',within('same pixels',
+        2),'A split by patient leaks','Find out whose image it is; keep one'
+    yield 'same pixels',within('same pixels') & ~within('same pixels',
+        2),'It counts twice','Keep one of each group'
     yield 'same SOP instance',within('same SOP instance'),'It counts twice, and a join by SOP instance multiplies rows','Keep one of each group'
-    yield 'one study, several patients',_several(df, 'StudyInstanceUID', 'PatientID'),'Patients are mixed up or renamed; a split by patient leaks','Ask the source, or group by study'
-    yield 'patient with several birth dates',_several(df, 'PatientID', 'PatientBirthDate'),'Different people may share a PatientID','Group by patient and birth date'
-    yield 'patient with several sexes',_several(df, 'PatientID', 'PatientSex'),'Different people may share a PatientID','Ask the source'
+    yield 'one study, several patients',_several(df, 'StudyInstanceUID',
+        'PatientID'),'Patients are mixed up or renamed; a split by patient leaks','Ask the source, or group by study'
+    yield 'patient with several birth dates',_several(df, 'PatientID',
+        'PatientBirthDate'),'Different people may share a PatientID','Group by patient and birth date'
+    yield 'patient with several sexes',_several(df, 'PatientID',
+        'PatientSex'),'Different people may share a PatientID','Ask the source'
     yield 'no patient',fine & (df.PatientID==''),'No split by patient is possible','Group by study, or leave them out of testing'
     yield 'sides disagree',fine & sides_disagree(df),'Elements or descriptions name different sides','Look at the film\'s marker; leave them out if the side matters'
     yield 'burned-in annotation',fine & (df.BurnedInAnnotation.str.upper()=='YES'),'Text in the pixels may name the patient, and networks read it','deidentify with burned-in text removed'
     yield 'secondary capture',fine & capture,'Screenshots and scans: grey scale and spacing are not of the detector','Leave them out, or look at each'
-    yield 'not a projection radiograph',fine & ~df.Modality.isin(RADIOGRAPHS),'Another modality needs another model','Choose by Modality'
+    yield 'not a projection radiograph',fine & ~df.Modality.isin(
+        RADIOGRAPHS),'Another modality needs another model','Choose by Modality'
     yield 'colour',fine & colour,'A radiograph is grey; colour is a picture of something else','Leave them out, or look at each'
     yield 'several frames',fine & (df.NumberOfFrames>1),'read_radiograph asks which frame is meant','Choose a frame'
     yield 'for processing',fine & (df.PresentationIntentType=='FOR PROCESSING'),'Raw detector values look unlike the films of a clinic','Take the FOR PRESENTATION sibling'
-    yield 'lossy compression',fine & (df.TransferSyntaxUID.isin(_LOSSY) | (df.LossyImageCompression=='01')),'Fine structure may be lost, and one source may be compressed more than another','Compare with the label by source'
+    yield 'lossy compression',fine & (df.TransferSyntaxUID.isin(_LOSSY)
+        | (df.LossyImageCompression=='01')),'Fine structure may be lost, and one source may be compressed more than another','Compare with the label by source'
     yield 'spacing unknown',fine & df.spacing_row.isna(),'Nothing can be measured in mm, no recipe in mm applies exactly','Use recipes in pixels; do not report lengths'
-    yield 'pixels not square',fine & ((df.spacing_row/df.spacing_col - 1).abs()>.01),'Shapes are distorted if only pixels count','Resample to square pixels'
-    if 0<half.sum()<fine.sum(): yield 'some are MONOCHROME1',half,'Readers that do not invert show these as negatives','Nothing with read_radiograph; check other tools'
+    yield 'pixels not square',fine & ((df.spacing_row/df.spacing_col
+        - 1).abs()>.01),'Shapes are distorted if only pixels count','Resample to square pixels'
+    if 0<half.sum()<fine.sum():
+        yield 'some are MONOCHROME1',half,'Readers that do not invert show these as negatives','Nothing with read_radiograph; check other tools'
     yield 'no body part',fine & (df.BodyPartExamined==''),'Other parts may be among them','Look at the contact sheet; filter by description'
     yield 'no side',fine & (df.laterality=='') & ~df.BodyPartExamined.str.upper().str.contains('CHEST|THORAX|ABDOMEN|PELVIS|SPINE|SKULL|HEAD'),'Left and right cannot be brought to one convention','Use markers, or do not mirror'
-    yield 'small',fine & (df[['Rows', 'Columns']].min(axis=1)<256) & (df.Rows>0),'Fewer than 256 pixels: a thumbnail, or another modality','Leave them out where detail matters'
-    yield 'implausible date',fine & ((year<1970) | (year>pd.Timestamp.now().year)),'Dates are wrong or shifted','Do not split by date'
+    yield 'small',fine & (df[['Rows',
+        'Columns']].min(axis=1)<256) & (df.Rows>0),'Fewer than 256 pixels: a thumbnail, or another modality','Leave them out where detail matters'
+    yield 'implausible date',fine & ((year<1970)
+        | (year>pd.Timestamp.now().year)),'Dates are wrong or shifted','Do not split by date'
 
 # %% ../../nbs/16_dicom.quality.ipynb #911a9bbf
 def find_attention(
@@ -130,7 +157,8 @@ def find_attention(
     damaged=(),          # paths whose pixels cannot be decoded
     constant=(),         # paths whose pixels are all equal
 ) -> tuple[pd.DataFrame,dict]:
-    "The table of what needs attention (what, files, share, why it matters, what to do), the files of each by name."
+    """The table of what needs attention (what, files, share, why it matters, what to do), the files of each
+    by name."""
     rows,files = [],{}
     for what,mask,why,todo in _questions(df, twice, dict(damaged=list(damaged), constant=list(constant))):
         if not mask.any(): continue

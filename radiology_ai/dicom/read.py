@@ -8,7 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.read.html.md"""
 __all__ = ['window', 'inverted', 'to_grey', 'read_header', 'read_radiograph']
 
 # %% ../../nbs/14_dicom.read.ipynb #107658d6
-import math, warnings, zlib
+import math
+import warnings
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,8 +21,8 @@ from pydicom.dataset import Dataset
 
 from ..core import DicomError, Radiograph, fit_size, resize_array, scale, shift
 from .file import MAX_PIXELS, file_kind, open_dicom, open_parts, pixel_limit, read_head
-from .tags import TAGS, spacing, tags_of, value_of
 from .stored import decode
+from .tags import TAGS, spacing, tags_of, value_of
 
 # %% ../../nbs/14_dicom.read.ipynb #2fa9a82c
 _copy = 'Copy the file again from its source'
@@ -38,7 +40,8 @@ def _lut(x, item, little=True):
     if first>32767 and (first+n>65536 or np.max(x)<first): first -= 65536 # a negative value read as unsigned
     if isinstance(data, bytes): data = np.frombuffer(data[:len(data)//2*2], '<u2' if little else '>u2')
     data = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF
-    if len(data)<n and len(data)*2>=n: data = np.ascontiguousarray(data, '<u2').view('u1') # two 8-bit entries in a word
+    if len(data)<n and len(data)*2>=n:
+        data = np.ascontiguousarray(data, '<u2').view('u1') # two 8-bit entries in a word
     bits = max(bits if 0<bits<=16 else 16, int(data.max()).bit_length())
     return data[np.clip(np.round(x).astype(np.int64) - first, 0, min(n, len(data)) - 1)].astype(float),bits
 
@@ -72,7 +75,8 @@ def _voi(x, ds, little=True, which=0):
 
 # %% ../../nbs/14_dicom.read.ipynb #eed4c778
 def inverted(ds) -> bool:
-    "Is the smallest value to be shown white? `MONOCHROME1`, or told once more or only by `PresentationLUTShape`."
+    """Is the smallest value to be shown white? `MONOCHROME1`, or told once more or only by
+    `PresentationLUTShape`."""
     return ds.get('PhotometricInterpretation')=='MONOCHROME1' or ds.get('PresentationLUTShape')=='INVERSE'
 
 def _padding(values, ds):
@@ -84,7 +88,8 @@ def _padding(values, ds):
     return (values>=min(a, b)) & (values<=max(a, b))
 
 def _inside_border(stored, lo, hi):
-    "Smallest and largest stored number without a saturated border: one that fills a quarter of the picture's edge and lies a quarter of the range from all other numbers."
+    """Smallest and largest stored number without a saturated border: one that fills a quarter of the
+    picture's edge and lies a quarter of the range from all other numbers."""
     edge,ends = np.concatenate([stored[0], stored[-1], stored[:, 0], stored[:, -1]]),[lo, hi]
     for i,v in enumerate((lo, hi)):
         if hi - lo<4 or (edge==v).mean()<.25: continue
@@ -99,11 +104,13 @@ def _used_range(stored, ends, x, pad, small, u):
         if not small: return x.min(),x.max()
         ends = x[np.array(_inside_border(stored, *ends)).astype(stored.dtype).view(u)]
         return ends.min(),ends.max()
-    used = x[~pad] if not small else x[(np.bincount(stored.view(u).ravel(), minlength=len(x))[:len(x)]>0) & ~pad]
+    used = (x[~pad] if not small else x[(np.bincount(stored.view(u).ravel(), minlength=len(x))[:len(x)]>0)
+        & ~pad])
     return (used.min(),used.max()) if used.size else (0.,1.)
 
 def _grey_values(stored, ds, path, which):
-    "float32 in [0, 1]: for every number that can occur, indexed by the number read as unsigned; of 32-bit images for each pixel."
+    """float32 in [0, 1]: for every number that can occur, indexed by the number read as unsigned; of 32-bit
+    images for each pixel."""
     name,small = Path(path or 'image').name,stored.dtype.itemsize<=2
     little = ds.original_encoding[1] is not False
     u = np.dtype(f'u{stored.dtype.itemsize}')
@@ -122,7 +129,8 @@ def _grey_values(stored, ds, path, which):
     if y is None:
         bits = int(ds.get('BitsStored') or 16)
         if bits<=8 and not ds.get('ModalityLUTSequence'):
-            ends = _modality(np.array([0, 2**bits - 1]) - (2**(bits-1) if stored.dtype.kind=='i' else 0.), ds, little)
+            ends = _modality(np.array([0, 2**bits - 1]) - (2**(bits-1) if stored.dtype.kind=='i' else 0.), ds,
+                little)
             lo,hi = min(ends),max(ends)
         y = np.clip((x - lo)/((hi - lo) or 1), 0, 1)
     if inverted(ds): y = 1 - y
@@ -159,7 +167,8 @@ def to_grey(
     rows,out = max(1, 2**17//w//step)*step,np.empty((h//step, size[1]), np.float32)
     for r in range(0, h, rows):
         band = _look_up(index[r:r + rows], y)
-        cv2.resize(band, (size[1], len(band)//step), out[r//step:(r + len(band))//step], interpolation=cv2.INTER_AREA)
+        cv2.resize(band, (size[1], len(band)//step), out[r//step:(r + len(band))//step],
+            interpolation=cv2.INTER_AREA)
     return out if len(out)==size[0] else cv2.resize(out, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 # %% ../../nbs/14_dicom.read.ipynb #78a63db8
@@ -180,8 +189,10 @@ def _open_still(path):
     "The still image opened by Pillow, not yet decoded."
     from PIL import Image
     try: return Image.open(path, formats=['PNG', 'JPEG', 'TIFF'])
-    except Image.DecompressionBombError as e: raise DicomError(path, 'it declares an absurd size', 'Leave it out') from None
-    except Exception as e: raise DicomError(path, f'the image cannot be read ({type(e).__name__})', _copy) from None
+    except Image.DecompressionBombError as e:
+        raise DicomError(path, 'it declares an absurd size', 'Leave it out') from None
+    except Exception as e:
+        raise DicomError(path, f'the image cannot be read ({type(e).__name__})', _copy) from None
 
 def _check_png(path):
     "Refuses a PNG one of whose chunks differs from its own checksum (ISO 15948, 5.3)."
@@ -189,34 +200,43 @@ def _check_png(path):
         f.seek(8)
         while len(head := f.read(8))==8 and head[4:]!=b'IEND':
             found = zlib.crc32(f.read(int.from_bytes(head[:4], 'big')), zlib.crc32(head[4:]))
-            if found!=int.from_bytes(f.read(4), 'big'): raise DicomError(path, 'the image is damaged: a checksum is wrong', _copy)
+            if found!=int.from_bytes(f.read(4), 'big'):
+                raise DicomError(path, 'the image is damaged: a checksum is wrong', _copy)
 
 def _read_still(path, frame, max_pixels):
     "A PNG, JPEG or TIFF as (H, W) float32 in [0, 1]."
     try: return _still_grey(path, frame, max_pixels)
     except DicomError: raise
-    except Exception as e: raise DicomError(path, f'the image is damaged or ends early ({type(e).__name__})', _copy) from None # Pillow raises many types
+    except Exception as e:
+        # Pillow raises many types
+        raise DicomError(path, f'the image is damaged or ends early ({type(e).__name__})', _copy) from None
 
 def _still_grey(path, frame, max_pixels):
     "What `_read_still` gives, with Pillow's own errors."
     with _open_still(path) as im:
         limit = pixel_limit(len(im.getbands()), 32 if im.mode in ('I', 'F') else 16, max_pixels)
-        if im.width*im.height>limit: raise DicomError(path, f'it declares {im.height} x {im.width} pixels, above the limit of {limit}', 'Raise max_pixels if you trust the file')
+        if im.width*im.height>limit:
+            raise DicomError(path, f'it declares {im.height} x {im.width} pixels, above the limit of {limit}',
+                'Raise max_pixels if you trust the file')
         if im.format=='PNG': _check_png(path)
         n = getattr(im, 'n_frames', 1)
-        if n>1 and frame is None: raise DicomError(path, f'it holds {n} frames', f'Choose one with frame=0 to {n-1}')
+        if n>1 and frame is None:
+            raise DicomError(path, f'it holds {n} frames', f'Choose one with frame=0 to {n-1}')
         if frame: im.seek(frame)
         white0 = im.format=='TIFF' and im.tag_v2.get(262)==0 and im.mode.startswith('I')
-        if im.mode=='P' or im.mode.startswith(('LA', 'PA')) or im.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBX', 'RGBa'):
+        if (im.mode=='P' or im.mode.startswith(('LA', 'PA'))
+                or im.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBX', 'RGBa')):
             im = im.convert('L' if im.mode=='LA' else 'RGB')
         a = np.asarray(im)
     if a.ndim==3:
         a = a[..., :3]
-        if (a[..., 0]!=a[..., 1]).any() or (a[..., 1]!=a[..., 2]).any(): warnings.warn(f'{Path(path).name}: a colour picture is turned to grey')
+        if (a[..., 0]!=a[..., 1]).any() or (a[..., 1]!=a[..., 2]).any():
+            warnings.warn(f'{Path(path).name}: a colour picture is turned to grey')
         return np.clip(a.astype(np.float32)@_luma/255, 0, 1)
     if a.dtype==bool: return a.astype(np.float32)
     if a.dtype==np.uint8: return a.astype(np.float32)/255
-    if a.dtype.kind not in 'ui': raise DicomError(path, f'its pixels are of type {a.dtype}', 'Save it with 8 or 16 bits')
+    if a.dtype.kind not in 'ui':
+        raise DicomError(path, f'its pixels are of type {a.dtype}', 'Save it with 8 or 16 bits')
     lo,hi = float(a.min()),float(a.max())
     a = (a.astype(np.float32) - lo)/((hi - lo) or 1)
     return 1 - a if white0 else a
@@ -227,7 +247,8 @@ def read_header(
     keywords=TAGS,  # which elements
 ) -> dict:
     "The header values of a file without its pixel data. Still images give `Rows` and `Columns` only."
-    if file_kind(path, read_head(path))=='dicom': return tags_of(open_dicom(path, pixels=False, tags=list(keywords)), keywords)
+    if file_kind(path, read_head(path))=='dicom':
+        return tags_of(open_dicom(path, pixels=False, tags=list(keywords)), keywords)
     with _open_still(path) as im: return dict(Rows=im.height, Columns=im.width)
 
 def _read_dicom(path, size, crop, frame, max_pixels, verify, voi):
@@ -242,11 +263,14 @@ def _read_dicom(path, size, crop, frame, max_pixels, verify, voi):
             colour = stored.ndim==3 or ds.get('PhotometricInterpretation')=='PALETTE COLOR'
             pixels = _colour_grey(stored, ds, path) if colour else to_grey(stored, ds, path, voi, wanted)
     except DicomError: raise
-    except Exception as e: raise DicomError(path, f'the header contradicts the pixel data ({type(e).__name__})', _copy) from None # its text may quote the header
+    except Exception as e:
+        # its text may quote the header
+        raise DicomError(path, f'the header contradicts the pixel data ({type(e).__name__})', _copy) from None
     tags = tags_of(ds) | dict(Rows=full[0], Columns=full[1])
     r = Radiograph(pixels, spacing(tags), tags, codec=codec, path=str(path))
     if pixels.shape==full: return r
-    small = scale(pixels.shape[1]/stored.shape[1], pixels.shape[0]/stored.shape[0])@shift(.5, .5)@scale(1/step, 1/step)@shift(-.5, -.5)
+    small = scale(pixels.shape[1]/stored.shape[1], pixels.shape[0]/stored.shape[0])@shift(.5,
+        .5)@scale(1/step, 1/step)@shift(-.5, -.5)
     return r.warped(pixels, small)
 
 def read_radiograph(
@@ -263,7 +287,9 @@ def read_radiograph(
     path = Path(path)
     if file_kind(path, read_head(path))=='still':
         pixels = _read_still(path, frame, max_pixels)
-        r = Radiograph(pixels, None, dict(Rows=pixels.shape[0], Columns=pixels.shape[1]), codec='pillow', path=str(path))
+        r = Radiograph(pixels, None, dict(Rows=pixels.shape[0], Columns=pixels.shape[1]), codec='pillow',
+            path=str(path))
     else: r = _read_dicom(path, size, crop, frame, max_pixels, verify, voi)
     if crop is not None: r = r.crop(crop)
-    return r if size is None else r.resize(fit_size(r.shape if crop is not None else (r.tags['Rows'], r.tags['Columns']), size))
+    return (r if size is None else r.resize(fit_size(r.shape if crop is not None
+        else (r.tags['Rows'], r.tags['Columns']), size)))

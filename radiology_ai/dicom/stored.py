@@ -9,14 +9,15 @@ __all__ = ['compressed_frame', 'layout', 'encapsulated', 'decode', 'pixel_value'
 
 # %% ../../nbs/13_dicom.stored.ipynb #1ae20c26
 from pathlib import Path
+
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
 from ..core import DicomError
+from .codecs import Decoded, decode_frame, syntax_of
 from .file import MAX_PIXELS, PixelValue, declared_frame, fragments
 from .tags import value_of
-from .codecs import Decoded, decode_frame, syntax_of
 
 # %% ../../nbs/13_dicom.stored.ipynb #3d3be762
 _copy = 'Copy the file again from its source'
@@ -27,11 +28,15 @@ def _frame_ranges(value, ds, n_frames, path):
     if len(parts)==n_frames: return [[p] for p in parts]
     offsets = np.frombuffer(value.read(*table), '<u4').astype(int)
     extended = ds.get('ExtendedOffsetTable')
-    if not len(offsets) and isinstance(extended, bytes): offsets = np.frombuffer(extended[:len(extended)//8*8], '<u8').astype(int)
-    starts = [s - parts[0][0] for s,_ in parts] # of the contents; the table counts from the first item's tag, 8 bytes before
+    if not len(offsets) and isinstance(extended, bytes):
+        offsets = np.frombuffer(extended[:len(extended)//8*8], '<u8').astype(int)
+    # of the contents; the table counts from the first item's tag, 8 bytes before
+    starts = [s - parts[0][0] for s,_ in parts]
     if len(offsets)!=n_frames or not set(offsets)<=set(starts): # no table, or a wrong one
-        offsets = [s for s,p in zip(starts, parts) if value.read(p[0], 3)[:3] in (b'\xff\xd8\xff', b'\xff\x4f\xff')]
-    if len(offsets)!=n_frames: raise DicomError(path, f'its {n_frames} frames cannot be told apart in {len(parts)} fragments', _copy)
+        offsets = [s for s,p in zip(starts, parts)
+            if value.read(p[0], 3)[:3] in (b'\xff\xd8\xff', b'\xff\x4f\xff')]
+    if len(offsets)!=n_frames:
+        raise DicomError(path, f'its {n_frames} frames cannot be told apart in {len(parts)} fragments', _copy)
     bounds = [*sorted(offsets), 2**62]
     return [[p for s,p in zip(starts, parts) if a<=s<b] for a,b in zip(bounds, bounds[1:])]
 
@@ -46,8 +51,11 @@ def compressed_frame(
     "The stream of one frame."
     parts = _frame_ranges(value, ds, n_frames, path)[frame]
     n = sum(l for _,l in parts)
-    if n>limit: raise DicomError(path, f'its compressed frame has {n} bytes, more than {limit}', 'Do not trust this file')
-    with value.opened() as read: return bytes(read(*parts[0])) if len(parts)==1 else b''.join(bytes(read(*p)) for p in parts)
+    if n>limit:
+        raise DicomError(path, f'its compressed frame has {n} bytes, more than {limit}',
+            'Do not trust this file')
+    with value.opened() as read:
+        return bytes(read(*parts[0])) if len(parts)==1 else b''.join(bytes(read(*p)) for p in parts)
 
 # %% ../../nbs/13_dicom.stored.ipynb #6bd5d591
 def layout(
@@ -56,24 +64,39 @@ def layout(
     path='',                   # names the file in errors
     max_pixels: int=MAX_PIXELS,
 ) -> tuple[np.dtype,tuple,int]:
-    "dtype, shape and number of frames that the header declares. `DicomError` where there is nothing to decode."
+    """dtype, shape and number of frames that the header declares. `DicomError` where there is nothing to
+    decode."""
     declared_frame(ds, path, max_pixels)
-    try: rows,cols,alloc,samples,n_frames = (int(ds.get(k) or d) for k,d in (('Rows', 0), ('Columns', 0), ('BitsAllocated', 0), ('SamplesPerPixel', 1), ('NumberOfFrames', 1)))
-    except Exception: raise DicomError(path, 'its declared size is not a number', _copy) from None # pydicom converts late and raises many types
-    if value is not None and value.vr in ('OF', 'OD'): raise DicomError(path, 'its pixels are floating point numbers', 'Export it as integers')
-    if value is None or not value.length: raise DicomError(path, 'it has no pixel data', 'Leave it out (a report or structured object), or copy it again if it should be an image')
+    try:
+        rows,cols,alloc,samples,n_frames = (int(ds.get(k) or d)
+            for k,d in (('Rows', 0), ('Columns', 0), ('BitsAllocated', 0), ('SamplesPerPixel', 1),
+            ('NumberOfFrames', 1)))
+    except Exception:
+        # pydicom converts late and raises many types
+        raise DicomError(path, 'its declared size is not a number', _copy) from None
+    if value is not None and value.vr in ('OF', 'OD'):
+        raise DicomError(path, 'its pixels are floating point numbers', 'Export it as integers')
+    if value is None or not value.length:
+        raise DicomError(path, 'it has no pixel data',
+            'Leave it out (a report or structured object), or copy it again if it should be an image')
     if not value.size: raise DicomError(path, 'the pixel data ends early', _copy)
     if not rows or not cols: raise DicomError(path, f'it declares {rows} x {cols} pixels', _copy)
     stored = value_of(ds, 'BitsStored')
-    if isinstance(stored, int) and not 6<=stored<=alloc: raise DicomError(path, f'it stores {stored} of {alloc} bits a pixel, which is not of a radiograph', 'Leave it out')
-    if alloc not in (8, 16, 32) or samples not in (1, 3): raise DicomError(path, f'{alloc} bits and {samples} samples a pixel are not of a radiograph', 'Leave it out')
-    return np.dtype(f"{'i' if ds.get('PixelRepresentation') else 'u'}{alloc//8}"),(rows, cols) if samples==1 else (rows, cols, samples),n_frames
+    if isinstance(stored, int) and not 6<=stored<=alloc:
+        raise DicomError(path, f'it stores {stored} of {alloc} bits a pixel, which is not of a radiograph',
+            'Leave it out')
+    if alloc not in (8, 16, 32) or samples not in (1, 3):
+        raise DicomError(path, f'{alloc} bits and {samples} samples a pixel are not of a radiograph',
+            'Leave it out')
+    return np.dtype(f"{'i' if ds.get('PixelRepresentation') else 'u'}{alloc//8}"),(rows,
+        cols) if samples==1 else (rows, cols, samples),n_frames
 
 def encapsulated(value: PixelValue, ds: Dataset) -> bool:
     "Is the pixel data a list of fragments? Its length says so; a few writers give a length all the same."
     if value.fragmented: return True
     syntax = pydicom.uid.UID(syntax_of(ds))
-    return syntax.is_transfer_syntax and not syntax.is_private and syntax.is_compressed and not syntax.is_deflated and value.read(0, 4)==b'\xfe\xff\0\xe0'
+    return (syntax.is_transfer_syntax and not syntax.is_private and syntax.is_compressed
+        and not syntax.is_deflated and value.read(0, 4)==b'\xfe\xff\0\xe0')
 
 # %% ../../nbs/13_dicom.stored.ipynb #c5b938e7
 def _raw_frame(path, value, ds, frame, dtype, shape, n_frames):
@@ -81,11 +104,15 @@ def _raw_frame(path, value, ds, frame, dtype, shape, n_frames):
     big = ds.original_encoding[1] is False
     ybr422 = ds.get('PhotometricInterpretation')=='YBR_FULL_422' and shape[2:]
     n = int(np.prod(shape[:2]))*(2 if ybr422 else shape[2] if shape[2:] else 1)*dtype.itemsize
-    if value.size<n*n_frames: raise DicomError(path, f'the pixel data ends early: {value.size} of {n*n_frames} bytes', _copy)
+    if value.size<n*n_frames:
+        raise DicomError(path, f'the pixel data ends early: {value.size} of {n*n_frames} bytes', _copy)
     if big and dtype.itemsize==1 and value.vr=='OW': # pairs of bytes are swapped
         odd = n*frame%2
-        a = np.frombuffer(value.read(n*frame - odd, (n + odd + 1)//2*2), '>u2').astype('<u2').view('u1')[odd:odd + n].view(dtype)
-    else: a = np.frombuffer(value.read(n*frame, n), dtype.newbyteorder('>' if big else '<')).astype(dtype, copy=False)
+        a = np.frombuffer(value.read(n*frame - odd, (n + odd + 1)//2*2),
+            '>u2').astype('<u2').view('u1')[odd:odd + n].view(dtype)
+    else:
+        a = np.frombuffer(value.read(n*frame, n), dtype.newbyteorder('>' if big else '<')).astype(dtype,
+            copy=False)
     if ybr422: # Y1 Y2 Cb Cr for two pixels
         q = a.reshape(-1, 4)
         return np.stack([q[:, :2].ravel(), q[:, 2].repeat(2), q[:, 3].repeat(2)], -1).reshape(shape)
@@ -95,14 +122,17 @@ def _raw_frame(path, value, ds, frame, dtype, shape, n_frames):
 def _raw_twice(a, path, value, ds, frame):
     "Compares an uncompressed frame with pydicom's reading of it."
     peer = Dataset()
-    for k in ('Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration', 'BitsAllocated', 'BitsStored', 'PixelRepresentation', 'NumberOfFrames'):
+    for k in ('Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration',
+            'BitsAllocated', 'BitsStored', 'PixelRepresentation', 'NumberOfFrames'):
         if ds.get(k) is not None: setattr(peer, k, ds.get(k))
     little = ds.original_encoding[1] is not False
     peer.PixelData = bytes(value.read(0, value.size))
     peer['PixelData'].VR = value.vr if value.vr in ('OB', 'OW') else 'OW'
-    decoder = pydicom.pixels.get_decoder(pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian)
+    decoder = pydicom.pixels.get_decoder(pydicom.uid.ExplicitVRLittleEndian if little
+        else pydicom.uid.ExplicitVRBigEndian)
     b,_ = decoder.as_array(peer, index=frame, raw=True)
-    if not np.array_equal(a, b): raise DicomError(path, 'two decoders disagree (raw and pydicom)', 'Ask the source for another copy')
+    if not np.array_equal(a, b):
+        raise DicomError(path, 'two decoders disagree (raw and pydicom)', 'Ask the source for another copy')
 
 # %% ../../nbs/13_dicom.stored.ipynb #8b5bdd75
 def _fit_bits(a, ds, raw, exact, depth, path):
@@ -112,7 +142,8 @@ def _fit_bits(a, ds, raw, exact, depth, path):
     u,s = np.dtype(f'u{alloc//8}'),np.dtype(f'i{alloc//8}')
     low = int(ds.get('HighBit') if ds.get('HighBit') is not None else bits-1) + 1 - bits
     if not 0<=low<=alloc-bits: # it contradicts the other two
-        warnings.warn(f'{Path(path).name or "image"}: HighBit {low + bits - 1} is impossible with {bits} bits stored of {alloc}; {bits - 1} is taken')
+        warnings.warn(f'{Path(path).name or "image"}: HighBit {low + bits - 1} is impossible with {bits} '
+            f'bits stored of {alloc}; {bits - 1} is taken')
         low = 0
     if raw or exact and (depth or alloc)==alloc: # whole words
         if low>0: a = a.view(u)>>low
@@ -120,7 +151,8 @@ def _fit_bits(a, ds, raw, exact, depth, path):
     elif not signed:
         a,top = a.view(u),u.type(2**bits - 1)
         if bits==alloc or not a.size or a.max()<=top: return a
-        if (a>top).mean()>.01: raise DicomError(path, f'the compressed stream holds numbers beyond the {bits} bits that the header declares', _copy)
+        if (a>top).mean()>.01:
+            raise DicomError(path, f'the compressed stream holds numbers beyond the {bits} bits that the header declares', _copy)
         return np.minimum(a, top)
     if bits==alloc: return a.view(s if signed else u)
     if signed: return (a.view(u)<<(alloc-bits)).view(s)>>(alloc-bits)
@@ -137,21 +169,28 @@ def decode(
     verify: bool=False,       # decode by two decoders and compare
     least: tuple|None=None,   # (height, width) that must remain where a stream can be decoded at a reduced resolution
 ) -> Decoded:
-    "The stored integers, (H, W) or for colour (H, W, 3) as red, green, blue; the codec; and how many stored pixels lie between two samples."
+    """The stored integers, (H, W) or for colour (H, W, 3) as red, green, blue; the codec; and how many stored
+    pixels lie between two samples."""
     dtype,shape,n_frames = layout(ds, value, path, max_pixels)
-    if n_frames>1 and frame is None: raise DicomError(path, f'it holds {n_frames} frames', f'Choose one with frame=0 to {n_frames-1}')
+    if n_frames>1 and frame is None:
+        raise DicomError(path, f'it holds {n_frames} frames', f'Choose one with frame=0 to {n_frames-1}')
     frame = frame or 0
-    if not 0<=frame<n_frames: raise DicomError(path, f'frame {frame} does not exist', f'Choose one of 0 to {n_frames-1}')
+    if not 0<=frame<n_frames:
+        raise DicomError(path, f'frame {frame} does not exist', f'Choose one of 0 to {n_frames-1}')
     if raw := not encapsulated(value, ds):
-        if pydicom.uid.UID(syntax_of(ds)) in pydicom.uid.JPEGTransferSyntaxes + pydicom.uid.JPEG2000TransferSyntaxes + pydicom.uid.RLETransferSyntaxes:
+        if pydicom.uid.UID(
+                syntax_of(
+                ds)) in pydicom.uid.JPEGTransferSyntaxes + pydicom.uid.JPEG2000TransferSyntaxes + pydicom.uid.RLETransferSyntaxes:
             raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
         a,codec,step,exact,depth = _raw_frame(path, value, ds, frame, dtype, shape, n_frames),'raw',1,True,0
         if verify: _raw_twice(a, path, value, ds, frame); codec = 'raw + pydicom'
     else:
         limit = 4*int(np.prod(shape))*dtype.itemsize + 2**20
-        a,codec,step,exact,depth = decode_frame(compressed_frame(value, ds, frame, n_frames, limit, path), ds, dtype, shape, path, verify, least)
+        a,codec,step,exact,depth = decode_frame(compressed_frame(value, ds, frame, n_frames, limit, path), ds,
+            dtype, shape, path, verify, least)
     if a.ndim==3 and a.shape[2]==1: a = a[..., 0]
-    if a.ndim==3 and str(ds.get('PhotometricInterpretation', '')).startswith('YBR_FULL') and codec.split()[0] in ('raw', 'imagecodecs.packbits'):
+    if (a.ndim==3 and str(ds.get('PhotometricInterpretation', '')).startswith('YBR_FULL')
+            and codec.split()[0] in ('raw', 'imagecodecs.packbits')):
         from pydicom.pixels import convert_color_space
         a = convert_color_space(np.ascontiguousarray(a), 'YBR_FULL', 'RGB')
     return Decoded(_fit_bits(np.ascontiguousarray(a), ds, raw, exact, depth, path), codec, step, exact, depth)
@@ -160,7 +199,8 @@ def pixel_value(ds: Dataset) -> PixelValue|None:
     "The pixel data of a data set in memory."
     if 'PixelData' not in ds: return None
     e,syntax = ds['PixelData'],pydicom.uid.UID(syntax_of(ds))
-    listed = syntax.is_transfer_syntax and not syntax.is_private and syntax.is_encapsulated and e.value[:4]==b'\xfe\xff\0\xe0'
+    listed = (syntax.is_transfer_syntax and not syntax.is_private and syntax.is_encapsulated
+        and e.value[:4]==b'\xfe\xff\0\xe0')
     return PixelValue(0xFFFFFFFF if e.is_undefined_length or listed else len(e.value), e.VR, data=e.value)
 
 def decode_stored(
@@ -170,6 +210,8 @@ def decode_stored(
     max_pixels: int=MAX_PIXELS, # refuse pictures that declare more
     verify: bool=False,   # decode by two decoders and compare
 ) -> tuple[np.ndarray,str]:
-    "The stored integers, (H, W) or for colour (H, W, 3) as red, green, blue, and the codec that decoded them."
+    """The stored integers, (H, W) or for colour (H, W, 3) as red, green, blue, and the codec that decoded
+    them."""
     name = getattr(ds, 'filename', None)
-    return tuple(decode(ds, pixel_value(ds), frame, path or (name if isinstance(name, (str, Path)) else ''), max_pixels, verify))[:2]
+    return tuple(decode(ds, pixel_value(ds), frame, path or (name if isinstance(name, (str, Path)) else ''),
+        max_pixels, verify))[:2]

@@ -8,7 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.tags.html.md"""
 __all__ = ['TAGS', 'value_of', 'tags_of', 'laterality', 'view', 'spacing']
 
 # %% ../../nbs/11_dicom.tags.ipynb #769719a6
-import re, warnings
+import re
+import warnings
 from functools import lru_cache
 
 import pydicom
@@ -81,8 +82,10 @@ def _side(sides, texts):
         if l and r: return ''
     return ''
 
-_views = [('AP', r'\b(AP|ANTERO ?POSTERIOR|A P)\b'), ('PA', r'\b(PA|POSTERO ?ANTERIOR|P A)\b'), ('OBL', r'\b(OBL\w*|LAO|RAO|LPO|RPO|LLO|RLO)\b'),
-          ('LAT', r'\b(LAT\w*|LL|RL|ML|LM|SEITL\w*|PROFIL)\b'), ('AXIAL', r'\b(AXIAL|SUNRISE|SKYLINE|MERCHANT|TANGENTIAL|AX)\b')]
+_views = [('AP', r'\b(AP|ANTERO ?POSTERIOR|A P)\b'), ('PA', r'\b(PA|POSTERO ?ANTERIOR|P A)\b'),
+    ('OBL', r'\b(OBL\w*|LAO|RAO|LPO|RPO|LLO|RLO)\b'),
+          ('LAT', r'\b(LAT\w*|LL|RL|ML|LM|SEITL\w*|PROFIL)\b'),
+          ('AXIAL', r'\b(AXIAL|SUNRISE|SKYLINE|MERCHANT|TANGENTIAL|AX)\b')]
 
 def view(
     tags: dict, # header values as of `read_header`
@@ -104,8 +107,11 @@ def spacing(
     "Millimetres per stored pixel as (row, column), or None if unknown."
     for k in ('PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing'):
         v = tags.get(k)
-        if not isinstance(v, list) or len(v)!=2 or not all(isinstance(o, (int, float)) and 1e-3<o<100 for o in v): continue
-        at_detector = k=='ImagerPixelSpacing' or k=='PixelSpacing' and v==tags.get('ImagerPixelSpacing') and not tags.get('PixelSpacingCalibrationType')
+        if (not isinstance(v, list) or len(v)!=2 or not all(isinstance(o, (int, float)) and 1e-3<o<100
+                for o in v)):
+            continue
+        at_detector = (k=='ImagerPixelSpacing' or k=='PixelSpacing' and v==tags.get('ImagerPixelSpacing')
+            and not tags.get('PixelSpacingCalibrationType'))
         m = tags.get('EstimatedRadiographicMagnificationFactor') if at_detector else None
         m = m if isinstance(m, (int, float)) and .5<m<20 else 1.
         return v[0]/m,v[1]/m

@@ -31,9 +31,11 @@ def show_boxes(
     ax = ax or plt.subplots(figsize=(3.5, 3.5))[1]
     ax.imshow(pixels, cmap='gray')
     for rows,color,style in ((truth, 'lime', '-'), (boxes, 'orange', '--')):
-        for x1,y1,x2,y2 in np.reshape(np.asarray(rows, float), (-1, 4)): ax.add_patch(plt.Rectangle((x1, y1), x2-x1, y2-y1, fill=False, ec=color, ls=style, lw=1.5))
+        for x1,y1,x2,y2 in np.reshape(np.asarray(rows, float), (-1, 4)):
+            ax.add_patch(plt.Rectangle((x1, y1), x2-x1, y2-y1, fill=False, ec=color, ls=style, lw=1.5))
     for (x1,y1,*_),s in zip(np.reshape(np.asarray(boxes, float), (-1, 4)), () if scores is None else scores):
-        ax.text(x1, y1, f"{s:.2f}", color='orange', fontsize=8, va='bottom', bbox=dict(fc='black', alpha=.6, pad=.5, lw=0))
+        ax.text(x1, y1, f"{s:.2f}", color='orange', fontsize=8, va='bottom',
+            bbox=dict(fc='black', alpha=.6, pad=.5, lw=0))
     ax.set_title(title, fontsize=9)
     ax.set_axis_off()
     return ax
@@ -56,10 +58,13 @@ def stack_boxes(
 def _entry(x, width: tuple, name: str) -> np.ndarray:
     "What is given for one image as a float array (N, *width)."
     try: a = np.asarray(x, dtype=float)
-    except (TypeError, ValueError) as e: raise DataError(f"{name} are not numbers ({e})", "Give boxes as (N, 4), x1 y1 x2 y2" if width else "Give one number a box, (N,)") from e
+    except (TypeError, ValueError) as e:
+        raise DataError(f"{name} are not numbers ({e})",
+            "Give boxes as (N, 4), x1 y1 x2 y2" if width else "Give one number a box, (N,)") from e
     if a.shape==(0,): a = a.reshape(0, *width)
     if a.ndim!=1+len(width) or a.shape[1:]!=width:
-        raise DataError(f"{name} have shape {a.shape}", "Give boxes as (N, 4), x1 y1 x2 y2" if width else "Give one number a box, (N,)")
+        raise DataError(f"{name} have shape {a.shape}",
+            "Give boxes as (N, 4), x1 y1 x2 y2" if width else "Give one number a box, (N,)")
     return a
 
 def image_of(
@@ -75,7 +80,8 @@ def _check_boxes(boxes: np.ndarray, counts: np.ndarray, name: str):
         area = side[:,0]*side[:,1]
     bad = ~((side>0).all(1) & (area>0) & (area<np.inf))
     if bad.any():
-        raise DataError(f"{name} of image {image_of(counts)[bad.argmax()]} hold {boxes[bad.argmax()].tolist()} ({int(bad.sum())} such boxes)",
+        raise DataError(f"{name} of image {image_of(counts)[bad.argmax()]} hold "
+            f"{boxes[bad.argmax()].tolist()} ({int(bad.sum())} such boxes)",
             "Give x1 y1 x2 y2 with x1 < x2 and y1 < y2; for x y width height add the size to the corner")
 
 def check_detections(
@@ -83,17 +89,22 @@ def check_detections(
     scores, # their scores (N,)
     truths, # true boxes (M, 4) of each image
 ) -> tuple[np.ndarray, ...]:
-    "Boxes (P, 4), scores (P,), truths (T, 4) of all images, and the counts of boxes and of truths an image (I,). `DataError` for other shapes, unequal lengths, NaN, and boxes without a positive area."
+    """Boxes (P, 4), scores (P,), truths (T, 4) of all images, and the counts of boxes and of truths an image
+    (I,). `DataError` for other shapes, unequal lengths, NaN, and boxes without a positive area."""
     lengths = [len(x) for x in (boxes, scores, truths)]
-    if len(set(lengths))>1: raise DataError("There are entries for {} images in boxes, {} in scores and {} in truths".format(*lengths), "Give one entry an image in each list, [] where there is none")
+    if len(set(lengths))>1:
+        raise DataError("There are entries for {} images in boxes, {} in scores and {} in truths".format(*lengths), "Give one entry an image in each list, [] where there is none")
     if not lengths[0]: raise DataError("There are no images", "Give one entry an image")
-    (p,np_),(s,ns),(t,nt) = stack_boxes(boxes, (4,), 'boxes'),stack_boxes(scores, (), 'scores'),stack_boxes(truths, (4,), 'truths')
+    (p,np_),(s,ns),(t,nt) = stack_boxes(boxes, (4,), 'boxes'),stack_boxes(scores, (),
+        'scores'),stack_boxes(truths, (4,), 'truths')
     if (np_!=ns).any():
         i = int((np_!=ns).argmax())
         raise DataError(f"Image {i} has {np_[i]} boxes but {ns[i]} scores", "Give one score a box")
     _check_boxes(p, np_, 'boxes')
     _check_boxes(t, nt, 'truths')
-    if not np.isfinite(s).all(): raise DataError(f"scores of image {image_of(ns)[~np.isfinite(s)][0]} are not finite", "Give a number a box")
+    if not np.isfinite(s).all():
+        raise DataError(f"scores of image {image_of(ns)[~np.isfinite(s)][0]} are not finite",
+            "Give a number a box")
     return p,s,t,np_,nt
 
 # %% ../../nbs/42_metrics.boxes.ipynb #f907e577
@@ -125,7 +136,8 @@ def _near(p, t, image, truths, least):
     return box[near],true[near],iou[near]
 
 def _choose(box, column, iou, image, score, ious, reached):
-    "Boxes that choose, and (B, K) which of them hit: by falling score, each takes the best column of its image that is still free, the first of equals."
+    """Boxes that choose, and (B, K) which of them hit: by falling score, each takes the best column of its
+    image that is still free, the first of equals."""
     order = np.unique(box)
     order = order[np.lexsort((-score[order], image[order]))]
     row = np.empty(len(image), int)
@@ -135,7 +147,8 @@ def _choose(box, column, iou, image, score, ious, reached):
     start = np.r_[True, np.diff(image[order])>0]
     slot = np.cumsum(start)-1                                 # number of the image
     turn = np.arange(len(order)) - np.flatnonzero(start)[slot] # its first, second, ... box
-    taken,hit = np.zeros((slot[-1]+1, len(ious), table.shape[1]), bool),np.zeros((len(order), len(ious)), bool)
+    taken = np.zeros((slot[-1]+1, len(ious), table.shape[1]), bool)
+    hit = np.zeros((len(order), len(ious)), bool)
     for now in np.split(np.argsort(turn, kind='stable'), np.cumsum(np.bincount(turn))[:-1]):
         free = np.where(taken[slot[now]], 0, table[now,None])
         best = free.argmax(-1)
@@ -151,9 +164,11 @@ def match_boxes(
     ious=(.5,),         # (K,) IoU thresholds
     strict: bool=True,  # a hit needs an IoU above the threshold; False: COCO's rules (at the threshold is enough, the last of equally good truths is taken)
 ) -> Matches:
-    "Which boxes hit: by falling score each takes the best true box of its image that is still free; equal scores keep the given order, of equally good truths the first is taken."
+    """Which boxes hit: by falling score each takes the best true box of its image that is still free; equal
+    scores keep the given order, of equally good truths the first is taken."""
     ious = np.atleast_1d(np.asarray(ious, float))
-    if ious.ndim!=1 or not len(ious) or not ((ious>0)&(ious<1)).all(): raise DataError(f"ious are {ious.tolist()}", "Give IoU thresholds between 0 and 1")
+    if ious.ndim!=1 or not len(ious) or not ((ious>0)&(ious<1)).all():
+        raise DataError(f"ious are {ious.tolist()}", "Give IoU thresholds between 0 and 1")
     return match_flat(*check_detections(boxes, scores, truths), ious, strict)
 
 def match_flat(p, s, t, n_boxes, n_truths, ious, strict: bool=True) -> Matches:
@@ -176,12 +191,21 @@ def by_image(
     table: pd.DataFrame,                 # a row a box, with `image_id`
     columns=('x1', 'y1', 'x2', 'y2'),    # the columns wanted; the name of one for (N,), such as 'score'
 ) -> list[np.ndarray]:
-    "The rows of each image, (N, C) or (N,), in the order of `image_ids`; empty arrays for images without rows. `DataError` for duplicate images and for rows of images that are not listed."
+    """The rows of each image, (N, C) or (N,), in the order of `image_ids`; empty arrays for images without
+    rows. `DataError` for duplicate images and for rows of images that are not listed."""
     ids,wanted = pd.Index(image_ids),[columns] if isinstance(columns, str) else list(columns)
-    if not ids.is_unique: raise DataError(f"Image {ids[ids.duplicated()][0]!r} is listed twice ({int(ids.duplicated().sum())} duplicates)", "List each image once")
+    if not ids.is_unique:
+        raise DataError(f"Image {ids[ids.duplicated()][0]!r} is listed twice ({int(ids.duplicated().sum())} "
+            "duplicates)", "List each image once")
     lost = [c for c in ('image_id', *wanted) if c not in table]
-    if lost: raise DataError(f"The table of boxes has no column {lost[0]!r} but {list(table)}", "Rename its columns, or name others")
+    if lost:
+        raise DataError(f"The table of boxes has no column {lost[0]!r} but {list(table)}",
+            "Rename its columns, or name others")
     at = ids.get_indexer(table.image_id)
-    if (at<0).any(): raise DataError(f"{int((at<0).sum())} boxes belong to images that are not listed, such as {table.image_id.iloc[int((at<0).argmax())]!r}", "List every evaluated image, or leave these rows out")
-    values = table[columns if isinstance(columns, str) else wanted].to_numpy(float)[np.argsort(at, kind='stable')]
+    if (at<0).any():
+        raise DataError(f"{int((at<0).sum())} boxes belong to images that are not listed, such as "
+            f"{table.image_id.iloc[int((at<0).argmax())]!r}",
+            "List every evaluated image, or leave these rows out")
+    values = table[columns if isinstance(columns, str)
+        else wanted].to_numpy(float)[np.argsort(at, kind='stable')]
     return np.split(values, np.cumsum(np.bincount(at, minlength=len(ids)))[:-1]) if len(ids) else []

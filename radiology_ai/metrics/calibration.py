@@ -22,13 +22,16 @@ from .intervals import Interval, binary, bootstrap, normal_quantile, vector, wil
 
 # %% ../../nbs/41_metrics.calibration.ipynb #6293c5e1
 def _probabilities(targets, scores, groups=None, both: bool=False):
-    "Checked (targets (N,) of 1. and 0., scores (N,) in [0, 1], group numbers (N,)), rows with NaN targets left out."
+    """Checked (targets (N,) of 1. and 0., scores (N,) in [0, 1], group numbers (N,)), rows with NaN targets
+    left out."""
     t,(s,),g = binary(targets, scores, groups=groups, both=both)
     _in_range(s)
     return t.astype(float),s,g
 
 def _in_range(s):
-    if s.size and (s.min()<0 or s.max()>1): raise DataError(f"Scores reach from {s.min():.3g} to {s.max():.3g}", "Give probabilities in [0, 1]: apply a sigmoid or softmax to logits first")
+    if s.size and (s.min()<0 or s.max()>1):
+        raise DataError(f"Scores reach from {s.min():.3g} to {s.max():.3g}",
+            "Give probabilities in [0, 1]: apply a sigmoid or softmax to logits first")
 
 def _quantiles(draws, level: float) -> tuple[np.ndarray, np.ndarray]:
     "Low and high ends (K,) of (n, K) draws; NaN where fewer than half of the draws are defined."
@@ -62,10 +65,12 @@ def calibration(
     "How well scores work as probabilities."
     t,s,_ = _probabilities(targets, scores)
     edges,which = _bins(s, bins, by)
-    rows = [(edges[b], edges[min(b+1, len(edges)-1)], int(m.sum()), s[m].mean(), *wilson_ci(int(t[m].sum()), int(m.sum()), level))
+    rows = [(edges[b], edges[min(b+1, len(edges)-1)], int(m.sum()), s[m].mean(),
+        *wilson_ci(int(t[m].sum()), int(m.sum()), level))
             for b in np.unique(which) for m in [which==b]]
     table = pd.DataFrame(rows, columns=['from','to','n','score','rate','rate_low','rate_high'])
-    return Calibration(float((table.n*(table.score-table.rate).abs()).sum()/len(t)), float(np.mean((s-t)**2)), table)
+    return Calibration(float((table.n*(table.score-table.rate).abs()).sum()/len(t)), float(np.mean((s-t)**2)),
+        table)
 
 # %% ../../nbs/41_metrics.calibration.ipynb #ad37fdf6
 class BrierParts(NamedTuple):
@@ -76,7 +81,8 @@ class BrierParts(NamedTuple):
     variance: float   # of the scores inside the bins
     covariance: float # of scores and targets inside the bins, twice
     @property
-    def brier(self) -> float: return self.reliability - self.resolution + self.uncertainty + self.variance - self.covariance
+    def brier(self) -> float:
+        return self.reliability - self.resolution + self.uncertainty + self.variance - self.covariance
 
 def brier_parts(
     targets,            # (N,) of 1, 0 or NaN
@@ -84,19 +90,22 @@ def brier_parts(
     bins: int|None=10,  # number of bins; None: a bin for each distinct score
     by: str='width',    # as in `calibration`
 ) -> BrierParts:
-    "Murphy's decomposition of the Brier score with the two terms inside the bins (Stephenson et al., Weather and Forecasting 2008)."
+    """Murphy's decomposition of the Brier score with the two terms inside the bins (Stephenson et al.,
+    Weather and Forecasting 2008)."""
     t,s,_ = _probabilities(targets, scores)
     _,which = np.unique(s if bins is None else _bins(s, bins, by)[1], return_inverse=True)
     n,share = np.bincount(which),t.mean()
     score,rate = np.bincount(which, s)/n,np.bincount(which, t)/n
     ds,dt = s-score[which],t-rate[which]
-    return BrierParts(*map(float, (n@(score-rate)**2/len(t), n@(rate-share)**2/len(t), share*(1-share), ds@ds/len(t), 2*(ds@dt)/len(t))))
+    return BrierParts(*map(float, (n@(score-rate)**2/len(t), n@(rate-share)**2/len(t), share*(1-share),
+        ds@ds/len(t), 2*(ds@dt)/len(t))))
 
 # %% ../../nbs/41_metrics.calibration.ipynb #d851adfe
 def _logit(p): return (lambda c: np.log(c) - np.log1p(-c))(np.clip(p, 1e-7, 1-1e-7))
 
 def _newton(f, beta, undefined: str) -> tuple[np.ndarray, np.ndarray]:
-    "The (K,) minimum of a convex function `f(beta) -> (loss, gradient, hessian)` and the hessian there; `DataError(undefined)` where there is none."
+    """The (K,) minimum of a convex function `f(beta) -> (loss, gradient, hessian)` and the hessian there;
+    `DataError(undefined)` where there is none."""
     loss,gradient,hessian = f(beta)
     for _ in range(60):
         try: step = np.linalg.solve(hessian, gradient)
@@ -108,13 +117,16 @@ def _newton(f, beta, undefined: str) -> tuple[np.ndarray, np.ndarray]:
     raise DataError(undefined, "Give more images of both classes, with scores that differ and overlap")
 
 def _logistic(x, t, g, offset=0.) -> tuple[np.ndarray, np.ndarray]:
-    "Coefficients (K,) of a logistic regression of `t` on `x` (N, K) and their covariance (K, K) over the groups `g`."
-    if len(x.T)>1 and np.ptp(x[:,0])<1e-12: raise DataError(f"All scores are {expit(x[0,0]):.3g}", "Give scores that differ")
+    """Coefficients (K,) of a logistic regression of `t` on `x` (N, K) and their covariance (K, K) over the
+    groups `g`."""
+    if len(x.T)>1 and np.ptp(x[:,0])<1e-12:
+        raise DataError(f"All scores are {expit(x[0,0]):.3g}", "Give scores that differ")
     def f(beta):
         eta = x@beta + offset
         p = expit(eta)
         return (np.logaddexp(0, eta) - t*eta).sum(), x.T@(p-t), (x*(p*(1-p))[:,None]).T@x
-    beta,hessian = _newton(f, np.zeros(x.shape[1]), "The scores separate the two classes: the regression has no finite answer")
+    beta,hessian = _newton(f, np.zeros(x.shape[1]),
+        "The scores separate the two classes: the regression has no finite answer")
     return beta,_sandwich(x*(t - expit(x@beta + offset))[:,None], hessian, g)
 
 def _sandwich(scores, hessian, g) -> np.ndarray:
@@ -128,7 +140,8 @@ def _sandwich(scores, hessian, g) -> np.ndarray:
 
 # %% ../../nbs/41_metrics.calibration.ipynb #c16f107b
 def _ece_interval(gap, draws, level: float) -> Interval:
-    "ECE of the signed gaps (K,) with the interval of the true one, by test inversion with the noise of bootstrap `draws` (n, K)."
+    """ECE of the signed gaps (K,) with the interval of the true one, by test inversion with the noise of
+    bootstrap `draws` (n, K)."""
     noise,var,seen,tail = draws-gap,draws.var(0),np.abs(gap).sum(),.5-level/2
     def chance(m): # ECE of the gaps reduced by m variances, and the chances of at least and at most the observed one
         true = np.sign(gap)*np.maximum(np.abs(gap)-m*var, 0)
@@ -154,14 +167,17 @@ def calibration_ci(
     n: int=1000, seed: int=0, # of the bootstrap
     level: float=.95,  # confidence
 ) -> pd.DataFrame:
-    "Rows ece, brier, slope, intercept, in the large: value, low, high, n, patients and, where it is not defined, the reason."
+    """Rows ece, brier, slope, intercept, in the large: value, low, high, n, patients and, where it is not
+    defined, the reason."""
     t,s,g = _probabilities(targets, scores, groups)
     z,which,d = normal_quantile(level),_bins(s, bins, by)[1],s-t
     gaps = csr_array((d, (which, np.arange(len(t)))), shape=(which.max()+1, len(t)))
     def evaluate(w): return np.vstack([gaps@w, (d*d)[None]@w])/w.sum(0)
     def drawn(): return bootstrap(evaluate, g, n=n, seed=seed)
     def cox(k, x, offset=0.):
-        if t.min()==t.max(): raise DataError(f"All {len(t)} targets are {int(t[0])}", "Slope and intercept need images of both classes")
+        if t.min()==t.max():
+            raise DataError(f"All {len(t)} targets are {int(t[0])}",
+                "Slope and intercept need images of both classes")
         beta,cov = _logistic(x, t, g, offset)
         half = z*math.sqrt(cov[k,k])
         return Interval(float(beta[k]), float(beta[k]-half), float(beta[k]+half))
@@ -169,19 +185,23 @@ def calibration_ci(
     gap,brier = np.bincount(which, d)/len(t),float(np.mean(d*d))
     try: draws,why = drawn(),''
     except DataError as e: draws,why = None,e.what
-    figures = {'ece': lambda: _ece_interval(gap, draws[:,:-1], level), 'brier': lambda: Interval(brier, *(float(o[0]) for o in _quantiles(draws[:,-1:], level))),
-               'slope': lambda: cox(0, x), 'intercept': lambda: cox(1, x), 'in the large': lambda: cox(0, x[:,1:], x[:,0])}
+    figures = {'ece': lambda: _ece_interval(gap, draws[:,:-1], level),
+        'brier': lambda: Interval(brier, *(float(o[0]) for o in _quantiles(draws[:,-1:], level))),
+               'slope': lambda: cox(0, x), 'intercept': lambda: cox(1, x),
+               'in the large': lambda: cox(0, x[:,1:], x[:,0])}
     rows,patients = {},len(np.unique(g))
     for name,f in figures.items():
         try:
             if name in ('ece','brier') and why: raise DataError(why)
             rows[name] = (*f(), len(t), patients, '')
         except DataError as e: rows[name] = (math.nan, math.nan, math.nan, len(t), patients, e.what)
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['value','low','high','n','patients','reason'])
+    return pd.DataFrame.from_dict(rows, orient='index',
+        columns=['value','low','high','n','patients','reason'])
 
 # %% ../../nbs/41_metrics.calibration.ipynb #a4d57d2d
 def _smooth(grid, sums, kernel) -> np.ndarray:
-    "Local linear rates (G, R) from the weights' sums (5, M, R) of 1, s, s*s, t, s*t in M cells and the kernel (G, M)."
+    """Local linear rates (G, R) from the weights' sums (5, M, R) of 1, s, s*s, t, s*t in M cells and the
+    kernel (G, M)."""
     a,b,c,d,e = (kernel@o for o in sums)
     x = grid[:,None]
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -191,7 +211,8 @@ def _smooth(grid, sums, kernel) -> np.ndarray:
 
 def _nearest(u, at, k: int) -> np.ndarray:
     "Distance (G,) from each of `at` to the `k`-th nearest of the sorted `u` (N,)."
-    return np.array([np.partition(np.abs(u[max(0, i-k):i+k]-a), min(k, len(u))-1)[min(k, len(u))-1] for a,i in zip(at, np.searchsorted(u, at))])
+    return np.array([np.partition(np.abs(u[max(0, i-k):i+k]-a), min(k, len(u))-1)[min(k, len(u))-1]
+        for a,i in zip(at, np.searchsorted(u, at))])
 
 def _window(u, at, width, t, g) -> tuple[int, int, int]:
     "Images, patients and positives of the images within `width` of `at`; `u` (N,) is sorted."
@@ -206,7 +227,8 @@ def reliability_curve(
     n: int=400, seed: int=0, # of the bootstrap
     level: float=.95,  # confidence, at each point by itself
 ) -> pd.DataFrame:
-    "Columns score, rate (local linear share of positives), low, high and the n images of the window; NaN where fewer than 10 patients are near, and beyond the scores."
+    """Columns score, rate (local linear share of positives), low, high and the n images of the window; NaN
+    where fewer than 10 patients are near, and beyond the scores."""
     if grid<2: raise DataError(f"grid is {grid}", "Give at least 2 points")
     t,s,g = _probabilities(targets, scores, groups)
     x,angle = np.linspace(0, 1, grid),lambda p: np.arcsin(np.sqrt(p))
@@ -218,7 +240,8 @@ def reliability_curve(
     cells = 512
     cell = np.minimum((u*(2*cells/np.pi)).astype(int), cells-1)
     kernel = np.maximum(1 - ((angle(x)[:,None] - (np.arange(cells)+.5)*np.pi/(2*cells))/width[:,None])**2, 0)
-    to = [csr_array((v, (cell, np.arange(len(t)))), shape=(cells, len(t))) for v in (np.ones(len(t)), s, s*s, t, s*t)]
+    to = [csr_array((v, (cell, np.arange(len(t)))), shape=(cells, len(t)))
+        for v in (np.ones(len(t)), s, s*s, t, s*t)]
     def curve(w): return _smooth(x, [m@w for m in to], kernel)
     rate = curve(np.ones((len(t), 1)))[:,0]
     low,high = _quantiles(bootstrap(curve, g, n=n, seed=seed), level)
@@ -228,7 +251,8 @@ def reliability_curve(
         if near[i,0]: low[i],high[i] = wilson_ci(near[i,1]*(near[i,2]>0), near[i,1], level)[1:]
     bare = (near[:,1]<10) | (x<s.min()-1/grid) | (x>s.max()+1/grid)
     rate[bare] = low[bare] = high[bare] = np.nan
-    return pd.DataFrame(dict(score=x, rate=rate, low=np.minimum(low, rate), high=np.maximum(high, rate), n=near[:,0]))
+    return pd.DataFrame(dict(score=x, rate=rate, low=np.minimum(low, rate), high=np.maximum(high, rate),
+        n=near[:,0]))
 
 # %% ../../nbs/41_metrics.calibration.ipynb #5cb565d8
 def decision_curve(
@@ -240,11 +264,14 @@ def decision_curve(
     level: float=.95,   # confidence, at each threshold by itself
     prevalence: float|None=None, # share of positives where the model is to be used; None: that of the targets
 ) -> pd.DataFrame:
-    "Columns threshold, net_benefit, low, high, and the net benefit of calling `all` and `none` (Vickers and Elkin, Med Decis Making 2006)."
+    """Columns threshold, net_benefit, low, high, and the net benefit of calling `all` and `none` (Vickers and
+    Elkin, Med Decis Making 2006)."""
     t,s,g = _probabilities(targets, scores, groups, both=True)
     cuts = np.linspace(.01, .99, 99) if thresholds is None else vector(thresholds, 'thresholds')
-    if not len(cuts) or not ((cuts>0) & (cuts<1)).all(): raise DataError(f"thresholds are {cuts[:5].tolist()}", "Give probabilities above 0 and under 1")
-    if prevalence is not None and not 0<prevalence<1: raise DataError(f"prevalence is {prevalence}", "Give a share between 0 and 1")
+    if not len(cuts) or not ((cuts>0) & (cuts<1)).all():
+        raise DataError(f"thresholds are {cuts[:5].tolist()}", "Give probabilities above 0 and under 1")
+    if prevalence is not None and not 0<prevalence<1:
+        raise DataError(f"prevalence is {prevalence}", "Give a share between 0 and 1")
     order = np.argsort(cuts, kind='stable')
     step,odds = np.searchsorted(cuts[order], s, 'right'),(cuts/(1-cuts))[:,None]
     to = [csr_array((v, (step, np.arange(len(t)))), shape=(len(cuts)+1, len(t))) for v in (t, 1-t)]
@@ -257,5 +284,6 @@ def decision_curve(
         with np.errstate(invalid='ignore'): return tp/p*prevalence - fp/q*(1-prevalence)*odds
     low,high = _quantiles(bootstrap(benefit, g, n=n, seed=seed), level)
     share = t.mean() if prevalence is None else prevalence
-    return pd.DataFrame({'threshold': cuts, 'net_benefit': benefit(np.ones((len(t), 1)))[:,0], 'low': low, 'high': high,
+    return pd.DataFrame({'threshold': cuts, 'net_benefit': benefit(np.ones((len(t), 1)))[:,0], 'low': low,
+        'high': high,
                          'all': share - (1-share)*odds[:,0], 'none': np.zeros(len(cuts))})

@@ -11,7 +11,8 @@ __all__ = ['columns_of', 'macro_auroc', 'label_table', 'auroc_table', 'confusion
            'cost_threshold', 'operating_point', 'Calibration', 'calibration', 'dice', 'dice_ci']
 
 # %% ../../nbs/42_metrics.classification.ipynb #a42ba525
-import math, warnings
+import math
+import warnings
 from functools import partial
 
 import numpy as np
@@ -19,26 +20,40 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from ..core import DataError
-from radiology_ai.metrics.intervals import (NA, Interval, binary, bootstrap, bootstrap_ci, check_repetitions, fewest, group_numbers, known, mean_ci, percentile_ci, proportion_ci,
-    vector, wilson_ci)
-from .calibration import Calibration, calibration
-from .masks import dice, dice_ci
-from .operating import PROPORTIONS, call_cells, call_rates, cost_threshold, f_threshold, operating_point, point_intervals, threshold_for, youden_threshold
-from .ranking import DelongTest, Ranked, auroc, auroc_ci, average_precision, delong_test, refuse_constant
+from radiology_ai.metrics.intervals import (
+    NA,
+    Interval,
+    binary,
+    bootstrap,
+    bootstrap_ci,
+    check_repetitions,
+    fewest,
+    group_numbers,
+    known,
+    percentile_ci,
+    vector,
+)
+from .operating import PROPORTIONS, call_cells, call_rates, operating_point, point_intervals
+from .ranking import Ranked, auroc, auroc_ci, average_precision, refuse_constant
 
 # %% ../../nbs/42_metrics.classification.ipynb #f6686c3a
-_all_ = ['Interval','bootstrap_ci','mean_ci','proportion_ci','wilson_ci','auroc','average_precision','auroc_ci','DelongTest','delong_test','PROPORTIONS','youden_threshold','threshold_for',
+_all_ = ['Interval','bootstrap_ci','mean_ci','proportion_ci','wilson_ci','auroc','average_precision',
+    'auroc_ci','DelongTest','delong_test','PROPORTIONS','youden_threshold','threshold_for',
          'f_threshold','cost_threshold','operating_point','Calibration','calibration','dice','dice_ci']
 
 # %% ../../nbs/42_metrics.classification.ipynb #c0bf7138
 def _one_hot(targets, n: int) -> np.ndarray:
-    "(N,) class numbers as (N, n) of 1 and 0, NaN rows where the class is unknown; (N, n) targets as they are."
+    """(N,) class numbers as (N, n) of 1 and 0, NaN rows where the class is unknown; (N, n) targets as they
+    are."""
     t = np.asarray(targets, dtype=float)
     if t.ndim==2 and t.shape[1]==n: return t
-    if t.ndim!=1: raise DataError(f"targets have shape {t.shape} but there are {n} columns of scores", f"Give class numbers (N,) or targets (N, {n})")
+    if t.ndim!=1:
+        raise DataError(f"targets have shape {t.shape} but there are {n} columns of scores",
+            f"Give class numbers (N,) or targets (N, {n})")
     there = t[~np.isnan(t)]
     if len(there) and (there.min()<0 or there.max()>=n or (there!=there.round()).any()):
-        raise DataError(f"targets reach from {there.min():g} to {there.max():g} but there are {n} columns of scores", f"Give class numbers 0 to {n-1}")
+        raise DataError(f"targets reach from {there.min():g} to {there.max():g} but there are {n} columns of "
+            "scores", f"Give class numbers 0 to {n-1}")
     return np.where(np.isnan(t)[:,None], np.nan, (t[:,None]==np.arange(n)).astype(float))
 
 def columns_of(
@@ -51,9 +66,13 @@ def columns_of(
     s = np.asarray(scores, float)
     if s.ndim!=2: raise DataError(f"scores have shape {s.shape}", "Give one column a class (N, C)")
     t = _one_hot(targets, s.shape[1])
-    if len(t)!=len(s): raise DataError(f"There are {len(t)} targets but {len(s)} scores", "Give one row of scores for each target")
+    if len(t)!=len(s):
+        raise DataError(f"There are {len(t)} targets but {len(s)} scores",
+            "Give one row of scores for each target")
     names = list(names) if names is not None else list(range(s.shape[1]))
-    if len(names)!=s.shape[1]: raise DataError(f"There are {len(names)} names for {s.shape[1]} columns of scores", "Give one name a column")
+    if len(names)!=s.shape[1]:
+        raise DataError(f"There are {len(names)} names for {s.shape[1]} columns of scores",
+            "Give one name a column")
     return t,s,names,group_numbers(groups, len(t))
 
 def macro_auroc(
@@ -61,12 +80,17 @@ def macro_auroc(
     scores,               # (N, C)
     missing: str='raise', # a class without positives or negatives: 'raise' a DataError, or 'skip' it with a warning
 ) -> float:
-    "Mean of the AUROCs of each class against the rest. Its interval: `bootstrap_ci(macro_auroc, targets, scores, groups)`."
+    """Mean of the AUROCs of each class against the rest. Its interval: `bootstrap_ci(macro_auroc, targets,
+    scores, groups)`."""
     t,s,_,_ = columns_of(targets, scores)
     there = [c for c in range(t.shape[1]) if (t[:,c]==1).any() and (t[:,c]==0).any()]
     lost = sorted(set(range(t.shape[1])) - set(there))
-    if lost and (missing!='skip' or not there): raise DataError(f"Classes {lost} lack positives or negatives", "Add such images, or leave them out of the mean with missing='skip'")
-    if lost: warnings.warn(f"The mean AUROC leaves out the classes {lost}, which lack positives or negatives", stacklevel=2)
+    if lost and (missing!='skip' or not there):
+        raise DataError(f"Classes {lost} lack positives or negatives",
+            "Add such images, or leave them out of the mean with missing='skip'")
+    if lost:
+        warnings.warn(f"The mean AUROC leaves out the classes {lost}, which lack positives or negatives",
+            stacklevel=2)
     return float(np.mean([auroc(t[:,c], s[:,c]) for c in there]))
 
 def _macro(targets, scores):
@@ -84,7 +108,8 @@ class _Label:
         self.ranked = Ranked(t, s)
         cell = call_cells(t, s>=threshold) if threshold is not None else np.full(len(t), -1)
         at = np.flatnonzero(cell>=0)
-        self.cells = csr_array((np.ones(len(at), np.float32), (cell[at], at)), shape=(4, len(t))) if len(at) else None
+        self.cells = (csr_array((np.ones(len(at), np.float32), (cell[at], at)), shape=(4, len(t))) if len(at)
+            else None)
         self.value = {k: float(v[0]) for k,v in self.figures(np.ones((len(t), 1))).items()}
 
     def figures(self, w) -> dict[str, np.ndarray]:
@@ -98,8 +123,11 @@ class _Label:
         t,s,g = self.t[k]>0,self.s[k],self.g[k]
         patients = fewest(t, g)
         limits = dict(auroc=auroc.at_limit, ap=average_precision.at_limit)
-        out = {a: limits[a](self.value[a], t, g, level) or percentile_ci(self.value[a], drawn[a], level, patients) for a in self.aucs}
-        if self.cells is not None: out |= {k: ci for k,(ci,_) in point_intervals(t, s>=self.threshold, g, drawn, level, **self.kwargs).items()}
+        out = {a: limits[a](self.value[a], t, g, level)
+            or percentile_ci(self.value[a], drawn[a], level, patients) for a in self.aucs}
+        if self.cells is not None:
+            out |= {k: ci for k,(ci,_) in point_intervals(t, s>=self.threshold, g, drawn, level,
+                **self.kwargs).items()}
         return out
 
 def _row(name, figures: dict, intervals: dict, reason: str, t, g, threshold) -> dict:
@@ -107,17 +135,22 @@ def _row(name, figures: dict, intervals: dict, reason: str, t, g, threshold) -> 
     seen = ~np.isnan(t) if t.ndim==1 else ~np.isnan(t).all(1)
     cells = {f'{k}{end}': v for k in figures for end,v in zip(('','_low','_high'), intervals.get(k, NA))}
     at = {} if threshold is None else {'threshold': threshold}
-    return dict(label=name) | cells | at | dict(n=int(seen.sum()), patients=len(np.unique(g[seen])), positives=int((t==1).sum()), negatives=int((t==0).sum()), reason=reason)
+    return dict(label=name) | cells | at | dict(n=int(seen.sum()), patients=len(np.unique(g[seen])),
+        positives=int((t==1).sum()), negatives=int((t==0).sum()), reason=reason)
 
 def _mean_row(there, lost, names, drawn, t, g, level, missing, figures, cut) -> dict:
     "The row of the mean over the labels `there` (number -> `_Label`)."
     reason = 'without ' + '; '.join(f'{names[c]}: {why}' for c,why in lost.items()) if lost else ''
     if not there or (lost and missing!='skip'):
-        return _row('mean', figures, {}, f"{'; '.join(f'{names[c]}: {why}' for c,why in lost.items())}: a mean would hide it (missing='skip' leaves them out)", t, g, cut)
+        return _row('mean', figures, {},
+            f"{'; '.join(f'{names[c]}: {why}' for c,why in lost.items())}: a mean would hide it "
+            "(missing='skip' leaves them out)", t, g, cut)
     out = {}
     for k in figures:
         value = np.mean([o.value[k] for o in there.values()])
-        try: out[k] = NA if math.isnan(value) else percentile_ci(value, np.mean([d[k] for d in drawn.values()], 0), level, len(np.unique(g)))
+        try:
+            out[k] = (NA if math.isnan(value) else percentile_ci(value,
+                np.mean([d[k] for d in drawn.values()], 0), level, len(np.unique(g))))
         except DataError as e: reason = reason or e.what
     return _row('mean', figures, out, reason, t[:,list(there)], g, cut)
 
@@ -135,16 +168,21 @@ def label_table(
     beta: float=1.,       # of F-beta
     prevalence: float|None=None, # as for `operating_point`
 ) -> pd.DataFrame:
-    "A row a label: `auroc`, `ap` and at thresholds `PROPORTIONS` and the rest, each with _low and _high; n, patients, positives, negatives, reason."
+    """A row a label: `auroc`, `ap` and at thresholds `PROPORTIONS` and the rest, each with _low and _high; n,
+    patients, positives, negatives, reason."""
     if missing not in ('n/a','skip'): raise DataError(f"missing is {missing!r}", "Choose 'n/a' or 'skip'")
-    return _table(*columns_of(targets, scores, names, groups), thresholds, n, seed, level, mean, missing, ('auroc','ap'), beta=beta, prevalence=prevalence)
+    return _table(*columns_of(targets, scores, names, groups), thresholds, n, seed, level, mean, missing,
+        ('auroc','ap'), beta=beta, prevalence=prevalence)
 
 def _table(t, s, names, g, thresholds, n, seed, level, mean, missing, aucs, **kwargs) -> pd.DataFrame:
     check_repetitions(n)
-    cuts = [None]*len(names) if thresholds is None else np.broadcast_to(np.asarray(thresholds, float), len(names)).tolist()
+    cuts = ([None]*len(names) if thresholds is None
+        else np.broadcast_to(np.asarray(thresholds, float), len(names)).tolist())
     there,lost = {},{}
     for c,cut in enumerate(cuts):
-        if cut is not None and not np.isfinite(cut): raise DataError(f"The threshold of {names[c]} is {cut}", "Give finite numbers, such as `youden_threshold` of the validation set")
+        if cut is not None and not np.isfinite(cut):
+            raise DataError(f"The threshold of {names[c]} is {cut}",
+                "Give finite numbers, such as `youden_threshold` of the validation set")
         try: there[c] = _Label(t[:,c], s[:,c], g, cut, aucs, **kwargs)
         except DataError as e: lost[c] = e.what
     figures = list(next(iter(there.values())).value) if there else list(aucs)
@@ -158,7 +196,9 @@ def _table(t, s, names, g, thresholds, n, seed, level, mean, missing, aucs, **kw
             try: out = there[c].intervals(drawn[c], level)
             except DataError as e: why = e.what
         rows.append(_row(name, figures, out, why, t[:,c], g, cuts[c]))
-    if mean: rows.append(_mean_row(there, lost, names, drawn, t, g, level, missing, figures, None if thresholds is None else math.nan))
+    if mean:
+        rows.append(_mean_row(there, lost, names, drawn, t, g, level, missing, figures,
+            None if thresholds is None else math.nan))
     return pd.DataFrame(rows).set_index('label')
 
 # %% ../../nbs/42_metrics.classification.ipynb #a9ef220e
@@ -190,7 +230,8 @@ def _class_numbers(targets, predictions) -> tuple[np.ndarray, np.ndarray]:
     "Both as whole numbers (N,), without the images of unknown targets."
     t,p,_ = known(vector(targets, 'targets'), vector(predictions, 'predictions'))
     if np.isnan(p).any() or (t<0).any() or (p<0).any() or (t!=t.round()).any() or (p!=p.round()).any():
-        raise DataError("Targets or predictions are not class numbers", "Give whole numbers from 0, such as the argmax of the scores")
+        raise DataError("Targets or predictions are not class numbers",
+            "Give whole numbers from 0, such as the argmax of the scores")
     return t.astype(int),p.astype(int)
 
 def confusion(
@@ -202,22 +243,27 @@ def confusion(
     "(n, n) counts: true class down, predicted class across. Images with an unknown target do not count."
     t,p = _class_numbers(targets, predictions)
     n = n or (len(names) if names is not None else int(max(t.max(), p.max()))+1)
-    if max(t.max(), p.max())>=n: raise DataError(f"Class {int(max(t.max(), p.max()))} is outside the {n} classes", f"Give class numbers 0 to {n-1}")
+    if max(t.max(), p.max())>=n:
+        raise DataError(f"Class {int(max(t.max(), p.max()))} is outside the {n} classes",
+            f"Give class numbers 0 to {n-1}")
     counts = np.bincount(t*n + p, minlength=n*n).reshape(n, n)
     names = list(range(n)) if names is None else list(names)
     return pd.DataFrame(counts, index=pd.Index(names, name='true'), columns=pd.Index(names, name='predicted'))
 
 def _counted(figure, targets, predictions):
-    "`figure` of confusion matrices (n, n, R) as a function of weights (N, R); classes that never occur are in it as zeros."
+    """`figure` of confusion matrices (n, n, R) as a function of weights (N, R); classes that never occur are
+    in it as zeros."""
     t,p = _class_numbers(targets, predictions)
     n = max(2, t.max()+1, p.max()+1)
     cells = csr_array((np.ones(len(t)), (t*n + p, np.arange(len(t)))), shape=(n*n, len(t)))
     def evaluate(w):
-        with np.errstate(divide='ignore', invalid='ignore'): return figure((cells@w).reshape(n, n, -1), np.unique(t))
+        with np.errstate(divide='ignore', invalid='ignore'):
+            return figure((cells@w).reshape(n, n, -1), np.unique(t))
     return evaluate
 
 def _single(figure, targets, predictions) -> float:
-    return float(_counted(figure, targets, predictions)(np.ones((np.isfinite(vector(targets, 'targets')).sum(), 1)))[0])
+    return float(_counted(figure, targets, predictions)(np.ones((np.isfinite(vector(targets,
+        'targets')).sum(), 1)))[0])
 
 # %% ../../nbs/42_metrics.classification.ipynb #6f9b2ecf
 def _kappa(o, _):
@@ -234,23 +280,27 @@ def quadratic_kappa(
     targets,     # (N,) grades
     predictions, # (N,) grades
 ) -> float:
-    "Cohen's kappa with quadratic weights: 1 full agreement, 0 as by chance. NaN where both hold one and the same grade only."
+    """Cohen's kappa with quadratic weights: 1 full agreement, 0 as by chance. NaN where both hold one and the
+    same grade only."""
     return _single(_kappa, targets, predictions)
 
 def balanced_accuracy(
     targets,     # (N,) class numbers
     predictions, # (N,) class numbers
 ) -> float:
-    "Mean over the true classes of the share that is predicted right. `DataError` where only one class is there."
+    """Mean over the true classes of the share that is predicted right. `DataError` where only one class is
+    there."""
     t,_ = _class_numbers(targets, predictions)
-    if t.min()==t.max(): raise DataError(f"All {len(t)} targets are {t[0]}", "This figure needs images of more than one class")
+    if t.min()==t.max():
+        raise DataError(f"All {len(t)} targets are {t[0]}", "This figure needs images of more than one class")
     return _single(_balanced, targets, predictions)
 
 def mcc(
     targets,     # (N,) class numbers
     predictions, # (N,) class numbers
 ) -> float:
-    "Matthews' correlation (1975), for several classes Gorodkin's (2004); NaN where all targets or all predictions are the same."
+    """Matthews' correlation (1975), for several classes Gorodkin's (2004); NaN where all targets or all
+    predictions are the same."""
     return _single(_mcc, targets, predictions)
 
 def f_beta(
@@ -260,9 +310,11 @@ def f_beta(
 ) -> float:
     "F-beta; NaN where there is neither a positive nor a positive call."
     t,(p,),_ = binary(targets, predictions, both=False)
-    if not np.isin(p, (0,1)).all(): raise DataError("Predictions are not 1 and 0", "Compare the scores with a threshold first")
+    if not np.isin(p, (0,1)).all():
+        raise DataError("Predictions are not 1 and 0", "Compare the scores with a threshold first")
     if not beta>0: raise DataError(f"beta is {beta}", "Give a number above 0, such as 1 or 2")
     return float(call_rates(np.bincount(call_cells(t.astype(float), p>0), minlength=4), beta)[f'F{beta:g}'])
 
-quadratic_kappa.weighted,balanced_accuracy.weighted,mcc.weighted = (partial(_counted, f) for f in (_kappa, _balanced, _mcc))
+quadratic_kappa.weighted,balanced_accuracy.weighted,mcc.weighted = (partial(_counted, f)
+    for f in (_kappa, _balanced, _mcc))
 balanced_accuracy.by_class = True

@@ -17,14 +17,27 @@ import pandas as pd
 from scipy.special import ndtri, stdtr
 
 from ..core import DataError
-from radiology_ai.metrics.intervals import (NA, Interval, bootstrap, check_repetitions, compact, expansion, fewest, known, normal_quantile, percentile_ci,
-    strata_for, weighted_form)
-from .ranking import Ranked, auroc, delong_test
 from .classification import columns_of
+from radiology_ai.metrics.intervals import (
+    NA,
+    Interval,
+    bootstrap,
+    check_repetitions,
+    compact,
+    expansion,
+    fewest,
+    known,
+    normal_quantile,
+    percentile_ci,
+    strata_for,
+    weighted_form,
+)
+from .ranking import Ranked, auroc, delong_test
 
 # %% ../../nbs/43_metrics.compare.ipynb #a2d04ba6
 class PairedTest(NamedTuple):
-    "The difference of a figure between two models (a minus b) with its interval, the two-sided p value and both figures."
+    """The difference of a figure between two models (a minus b) with its interval, the two-sided p value and
+    both figures."""
     difference: Interval
     p: float
     a: float
@@ -34,7 +47,8 @@ def bootstrap_p(
     differences, # (n,) bootstrap values of a difference; NaN does not count
     patients: int|None=None, # as for `percentile_ci`
 ) -> float:
-    "Two-sided p value of no difference: twice the smaller share of draws at or beyond 0 (counted with one more), with the correction of `percentile_ci`."
+    """Two-sided p value of no difference: twice the smaller share of draws at or beyond 0 (counted with one
+    more), with the correction of `percentile_ci`."""
     d = np.asarray(differences, float)
     d = d[~np.isnan(d)]
     share = min(.5, (1 + min((d<=0).sum(), (d>=0).sum()))/(len(d)+1))
@@ -50,19 +64,23 @@ def paired_bootstrap(
     seed: int=0,      # of the draws
     level: float=.95, # confidence
 ) -> PairedTest:
-    "Percentile interval and p value of the difference of any metric between two models, over the same draws of patients for both."
+    """Percentile interval and p value of the difference of any metric between two models, over the same draws
+    of patients for both."""
     check_repetitions(n)
     t,sa,g = known(targets, a, groups)
     sb = known(targets, b, groups)[1]
     va,vb = float(metric(t, sa)),float(metric(t, sb))
-    if math.isnan(va-vb): raise DataError(f"The figure is {va} for a and {vb} for b", "Compare on images where both are defined")
+    if math.isnan(va-vb):
+        raise DataError(f"The figure is {va} for a and {vb} for b",
+            "Compare on images where both are defined")
     of_a,of_b = weighted_form(metric, t, sa),weighted_form(metric, t, sb)
     d,m = bootstrap(lambda w: of_a(w) - of_b(w), g, strata_for(metric, t), n, seed),fewest(t, g)
     return PairedTest(percentile_ci(va-vb, d, level, m), bootstrap_p(d, m), va, vb)
 
 # %% ../../nbs/43_metrics.compare.ipynb #d95b647b
 class McNemar(NamedTuple):
-    "The difference in accuracy (a minus b) with its interval, the exact p value, both accuracies, and how many images only a or only b gets right."
+    """The difference in accuracy (a minus b) with its interval, the exact p value, both accuracies, and how
+    many images only a or only b gets right."""
     difference: Interval
     p: float
     a: float
@@ -78,15 +96,18 @@ def sign_flip_p(
     total,dist = abs(int(np.sum(sums))),np.ones(1)
     for size,count in zip(*np.unique(d[d>0], return_counts=True)):
         k = np.arange(count+1)
-        logs = math.lgamma(count+1) - np.array([math.lgamma(i+1) + math.lgamma(count-i+1) for i in k]) - count*math.log(2)
-        one = np.zeros(size*count+1) # positions of the total, halved: size*(2 k - count) = 2 (size k) - size*count
+        logs = math.lgamma(count+1) - np.array([math.lgamma(i+1) + math.lgamma(count-i+1)
+            for i in k]) - count*math.log(2)
+        # positions of the total, halved: size*(2 k - count) = 2 (size k) - size*count
+        one = np.zeros(size*count+1)
         one[size*k] = np.exp(logs)
         dist = np.convolve(dist, one)
     reached = np.abs(2*np.arange(len(dist)) - (len(dist)-1))>=total
     return float(min(1., dist[reached].sum()))
 
 def _accuracy_difference(d, g, level) -> Interval:
-    "Interval of the mean of `d` (N,) of 1, 0, -1: the adjusted Wald form of Bonett and Price (2012) with the design effect of patients."
+    """Interval of the mean of `d` (N,) of 1, 0, -1: the adjusted Wald form of Bonett and Price (2012) with
+    the design effect of patients."""
     n,m = len(d),g.max()+1
     mean,var = d.mean(),d.var()
     effect = 1.
@@ -104,17 +125,24 @@ def mcnemar_test(
     groups=None,      # (N,) patient of each image
     level: float=.95, # confidence of the interval
 ) -> McNemar:
-    "McNemar's exact test that two models are right equally often; with `groups` the exact sign-flip test of patients."
+    """McNemar's exact test that two models are right equally often; with `groups` the exact sign-flip test of
+    patients."""
     t,pa,g = known(targets, a, groups)
     pb = known(targets, b, groups)[1]
-    if t.ndim>1: raise DataError(f"targets have shape {t.shape}", "Give one class an image (N,), one label at a time")
+    if t.ndim>1:
+        raise DataError(f"targets have shape {t.shape}", "Give one class an image (N,), one label at a time")
     for name,p in (('a', pa), ('b', pb)):
-        if pd.isna(p).any(): raise DataError(f"{int(pd.isna(p).sum())} of {len(p)} predictions of {name} are NaN", "Predict these images again, or leave out their rows")
-        if p.dtype.kind=='f' and not np.isin(p, t).any(): raise DataError(f"No prediction of {name} is one of the classes of the targets", "Compare scores with a threshold first")
+        if pd.isna(p).any():
+            raise DataError(f"{int(pd.isna(p).sum())} of {len(p)} predictions of {name} are NaN",
+                "Predict these images again, or leave out their rows")
+        if p.dtype.kind=='f' and not np.isin(p, t).any():
+            raise DataError(f"No prediction of {name} is one of the classes of the targets",
+                "Compare scores with a threshold first")
     right = (pa==t).astype(int),(pb==t).astype(int)
     d,g = right[0]-right[1],compact(g)
     p = sign_flip_p(np.bincount(g, d).round())
-    return McNemar(_accuracy_difference(d, g, level), p, float(right[0].mean()), float(right[1].mean()), int((d>0).sum()), int((d<0).sum()))
+    return McNemar(_accuracy_difference(d, g, level), p, float(right[0].mean()), float(right[1].mean()),
+        int((d>0).sum()), int((d<0).sum()))
 
 # %% ../../nbs/43_metrics.compare.ipynb #394d9683
 def holm(
@@ -131,7 +159,8 @@ def holm(
 def _mean_draws(t, models, there, g, n, seed) -> np.ndarray:
     "(n, M) mean AUROCs over the labels `there` of M models in the same draws of patients."
     ranked = [[Ranked(t[:,c], s[:,c]) for c in there] for s in models]
-    return bootstrap(lambda w: np.stack([np.mean([r.auroc(w) for r in rs], 0) for rs in ranked]), g, None, n, seed)
+    return bootstrap(lambda w: np.stack([np.mean([r.auroc(w) for r in rs], 0) for rs in ranked]), g, None, n,
+        seed)
 
 def compare_models(
     targets,          # (N,) class numbers or (N, C) of 1, 0 or NaN
@@ -142,15 +171,21 @@ def compare_models(
     seed: int=0,      # of the draws
     level: float=.95, # confidence
 ) -> pd.DataFrame:
-    "A row a label and pair of models: AUROCs, their difference (a minus b) with low and high, p, p_holm, n, reason; then the mean over labels."
-    if len(scores)<2: raise DataError(f"There are {len(scores)} models", "Give at least two, as {'name': scores}")
+    """A row a label and pair of models: AUROCs, their difference (a minus b) with low and high, p, p_holm, n,
+    reason; then the mean over labels."""
+    if len(scores)<2:
+        raise DataError(f"There are {len(scores)} models", "Give at least two, as {'name': scores}")
     check_repetitions(n)
     column = lambda x: np.asarray(x, float).reshape(len(x), -1)
-    given = {k: columns_of(targets if np.ndim(targets)==2 or np.ndim(s)==2 else column(targets), column(s), names, groups) for k,s in scores.items()}
+    given = {k: columns_of(targets if np.ndim(targets)==2 or np.ndim(s)==2 else column(targets), column(s),
+        names, groups) for k,s in scores.items()}
     t,_,names,g = next(iter(given.values()))
     wrong = [k for k,v in given.items() if v[0].shape!=t.shape]
-    if wrong: raise DataError(f"{wrong[0]} has {given[wrong[0]][0].shape[1]} columns of scores, the first model {t.shape[1]}", "Give the same labels for all")
-    rows = [_label_row(names[c], a, b, t[:,c], given[a][1][:,c], given[b][1][:,c], g, level) for a,b in combinations(given, 2) for c in range(len(names))]
+    if wrong:
+        raise DataError(f"{wrong[0]} has {given[wrong[0]][0].shape[1]} columns of scores, the first model "
+            f"{t.shape[1]}", "Give the same labels for all")
+    rows = [_label_row(names[c], a, b, t[:,c], given[a][1][:,c], given[b][1][:,c], g, level)
+        for a,b in combinations(given, 2) for c in range(len(names))]
     table = pd.DataFrame(rows)
     table['p_holm'] = holm(table.p)
     means = pd.DataFrame(_mean_rows(table, t, given, names, g, n, seed, level)) if len(names)>1 else table[:0]
@@ -158,7 +193,8 @@ def compare_models(
     return table[['label','a','b','auroc_a','auroc_b','difference','low','high','p','p_holm','n','reason']]
 
 def _compared(label, a, b, ci, p, va, vb, n, reason) -> dict:
-    return dict(label=label, a=a, b=b, auroc_a=va, auroc_b=vb, difference=ci.value, low=ci.low, high=ci.high, p=p, n=n, reason=reason)
+    return dict(label=label, a=a, b=b, auroc_a=va, auroc_b=vb, difference=ci.value, low=ci.low, high=ci.high,
+        p=p, n=n, reason=reason)
 
 def _label_row(label, a, b, t, sa, sb, g, level) -> dict:
     n = int((~np.isnan(t)).sum())
@@ -175,11 +211,16 @@ def _mean_rows(table, t, given, names, g, n, seed, level) -> list[dict]:
     try:
         if not there: raise DataError("No label could be tested")
         drawn = _mean_draws(t, [v[1] for v in given.values()], there, g, n, seed)
-    except DataError as e: return [_compared('mean', a, b, NA, math.nan, math.nan, math.nan, seen, e.what) for a,b in combinations(given, 2)]
+    except DataError as e:
+        return [_compared('mean', a, b, NA, math.nan, math.nan, math.nan, seen, e.what)
+            for a,b in combinations(given, 2)]
     value = {k: np.mean([auroc(t[:,c], v[1][:,c]) for c in there]) for k,v in given.items()}
     place,rows,m = {k: i for i,k in enumerate(given)},[],len(np.unique(g))
     for a,b in combinations(given, 2):
         d = drawn[:,place[a]] - drawn[:,place[b]]
-        try: rows.append(_compared('mean', a, b, percentile_ci(value[a]-value[b], d, level, m), bootstrap_p(d, m), value[a], value[b], seen, left_out))
-        except DataError as e: rows.append(_compared('mean', a, b, NA, math.nan, math.nan, math.nan, seen, e.what))
+        try:
+            rows.append(_compared('mean', a, b, percentile_ci(value[a]-value[b], d, level, m),
+                bootstrap_p(d, m), value[a], value[b], seen, left_out))
+        except DataError as e:
+            rows.append(_compared('mean', a, b, NA, math.nan, math.nan, math.nan, seen, e.what))
     return rows

@@ -17,7 +17,15 @@ import pandas as pd
 # %% ../../nbs/43_metrics.detection.ipynb #874feecc
 from ..core import DataError
 from .boxes import Matches, check_detections, image_of, match_boxes, match_flat, stack_boxes
-from .intervals import Interval, bootstrap, check_repetitions, group_numbers, normal_quantile, percentile_ci, proportion_ci
+from radiology_ai.metrics.intervals import (
+    Interval,
+    bootstrap,
+    check_repetitions,
+    group_numbers,
+    normal_quantile,
+    percentile_ci,
+    proportion_ci,
+)
 
 # %% ../../nbs/43_metrics.detection.ipynb #85e2ac07
 RSNA_IOUS = tuple(round(.4+.05*i, 2) for i in range(8)) # 0.40, 0.45 ... 0.75
@@ -50,7 +58,9 @@ def rsna_map(
     return float(_counting(rsna_scores(boxes, scores, truths, ious)).mean())
 
 def _counting(values: np.ndarray) -> np.ndarray:
-    if np.isnan(values).all(): raise DataError(f"None of {len(values)} images has a true or a predicted box", "Give images that hold one; images without both do not count")
+    if np.isnan(values).all():
+        raise DataError(f"None of {len(values)} images has a true or a predicted box",
+            "Give images that hold one; images without both do not count")
     return values[~np.isnan(values)]
 
 def rsna_map_ci(
@@ -79,14 +89,16 @@ def _column_means(values: np.ndarray):
 
 # %% ../../nbs/43_metrics.detection.ipynb #64801a55
 def _kept(m: Matches, which, thresholds) -> np.ndarray:
-    "(I, T) how many of the boxes `which` (bool (P,)) of each image have a score of at least each of the ascending `thresholds`."
+    """(I, T) how many of the boxes `which` (bool (P,)) of each image have a score of at least each of the
+    ascending `thresholds`."""
     n,t = len(m.truths),len(thresholds)+1
     passed = np.searchsorted(thresholds, m.score[which], 'right') # how many thresholds a box passes
     counts = np.bincount(m.image[which]*t + passed, minlength=n*t).reshape(n, t)
     return counts[:,::-1].cumsum(1)[:,::-1][:,1:]
 
 def _band(evaluate, groups, images: int, n: int, seed: int, level: float):
-    "Low and high end (K,) of the K figures of `evaluate` (weights (N, R) -> (K, R)) over draws of patients, and why there is none."
+    """Low and high end (K,) of the K figures of `evaluate` (weights (N, R) -> (K, R)) over draws of patients,
+    and why there is none."""
     check_repetitions(n)
     normal_quantile(level)
     g,none = group_numbers(groups, images),np.full(len(evaluate(np.ones((images, 1), np.float32))), np.nan)
@@ -95,7 +107,8 @@ def _band(evaluate, groups, images: int, n: int, seed: int, level: float):
     lost = 2*np.isnan(draws).sum(0)>len(draws)
     draws[:,lost] = 0
     low,high = np.nanquantile(draws, [.5-level/2, .5+level/2], axis=0)
-    return np.where(lost, np.nan, low),np.where(lost, np.nan, high),np.where(lost, 'most draws of patients hold no image that counts', '')
+    return np.where(lost, np.nan, low),np.where(lost, np.nan, high),np.where(lost,
+        'most draws of patients hold no image that counts', '')
 
 def threshold_sweep(
     boxes,                # predicted boxes (N, 4) of each image
@@ -109,9 +122,12 @@ def threshold_sweep(
     seed: int=0,          # of the draws
     level: float=.95,     # confidence
 ) -> pd.DataFrame:
-    "A row a threshold (ascending): RSNA `score`, `low`, `high` over the `n` images that count, lesions hit (`tp`) and missed (`fn`) and false boxes (`fp`), images `with_boxes` and `without_boxes`, `reason` where there is no score."
+    """A row a threshold (ascending): RSNA `score`, `low`, `high` over the `n` images that count, lesions hit
+    (`tp`) and missed (`fn`) and false boxes (`fp`), images `with_boxes` and `without_boxes`, `reason` where
+    there is no score."""
     m = match_boxes(boxes, scores, truths, (iou, *ious))
-    if thresholds is None: thresholds = np.quantile(m.score, np.linspace(0, 1, 50), method='nearest') if len(m.score) else [0.]
+    if thresholds is None:
+        thresholds = np.quantile(m.score, np.linspace(0, 1, 50), method='nearest') if len(m.score) else [0.]
     thresholds = np.unique(_numbers(thresholds, 'thresholds'))
     every = _kept(m, np.ones(len(m.score), bool), thresholds)
     all_,values = every + m.truths[:,None],np.zeros(every.shape)
@@ -124,12 +140,14 @@ def threshold_sweep(
     low,high,reason = _band(_column_means(values), groups, len(values), n, seed, level)
     reason = np.where(counting>0, reason, 'no image has a true box or a box of this score')
     called = (every>0).sum(0)
-    return pd.DataFrame(dict(score=score, low=low, high=high, n=counting, tp=tp, fp=every.sum(0)-tp, fn=m.truths.sum()-tp, with_boxes=called,
+    return pd.DataFrame(dict(score=score, low=low, high=high, n=counting, tp=tp, fp=every.sum(0)-tp,
+        fn=m.truths.sum()-tp, with_boxes=called,
         without_boxes=len(every)-called, reason=reason), index=pd.Index(thresholds, name='threshold'))
 
 def _numbers(x, name: str) -> np.ndarray:
     a = np.atleast_1d(np.asarray(x, float))
-    if a.ndim!=1 or not len(a) or not np.isfinite(a).all(): raise DataError(f"{name} are {x!r}", "Give finite numbers")
+    if a.ndim!=1 or not len(a) or not np.isfinite(a).all():
+        raise DataError(f"{name} are {x!r}", "Give finite numbers")
     return a
 
 # %% ../../nbs/43_metrics.detection.ipynb #d7540514
@@ -144,7 +162,8 @@ def detection_table(
     n: int=1000,          # draws for the false boxes an image
     seed: int=0,          # of the draws
 ) -> pd.DataFrame:
-    "Sensitivity by lesion and by image, specificity by image, share of boxes that hit, false boxes an image: `value`, `low`, `high`, the `n` it rests on, `reason` where there is none."
+    """Sensitivity by lesion and by image, specificity by image, share of boxes that hit, false boxes an
+    image: `value`, `low`, `high`, the `n` it rests on, `reason` where there is none."""
     threshold = float(_numbers(threshold, 'threshold')[0])
     m = match_boxes(boxes, scores, truths, (iou,))
     g = group_numbers(groups, len(m.truths))
@@ -153,14 +172,18 @@ def detection_table(
     def each(yes, of): # one entry a lesion or box, from counts an image
         i,first = image_of(of),np.arange(of.sum()) - np.repeat(np.cumsum(of)-of, of)
         return first<yes[i],None,g[i]
-    rows = {'sensitivity by lesion': (each(tp, m.truths), 'there is no lesion'), 'sensitivity by image, any box': ((marks>0, ill, g), 'no image has a lesion'),
-        'sensitivity by image, a lesion hit': ((tp>0, ill, g), 'no image has a lesion'), 'specificity by image': ((marks==0, ~ill, g), 'every image has a lesion'),
+    rows = {'sensitivity by lesion': (each(tp, m.truths), 'there is no lesion'),
+        'sensitivity by image, any box': ((marks>0, ill, g), 'no image has a lesion'),
+        'sensitivity by image, a lesion hit': ((tp>0, ill, g), 'no image has a lesion'),
+        'specificity by image': ((marks==0, ~ill, g), 'every image has a lesion'),
         'boxes that hit': (each(tp, marks), 'no box has such a score')}
     out = {}
     for name,((hit,of,who),why) in rows.items():
         size = len(hit) if of is None else int(of.sum())
-        out[name] = (*(proportion_ci(hit, of, who, level) if size else (np.nan,)*3), size, '' if size else why)
-    mean,(low,),(high,),(reason,) = (marks-tp).mean(),*_band(_column_means((marks-tp)[:,None].astype(float)), g, len(g), n, seed, level)
+        out[name] = (*(proportion_ci(hit, of, who, level) if size else (np.nan,)*3), size,
+            '' if size else why)
+    mean,(low,),(high,),(reason,) = (marks-tp).mean(),*_band(_column_means((marks-tp)[:,None].astype(float)),
+        g, len(g), n, seed, level)
     out['false boxes an image'] = (mean, low, high, len(g), reason)
     return pd.DataFrame.from_dict(out, orient='index', columns=['value','low','high','n','reason'])
 
@@ -168,7 +191,8 @@ def detection_table(
 RATES = (1/8, 1/4, 1/2, 1, 2, 4, 8)
 
 class Froc(NamedTuple):
-    "A free-response curve: `curve` and its rows at the asked rates `table` (index false positives an image; sensitivity, low, high, threshold, reason), the CPM, and what it rests on."
+    """A free-response curve: `curve` and its rows at the asked rates `table` (index false positives an image;
+    sensitivity, low, high, threshold, reason), the CPM, and what it rests on."""
     curve: pd.DataFrame
     table: pd.DataFrame
     cpm: Interval
@@ -176,7 +200,8 @@ class Froc(NamedTuple):
     lesions: int
 
 def _reached(m: Matches, rates):
-    "Function of weights (N, R) that gives the sensitivity (K, R) at the rates (K,) of false positives an image, and the scores at which they are reached without weights."
+    """Function of weights (N, R) that gives the sensitivity (K, R) at the rates (K,) of false positives an
+    image, and the scores at which they are reached without weights."""
     order = np.argsort(-m.score, kind='stable')
     image,score,hit = m.image[order],m.score[order],m.hit[order,0]
     last = np.flatnonzero(np.r_[score[1:]!=score[:-1], True][:len(score)]) # of equal scores: one step
@@ -205,11 +230,15 @@ def froc(
     seed: int=0,          # of the draws
     level: float=.95,     # confidence
 ) -> Froc:
-    "The free-response curve (Chakraborty, Med Phys 1989) with a band over patients, point by point, and the CPM (Niemeijer et al., IEEE TMI 2011; LUNA16's rates). `DataError` without a lesion."
+    """The free-response curve (Chakraborty, Med Phys 1989) with a band over patients, point by point, and the
+    CPM (Niemeijer et al., IEEE TMI 2011; LUNA16's rates). `DataError` without a lesion."""
     rates = np.unique(_numbers(false_positives, 'false_positives'))
-    if rates[0]<=0: raise DataError(f"A rate of false positives is {rates[0]}", "Give rates above 0, such as 1/8")
+    if rates[0]<=0:
+        raise DataError(f"A rate of false positives is {rates[0]}", "Give rates above 0, such as 1/8")
     m = match_boxes(boxes, scores, truths, (iou,))
-    if not m.truths.any(): raise DataError(f"None of {len(m.truths)} images has a true box", "A sensitivity by lesion needs lesions")
+    if not m.truths.any():
+        raise DataError(f"None of {len(m.truths)} images has a true box",
+            "A sensitivity by lesion needs lesions")
     grid = np.unique(np.r_[rates, np.geomspace(rates[0], rates[-1], 57)])
     asked = np.searchsorted(grid, rates)
     sensitivity,thresholds = _reached(m, grid)
@@ -218,15 +247,18 @@ def froc(
         return np.vstack([values, values[asked].mean(0)])
     value = figures(np.ones((len(m.truths), 1)))[:,0]
     low,high,reason = _band(figures, groups, len(m.truths), n, seed, level)
-    curve = pd.DataFrame(dict(sensitivity=value[:-1], low=low[:-1], high=high[:-1], threshold=thresholds, reason=reason[:-1]),
+    curve = pd.DataFrame(dict(sensitivity=value[:-1], low=low[:-1], high=high[:-1], threshold=thresholds,
+        reason=reason[:-1]),
         index=pd.Index(grid, name='false_positives'))
-    return Froc(curve, curve.iloc[asked], Interval(float(value[-1]), float(low[-1]), float(high[-1])), len(m.truths), int(m.truths.sum()))
+    return Froc(curve, curve.iloc[asked], Interval(float(value[-1]), float(low[-1]), float(high[-1])),
+        len(m.truths), int(m.truths.sum()))
 
 # %% ../../nbs/43_metrics.detection.ipynb #4f1299bf
 COCO_IOUS = np.linspace(.5, .95, 10)
 
 class CocoMap(NamedTuple):
-    "Average precision over IoU 0.50 to 0.95, at 0.50 and at 0.75, `by_iou` (mean over classes) and `by_class` (mean over IoU; NaN for a class without true boxes)."
+    """Average precision over IoU 0.50 to 0.95, at 0.50 and at 0.75, `by_iou` (mean over classes) and
+    `by_class` (mean over IoU; NaN for a class without true boxes)."""
     AP: float
     AP50: float
     AP75: float
@@ -236,7 +268,9 @@ class CocoMap(NamedTuple):
 def _classes(classes, counts, name: str) -> np.ndarray:
     "The class of each box (P,), 0 where none is given."
     if classes is None: return np.zeros(counts.sum(), int)
-    if len(classes)!=len(counts): raise DataError(f"{name} have {len(classes)} entries for {len(counts)} images", "Give the class numbers (N,) of the boxes of each image")
+    if len(classes)!=len(counts):
+        raise DataError(f"{name} have {len(classes)} entries for {len(counts)} images",
+            "Give the class numbers (N,) of the boxes of each image")
     c,n = stack_boxes(classes, (), name)
     if (n!=counts).any():
         i = int((n!=counts).argmax())
@@ -247,15 +281,21 @@ def _classes(classes, counts, name: str) -> np.ndarray:
 def _with_classes(boxes, scores, truths, classes, truth_classes):
     "What `check_detections` gives, and the classes of the predicted and the true boxes."
     flat = check_detections(boxes, scores, truths)
-    if (classes is None)!=(truth_classes is None): raise DataError("Only one of classes and truth_classes is given", "Give both, or none")
-    if not len(flat[2]): raise DataError(f"None of {len(flat[4])} images has a true box", "An average precision needs true boxes")
+    if (classes is None)!=(truth_classes is None):
+        raise DataError("Only one of classes and truth_classes is given", "Give both, or none")
+    if not len(flat[2]):
+        raise DataError(f"None of {len(flat[4])} images has a true box",
+            "An average precision needs true boxes")
     return flat,_classes(classes, flat[3], 'classes'),_classes(truth_classes, flat[4], 'truth_classes')
 
 def _coco_side(boxes, counts, classes, every, scores=None):
-    "One side, true or predicted, as the COCO object of faster-coco-eval. Boxes are numbered from 1, as 0 means no match there."
+    """One side, true or predicted, as the COCO object of faster-coco-eval. Boxes are numbered from 1, as 0
+    means no match there."""
     from faster_coco_eval import COCO
-    xywh,more = np.hstack([boxes[:,:2], boxes[:,2:]-boxes[:,:2]]),{} if scores is None else dict(score=scores.tolist())
-    columns = dict(id=range(1, len(boxes)+1), image_id=image_of(counts).tolist(), category_id=classes.tolist(), bbox=xywh.tolist(), area=(xywh[:,2]*xywh[:,3]).tolist(), **more)
+    xywh = np.hstack([boxes[:,:2], boxes[:,2:]-boxes[:,:2]])
+    more = {} if scores is None else dict(score=scores.tolist())
+    columns = dict(id=range(1, len(boxes)+1), image_id=image_of(counts).tolist(),
+        category_id=classes.tolist(), bbox=xywh.tolist(), area=(xywh[:,2]*xywh[:,3]).tolist(), **more)
     side = COCO()
     side.dataset = dict(every, annotations=[dict(zip(columns, row)) for row in zip(*columns.values())])
     side.createIndex()
@@ -268,18 +308,22 @@ def coco_map(
     classes=None,       # class numbers (N,) of the predicted boxes of each image; None: one class
     truth_classes=None, # class numbers (M,) of the true boxes
 ) -> CocoMap:
-    "COCO's mean average precision (Lin et al., ECCV 2014; cocodataset.org, Detection Evaluation) by faster-coco-eval; equal to pycocotools. `DataError` without a true box."
+    """COCO's mean average precision (Lin et al., ECCV 2014; cocodataset.org, Detection Evaluation) by
+    faster-coco-eval; equal to pycocotools. `DataError` without a true box."""
     from faster_coco_eval import COCOeval_faster
     (p,s,t,n_boxes,n_truths),c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
-    every = dict(images=[dict(id=i) for i in np.flatnonzero(n_boxes + n_truths).tolist()], categories=[dict(id=k) for k in np.unique(np.r_[c, tc]).tolist()])
-    e = COCOeval_faster(_coco_side(t, n_truths, tc, every), _coco_side(p, n_boxes, c, every, s), iouType='bbox', print_function=lambda *a: None)
+    every = dict(images=[dict(id=i) for i in np.flatnonzero(n_boxes + n_truths).tolist()],
+        categories=[dict(id=k) for k in np.unique(np.r_[c, tc]).tolist()])
+    e = COCOeval_faster(_coco_side(t, n_truths, tc, every), _coco_side(p, n_boxes, c, every, s),
+        iouType='bbox', print_function=lambda *a: None)
     e.params.areaRng,e.params.areaRngLbl,e.params.maxDets = e.params.areaRng[:1],e.params.areaRngLbl[:1],[100]
     e.evaluate()
     e.accumulate()
     precision = e.eval['precision'][:,:,:,0,0] # (IoU, recall, class), -1 where a class has no true box
     ap = np.where(precision[0,0]>=0, precision.mean(1), np.nan)
     by_iou = pd.Series(np.nanmean(ap, 1), index=pd.Index(COCO_IOUS.round(2), name='iou'))
-    return CocoMap(float(by_iou.mean()), float(by_iou[.5]), float(by_iou[.75]), by_iou, pd.Series(ap.mean(0), index=pd.Index(e.params.catIds, name='class')))
+    return CocoMap(float(by_iou.mean()), float(by_iou[.5]), float(by_iou[.75]), by_iou,
+        pd.Series(ap.mean(0), index=pd.Index(e.params.catIds, name='class')))
 
 # %% ../../nbs/43_metrics.detection.ipynb #00692803
 def _weighted_ap(m: Matches):
@@ -313,7 +357,8 @@ def coco_map_ci(
     seed: int=0,        # of the draws
     level: float=.95,   # confidence
 ) -> pd.DataFrame:
-    "Rows AP, AP50, AP75 of `coco_map`: `value`, `low`, `high` over draws of patients (a class without true boxes in a draw is left out of its mean), `n` images, `reason` where there is no interval."
+    """Rows AP, AP50, AP75 of `coco_map`: `value`, `low`, `high` over draws of patients (a class without true
+    boxes in a draw is left out of its mean), `n` images, `reason` where there is no interval."""
     value = coco_map(boxes, scores, truths, classes, truth_classes)
     (p,s,t,n_boxes,n_truths),c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
     image,there,each = image_of(n_boxes),image_of(n_truths),[]
@@ -327,4 +372,5 @@ def coco_map_ci(
         with np.errstate(invalid='ignore'): ap = np.nansum(ap, 0)/known.sum(0)
         return np.stack([ap.mean(0), ap[0], ap[5]])
     low,high,reason = _band(figures, groups, len(n_boxes), n, seed, level)
-    return pd.DataFrame(dict(value=value[:3], low=low, high=high, n=len(n_boxes), reason=reason), index=['AP','AP50','AP75'])
+    return pd.DataFrame(dict(value=value[:3], low=low, high=high, n=len(n_boxes), reason=reason),
+        index=['AP','AP50','AP75'])

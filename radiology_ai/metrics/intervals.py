@@ -26,18 +26,21 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-    def __str__(self): return 'n/a' if math.isnan(self.value) else f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+    def __str__(self):
+        return 'n/a' if math.isnan(self.value) else f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 NA = Interval(math.nan, math.nan, math.nan)
 
 def normal_quantile(level: float) -> float:
     "The two-sided normal quantile of a confidence `level`: 1.96 for 0.95."
-    if not 0<level<1: raise DataError(f"level is {level}", "Give a confidence level between 0 and 1, such as 0.95")
+    if not 0<level<1:
+        raise DataError(f"level is {level}", "Give a confidence level between 0 and 1, such as 0.95")
     return NormalDist().inv_cdf(.5 + level/2)
 
 def student_quantile(level: float, freedom: int) -> float:
     "The two-sided quantile of Student's t with `freedom` degrees: 2.23 for 0.95 and 10."
-    if not 0<level<1: raise DataError(f"level is {level}", "Give a confidence level between 0 and 1, such as 0.95")
+    if not 0<level<1:
+        raise DataError(f"level is {level}", "Give a confidence level between 0 and 1, such as 0.95")
     return float(stdtrit(freedom, .5 + level/2))
 
 # %% ../../nbs/40_metrics.intervals.ipynb #d33cc571
@@ -47,23 +50,31 @@ def vector(
 ) -> np.ndarray:
     "`x` as a float (N,) array; `DataError` for other shapes and for what is no number."
     try: a = np.asarray(x, dtype=float)
-    except (TypeError, ValueError) as e: raise DataError(f"{name} are not numbers ({e})", "Give numbers, with NaN where a target is unknown") from e
+    except (TypeError, ValueError) as e:
+        raise DataError(f"{name} are not numbers ({e})",
+            "Give numbers, with NaN where a target is unknown") from e
     if a.ndim==2 and a.shape[1]==1: a = a[:,0]
-    if a.ndim!=1: raise DataError(f"{name} have shape {a.shape}", "Give one number an image (N,), one label at a time")
+    if a.ndim!=1:
+        raise DataError(f"{name} have shape {a.shape}", "Give one number an image (N,), one label at a time")
     return a
 
 def group_numbers(
     groups, # (N,) patient of each image, any hashable values; None: each image is its own
     n: int, # images
 ) -> np.ndarray:
-    "Numbers (N,) below `n` of the groups in the order of their names; numbers below `n` stay as they are. A missing group is a `DataError`."
+    """Numbers (N,) below `n` of the groups in the order of their names; numbers below `n` stay as they are. A
+    missing group is a `DataError`."""
     if groups is None: return np.arange(n)
     groups = np.asarray(groups)
     if groups.dtype.kind in 'iu' and groups.shape==(n,):
-        return groups.astype(np.intp, copy=False) if n and 0<=groups.min() and groups.max()<n else np.unique(groups, return_inverse=True)[1]
+        return (groups.astype(np.intp, copy=False) if n and 0<=groups.min() and groups.max()<n
+            else np.unique(groups, return_inverse=True)[1])
     codes,names = pd.factorize(groups.astype(object))
-    if len(codes)!=n: raise DataError(f"There are {n} targets but {len(codes)} groups", "Give the patient of every image")
-    if (codes<0).any(): raise DataError(f"The group of row {int(np.argmin(codes))} is missing", "Every image needs a patient_id")
+    if len(codes)!=n:
+        raise DataError(f"There are {n} targets but {len(codes)} groups", "Give the patient of every image")
+    if (codes<0).any():
+        raise DataError(f"The group of row {int(np.argmin(codes))} is missing",
+            "Every image needs a patient_id")
     place = np.empty(len(names), np.intp)
     place[np.argsort([str(o) for o in names], kind='stable')] = np.arange(len(names))
     return place[codes]
@@ -82,7 +93,9 @@ def known(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Targets, scores and group numbers of equal length, without the rows whose (N,) target is NaN."
     t,s = np.asarray(targets),np.asarray(scores)
-    if len(t)!=len(s): raise DataError(f"There are {len(t)} targets but {len(s)} scores", "Give one score for each target, in the same order")
+    if len(t)!=len(s):
+        raise DataError(f"There are {len(t)} targets but {len(s)} scores",
+            "Give one score for each target, in the same order")
     g = group_numbers(groups, len(t))
     keep = np.ones(len(t), bool) if t.ndim>1 else ~pd.isna(t)
     if not keep.any(): raise DataError("There are no images with a known target", "Give known targets")
@@ -94,18 +107,25 @@ def binary(
     groups=None,      # (N,) patient of each image
     both: bool=True,  # are both classes needed?
 ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    "Checked targets bool (N,), list of scores (N,) and group numbers (N,), without the rows of unknown targets."
+    """Checked targets bool (N,), list of scores (N,) and group numbers (N,), without the rows of unknown
+    targets."""
     t,ss = vector(targets, 'targets'),[vector(s, 'scores') for s in scores]
     for s in ss:
-        if len(s)!=len(t): raise DataError(f"There are {len(t)} targets but {len(s)} scores", "Give one score for each target, in the same order")
+        if len(s)!=len(t):
+            raise DataError(f"There are {len(t)} targets but {len(s)} scores",
+                "Give one score for each target, in the same order")
     g,keep = group_numbers(groups, len(t)),~np.isnan(t)
     t,ss,g = t[keep],[s[keep] for s in ss],g[keep]
     if not len(t): raise DataError("There are no images with a known target", "Give targets of 1 and 0")
     if not ((t==0) | (t==1)).all():
-        raise DataError(f"targets hold {sorted(set(t[~np.isin(t, (0,1))].tolist()))[:5]}", "A binary target is 1, 0 or NaN; score grades one against the rest (`auroc_table`)")
+        raise DataError(f"targets hold {sorted(set(t[~np.isin(t, (0,1))].tolist()))[:5]}",
+            "A binary target is 1, 0 or NaN; score grades one against the rest (`auroc_table`)")
     for s in ss:
-        if np.isnan(s).any(): raise DataError(f"{int(np.isnan(s).sum())} of {len(s)} scores are NaN", "Predict these images again, or leave out their rows")
-    if both and t.min()==t.max(): raise DataError(f"All {len(t)} targets are {int(t[0])}", "This figure needs images of both classes")
+        if np.isnan(s).any():
+            raise DataError(f"{int(np.isnan(s).sum())} of {len(s)} scores are NaN",
+                "Predict these images again, or leave out their rows")
+    if both and t.min()==t.max():
+        raise DataError(f"All {len(t)} targets are {int(t[0])}", "This figure needs images of both classes")
     return t.astype(bool),ss,g
 
 # %% ../../nbs/40_metrics.intervals.ipynb #6207529e
@@ -128,10 +148,12 @@ def proportion_ci(
     groups=None,      # (N,) patient of each image
     level: float=.95, # confidence
 ) -> Interval:
-    "Share of hits among the images `of`: Wilson's interval with the design effect of patients (Rao and Scott 1992; Korn and Graubard 1998)."
+    """Share of hits among the images `of`: Wilson's interval with the design effect of patients (Rao and
+    Scott 1992; Korn and Graubard 1998)."""
     hit = np.asarray(hit, bool)
     of = np.ones(len(hit), bool) if of is None else np.asarray(of, bool)
-    if len(of)!=len(hit): raise DataError(f"There are {len(hit)} hits but {len(of)} images", "Give both for every image")
+    if len(of)!=len(hit):
+        raise DataError(f"There are {len(hit)} hits but {len(of)} images", "Give both for every image")
     k,n = int((hit & of).sum()),int(of.sum())
     number = compact(group_numbers(groups, len(hit))[of])
     m = int(number.max())+1 if n else 0
@@ -139,7 +161,8 @@ def proportion_ci(
     if k in (0, n): return wilson_ci(k*m/n, m, level)
     if m<2: return Interval(k/n, 0., 1.)
     residual = np.bincount(number, hit[of] - k/n)
-    effect = max(1., m/(m-1)*(residual**2).sum()/(k*(1-k/n)))*(student_quantile(level, m-1)/normal_quantile(level))**2
+    effect = max(1., m/(m-1)*(residual**2).sum()/(k*(1-k/n)))*(student_quantile(level,
+        m-1)/normal_quantile(level))**2
     return wilson_ci(k/effect, n/effect, level)._replace(value=k/n)
 
 # %% ../../nbs/40_metrics.intervals.ipynb #d9c0af37
@@ -148,7 +171,8 @@ def check_repetitions(n: int):
     if n<20: raise DataError(f"n is {n}", "A bootstrap interval needs at least 20 repetitions, better 1000")
 
 class Draws:
-    "Iterable of blocks of weights, float32 (N, R): how often each image is in each draw of patients; `n` draws in all, the same ones each time."
+    """Iterable of blocks of weights, float32 (N, R): how often each image is in each draw of patients; `n`
+    draws in all, the same ones each time."""
     def __init__(self,
         groups,       # (N,) patient of each image
         strata=None,  # (N,) class of each image: patients are drawn within the rarest class that they hold
@@ -159,14 +183,18 @@ class Draws:
         self.n,self.seed = n,seed
         self.group = compact(group_numbers(groups, len(groups)))
         self.patients = int(self.group.max(initial=-1))+1
-        if self.patients<2: raise DataError("All images belong to one patient" if self.patients else "There are no images", "A bootstrap needs at least two patients")
+        if self.patients<2:
+            raise DataError("All images belong to one patient" if self.patients else "There are no images",
+                "A bootstrap needs at least two patients")
         self.members = self._members(strata)
         self.block = max(1, 1_600_000//len(self.group)) # about 6 MB: stays in the cache of a core
 
     def _members(self, strata) -> list[np.ndarray]:
         "The patients of each stratum."
         if strata is None: return [np.arange(self.patients)]
-        if len(strata)!=len(self.group): raise DataError(f"There are {len(self.group)} images but {len(strata)} strata", "Give the class of every image")
+        if len(strata)!=len(self.group):
+            raise DataError(f"There are {len(self.group)} images but {len(strata)} strata",
+                "Give the class of every image")
         counts,codes = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)[:0:-1]
         rank = np.argsort(np.argsort(counts, kind='stable'))[codes.ravel()] # 0 for the rarest class
         stratum = np.full(self.patients, len(counts))
@@ -177,7 +205,9 @@ class Draws:
         "The next `r` draws of the generator, (N, r)."
         counts = np.empty((r, self.patients), np.float32)
         for row in counts:
-            for who in self.members: row[who] = np.bincount(gen.integers(len(who), size=len(who), dtype=np.int32), minlength=len(who))
+            for who in self.members:
+                row[who] = np.bincount(gen.integers(len(who), size=len(who), dtype=np.int32),
+                    minlength=len(who))
         return np.ascontiguousarray(counts.T)[self.group]
 
     def start(self) -> np.random.Generator: return rng(self.seed, 'bootstrap')
@@ -193,11 +223,14 @@ def bootstrap(
     n: int=1000,  # draws
     seed: int=0,  # of the draws
 ) -> np.ndarray:
-    "(n, K) figures; of a single figure (n,), where undefined draws are replaced by further ones (at most 10 n in all)."
+    """(n, K) figures; of a single figure (n,), where undefined draws are replaced by further ones (at most 10
+    n in all)."""
     draws,out,drawn = Draws(groups, strata, n, seed),None,0
     gen = draws.start()
     while out is None or len(out)<n:
-        if drawn>=10*n: raise DataError(f"Only {len(out)} of {drawn} bootstrap draws hold what the metric needs", "Add patients of the rare classes")
+        if drawn>=10*n:
+            raise DataError(f"Only {len(out)} of {drawn} bootstrap draws hold what the metric needs",
+                "Add patients of the rare classes")
         r = min(draws.block, n - (0 if out is None else len(out)))
         values = np.asarray(evaluate(draws.take(gen, r)), float)
         values = values[~np.isnan(values)] if values.ndim==1 else values.T
@@ -210,16 +243,20 @@ def percentile_ci(
     level: float=.95, # confidence
     patients: int|None=None, # how many the figure rests on (`fewest`): few widen the interval; None: no correction
 ) -> Interval:
-    "The percentile interval (Efron 1981), expanded for the number of patients (Hesterberg 2015). `DataError` if fewer than half of the values are defined."
+    """The percentile interval (Efron 1981), expanded for the number of patients (Hesterberg 2015).
+    `DataError` if fewer than half of the values are defined."""
     z,values = normal_quantile(level),np.asarray(values, float)
     there = values[~np.isnan(values)]
-    if 2*len(there)<len(values) or not len(there): raise DataError(f"Only {len(there)} of {len(values)} bootstrap draws hold what the figure needs", "Add patients of the rare classes")
+    if 2*len(there)<len(values) or not len(there):
+        raise DataError(f"Only {len(there)} of {len(values)} bootstrap draws hold what the figure needs",
+            "Add patients of the rare classes")
     if patients: z = student_quantile(level, max(patients, 2)-1)*expansion(patients)
     low,high = np.quantile(there, [ndtr(-z), ndtr(z)])
     return Interval(float(value), float(low), float(high))
 
 def expansion(patients: int) -> float:
-    "By how much the spread of draws of so many patients falls short of that of new patients, inverted: sqrt(m / (m - 1))."
+    """By how much the spread of draws of so many patients falls short of that of new patients, inverted:
+    sqrt(m / (m - 1))."""
     return math.sqrt(max(patients, 2)/(max(patients, 2)-1))
 
 def fewest(
@@ -244,11 +281,13 @@ def mean_ci(
     g,keep = group_numbers(groups, len(v)),~np.isnan(v)
     v,g = v[keep],g[keep]
     if not len(v): raise DataError("There are no values", "Give at least two images")
-    return percentile_ci(v.mean(), bootstrap(lambda w: (v@w)/w.sum(0, dtype=float), g, None, n, seed), level, fewest(v[:,None], g))
+    return percentile_ci(v.mean(), bootstrap(lambda w: (v@w)/w.sum(0, dtype=float), g, None, n, seed), level,
+        fewest(v[:,None], g))
 
 # %% ../../nbs/40_metrics.intervals.ipynb #6c42debb
 def weighted_form(metric, t, s):
-    "Function of weights (N, R) that gives the metric of each draw (R,): its own fast one, `metric.weighted`, or one call a draw, NaN where it raises `DataError`."
+    """Function of weights (N, R) that gives the metric of each draw (R,): its own fast one,
+    `metric.weighted`, or one call a draw, NaN where it raises `DataError`."""
     if hasattr(metric, 'weighted'): return metric.weighted(t, s)
     def once(w):
         i = np.repeat(np.arange(len(t)), w.astype(np.int64))
@@ -271,9 +310,11 @@ def bootstrap_ci(
     level: float=.95,  # confidence
     stratify: bool|None=None, # draw within classes; None: if the metric has `by_class`
 ) -> Interval:
-    "Percentile interval of any metric over patients drawn with replacement; at a perfect value that of the metric's `at_limit`, if it has one, as all draws are alike there."
+    """Percentile interval of any metric over patients drawn with replacement; at a perfect value that of the
+    metric's `at_limit`, if it has one, as all draws are alike there."""
     check_repetitions(n)
     t,s,g = known(targets, scores, groups)
     value = metric(t, s)
     if hasattr(metric, 'at_limit') and (ci := metric.at_limit(value, t, g, level)): return ci
-    return percentile_ci(value, bootstrap(weighted_form(metric, t, s), g, strata_for(metric, t, stratify), n, seed), level, fewest(t, g))
+    return percentile_ci(value, bootstrap(weighted_form(metric, t, s), g, strata_for(metric, t, stratify), n,
+        seed), level, fewest(t, g))

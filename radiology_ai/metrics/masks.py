@@ -22,10 +22,14 @@ from .intervals import NA, Interval, group_numbers, mean_ci, proportion_ci
 def _masks(truth, mask) -> tuple[np.ndarray, np.ndarray]:
     "Both as bool, False where the truth is unknown."
     a,b = np.asarray(truth),np.asarray(mask)
-    if a.shape!=b.shape: raise DataError(f"The masks have shapes {a.shape} and {b.shape}", "Bring both to the same size first")
+    if a.shape!=b.shape:
+        raise DataError(f"The masks have shapes {a.shape} and {b.shape}", "Bring both to the same size first")
     for o,name in ((a, 'truth'), (b, 'mask')):
-        if o.dtype.kind=='f' and (odd := (o<0) | ((o>0) & (o<1))).any(): raise DataError(f"The {name} holds {o[odd][0]:.3g}", "Give 0 and 1; probabilities become a mask at a threshold")
-    if b.dtype.kind=='f' and np.isnan(b).any(): raise DataError("The mask holds NaN", "Only the truth may be unknown")
+        if o.dtype.kind=='f' and (odd := (o<0) | ((o>0) & (o<1))).any():
+            raise DataError(f"The {name} holds {o[odd][0]:.3g}",
+                "Give 0 and 1; probabilities become a mask at a threshold")
+    if b.dtype.kind=='f' and np.isnan(b).any():
+        raise DataError("The mask holds NaN", "Only the truth may be unknown")
     if a.dtype.kind!='f': return a>0,b>0
     return a>0,(b>0) & ~np.isnan(a)
 
@@ -66,14 +70,19 @@ def _outline(a, spacing) -> np.ndarray:
     return (np.argwhere(p & ~inner) + [s.start for s in box])*spacing
 
 def _spacing(spacing, ndim: int) -> np.ndarray:
-    s = np.ones(ndim) if spacing is None else np.broadcast_to(np.asarray(spacing, float), ndim) if np.ndim(spacing)==0 or len(spacing)==ndim else None
-    if s is None or not (np.isfinite(s) & (s>0)).all(): raise DataError(f"spacing is {spacing}", f"Give the mm of a pixel along each of the {ndim} axes, such as (row, column)")
+    s = (np.ones(ndim) if spacing is None else np.broadcast_to(np.asarray(spacing, float), ndim)
+        if np.ndim(spacing)==0 or len(spacing)==ndim else None)
+    if s is None or not (np.isfinite(s) & (s>0)).all():
+        raise DataError(f"spacing is {spacing}",
+            f"Give the mm of a pixel along each of the {ndim} axes, such as (row, column)")
     return s
 
 def _distances(truth, mask, spacing):
     "Distances of the truth's outline to the mask's and back; None where one mask is empty."
     a,b = _masks(truth, mask)
-    if np.asarray(truth).dtype.kind=='f' and np.isnan(truth).any(): raise DataError("A part of the truth is unknown", "Distances need whole outlines; leave this image out")
+    if np.asarray(truth).dtype.kind=='f' and np.isnan(truth).any():
+        raise DataError("A part of the truth is unknown",
+            "Distances need whole outlines; leave this image out")
     s = _spacing(spacing, a.ndim)
     if not (a.any() and b.any()): return None
     p,q = _outline(a, s),_outline(b, s)
@@ -85,7 +94,8 @@ def hausdorff95(
     spacing=None, # mm of a pixel, one number or one an axis (row, column); None: the distance is in pixels
     q: float=95,  # percentile; 100 for the classical Hausdorff distance
 ) -> float:
-    "The `q`th percentile of the distance between both outlines, the larger direction; 0 where both are empty, NaN where only one is."
+    """The `q`th percentile of the distance between both outlines, the larger direction; 0 where both are
+    empty, NaN where only one is."""
     if not 0<q<=100: raise DataError(f"q is {q}", "Give a percentile above 0 and up to 100")
     d = _distances(truth, mask, spacing)
     if d is None: return 0. if not np.any(truth) and not np.any(mask) else math.nan
@@ -97,7 +107,8 @@ def surface_dice(
     tolerance: float, # mm (pixels without `spacing`) that readers differ by
     spacing=None,     # as in `hausdorff95`
 ) -> float:
-    "The share of both outlines that lies within `tolerance` of the other (Nikolov et al. 2018, by pixels); 1 where both masks are empty, 0 where only one is."
+    """The share of both outlines that lies within `tolerance` of the other (Nikolov et al. 2018, by pixels);
+    1 where both masks are empty, 0 where only one is."""
     if not tolerance>=0: raise DataError(f"tolerance is {tolerance}", "Give a distance of at least 0")
     d = _distances(truth, mask, spacing)
     if d is None: return float(not np.any(truth) and not np.any(mask))
@@ -105,7 +116,9 @@ def surface_dice(
 
 # %% ../../nbs/41_metrics.masks.ipynb #714c5208
 def _same_number(truths, masks):
-    if len(truths)!=len(masks): raise DataError(f"There are {len(truths)} true masks but {len(masks)} predicted ones", "Give one for each image")
+    if len(truths)!=len(masks):
+        raise DataError(f"There are {len(truths)} true masks but {len(masks)} predicted ones",
+            "Give one for each image")
 
 def dice_ci(
     truths,      # sequence of masks
@@ -125,28 +138,36 @@ def mask_table(
     tolerance: float|None=None,  # of `surface_dice`; None leaves it out
     n: int=1000, seed: int=0, level: float=.95, # of the intervals, as in `mean_ci` and `proportion_ci`
 ) -> pd.DataFrame:
-    "A row a figure: value, low, high, the n images and patients it rests on, and, where it is not defined, the reason. Images without any known pixel are left out."
+    """A row a figure: value, low, high, the n images and patients it rests on, and, where it is not defined,
+    the reason. Images without any known pixel are left out."""
     _same_number(truths, masks)
     if not len(truths): raise DataError("There are no masks", "Give at least two images")
     g = group_numbers(groups, len(truths))
-    each = list(spacing) if spacing is not None and np.ndim(spacing) and len(spacing)==len(truths) and np.ndim(spacing[0]) else [spacing]*len(truths)
+    each = (list(spacing) if spacing is not None and np.ndim(spacing) and len(spacing)==len(truths)
+        and np.ndim(spacing[0]) else [spacing]*len(truths))
     o = pd.DataFrame([_one(*row, tolerance) for row in zip(truths, masks, each)])
     known = o.dice.notna().to_numpy()
     lesion = o.pop('lesion').to_numpy(bool) & known
     found = o.pop('found').to_numpy(bool)
     rows = {}
     for name in o:
-        rows[name] = _row(mean_ci, o[name], g, known & o[name].notna().to_numpy(), n=n, seed=seed, level=level)
-        if name!='hausdorff95': rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & o[name].notna().to_numpy(), n=n, seed=seed, level=level)
+        rows[name] = _row(mean_ci, o[name], g, known & o[name].notna().to_numpy(), n=n, seed=seed,
+            level=level)
+        if name!='hausdorff95':
+            rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & o[name].notna().to_numpy(), n=n,
+                seed=seed, level=level)
     rows['missed lesions'] = _row(_share, ~found, g, lesion, level=level)
     rows['invented lesions'] = _row(_share, found, g, known & ~lesion, level=level)
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['value','low','high','n','patients','reason'])
+    return pd.DataFrame.from_dict(rows, orient='index',
+        columns=['value','low','high','n','patients','reason'])
 
 def _one(truth, mask, spacing, tolerance) -> dict:
     "The figures of one image."
-    out = dict(lesion=np.nansum(np.asarray(truth)>0)>0, found=_masks(truth, mask)[1].any(), dice=dice(truth, mask), iou=iou(truth, mask))
+    out = dict(lesion=np.nansum(np.asarray(truth)>0)>0, found=_masks(truth, mask)[1].any(),
+        dice=dice(truth, mask), iou=iou(truth, mask))
     whole = not (np.asarray(truth).dtype.kind=='f' and np.isnan(truth).any())
-    if tolerance is not None: out['surface dice'] = surface_dice(truth, mask, tolerance, spacing) if whole else math.nan
+    if tolerance is not None:
+        out['surface dice'] = surface_dice(truth, mask, tolerance, spacing) if whole else math.nan
     return out | {'hausdorff95': hausdorff95(truth, mask, spacing) if whole and out['lesion'] else math.nan}
 
 def _share(hit, groups, level): return proportion_ci(hit, None, groups, level)

@@ -15,11 +15,21 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, rng
-from .intervals import NA, Interval, binary, check_repetitions, compact, fewest, percentile_ci, proportion_ci
+from radiology_ai.metrics.intervals import (
+    NA,
+    Interval,
+    binary,
+    check_repetitions,
+    compact,
+    fewest,
+    percentile_ci,
+    proportion_ci,
+)
 
 # %% ../../nbs/41_metrics.operating.ipynb #d00205a2
 def _roc(t, s) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Candidate thresholds ascending (K,), and sensitivity and specificity at each; the first calls all positive, the last none."
+    """Candidate thresholds ascending (K,), and sensitivity and specificity at each; the first calls all
+    positive, the last none."""
     values = np.unique(s)
     mid = values[:-1] + (values[1:]-values[:-1])/2
     cuts = np.r_[values[0], np.where(mid>values[:-1], mid, values[1:]), np.nextafter(values[-1], np.inf)]
@@ -42,9 +52,11 @@ def threshold_for(
     specificity: float|None=None, # the wanted specificity
 ) -> float:
     "The threshold that reaches the wanted sensitivity (or specificity) and has the best of the other."
-    if (sensitivity is None)==(specificity is None): raise DataError("Both or none of sensitivity and specificity are given", "Give exactly one of them")
+    if (sensitivity is None)==(specificity is None):
+        raise DataError("Both or none of sensitivity and specificity are given", "Give exactly one of them")
     wanted = specificity if sensitivity is None else sensitivity
-    if not 0<wanted<=1: raise DataError(f"The wanted value is {wanted}", "Give a share above 0 and up to 1, such as 0.95")
+    if not 0<wanted<=1:
+        raise DataError(f"The wanted value is {wanted}", "Give a share above 0 and up to 1, such as 0.95")
     t,(s,),_ = binary(targets, scores)
     cuts,sens,spec = _roc(t, s)
     if sensitivity is not None: return float(cuts[np.flatnonzero(sens>=wanted-1e-12)[-1]])
@@ -72,13 +84,16 @@ def cost_threshold(
 ) -> float:
     "The threshold with the smallest mean cost (Metz 1978)."
     t,(s,),_ = binary(targets, scores)
-    if not (min(cost_fn, cost_fp)>=0 and 0<max(cost_fn, cost_fp)<math.inf): raise DataError(f"The costs are {cost_fn} and {cost_fp}", "Give costs of at least 0, one of them above 0")
+    if not (min(cost_fn, cost_fp)>=0 and 0<max(cost_fn, cost_fp)<math.inf):
+        raise DataError(f"The costs are {cost_fn} and {cost_fp}",
+            "Give costs of at least 0, one of them above 0")
     p = t.mean() if prevalence is None else _share(prevalence)
     cuts,sens,spec = _roc(t, s)
     return float(cuts[np.argmin(cost_fn*p*(1-sens) + cost_fp*(1-p)*(1-spec))])
 
 def _share(prevalence: float) -> float:
-    if not 0<prevalence<1: raise DataError(f"prevalence is {prevalence}", "Give a share between 0 and 1, such as 0.02")
+    if not 0<prevalence<1:
+        raise DataError(f"prevalence is {prevalence}", "Give a share between 0 and 1, such as 0.02")
     return prevalence
 
 # %% ../../nbs/41_metrics.operating.ipynb #857613c1
@@ -101,22 +116,27 @@ def call_rates(
     with np.errstate(divide='ignore', invalid='ignore'):
         se,sp = tp/(tp+fn),tn/(tn+fp)
         pi = prevalence
-        ppv,npv = (tp/(tp+fp), tn/(tn+fn)) if pi is None else (pi*se/(pi*se + (1-pi)*(1-sp)), (1-pi)*sp/((1-pi)*sp + pi*(1-se)))
+        ppv,npv = ((tp/(tp+fp), tn/(tn+fn)) if pi is None
+            else (pi*se/(pi*se + (1-pi)*(1-sp)), (1-pi)*sp/((1-pi)*sp + pi*(1-se))))
         mcc = (tp*tn - fp*fn)/np.sqrt((tp+fp)*(tp+fn)*(tn+fp)*(tn+fn))
-        return {'sensitivity': se, 'specificity': sp, 'PPV': ppv, 'NPV': npv, 'accuracy': (tp+tn)/(tp+fp+fn+tn), 'balanced accuracy': (se+sp)/2,
+        return {'sensitivity': se, 'specificity': sp, 'PPV': ppv, 'NPV': npv,
+            'accuracy': (tp+tn)/(tp+fp+fn+tn), 'balanced accuracy': (se+sp)/2,
                 f'F{beta:g}': (1+beta**2)*tp/((1+beta**2)*tp + beta**2*fn + fp), 'MCC': mcc}
 
 def _drawn_rates(cells, g, n, seed, **kwargs) -> dict:
     "`call_rates` of `n` draws of patients with replacement, each (n,)."
-    kinds,patients = np.unique(np.stack([np.bincount(g, cells==k, g.max()+1) for k in range(4)], 1), axis=0, return_counts=True)
-    return call_rates((rng(seed, 'point').multinomial(patients.sum(), patients/patients.sum(), size=n)@kinds).T, **kwargs)
+    kinds,patients = np.unique(np.stack([np.bincount(g, cells==k, g.max()+1) for k in range(4)], 1), axis=0,
+        return_counts=True)
+    return call_rates((rng(seed, 'point').multinomial(patients.sum(), patients/patients.sum(),
+        size=n)@kinds).T, **kwargs)
 
 def _limits(name, se, sp, pi, **kwargs) -> Interval:
     "A figure with the limits of sensitivity and specificity propagated, at the share of positives `pi`."
     def f(se, sp): return float(call_rates((pi*se, (1-pi)*(1-sp), pi*(1-se), (1-pi)*sp), **kwargs)[name])
     v = f(se.value, sp.value)
     far = lambda a, b: math.hypot(*np.nan_to_num([v-f(a, sp.value), v-f(se.value, b)]))
-    return Interval(v, max(-1. if name=='MCC' else 0., v - far(se.low, sp.low)), min(1., v + far(se.high, sp.high)))
+    return Interval(v, max(-1. if name=='MCC' else 0., v - far(se.low, sp.low)),
+        min(1., v + far(se.high, sp.high)))
 
 def point_intervals(
     t,        # (N,) bool, positive?
@@ -128,15 +148,18 @@ def point_intervals(
 ) -> dict[str, tuple[Interval, int]]:
     "Interval and n of each figure."
     values = call_rates(np.bincount(call_cells(t.astype(float), p), minlength=4), **kwargs)
-    parts = {'sensitivity': (p, t), 'specificity': (~p, ~t), 'PPV': (t, p), 'NPV': (~t, ~p), 'accuracy': (p==t, None)}
+    parts = {'sensitivity': (p, t), 'specificity': (~p, ~t), 'PPV': (t, p), 'NPV': (~t, ~p),
+        'accuracy': (p==t, None)}
     if kwargs.get('prevalence') is not None: parts = {k: v for k,v in parts.items() if k not in ('PPV','NPV')}
-    out = {k: (proportion_ci(hit, of, g, level), len(t) if of is None else int(of.sum())) for k,(hit,of) in parts.items()}
+    out = {k: (proportion_ci(hit, of, g, level), len(t) if of is None else int(of.sum()))
+        for k,(hit,of) in parts.items()}
     se,sp,patients = out['sensitivity'][0],out['specificity'][0],fewest(t, g)
     for name in [k for k in values if k not in out]:
         v = float(values[name])
         if math.isnan(v) or math.isnan(se.value+sp.value): ci = NA
         elif se.value in (0, 1) or sp.value in (0, 1): ci = _limits(name, se, sp, t.mean(), **kwargs)
-        elif drawn is None or np.isnan(drawn[name]).mean()>.5: ci = Interval(v, -1. if name=='MCC' else 0., 1.) # nothing is known
+        elif drawn is None or np.isnan(drawn[name]).mean()>.5:
+            ci = Interval(v, -1. if name=='MCC' else 0., 1.) # nothing is known
         else: ci = percentile_ci(v, drawn[name], level, patients)
         out[name] = ci,len(t)
     return {k: out[k] for k in values}
@@ -153,9 +176,12 @@ def operating_point(
     n: int=1000,                 # draws of the bootstrap
     seed: int=0,                 # of the draws
 ) -> pd.DataFrame:
-    "Sensitivity, specificity, PPV, NPV, accuracy, balanced accuracy, F-beta and MCC: value, low, high and the n images that each rests on."
+    """Sensitivity, specificity, PPV, NPV, accuracy, balanced accuracy, F-beta and MCC: value, low, high and
+    the n images that each rests on."""
     t,(s,),g = binary(targets, scores, groups=groups, both=False)
-    if not np.isfinite(threshold): raise DataError(f"The threshold is {threshold}", "Give a finite number, such as `youden_threshold` of the validation set")
+    if not np.isfinite(threshold):
+        raise DataError(f"The threshold is {threshold}",
+            "Give a finite number, such as `youden_threshold` of the validation set")
     if not beta>0: raise DataError(f"beta is {beta}", "Give a number above 0, such as 1 or 2")
     if prevalence is not None: _share(prevalence)
     check_repetitions(n)

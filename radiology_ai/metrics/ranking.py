@@ -21,12 +21,14 @@ from .intervals import Interval, binary, bootstrap_ci, compact, normal_quantile,
 
 # %% ../../nbs/41_metrics.ranking.ipynb #a0eccf07
 class Ranked:
-    "Targets (N,) of 1, 0, NaN and scores (N,) sorted once; the figures of each of R draws from the weights (N, R)."
+    """Targets (N,) of 1, 0, NaN and scores (N,) sorted once; the figures of each of R draws from the weights
+    (N, R)."""
     def __init__(self, t, s):
         pos,neg = np.flatnonzero(t==1),np.flatnonzero(t==0)
         neg = neg[np.argsort(s[neg])]
         values,row = np.unique(s[pos], return_inverse=True)
-        first,above = np.searchsorted(values, s[neg]),np.searchsorted(values, s[neg], 'right') # unequal where a negative ties with a positive
+        # unequal where a negative ties with a positive
+        first,above = np.searchsorted(values, s[neg]),np.searchsorted(values, s[neg], 'right')
         one = lambda r, c, n: csr_array((np.ones(len(r), np.float32), (r, c)), shape=(n, len(t)))
         tied = first<above
         self.pos,self.gaps = one(row, pos, len(values)),one(above, neg, len(values)+1)
@@ -57,7 +59,8 @@ def auroc(
     targets, # (N,) of 1, 0 or NaN
     scores,  # (N,) higher means more likely 1
 ) -> float:
-    "Area under the ROC curve (Hanley and McNeil 1982); ties count one half. `DataError` if only one class is there."
+    """Area under the ROC curve (Hanley and McNeil 1982); ties count one half. `DataError` if only one class
+    is there."""
     r = _ranked(targets, scores)
     return float(r.auroc(np.ones((r.pos.shape[1], 1)))[0])
 
@@ -75,7 +78,8 @@ auroc.by_class = True # does not depend on the share of positives
 
 # %% ../../nbs/41_metrics.ranking.ipynb #9296b1cf
 def delong_components(t, s) -> tuple[np.ndarray, np.ndarray]:
-    "For each positive the share of negatives below it, for each negative the share of positives above it (ties one half)."
+    """For each positive the share of negatives below it, for each negative the share of positives above it
+    (ties one half)."""
     order = np.argsort(s)
     ordered,ill = s[order],t[order]
     new = np.r_[True, ordered[1:]!=ordered[:-1]] # the first of the images with the same score
@@ -93,7 +97,9 @@ def _covariance(t, components, g) -> tuple[np.ndarray, np.ndarray]:
     g = compact(g)
     gp,gn,m,n,k = g[t],g[~t],int(t.sum()),int((~t).sum()),int(g.max())+1
     few = [int((np.bincount(o, minlength=k)>0).sum()) for o in (gp, gn)]
-    if min(few)<2: raise DataError(f"{few[0]} patients have a positive and {few[1]} a negative image", "An interval needs at least two of each")
+    if min(few)<2:
+        raise DataError(f"{few[0]} patients have a positive and {few[1]} a negative image",
+            "An interval needs at least two of each")
     theta = np.array([v10.mean() for v10,_ in components])
     x = np.array([np.bincount(gp, v10-o, k) for o,(v10,_) in zip(theta, components)])/m
     y = np.array([np.bincount(gn, v01-o, k) for o,(_,v01) in zip(theta, components)])/n
@@ -111,14 +117,16 @@ def delong_covariance(
 
 # %% ../../nbs/41_metrics.ranking.ipynb #91edf50b
 def perfect_auroc(value, t, g, level) -> Interval|None:
-    "The interval of an AUROC of exactly 0 or 1: Wilson's for the patients of the rarer class; None for other values."
+    """The interval of an AUROC of exactly 0 or 1: Wilson's for the patients of the rarer class; None for
+    other values."""
     if value not in (0, 1): return None
     t = np.asarray(t)>0
     few = min(len(np.unique(g[t])), len(np.unique(g[~t])))
     return wilson_ci(value*few, few, level)
 
 def perfect_precision(value, t, g, level) -> Interval|None:
-    "The interval of an average precision of 1: by Wilson's limit of the specificity of the cut between the classes; None for other values."
+    """The interval of an average precision of 1: by Wilson's limit of the specificity of the cut between the
+    classes; None for other values."""
     if value!=1: return None
     t = np.asarray(t)>0
     patients = len(np.unique(g[~t]))
@@ -129,7 +137,9 @@ auroc.at_limit,average_precision.at_limit = perfect_auroc,perfect_precision
 
 def refuse_constant(s):
     "`DataError` where all scores (N,) are the same."
-    if s.min()==s.max(): raise DataError(f"All {len(s)} scores are {s[0]:g}", "Such scores rank nothing: check the weights of the model and that its input is not out of range")
+    if s.min()==s.max():
+        raise DataError(f"All {len(s)} scores are {s[0]:g}",
+            "Such scores rank nothing: check the weights of the model and that its input is not out of range")
 
 def auroc_ci(
     targets,                # (N,) of 1, 0 or NaN
@@ -140,9 +150,11 @@ def auroc_ci(
     n: int=1000,            # repetitions of the bootstrap
     seed: int=0,            # of the bootstrap
 ) -> Interval:
-    "AUROC with its confidence interval, clipped to [0, 1] (DeLong 1988; Obuchowski 1997). `DataError` for constant scores, whose 0.5 says nothing about a model."
+    """AUROC with its confidence interval, clipped to [0, 1] (DeLong 1988; Obuchowski 1997). `DataError` for
+    constant scores, whose 0.5 says nothing about a model."""
     z = normal_quantile(level)
-    if method not in ('delong','bootstrap'): raise DataError(f"method is {method!r}", "Choose 'delong' or 'bootstrap'")
+    if method not in ('delong','bootstrap'):
+        raise DataError(f"method is {method!r}", "Choose 'delong' or 'bootstrap'")
     t,(s,),g = binary(targets, scores, groups=groups)
     refuse_constant(s)
     parts = delong_components(t, s)
@@ -168,10 +180,12 @@ def delong_test(
     groups=None,      # (N,) patient of each image
     level: float=.95, # confidence of the difference's interval
 ) -> DelongTest:
-    "DeLong's test that two models on the same images have the same AUROC; with `groups` in its clustered form."
+    """DeLong's test that two models on the same images have the same AUROC; with `groups` in its clustered
+    form."""
     t,(sa,sb),g = binary(targets, a, b, groups=groups)
     theta,cov = delong_covariance(t, [sa, sb], g)
     diff,se = theta[0]-theta[1], math.sqrt(max(0., cov[0,0] + cov[1,1] - 2*cov[0,1]))
     z = 0. if abs(diff)<1e-12 else (diff/se if se>1e-12 else math.copysign(math.inf, diff))
     half = normal_quantile(level)*se
-    return DelongTest(Interval(float(diff), float(max(-1., diff-half)), float(min(1., diff+half))), float(z), math.erfc(abs(z)/math.sqrt(2)), *map(float, theta))
+    return DelongTest(Interval(float(diff), float(max(-1., diff-half)), float(min(1., diff+half))), float(z),
+        math.erfc(abs(z)/math.sqrt(2)), *map(float, theta))

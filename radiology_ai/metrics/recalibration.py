@@ -23,7 +23,9 @@ from .intervals import group_numbers, vector
 def _number(low, high, whole=False):
     "Check of a number in [low, high]."
     def check(v, name):
-        if isinstance(v, bool) or not isinstance(v, int if whole else (int, float)) or not low<=v<=high: raise DataError(f"{name} is {str(v)[:60]!r}", f"It must be a {'whole ' if whole else ''}number from {low:g} to {high:g}")
+        if isinstance(v, bool) or not isinstance(v, int if whole else (int, float)) or not low<=v<=high:
+            raise DataError(f"{name} is {str(v)[:60]!r}",
+                f"It must be a {'whole ' if whole else ''}number from {low:g} to {high:g}")
         return v if whole else float(v)
     return check
 
@@ -31,9 +33,11 @@ def _numbers(low, high, rising='', whole=False):
     "Check of a list of numbers in [low, high]: 'rising', 'strictly' rising or in any order."
     one = _number(low, high, whole)
     def check(v, name):
-        if not isinstance(v, list) or not v: raise DataError(f"{name} is {str(v)[:60]!r}", "It must be a list of numbers")
+        if not isinstance(v, list) or not v:
+            raise DataError(f"{name} is {str(v)[:60]!r}", "It must be a list of numbers")
         a = np.array([one(o, f'{name}[{i}]') for i,o in enumerate(v)], int if whole else float)
-        if rising and ((d := np.diff(a)) < 0).any() or rising=='strictly' and (d==0).any(): raise DataError(f"{name} do not rise", "They must stand in order")
+        if rising and ((d := np.diff(a)) < 0).any() or rising=='strictly' and (d==0).any():
+            raise DataError(f"{name} do not rise", "They must stand in order")
         return a
     return check
 
@@ -47,10 +51,13 @@ class Recalibration:
     def to_dict(self) -> dict:
         "Plain numbers and lists; back by `recalibration_from`."
         self._fitted()
-        return {'kind': self.kind} | {k: v.tolist() if isinstance(v := getattr(self, k), np.ndarray) else v for k in self.fields}
+        return {'kind': self.kind} | {k: v.tolist() if isinstance(v := getattr(self, k), np.ndarray) else v
+            for k in self.fields}
 
     def _fitted(self):
-        if not all(hasattr(self, k) for k in self.fields): raise DataError(f"This {type(self).__name__} has not been fitted", "Call fit(targets, scores) with validation images")
+        if not all(hasattr(self, k) for k in self.fields):
+            raise DataError(f"This {type(self).__name__} has not been fitted",
+                "Call fit(targets, scores) with validation images")
 
     def _start(self, targets, scores, groups):
         self.__dict__.clear()
@@ -61,7 +68,9 @@ class Recalibration:
     def _scores(self, scores) -> np.ndarray:
         self._fitted()
         s = np.asarray(scores, float)
-        if np.isnan(s).any(): raise DataError(f"{int(np.isnan(s).sum())} of {s.size} scores are NaN", "Predict these images again, or leave out their rows")
+        if np.isnan(s).any():
+            raise DataError(f"{int(np.isnan(s).sum())} of {s.size} scores are NaN",
+                "Predict these images again, or leave out their rows")
         _in_range(s)
         return s
 
@@ -72,35 +81,48 @@ class Recalibration:
 def recalibration_from(
     d: dict, # from `to_dict`, also by way of JSON
 ) -> Recalibration:
-    "The fitted recalibration that a dict tells. `DataError` that names the field which is missing, unknown or wrong."
+    """The fitted recalibration that a dict tells. `DataError` that names the field which is missing, unknown
+    or wrong."""
     kinds = {c.kind: c for c in Recalibration.__subclasses__()}
     if not isinstance(d, dict) or not isinstance(d.get('kind'), str) or d['kind'] not in kinds:
-        raise DataError(f"The kind of the recalibration is {str(d.get('kind') if isinstance(d, dict) else d)[:60]!r}", f"Known are {', '.join(map(repr, kinds))}")
+        raise DataError("The kind of the recalibration is "
+            f"{str(d.get('kind') if isinstance(d, dict) else d)[:60]!r}",
+            f"Known are {', '.join(map(repr, kinds))}")
     o = kinds[d['kind']]()
     for name,keys in (('lacks', set(o.fields)-set(d)), ('has unknown', set(d)-set(o.fields)-{'kind'})):
-        if keys: raise DataError(f"The recalibration {d['kind']!r} {name} {', '.join(sorted(map(str, keys)))}", f"Its fields are {', '.join(o.fields)}")
+        if keys:
+            raise DataError(f"The recalibration {d['kind']!r} {name} {', '.join(sorted(map(str, keys)))}",
+                f"Its fields are {', '.join(o.fields)}")
     values = {k: check(d[k], k) for k,check in o.fields.items()}
     lengths = {k: len(v) for k,v in values.items() if isinstance(v, np.ndarray)}
-    if len(set(lengths.values()))>1: raise DataError(f"The lists differ in length: {lengths}", "They belong together, one entry each")
+    if len(set(lengths.values()))>1:
+        raise DataError(f"The lists differ in length: {lengths}", "They belong together, one entry each")
     for k,v in values.items(): setattr(o, k, v)
     o._ready()
     return o
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #13b5330a
 def _class_numbers(targets, logits, groups):
-    "Checked (class numbers (N,), logits (N, C), group numbers (N,)), rows with unknown targets (NaN or below 0) left out."
+    """Checked (class numbers (N,), logits (N, C), group numbers (N,)), rows with unknown targets (NaN or
+    below 0) left out."""
     t,z = vector(targets, 'targets'),np.asarray(logits, float)
-    if len(t)!=len(z): raise DataError(f"There are {len(t)} targets but {len(z)} scores", "Give one row of logits for each target")
+    if len(t)!=len(z):
+        raise DataError(f"There are {len(t)} targets but {len(z)} scores",
+            "Give one row of logits for each target")
     g,keep = group_numbers(groups, len(t)),t>=0
     t,z,g = t[keep],z[keep],g[keep]
-    if not len(t) or (t!=t.round()).any() or t.max()>=z.shape[1]: raise DataError(f"targets are no class numbers 0 to {z.shape[1]-1}", "Give (N,) class numbers for (N, C) logits; several labels are fitted one at a time")
-    if not np.isfinite(z).all(): raise DataError("Logits are not finite", "Predict these images again, or leave out their rows")
+    if not len(t) or (t!=t.round()).any() or t.max()>=z.shape[1]:
+        raise DataError(f"targets are no class numbers 0 to {z.shape[1]-1}",
+            "Give (N,) class numbers for (N, C) logits; several labels are fitted one at a time")
+    if not np.isfinite(z).all():
+        raise DataError("Logits are not finite", "Predict these images again, or leave out their rows")
     return t.astype(int),z,g
 
 class TemperatureScaling(Recalibration):
     "Log odds, or the logits of several classes, divided by one temperature (Guo et al., ICML 2017)."
     kind = 'temperature'
-    fields = dict(temperature=_number(_TINY, _HUGE), error=_number(0, _HUGE), classes=_number(1, 1e6, True), **_COUNTS)
+    fields = dict(temperature=_number(_TINY, _HUGE), error=_number(0, _HUGE), classes=_number(1, 1e6, True),
+        **_COUNTS)
 
     def fit(self,
         targets,     # (N,) of 1, 0 or NaN; class numbers for logits
@@ -108,13 +130,16 @@ class TemperatureScaling(Recalibration):
         groups=None, # (N,) patient of each image, for the standard error
     ):
         "The maximum likelihood temperature and its standard error."
-        if np.ndim(scores)==2 and np.shape(scores)[1]>1: beta,variance = self._fit_classes(targets, scores, groups)
+        if np.ndim(scores)==2 and np.shape(scores)[1]>1:
+            beta,variance = self._fit_classes(targets, scores, groups)
         else:
             t,s,g = self._start(targets, scores, groups)
             self.classes = 1
             b,cov = _logistic(_logit(s)[:,None], t, g)
             beta,variance = float(b[0]),float(cov[0,0])
-        if beta<=0: raise DataError("The scores rank the classes the wrong way round", "Check the targets; no temperature mends this")
+        if beta<=0:
+            raise DataError("The scores rank the classes the wrong way round",
+                "Check the targets; no temperature mends this")
         self.temperature,self.error = 1/beta,math.sqrt(variance)/beta**2
         return self
 
@@ -126,30 +151,37 @@ class TemperatureScaling(Recalibration):
         def f(b):
             p = softmax(b*z, 1)
             mean = (p*z).sum(1)
-            return -log_softmax(b*z, 1)[np.arange(len(t)),t].sum(), np.array([(mean-own).sum()]), np.array([[((p*z*z).sum(1) - mean**2).sum()]])
-        b,hessian = _newton(f, np.ones(1), "The logits tell all classes apart, or are all alike: the temperature has no finite value")
+            return -log_softmax(b*z, 1)[np.arange(len(t)),
+                t].sum(), np.array([(mean-own).sum()]), np.array([[((p*z*z).sum(1) - mean**2).sum()]])
+        b,hessian = _newton(f, np.ones(1),
+            "The logits tell all classes apart, or are all alike: the temperature has no finite value")
         return float(b[0]),float(_sandwich((own - (softmax(b*z, 1)*z).sum(1))[:,None], hessian, g)[0,0])
 
     def __call__(self, scores) -> np.ndarray:
         "Probabilities in the shape of the scores."
         if getattr(self, 'classes', 1)==1: return expit(_logit(self._scores(scores))/self.temperature)
         z = np.asarray(scores, float)
-        if z.ndim!=2 or z.shape[1]!=self.classes or not np.isfinite(z).all(): raise DataError(f"Logits have shape {z.shape}", f"Give finite logits (N, {self.classes})")
+        if z.ndim!=2 or z.shape[1]!=self.classes or not np.isfinite(z).all():
+            raise DataError(f"Logits have shape {z.shape}", f"Give finite logits (N, {self.classes})")
         return softmax(z/self.temperature, 1)
     def _ready(self): pass
 
 class PlattScaling(Recalibration):
     "Slope and intercept on the log odds (Platt 1999; Lin et al. 2007)."
     kind = 'platt'
-    fields = dict(slope=_number(_TINY, _HUGE), intercept=_number(-_HUGE, _HUGE), slope_error=_number(0, _HUGE), intercept_error=_number(0, _HUGE), **_COUNTS)
+    fields = dict(slope=_number(_TINY, _HUGE), intercept=_number(-_HUGE, _HUGE),
+        slope_error=_number(0, _HUGE), intercept_error=_number(0, _HUGE), **_COUNTS)
 
     def fit(self, targets, scores, groups=None):
         "As `TemperatureScaling.fit`, of probabilities."
         t,s,g = self._start(targets, scores, groups)
         k,x = t.sum(),np.stack([_logit(s), np.ones(len(t))], 1)
         b,cov = _logistic(x, np.where(t>0, (k+1)/(k+2), 1/(len(t)-k+2)), g)
-        if b[0]<=0: raise DataError("The scores rank the classes the wrong way round", "Check the targets; a recalibration would turn the scores round")
-        self.slope,self.intercept,self.slope_error,self.intercept_error = map(float, (*b, *np.sqrt(np.diag(cov))))
+        if b[0]<=0:
+            raise DataError("The scores rank the classes the wrong way round",
+                "Check the targets; a recalibration would turn the scores round")
+        self.slope,self.intercept,self.slope_error,self.intercept_error = map(float,
+            (*b, *np.sqrt(np.diag(cov))))
         return self
 
     def __call__(self, scores) -> np.ndarray:
@@ -181,7 +213,8 @@ class IsotonicCalibration(Recalibration):
     def _ready(self): pass
 
 def _pools(y, n) -> tuple[list, list, list]:
-    "For each end i of a rising fit to positives `y` of `n` images at places 0 .. i: the first place of its last step, its positives and its images."
+    """For each end i of a rising fit to positives `y` of `n` images at places 0 .. i: the first place of its
+    last step, its positives and its images."""
     first,ys,ns = [],[],[]
     for i,(s,c) in enumerate(zip(y, n)):
         a = i
@@ -190,9 +223,11 @@ def _pools(y, n) -> tuple[list, list, list]:
     return first,ys,ns
 
 class VennAbers(Recalibration):
-    "Two probabilities for each score, from isotonic fits with the image added as negative and as positive (Vovk, Petej and Fedorova, NeurIPS 2015)."
+    """Two probabilities for each score, from isotonic fits with the image added as negative and as positive
+    (Vovk, Petej and Fedorova, NeurIPS 2015)."""
     kind = 'venn_abers'
-    fields = dict(scores=_numbers(0, 1, 'strictly'), positives=_numbers(0, _HUGE, whole=True), images=_numbers(1, _HUGE, whole=True), **_COUNTS)
+    fields = dict(scores=_numbers(0, 1, 'strictly'), positives=_numbers(0, _HUGE, whole=True),
+        images=_numbers(1, _HUGE, whole=True), **_COUNTS)
 
     def fit(self, targets, scores, groups=None):
         "Needs images of both classes; `groups` are only counted."
@@ -205,9 +240,11 @@ class VennAbers(Recalibration):
     def _ready(self):
         "The two answers at and between the m known scores: (2, 2m + 1), places in order."
         y,n = self.positives.tolist(),self.images.tolist()
-        if any(a>b for a,b in zip(y, n)): raise DataError("positives are more than images", "They are counts at each score")
+        if any(a>b for a,b in zip(y, n)):
+            raise DataError("positives are more than images", "They are counts at each score")
         left,right = _pools(y, n),_pools([b-a for a,b in zip(y[::-1], n[::-1])], n[::-1])
-        self.answers = np.array([[_joined(k, label, y, n, left, right) for k in range(2*len(y)+1)] for label in (0, 1)])
+        self.answers = np.array([[_joined(k, label, y, n, left, right) for k in range(2*len(y)+1)]
+            for label in (0, 1)])
 
     def interval(self, scores) -> tuple[np.ndarray, np.ndarray]:
         "The lower and the upper probability, each in the shape of the scores."
@@ -221,11 +258,13 @@ class VennAbers(Recalibration):
         return high/(1-low+high)
 
 def _joined(k: int, label: int, y, n, left, right) -> float:
-    "Rate of the step that holds an image of this label added at place `k`: even between two known scores, odd at one."
+    """Rate of the step that holds an image of this label added at place `k`: even between two known scores,
+    odd at one."""
     m,at = len(y),k//2
     s,c = (label + y[at], 1 + n[at]) if k%2 else (label, 1)
     a,b = at-1,m-at-k%2-1 # ends of the fits to the left and, counted from the right, to the right
     while True:
         if a>=0 and left[1][a]*c>=s*left[2][a]: s,c,a = s+left[1][a],c+left[2][a],left[0][a]-1
-        elif b>=0 and (right[2][b]-right[1][b])*c<=s*right[2][b]: s,c,b = s+right[2][b]-right[1][b],c+right[2][b],right[0][b]-1
+        elif b>=0 and (right[2][b]-right[1][b])*c<=s*right[2][b]:
+            s,c,b = s+right[2][b]-right[1][b],c+right[2][b],right[0][b]-1
         else: return s/c

@@ -31,11 +31,15 @@ class Collected:
     def add(self, learn):
         "Keep the current batch, unless it is kept already."
         if self.last is learn.pred: return
-        if not hasattr(learn.loss_func, 'activation'): raise ModelError(f"The loss {type(learn.loss_func).__name__} does not tell what its logits mean", "Give a loss with `activation`, such as WeightedCrossEntropy or BCEWithNaN")
+        if not hasattr(learn.loss_func, 'activation'):
+            raise ModelError(f"The loss {type(learn.loss_func).__name__} does not tell what its logits mean",
+                "Give a loss with `activation`, such as WeightedCrossEntropy or BCEWithNaN")
         pred,target = to_detach(learn.pred),to_detach(learn.yb[0]).cpu().numpy()
         p = learn.loss_func.activation(pred)
-        said = None if p.ndim<2 or target.ndim>1 else learn.loss_func.decodes(pred) if hasattr(learn.loss_func, 'decodes') else p.argmax(1)
-        self.parts.append((p.to(torch.promote_types(p.dtype, torch.float32)).cpu().numpy(), target, np.zeros(len(target)) if said is None else said.cpu().numpy()))
+        said = (None if p.ndim<2 or target.ndim>1 else learn.loss_func.decodes(pred)
+            if hasattr(learn.loss_func, 'decodes') else p.argmax(1))
+        self.parts.append((p.to(torch.promote_types(p.dtype, torch.float32)).cpu().numpy(), target,
+            np.zeros(len(target)) if said is None else said.cpu().numpy()))
         self.last,self.whole = learn.pred,None
 
     def joined(self) -> tuple:
@@ -70,7 +74,9 @@ def mean_figure(
     each = []
     for t,s in zip(np.asarray(targets).T, np.asarray(scores).T):
         keep = ~np.isnan(t)
-        if np.isnan(s[keep]).any(): raise DataError("The probabilities hold NaN", "The training has diverged: lower the learning rate")
+        if np.isnan(s[keep]).any():
+            raise DataError("The probabilities hold NaN",
+                "The training has diverged: lower the learning rate")
         try: each.append(figure(t[keep], s[keep]))
         except DataError: continue
     each = [v for v in each if not math.isnan(v)]
@@ -96,7 +102,8 @@ class EpochMetric(Metric):
     def reset(self): self.collected = None
     def accumulate(self, learn):
         if self.collected is None:
-            kept = [m.collected for m in getattr(learn, 'metrics', ()) if isinstance(m, EpochMetric) and m.collected is not None and m.collected.last is learn.pred]
+            kept = [m.collected for m in getattr(learn, 'metrics', ()) if isinstance(m, EpochMetric)
+                and m.collected is not None and m.collected.last is learn.pred]
             self.collected,self.at = kept[0] if kept else Collected(),self._at(learn)
         self.collected.add(learn)
 
@@ -104,7 +111,9 @@ class EpochMetric(Metric):
         "The number of the label."
         if self.label is None or isinstance(self.label, int): return self.label
         vocab = list(getattr(learn.dls, 'vocab', None) or [])
-        if self.label not in vocab: raise ModelError(f"There is no label {self.label!r}", f"Give one of {', '.join(map(str, vocab))}, or its number")
+        if self.label not in vocab:
+            raise ModelError(f"There is no label {self.label!r}",
+                f"Give one of {', '.join(map(str, vocab))}, or its number")
         return vocab.index(self.label)
 
     @property
@@ -114,7 +123,8 @@ class EpochMetric(Metric):
 
     def over(self, p, t, said) -> float:
         "The figure of probabilities, targets and classes of all images."
-        return mean_figure(self.figure, *self._picked(*columns(p, t, self.against), 1 if p.ndim==1 else p.shape[1]))
+        return mean_figure(self.figure, *self._picked(*columns(p, t, self.against),
+            1 if p.ndim==1 else p.shape[1]))
     def _picked(self, t, s, n):
         if self.at is None or self.against is not None: return t,s
         if not 0<=self.at<n: raise ModelError(f"There is no label {self.at}", f"There are {n} columns")
@@ -148,9 +158,12 @@ class CallMetric(EpochMetric):
         self.threshold = threshold
     def over(self, p, t, said):
         by_class,kept = self._by_class(p, t),t>=0
-        o = columns(np.eye(p.shape[1])[said[kept].astype(int)], t[kept]) if by_class else columns(p, t, self.against)
+        o = (columns(np.eye(p.shape[1])[said[kept].astype(int)], t[kept]) if by_class
+            else columns(p, t, self.against))
         t,s = self._picked(*o, 1 if p.ndim==1 else p.shape[1])
-        if np.isnan(s).any(): raise DataError("The probabilities hold NaN", "The training has diverged: lower the learning rate")
+        if np.isnan(s).any():
+            raise DataError("The probabilities hold NaN",
+                "The training has diverged: lower the learning rate")
         return mean_figure(self.figure, t, (s if by_class else s>=self.threshold).astype(float))
     def _by_class(self, p, t): return t.ndim==1 and p.ndim==2 and p.shape[1]>2 and self.against is None
 
@@ -186,7 +199,9 @@ class QuadraticKappa(EpochMetric):
     shown = 'quadratic_kappa'
     def __init__(self): super().__init__()
     def over(self, p, t, said):
-        if t.ndim!=1 or p.ndim!=2: raise ModelError(f"Targets have shape {t.shape} and probabilities {p.shape}", "QuadraticKappa is for grades: class numbers (N,) and probabilities (N, C)")
+        if t.ndim!=1 or p.ndim!=2:
+            raise ModelError(f"Targets have shape {t.shape} and probabilities {p.shape}",
+                "QuadraticKappa is for grades: class numbers (N,) and probabilities (N, C)")
         return quadratic_kappa(t[t>=0], said[t>=0]) if (t>=0).any() else math.nan
 
 # %% ../../nbs/44_metrics.running.ipynb #c8e38337
@@ -199,12 +214,16 @@ class MeanDice(Metric):
     ): self.threshold,self.lesions,self.each = threshold,lesions,[]
     def reset(self): self.each = []
     def accumulate(self, learn):
-        p,t = learn.loss_func.activation(to_detach(learn.pred)).cpu().numpy(),to_detach(learn.yb[0]).cpu().numpy()
+        p = learn.loss_func.activation(to_detach(learn.pred)).cpu().numpy()
+        t = to_detach(learn.yb[0]).cpu().numpy()
         if t.ndim==p.ndim-1: # class numbers
-            t = np.where(t[:,None]<0, np.nan, t[:,None]==np.arange(1, p.shape[1]).reshape(-1, *[1]*(t.ndim-1)))
+            t = np.where(t[:,None]<0, np.nan, t[:,None]==np.arange(1, p.shape[1]).reshape(-1,
+                *[1]*(t.ndim-1)))
             masks = p.argmax(1)[:,None]==np.arange(1, p.shape[1]).reshape(-1, *[1]*(t.ndim-2))
         else: masks = p>=self.threshold
-        if t.shape!=masks.shape: raise ModelError(f"Masks have shape {masks.shape} and targets {t.shape}", "MeanDice is for masks (B, C, H, W), or class numbers (B, H, W)")
+        if t.shape!=masks.shape:
+            raise ModelError(f"Masks have shape {masks.shape} and targets {t.shape}",
+                "MeanDice is for masks (B, C, H, W), or class numbers (B, H, W)")
         for a,b in zip(t.reshape(-1, *t.shape[2:]), masks.reshape(-1, *t.shape[2:])):
             if not unknown(a) and (not self.lesions or (a>0).any()): self.each.append(dice(a, b))
     @property

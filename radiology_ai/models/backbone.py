@@ -9,7 +9,11 @@ __all__ = ['EFFICIENTNETS', 'CHEST', 'list_backbones', 'Backbone', 'create_backb
            'ViewsHead', 'XrayModel', 'ViewsModel', 'create_model']
 
 # %% ../../nbs/44_models.backbone.ipynb #67c28c6e
-import difflib, fnmatch, json, math, warnings
+import difflib
+import fnmatch
+import json
+import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +29,10 @@ from ..structured_losses import TreeLoss, grade_log_probabilities
 # %% ../../nbs/44_models.backbone.ipynb #0f6d0fa3
 EFFICIENTNETS = tuple(f'efficientnet_pytorch/efficientnet-b{i}' for i in range(9))
 _RELEASE = 'https://github.com/mlmed/torchxrayvision/releases/download/v1/'
-CHEST = {f'torchxrayvision/densenet121-res224-{name}': ('densenet121', f'{_RELEASE}{data}-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt') for name,data in
-    dict(all='nih-pc-chex-mimic_ch-google-openi-kaggle', nih='nih', pc='pc', chex='chex', rsna='kaggle', mimic_nb='mimic_nb', mimic_ch='mimic_ch').items()} | {
+CHEST = {f'torchxrayvision/densenet121-res224-{name}': ('densenet121',
+    f'{_RELEASE}{data}-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt') for name,data in
+    dict(all='nih-pc-chex-mimic_ch-google-openi-kaggle', nih='nih', pc='pc', chex='chex', rsna='kaggle',
+    mimic_nb='mimic_nb', mimic_ch='mimic_ch').items()} | {
     'torchxrayvision/resnet50-res512-all': ('resnet50', f'{_RELEASE}pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt')} # name: timm's name, address of the weights
 
 def list_backbones(
@@ -39,14 +45,17 @@ def list_backbones(
 def _check_name(name: str):
     "Raises `ModelError` with near names for an unknown architecture."
     base = name.split('.')[0]
-    known = [base, *(n for n in timm.list_models(f'{base}*', pretrained=True) if n.startswith(base+'.'))] if timm.is_model(base) else list_backbones()
+    known = ([base, *(n for n in timm.list_models(f'{base}*', pretrained=True) if n.startswith(base+'.'))]
+        if timm.is_model(base) else list_backbones())
     if name in known: return
     near = difflib.get_close_matches(name, known, n=3, cutoff=.5)
-    raise ModelError(f"There is no architecture {name!r}", f"{'Near it: ' + ', '.join(near) + '. ' if near else ''}list_backbones('*resnet*') lists names")
+    raise ModelError(f"There is no architecture {name!r}",
+        f"{'Near it: ' + ', '.join(near) + '. ' if near else ''}list_backbones('*resnet*') lists names")
 
 # %% ../../nbs/44_models.backbone.ipynb #96fb13f7
 class Backbone(nn.Module):
-    "A network without its classifier: (B, n_in, H, W) pixels in [0, 1] to the last feature map (B, n_features, h, w)."
+    """A network without its classifier: (B, n_in, H, W) pixels in [0, 1] to the last feature map (B,
+    n_features, h, w)."""
     def __init__(self,
         net: nn.Module,  # the network; its features come from `forward_features` or `extract_features`
         n_in: int,       # channels of the images
@@ -56,13 +65,18 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.net,self.n_in,self.n_features,self.pretrained = net,n_in,n_features,False
-        for k,v in (('mean', mean), ('std', std)): self.register_buffer(k, torch.tensor(np.broadcast_to(v, n_in), dtype=torch.float32).reshape(1, n_in, 1, 1))
+        for k,v in (('mean', mean), ('std', std)):
+            self.register_buffer(k, torch.tensor(np.broadcast_to(v, n_in), dtype=torch.float32).reshape(1,
+                n_in, 1, 1))
 
     def forward(self, x):
         if type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor)
-        if x.ndim!=4 or x.shape[1]!=self.n_in: raise ModelError(f"The network takes (B, {self.n_in}, H, W) images and got {tuple(x.shape)}", f"Create it with n_in={x.shape[1] if x.ndim==4 else '...'}, or change the images")
+        if x.ndim!=4 or x.shape[1]!=self.n_in:
+            raise ModelError(f"The network takes (B, {self.n_in}, H, W) images and got {tuple(x.shape)}",
+                f"Create it with n_in={x.shape[1] if x.ndim==4 else '...'}, or change the images")
         x = (x - self.mean)/self.std
-        x = self.net.forward_features(x) if hasattr(self.net, 'forward_features') else self.net.extract_features(x)
+        x = (self.net.forward_features(x) if hasattr(self.net, 'forward_features')
+            else self.net.extract_features(x))
         return _as_map(x, self.n_features, getattr(self.net, 'num_prefix_tokens', 0))
 
 def _as_map(x, n_features: int, prefix: int):
@@ -96,33 +110,45 @@ def create_backbone(
         elif pretrained:
             try: net = make(name, n_in, True, kwargs)[0]
             except ModelError as e:
-                if strict: raise ModelError(e.what, "Download them once where there is a network, give weights='file.safetensors', or pretrained=False") from e
+                if strict:
+                    raise ModelError(e.what, "Download them once where there is a network, give "
+                        "weights='file.safetensors', or pretrained=False") from e
                 known = False
                 warnings.warn(f"{name} starts from RANDOM weights. {e.what}", stacklevel=2)
     body = Backbone(net, n_in, n_features, mean, std)
     body.pretrained = known
     return body,n_features
 
-_OWN = ('name','n_out','n_in','dropout','pool','batchnorm','multi_label','views','fuse','ordinal','parents') # entries of a model's config that are no arguments of the architecture
+# entries of a model's config that are no arguments of the architecture
+_OWN = ('name','n_out','n_in','dropout','pool','batchnorm','multi_label','views','fuse','ordinal','parents')
 
 def _from_bundle(name, weights, kwargs):
-    "The architecture, weights and arguments of a bundle whose folder is given as the name; other names as they are."
+    """The architecture, weights and arguments of a bundle whose folder is given as the name; other names as
+    they are."""
     if not (Path(name)/'bundle.json').is_file(): return str(name),weights,kwargs
     try: network = dict(json.loads((Path(name)/'bundle.json').read_text(encoding='utf-8'))['network'])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ModelError(f"bundle.json of {Path(name).name} is broken ({e})", "Copy the bundle again from its source") from e
-    return network['name'],name if weights is None else weights,{k: v for k,v in network.items() if k not in _OWN} | kwargs
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ModelError(f"bundle.json of {Path(name).name} is broken ({e})",
+            "Copy the bundle again from its source") from e
+    return network['name'],name if weights is None else weights,{k: v for k,v in network.items()
+        if k not in _OWN} | kwargs
 
 def _local(net, weights, n_in, name):
     "Put the weights of a local file or bundle into `net`."
     state = read_weights(weights)
-    if 'op_threshs' in state and name not in CHEST: raise ModelError(f"{Path(weights).name} comes from torchxrayvision, whose networks take pixels from -1024 to 1024", "Name the network 'torchxrayvision/...': list_backbones('torchxrayvision*')")
+    if 'op_threshs' in state and name not in CHEST:
+        raise ModelError(f"{Path(weights).name} comes from torchxrayvision, whose networks take pixels from "
+            "-1024 to 1024", "Name the network 'torchxrayvision/...': list_backbones('torchxrayvision*')")
     fit_weights(net, state, n_in, Path(weights).name)
 
 def _timm(name, n_in, pretrained, kwargs):
     "A timm network, its normalisation for `n_in` channels and its number of features."
     if pretrained: kwargs = {**kwargs, 'pretrained_cfg_overlay': {'file': _timm_file(name)}}
     try: net = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=n_in, **kwargs)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as e: raise ModelError(f"{name} cannot be made with n_in={n_in}{''.join(f', {k}={v}' for k,v in kwargs.items())}: {e}", "Change or leave out these arguments") from e
+    except (TypeError, AssertionError, RuntimeError, ValueError) as e:
+        raise ModelError(f"{name} cannot be made with "
+            f"n_in={n_in}{''.join(f', {k}={v}' for k,v in kwargs.items())}: {e}",
+            "Change or leave out these arguments") from e
     cfg = net.pretrained_cfg
     mean,std = (v if n_in==len(v) else float(np.mean(v)) for v in (cfg['mean'], cfg['std']))
     return net,mean,std,net.num_features
@@ -130,8 +156,11 @@ def _timm(name, n_in, pretrained, kwargs):
 def _timm_file(name: str) -> str:
     "The local file with the published weights of a timm network."
     cfg = timm.models.get_pretrained_cfg(name)
-    if cfg is None or not (cfg.hf_hub_id or cfg.url): raise ModelError(f"There are no published weights for {name}")
-    if cfg.hf_hub_id: return _hub_file(cfg.hf_hub_id, (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ('model.safetensors', 'pytorch_model.bin'))
+    if cfg is None or not (cfg.hf_hub_id or cfg.url):
+        raise ModelError(f"There are no published weights for {name}")
+    if cfg.hf_hub_id:
+        return _hub_file(cfg.hf_hub_id, (cfg.hf_hub_filename,) if cfg.hf_hub_filename
+            else ('model.safetensors', 'pytorch_model.bin'))
     return _url_file(cfg.url)
 
 def _chest(name, n_in, pretrained, kwargs):
@@ -181,10 +210,17 @@ class Head(nn.Module):
         parents=None,            # (n_out,) number of the label above each, -1 for none: `tree_parents`
     ):
         super().__init__()
-        if pool not in ('avg','max','both'): raise ModelError(f"pool is {pool!r}", "Give 'avg', 'max' or 'both'")
-        if prior is not None and len(prior)!=n_out: raise ModelError(f"The prior has {len(prior)} shares for {n_out} outputs", "Give one share for each output, in the order of the vocabulary")
-        if ordinal and (multi_label or n_out<2): raise ModelError(f"A head for grades got n_out {n_out}, multi_label {multi_label}", "Grades are classes, at least two of them")
-        if parents is not None and (not multi_label or len(parents)!=n_out): raise ModelError(f"A head for a tree of {len(parents)} labels got n_out {n_out}, multi_label {multi_label}", "Give one parent for each output, and multi_label=True")
+        if pool not in ('avg','max','both'):
+            raise ModelError(f"pool is {pool!r}", "Give 'avg', 'max' or 'both'")
+        if prior is not None and len(prior)!=n_out:
+            raise ModelError(f"The prior has {len(prior)} shares for {n_out} outputs",
+                "Give one share for each output, in the order of the vocabulary")
+        if ordinal and (multi_label or n_out<2):
+            raise ModelError(f"A head for grades got n_out {n_out}, multi_label {multi_label}",
+                "Grades are classes, at least two of them")
+        if parents is not None and (not multi_label or len(parents)!=n_out):
+            raise ModelError(f"A head for a tree of {len(parents)} labels got n_out {n_out}, multi_label "
+                f"{multi_label}", "Give one parent for each output, and multi_label=True")
         self.pool,self.ordinal,self.drop,n = pool,ordinal,nn.Dropout(dropout),n_out-ordinal
         self.linear = nn.Linear(n_features*(2 if pool=='both' else 1), n, bias=not batchnorm)
         self.norm = nn.BatchNorm1d(n) if batchnorm else nn.Identity()
@@ -220,7 +256,9 @@ def _below(parents) -> np.ndarray:
     for i,p in enumerate(parents):
         for _ in parents:
             if p<0: break
-            if p>=len(parents) or p==i: raise ModelError(f"The parents are {list(parents)}", "Give the number of the label above each, -1 for none, without a circle")
+            if p>=len(parents) or p==i:
+                raise ModelError(f"The parents are {list(parents)}",
+                    "Give the number of the label above each, -1 for none, without a circle")
             out[i,p],p = True,parents[p]
     return out
 
@@ -234,9 +272,11 @@ class ViewsHead(Head):
         **kwargs,              # of `Head`
     ):
         super().__init__(n_features, n_out, **kwargs)
-        if fuse not in ('attention', 'mean', 'max'): raise ModelError(f"fuse is {fuse!r}", "Give 'attention', 'mean' or 'max'")
+        if fuse not in ('attention', 'mean', 'max'):
+            raise ModelError(f"fuse is {fuse!r}", "Give 'attention', 'mean' or 'max'")
         self.fuse,f = fuse,self.linear.in_features
-        self.score = nn.Sequential(nn.Linear(f, 128), nn.Tanh(), nn.Linear(128, 1)) if fuse=='attention' else None
+        self.score = (nn.Sequential(nn.Linear(f, 128), nn.Tanh(), nn.Linear(128, 1)) if fuse=='attention'
+            else None)
 
     def shares(self, features, there):
         "(B, V) share of each view in the answer, 0 for a missing one, of features (B, V, F)."
@@ -257,18 +297,24 @@ class XrayModel(nn.Module):
     def forward(self, x): return self.head(self.body(x))
 
 class ViewsModel(XrayModel):
-    "Images (B, views x channels, H, W) or (B, views, channels, H, W) to logits: one body for all views. Raises `ModelError` for a study without any view."
+    """Images (B, views x channels, H, W) or (B, views, channels, H, W) to logits: one body for all views.
+    Raises `ModelError` for a study without any view."""
     def forward(self, x):
         if type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor)
         v,c = self.config['views'],self.config['n_in']//self.config['views']
         if x.ndim==4 and x.shape[1]==v*c: x = x.unflatten(1, (v, c))
-        if x.ndim!=5 or x.shape[1:3]!=(v, c): raise ModelError(f"The network takes {v} views of {c} channels, (B, {v*c}, H, W), and got {tuple(x.shape)}", "Change the images, or create it with other n_in and views")
+        if x.ndim!=5 or x.shape[1:3]!=(v, c):
+            raise ModelError(f"The network takes {v} views of {c} channels, (B, {v*c}, H, W), and got "
+                f"{tuple(x.shape)}", "Change the images, or create it with other n_in and views")
         there = (x!=0).flatten(2).any(2)
-        if not torch.jit.is_tracing() and not there.any(1).all(): raise ModelError(f"Image {int((~there.any(1)).nonzero()[0])} of the batch has no view: all its channels are black", "Leave such studies out")
+        if not torch.jit.is_tracing() and not there.any(1).all():
+            raise ModelError(f"Image {int((~there.any(1)).nonzero()[0])} of the batch has no view: all its "
+                "channels are black", "Leave such studies out")
         return self.head(self._maps(x, there), there)
 
     def _maps(self, x, there):
-        "(B, V, n_features, h, w); in training, missing views do not pass the body, so that BatchNorm does not see them."
+        """(B, V, n_features, h, w); in training, missing views do not pass the body, so that BatchNorm does
+        not see them."""
         if not self.training: return self.body(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
         maps = self.body(x[there])
         return maps.new_zeros(*there.shape, *maps.shape[1:]).masked_scatter(there[:,:,None,None,None], maps)
@@ -294,13 +340,18 @@ def create_model(
 ) -> XrayModel:
     "A network from pixels in [0, 1] (B, n_in, H, W) to logits (B, n_out). Raises `ModelError`."
     if n_out<1: raise ModelError(f"n_out is {n_out}", "Give at least one output")
-    if views<1 or n_in%views: raise ModelError(f"{n_in} channels are no {views} views", f"n_in counts the channels of all views: n_in={views}")
+    if views<1 or n_in%views:
+        raise ModelError(f"{n_in} channels are no {views} views",
+            f"n_in counts the channels of all views: n_in={views}")
     name,weights,kwargs = _from_bundle(name, weights, kwargs)
     body,n = create_backbone(name, n_in//views, pretrained, strict, weights, seed, **kwargs)
     own = dict(dropout=dropout, pool=pool, batchnorm=batchnorm, multi_label=multi_label)
-    own |= {k: v for k,v in dict(ordinal=ordinal, parents=None if parents is None else [int(p) for p in parents]).items() if v}
+    own |= {k: v for k,v in dict(ordinal=ordinal,
+        parents=None if parents is None else [int(p) for p in parents]).items() if v}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed+1)
-        head = Head(n, n_out, prior=prior, **own) if views==1 else ViewsHead(n, n_out, fuse, prior=prior, **own)
-    config = dict(name=name, n_out=n_out, n_in=n_in, **own, **({'views': views, 'fuse': fuse} if views>1 else {}), **kwargs)
+        head = (Head(n, n_out, prior=prior, **own) if views==1
+            else ViewsHead(n, n_out, fuse, prior=prior, **own))
+    config = dict(name=name, n_out=n_out, n_in=n_in, **own,
+        **({'views': views, 'fuse': fuse} if views>1 else {}), **kwargs)
     return XrayModel(body, head, config) if views==1 else ViewsModel(body, head, config)

@@ -8,7 +8,13 @@ Docs: https://lluissalord.github.io/radiology_ai/models.weights.html.md"""
 __all__ = ['read_weights', 'fit_weights', 'adapt_channels']
 
 # %% ../../nbs/43_models.weights.ipynb #ccc06d52
-import hashlib, http.client, json, re, threading, urllib.error, urllib.request
+import hashlib
+import http.client
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -26,8 +32,10 @@ def _unreachable(
     said = []
     def ask():
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=seconds): said.append('')
-        except (OSError, ValueError, http.client.HTTPException) as e: said.append(str(getattr(e, 'reason', e)) or type(e).__name__)
+            with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=seconds):
+                said.append('')
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            said.append(str(getattr(e, 'reason', e)) or type(e).__name__)
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -38,8 +46,10 @@ def _hub_file(repo: str, names: tuple) -> str:
     import huggingface_hub as hub
     repo,_,revision = repo.partition('@')
     for name in names:
-        if isinstance(found := hub.try_to_load_from_cache(repo, name, revision=revision or None), str): return found
-    if hub.constants.HF_HUB_OFFLINE: raise ModelError(f"The weights {repo} are not in the cache and HF_HUB_OFFLINE is set")
+        if isinstance(found := hub.try_to_load_from_cache(repo, name, revision=revision or None), str):
+            return found
+    if hub.constants.HF_HUB_OFFLINE:
+        raise ModelError(f"The weights {repo} are not in the cache and HF_HUB_OFFLINE is set")
     for name in names:
         cause = _unreachable(hub.hf_hub_url(repo, name, revision=revision or None))
         if cause and cause!='Not Found': break
@@ -55,7 +65,8 @@ def _url_file(url: str) -> str:
         if cause := _unreachable(url): raise ModelError(f"The weights {url} cannot be fetched: {cause}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try: torch.hub.download_url_to_file(url, str(path), progress=False)
-        except (OSError, RuntimeError) as e: raise ModelError(f"The weights {url} cannot be fetched: {e}") from e
+        except (OSError, RuntimeError) as e:
+            raise ModelError(f"The weights {url} cannot be fetched: {e}") from e
     return str(path)
 
 # %% ../../nbs/43_models.weights.ipynb #daf01868
@@ -66,7 +77,8 @@ class _Shell:
 
 def _tensors(shell, prefix: str='') -> dict:
     "The parameters and buffers of a tree of shells by the names that `state_dict` gives them."
-    own = {prefix+k: v for part in ('_parameters', '_buffers') for k,v in shell.__dict__.get(part, {}).items() if torch.is_tensor(v)}
+    own = {prefix+k: v for part in ('_parameters', '_buffers') for k,v in shell.__dict__.get(part, {}).items()
+        if torch.is_tensor(v)}
     for k,v in shell.__dict__.get('_modules', {}).items():
         if isinstance(v, _Shell): own |= _tensors(v, f'{prefix}{k}.')
     return own
@@ -78,22 +90,30 @@ def _torch_file(path: Path) -> dict:
     "The tensors of a file of `torch.save`; nothing in it is run."
     hint = "Convert it where you trust it: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
     try:
-        layers = [g for g in torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if _LAYERS.fullmatch(g)] if _is_zip(path) else []
-        with torch.serialization.safe_globals([(_Shell, g) for g in layers]): state = torch.load(path, map_location='cpu', weights_only=True)
+        layers = ([g for g in torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            if _LAYERS.fullmatch(g)] if _is_zip(path) else [])
+        with torch.serialization.safe_globals([(_Shell, g) for g in layers]):
+            state = torch.load(path, map_location='cpu', weights_only=True)
         for key in ('state_dict', 'model_state_dict', 'model'):
             if isinstance(state, dict) and isinstance(state.get(key), (dict, _Shell)): state = state[key]
         state = _tensors(state) if isinstance(state, _Shell) else state
     except Exception as e: # a damaged file may fail in any way
-        raise ModelError(f"{path.name} is neither a safetensors file nor a PyTorch file of plain tensors ({str(e).splitlines()[0] if str(e) else type(e).__name__})", hint) from e
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()): raise ModelError(f"{path.name} holds no weights", hint)
+        raise ModelError(f"{path.name} is neither a safetensors file nor a PyTorch file of plain tensors "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__})", hint) from e
+    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
+        raise ModelError(f"{path.name} holds no weights", hint)
     return {k: v.detach() for k,v in state.items() if torch.is_tensor(v)}
 
 def _bundle_file(path: Path) -> Path:
     "The weights of a folder of `save_bundle`, checked against its sha256."
     file = path/'model.safetensors'
     try: sha = json.loads((path/'bundle.json').read_text(encoding='utf-8'))['sha256']
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ModelError(f"{path} is no bundle ({e})", "Give a folder that save_bundle or `radiology_ai train` has written, or a weight file") from e
-    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest()!=sha: raise ModelError(f"model.safetensors of {path.name} is missing or has not the sha256 in bundle.json", "Copy the bundle again from its source")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ModelError(f"{path} is no bundle ({e})",
+            "Give a folder that save_bundle or `radiology_ai train` has written, or a weight file") from e
+    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest()!=sha:
+        raise ModelError(f"model.safetensors of {path.name} is missing or has not the sha256 in bundle.json",
+            "Copy the bundle again from its source")
     return file
 
 def read_weights(
@@ -115,7 +135,8 @@ def fit_weights(
     n_in: int,      # channels of its images
     where: str,     # the file, for messages
 ):
-    "Load `state` into `net`: the first convolution adapted to `n_in` channels, surplus entries such as a classifier left out. Raises `ModelError`."
+    """Load `state` into `net`: the first convolution adapted to `n_in` channels, surplus entries such as a
+    classifier left out. Raises `ModelError`."""
     own = net.state_dict()
     state = {re.sub(r'(denselayer\d+\.(?:norm|conv))\.([12])\.', r'\1\2.', k): v for k,v in state.items()}
     first = next(iter(own))
@@ -123,13 +144,20 @@ def fit_weights(
     front = max(sorted(fronts), key=lambda f: sum(f+k in state for k in own))
     state = {k: state[front+k] for k in own if front+k in state}
     wrong = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
-    if wrong: raise ModelError(f"{where} has no weights for {wrong[0]!r} ({len(wrong)} of {len(own)} missing)", "Take the architecture that the weights were made with")
+    if wrong:
+        raise ModelError(f"{where} has no weights for {wrong[0]!r} ({len(wrong)} of {len(own)} missing)",
+            "Take the architecture that the weights were made with")
     stem = next(k for k,v in own.items() if v.ndim>=2)
-    if state[stem].ndim==4 and state[stem].shape[1]!=own[stem].shape[1] and n_in==own[stem].shape[1]: state[stem] = adapt_channels(state[stem], n_in)
+    if state[stem].ndim==4 and state[stem].shape[1]!=own[stem].shape[1] and n_in==own[stem].shape[1]:
+        state[stem] = adapt_channels(state[stem], n_in)
     wrong = [k for k in state if state[k].shape!=own[k].shape]
-    if wrong: raise ModelError(f"{where} holds {wrong[0]!r} with shape {tuple(state[wrong[0]].shape)}, the network has {tuple(own[wrong[0]].shape)}", "Take the architecture that the weights were made with")
+    if wrong:
+        raise ModelError(f"{where} holds {wrong[0]!r} with shape {tuple(state[wrong[0]].shape)}, the network "
+            f"has {tuple(own[wrong[0]].shape)}", "Take the architecture that the weights were made with")
     wrong = [k for k,v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if wrong: raise ModelError(f"{where} holds NaN or infinity in {wrong[0]!r}", "Take the weights of an earlier epoch")
+    if wrong:
+        raise ModelError(f"{where} holds NaN or infinity in {wrong[0]!r}",
+            "Take the weights of an earlier epoch")
     net.load_state_dict(own | state)
 
 def adapt_channels(weight, n_in: int):

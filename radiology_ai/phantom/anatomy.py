@@ -55,16 +55,22 @@ def draw_shape(
 ) -> KneeShape:
     "A plausible adult knee."
     if bad := set(given)-{f.name for f in fields(KneeShape)}:
-        raise RadiologyError(f"A knee has no {', '.join(sorted(bad))}", f"Choose from {', '.join(f.name for f in fields(KneeShape))}")
+        raise RadiologyError(f"A knee has no {', '.join(sorted(bad))}",
+            f"Choose from {', '.join(f.name for f in fields(KneeShape))}")
     g = rng(seed, 'knee')
     def normal(mean, sd, lo, hi): return float(np.clip(g.normal(mean, sd), lo, hi))
     def between(a, b): return float(g.uniform(a, b))
     a = float(np.clip(g.gamma(1., .3)-.1, 0, 1))
-    d = dict(width=normal(79 if g.random()<.5 else 70, 3, 62, 90), shaft=between(.9, 1.12), valgus=normal(6, 2, 0, 11), arthrosis=a,
-        space_medial=normal(4.6, .6, 3, 6)*(1-.75*a*between(.3, 1)), space_lateral=normal(5.6, .7, 4, 7.5)*(1-.3*a*between(0, 1)),
-        slope=normal(2.5, 2.5, -3, 8), rotation=normal(0, 4, -9, 9), turn=normal(0, 3, -8, 8), density=normal(1, .13, .65, 1.35),
-        cortex=normal(1, .12, .7, 1.3), patella=between(12, 34), notch=normal(14.5, 1.8, 10, 19), roof=between(1, 9), spines=between(.8, 1.25), scar=between(0, .5),
-        fat=between(4, 17), flesh=between(.9, 1.2), fov=between(160, 215) if g.random()<.75 else between(215, 300), aspect=between(.62, 1),
+    d = dict(width=normal(79 if g.random()<.5 else 70, 3, 62, 90), shaft=between(.9, 1.12),
+        valgus=normal(6, 2, 0, 11), arthrosis=a,
+        space_medial=normal(4.6, .6, 3, 6)*(1-.75*a*between(.3, 1)),
+        space_lateral=normal(5.6, .7, 4, 7.5)*(1-.3*a*between(0, 1)),
+        slope=normal(2.5, 2.5, -3, 8), rotation=normal(0, 4, -9, 9), turn=normal(0, 3, -8, 8),
+        density=normal(1, .13, .65, 1.35),
+        cortex=normal(1, .12, .7, 1.3), patella=between(12, 34), notch=normal(14.5, 1.8, 10, 19),
+        roof=between(1, 9), spines=between(.8, 1.25), scar=between(0, .5),
+        fat=between(4, 17), flesh=between(.9, 1.2),
+        fov=between(160, 215) if g.random()<.75 else between(215, 300), aspect=between(.62, 1),
         dx=between(-.05, .05), dy=between(-.06, .06), seed=int(seed))
     return KneeShape(**{**d, **given})
 
@@ -120,12 +126,16 @@ def wobble(
 
 # %% ../../nbs/05_phantom.anatomy.ipynb #fb5fd379
 def _femur_edges(k, q, gen):
-    "Lateral and medial edge, depth in front and behind, cortex: five (H,) in mm at height `q` (relative mm above the condyles)."
+    """Lateral and medial edge, depth in front and behind, cortex: five (H,) in mm at height `q` (relative mm
+    above the condyles)."""
     s,wide = k.size,1+(k.shaft-1)*np.clip((q-45)/30, 0, 1)
-    lat = profile(q, (-5,36.8), (4,37.4), (9,37.7), (13,37.2), (20,38.4), (28,39.3), (34,38.3), (40,34.6), (48,27.5), (58,22), (72,17.8), (95,15.3), (130,14.2), (220,13.6))
-    med = profile(q, (-5,36.5), (4,37.4), (12,37.8), (22,39.2), (30,40.6), (36,40), (41,36.5), (48,29.5), (58,23), (72,18.2), (95,15.5), (130,14.3), (220,13.6))
+    lat = profile(q, (-5,36.8), (4,37.4), (9,37.7), (13,37.2), (20,38.4), (28,39.3), (34,38.3), (40,34.6),
+        (48,27.5), (58,22), (72,17.8), (95,15.3), (130,14.2), (220,13.6))
+    med = profile(q, (-5,36.5), (4,37.4), (12,37.8), (22,39.2), (30,40.6), (36,40), (41,36.5), (48,29.5),
+        (58,23), (72,18.2), (95,15.5), (130,14.3), (220,13.6))
     spur = np.exp(-((q-4)/3.2)**2)*5*k.arthrosis
-    lat,med = (e*wide + spur*w + wobble(gen, q)*profile(q, (3,0), (9,1), (45,1), (75,.25)) for e,w in ((lat, .9), (med, 1.2)))
+    lat,med = (e*wide + spur*w + wobble(gen, q)*profile(q, (3,0), (9,1), (45,1), (75,.25))
+        for e,w in ((lat, .9), (med, 1.2)))
     front = profile(q, (-5,28), (30,27), (45,19), (60,15.5), (100,14.5), (220,14))
     back = profile(q, (-5,31), (22,31), (34,25), (44,18), (60,15.5), (100,14.5), (220,14))
     shell = profile(q, (-5,.75), (25,.75), (42,.9), (55,1.5), (75,2.8), (100,4.2), (150,5.4))*k.cortex
@@ -138,7 +148,8 @@ def _femur_ends(k, x):
     mirror = lambda pts: tuple((-a,b) for a,b in pts[::-1])
     front = (*mirror(side), (-12,4.4), (-8,n*.55), (-4,n*.8), (0,n), (4,n*.83), (8,n*.59), (12,4.7), *side)
     side = ((20,.6), (25,0), (30,.8), (33.5,3.), (36.5,9), (39,19))
-    back = (*mirror(side), (-15,2.6), (-12,5.), (-8.5,deep*.55), (-4.5,deep*.9), (0,deep), (4.5,deep*.9), (8.5,deep*.57), (12,5.2), (15,2.8), *side)
+    back = (*mirror(side), (-15,2.6), (-12,5.), (-8.5,deep*.55), (-4.5,deep*.9), (0,deep), (4.5,deep*.9),
+        (8.5,deep*.57), (12,5.2), (15,2.8), *side)
     return profile(r, *front)*_F(k.size),profile(r, *back)*_F(k.size)
 
 # %% ../../nbs/05_phantom.anatomy.ipynb #3ff65f4a
@@ -151,7 +162,8 @@ def femur(
     s,q,gen = k.size,(-z/k.size).astype(_F),rng(k.seed, 'femur')
     lat,med,front,back,shell = _femur_edges(k, q, gen)
     lean = np.tan(np.radians(k.valgus))*np.maximum(q-20, 0)*s
-    narrow = profile(q, (0,.2), (18,1.4), (32,3.2), (44,1), (52,0))*s       # the back of the condyles is narrower
+    # the back of the condyles is narrower
+    narrow = profile(q, (0,.2), (18,1.4), (32,3.2), (44,1), (52,0))*s
     lateral,medial = gen.uniform(.1, 1.6, 2)
     boxy = profile(q, (-5,4.5), (12,4.2), (36,2.7))[:,None]
     solids = []
@@ -164,11 +176,13 @@ def femur(
             total = total + d[:,None]*rounded(u, boxy)*dome((q[:,None]*s-low[None])/_F(reach))
         solids.append(total)
     r,h = (x/s).astype(_F)[None],q[:,None]
-    fill = profile(q, (0,1.12), (12,1.), (30,.82), (45,.58), (60,.3), (80,.1), (110,0))[:,None]*(1-.18*np.exp(-(r/9)**2-((h-38)/16)**2))
+    fill = profile(q, (0,1.12), (12,1.), (30,.82), (45,.58), (60,.3), (80,.1), (110,0))[:,
+        None]*(1-.18*np.exp(-(r/9)**2-((h-38)/16)**2))
     patchy = np.clip(.6+wobble(gen, x, .6, (15, 60)), 0, 1.5)[None]
     fill = fill*(1 + _F(k.scar)*patchy*np.exp(-((h-29+4*(r/35)**2)/.9)**2))
     for at in (-9, 9):                                                      # the walls of the notch
-        fill = fill*(1 + _F(gen.uniform(0, .6))*np.exp(-((r-at*gen.uniform(.85, 1.15)-.15*np.sign(at)*(h-20))/.8)**2-((h-18)/10)**4))
+        fill = fill*(1 + _F(gen.uniform(0, .6))*np.exp(-((r-at*gen.uniform(.85, 1.15)
+            -.15*np.sign(at)*(h-20))/.8)**2-((h-18)/10)**4))
     return _bone(*solids, fill*_F(.24*k.density))
 
 def _bone(outer, inner, mineral) -> np.ndarray:
@@ -179,22 +193,30 @@ def _bone(outer, inner, mineral) -> np.ndarray:
 def tibia_edges(k, q, gen):
     "Lateral and medial edge, half depth, cortex: four (H,) in mm at `q` (relative mm below the plateau)."
     s,wide = k.size,1+(k.shaft-1)*np.clip((q-35)/30, 0, 1)
-    lat = profile(q, (-12,28), (-2,33.5), (.5,35.6), (3,36.9), (6,37.4), (10,37), (14,35.7), (20,32.3), (28,27.3), (38,21.8), (50,17.4), (70,14.2), (110,12.8), (220,12))
-    med = profile(q, (-12,28), (-2,33.5), (.5,35.7), (3,37), (6,37.4), (10,37.2), (15,36.2), (22,33.6), (30,29.6), (40,24), (52,18.8), (70,15), (110,13), (220,12.2))
+    lat = profile(q, (-12,28), (-2,33.5), (.5,35.6), (3,36.9), (6,37.4), (10,37), (14,35.7), (20,32.3),
+        (28,27.3), (38,21.8), (50,17.4), (70,14.2), (110,12.8), (220,12))
+    med = profile(q, (-12,28), (-2,33.5), (.5,35.7), (3,37), (6,37.4), (10,37.2), (15,36.2), (22,33.6),
+        (30,29.6), (40,24), (52,18.8), (70,15), (110,13), (220,12.2))
     spur = np.exp(-((q-2)/2.6)**2)*5.5*k.arthrosis
-    lat,med = (e*wide + spur*w + wobble(gen, q)*profile(q, (3,0), (9,1), (35,1), (65,.25)) for e,w in ((lat, .7), (med, 1.)))
+    lat,med = (e*wide + spur*w + wobble(gen, q)*profile(q, (3,0), (9,1), (35,1), (65,.25))
+        for e,w in ((lat, .7), (med, 1.)))
     depth = profile(q, (-12,22), (0,23.5), (15,24.5), (30,22), (45,18.5), (65,15.5), (110,13.5), (220,13))
     shell = profile(q, (-12,.7), (10,.7), (25,.9), (38,1.6), (55,2.9), (80,4.1), (120,5.))*k.cortex
     return tuple((v*s).astype(_F) for v in (lat, med, depth, shell))
 
 def _plateau(k, x):
-    "Surface of the plateau, of the spines above it and thickness of the plate below it: three (W,) in mm, z downwards."
+    """Surface of the plateau, of the spines above it and thickness of the plate below it: three (W,) in mm, z
+    downwards."""
     r = x/k.size
-    top = profile(r, (-40,2.6), (-37,.9), (-34.5,.2), (-30,.7), (-24,1.5), (-18,1.3), (-13,-.2), (-9,-2.), (-5,-3.), (0,-2.4), (5,-2.6), (9,-1.6), (13,-.3), (18,0), (24,.2), (30,.9), (34.5,2), (37,3.2), (40,5))
+    top = profile(r, (-40,2.6), (-37,.9), (-34.5,.2), (-30,.7), (-24,1.5), (-18,1.3), (-13,-.2), (-9,-2.),
+        (-5,-3.), (0,-2.4), (5,-2.6), (9,-1.6), (13,-.3), (18,0), (24,.2), (30,.9), (34.5,2), (37,3.2),
+        (40,5))
     g = rng(k.seed, 'spines')
     m,l = g.uniform(.95, 1.3, 2)*k.spines
-    spine = profile(r+g.normal(0, .6), (-18,2), (-14,-.8), (-10.5,-3.4*m), (-7.4,-7*m), (-5.4,-8.8*m), (-3.6,-7.8*m), (-.5,-5.4), (2.4,-5.9*l), (4.8,-7.4*l), (7,-6.2*l), (10.5,-2.6*l), (14,-.5), (18,2))
-    plate = profile(r, (-40,.7), (-30,1.4), (-20,1.9+1.4*k.arthrosis), (-13,1.1), (-8,.6), (8,.6), (12,1.), (20,1.5+.5*k.arthrosis), (30,1.2), (40,.7))
+    spine = profile(r+g.normal(0, .6), (-18,2), (-14,-.8), (-10.5,-3.4*m), (-7.4,-7*m), (-5.4,-8.8*m),
+        (-3.6,-7.8*m), (-.5,-5.4), (2.4,-5.9*l), (4.8,-7.4*l), (7,-6.2*l), (10.5,-2.6*l), (14,-.5), (18,2))
+    plate = profile(r, (-40,.7), (-30,1.4), (-20,1.9+1.4*k.arthrosis), (-13,1.1), (-8,.6), (8,.6), (12,1.),
+        (20,1.5+.5*k.arthrosis), (30,1.2), (40,.7))
     return top*_F(k.size),np.minimum(spine, top)*_F(k.size),plate*_F(k.size*k.cortex)
 
 def _layers(k, f, top, spine, x):
@@ -202,7 +224,8 @@ def _layers(k, f, top, spine, x):
     mid,far = 6.5*k.size,1e3
     if not f.depth: return [(e, *r) for e in (1, -1) for r in ((0, mid, spine, None), (mid, far, top, None))]
     d = f.depression(x)
-    return [(e, *r) for e,end in ((1, f.front), (-1, f.back)) for r in ((0, mid, spine+d, d), (mid, end, top+d, d), (end, far, top, None))]
+    return [(e, *r) for e,end in ((1, f.front), (-1, f.back))
+        for r in ((0, mid, spine+d, d), (mid, end, top+d, d), (end, far, top, None))]
 
 # %% ../../nbs/05_phantom.anatomy.ipynb #7612dcb1
 def _steep(v, least=.03):
@@ -224,7 +247,8 @@ def tibia(
     z: np.ndarray,     # (H,) rows, mm, 0 at the plateau
     f: Fracture,       # what is broken
 ) -> list:
-    "One (H, W, 4) for each fragment, where it was before it moved: cortex, mineral, inside as in `femur`, and mm of depressed plateau."
+    """One (H, W, 4) for each fragment, where it was before it moved: cortex, mineral, inside as in `femur`,
+    and mm of depressed plateau."""
     lat,med,depth,shell = tibia_edges(k, z/k.size, rng(k.seed, 'tibia'))
     (top,spine,plate),X,Z = _plateau(k, x),x[None],z[:,None]
     mid,half = ((lat-med)/2)[:,None],((lat+med)/2)[:,None]
@@ -234,12 +258,14 @@ def tibia(
     for inner in (0, 1):
         side = (depth-inner*shell)[:,None]*rounded((X-mid)/(half-inner*shell[:,None]), 2.6)
         for e,low,high,surface,dent in _layers(k, f, top, spine, x):
-            if inner:               # the plate goes down with the floor of a depression; its walls are broken bone without one
+            # the plate goes down with the floor of a depression; its walls are broken bone without one
+            if inner:
                 sunk = 0 if dent is None else dent
                 surface = shrink(surface-sunk, x[1]-x[0], .55*k.size) + sunk + plate - _F(.55*k.size)
             tilt,high = _steep(-e*slope-.03),np.minimum(side, high)
             below = Z-surface[None]
-            if dent is not None and not inner: _mark(f, out, heights, e, low, high, (below>-dent-1)&(below<3)&(dent>.5))
+            if dent is not None and not inner:
+                _mark(f, out, heights, e, low, high, (below>-dent-1)&(below<3)&(dent>.5))
             if tilt>0: high = np.minimum(high, below*_F(1/tilt))
             else: low = np.maximum(low, below*_F(1/tilt))
             for i,piece in enumerate(out):
@@ -253,7 +279,8 @@ def _add(piece, t, inner, fill, below, dent):
     else:
         piece[...,0] -= t
         piece[...,2] += t
-        piece[...,1] += t*fill if dent is None else t*fill*(1 + np.clip(dent/5, 0, 1.5)[None]*np.exp(-np.maximum(below, 0)/5))
+        piece[...,1] += (t*fill if dent is None else t*fill*(1
+            + np.clip(dent/5, 0, 1.5)[None]*np.exp(-np.maximum(below, 0)/5)))
 
 def _mark(f, out, heights, e, low, high, where):
     "Note in the last map of the fragments how much of the ray crosses the depressed part."
@@ -262,18 +289,21 @@ def _mark(f, out, heights, e, low, high, where):
         piece[...,3] += np.maximum(b-a, 0)*where
 
 def _tibia_fill(k, x, z):
-    "Mineral (H, W) per mm of spongy bone: dense under both plateaus, thin between them and towards the shaft."
+    """Mineral (H, W) per mm of spongy bone: dense under both plateaus, thin between them and towards the
+    shaft."""
     q,r = (z/k.size)[:,None].astype(_F),(x/k.size)[None].astype(_F)
     fill = profile(z/k.size, (-10,.8), (0,1.1), (10,1.), (25,.72), (40,.42), (60,.12), (90,0))[:,None]
     near = np.exp(-((q-8)/14)**2)
-    fill = fill*(1 + .22*np.exp(-((r+19)/9)**2)*near + .16*np.exp(-((r-20)/9)**2)*near - .25*np.exp(-(r/9)**2-((q-22)/14)**2))
+    fill = fill*(1 + .22*np.exp(-((r+19)/9)**2)*near + .16*np.exp(-((r-20)/9)**2)*near
+        - .25*np.exp(-(r/9)**2-((q-22)/14)**2))
     patchy = np.clip(.6+wobble(rng(k.seed, 'scar'), x, .6, (15, 60)), 0, 1.5)[None]
     return fill*(1 + _F(1.2*k.scar)*patchy*np.exp(-((q-17-4*(r/35)**2)/.9)**2))*_F(.24*k.density)
 
 # %% ../../nbs/05_phantom.anatomy.ipynb #716fedaa
 def fibula_axis(k: KneeShape, q) -> np.ndarray:
     "x of the fibula's axis at `q` below the plateau, both relative to the size of the knee."
-    return profile(q, (5,36), (20,35), (35,32.5), (60,30), (120,28), (220,27)) - 22*np.sin(np.radians(k.rotation))
+    return profile(q, (5,36), (20,35), (35,32.5), (60,30), (120,28),
+        (220,27)) - 22*np.sin(np.radians(k.rotation))
 
 def fibula(k: KneeShape, x: np.ndarray, z: np.ndarray) -> np.ndarray:
     "(H, W, 3) as `femur`, in the frame of the tibia."
@@ -283,7 +313,8 @@ def fibula(k: KneeShape, x: np.ndarray, z: np.ndarray) -> np.ndarray:
     shell = profile(q, (8,.6), (25,.7), (40,1.5), (80,2.5), (220,2.8))*_F(s*k.cortex)
     fill = profile(q, (8,.85), (22,.7), (38,.3), (60,.05))[:,None]*_F(.24*k.density)
     u = x[None]-axis[:,None].astype(_F)
-    solids = [2*np.maximum(half-c*shell, .1)[:,None]*rounded(u/np.maximum(half-c*shell, .1)[:,None], 2.)*dome((z[:,None]-9*s-c*shell[:,None])/_F(6*s)) for c in (0, 1)]
+    solids = [2*np.maximum(half-c*shell, .1)[:,None]*rounded(u/np.maximum(half-c*shell, .1)[:,None],
+        2.)*dome((z[:,None]-9*s-c*shell[:,None])/_F(6*s)) for c in (0, 1)]
     return _bone(*solids, fill)
 
 def patella_center(k: KneeShape) -> tuple:
@@ -296,10 +327,12 @@ def patella(k: KneeShape, x: np.ndarray, z: np.ndarray) -> np.ndarray:
     v = ((z-cz*s)/(21*s)).astype(_F)[:,None]
     u = ((x-cx*s)/(22.5*s)).astype(_F)[None]*(1+.16*np.maximum(v, 0))
     far = np.power(u*u+v*v, _F(1.1))
-    return _bone(*(2*(9.5-c)*s*np.power(np.maximum(1-far*(1+.09*c), 0), _F(.7)) for c in (0, .5)), _F(.18*k.density))
+    return _bone(*(2*(9.5-c)*s*np.power(np.maximum(1-far*(1+.09*c), 0), _F(.7)) for c in (0, .5)),
+        _F(.18*k.density))
 
 def fabella(k: KneeShape, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    "(H, W, 3) as `femur`, in the frame of the femur: the small bone behind the lateral condyle that one knee in five or so has."
+    """(H, W, 3) as `femur`, in the frame of the femur: the small bone behind the lateral condyle that one
+    knee in five or so has."""
     g,s = rng(k.seed, 'fabella'),k.size
     there = g.random()<.2
     (cx,cz),(a,b) = (g.uniform(17, 27)*s, -g.uniform(20, 34)*s),g.uniform(2.5, 4.5, 2)*s
@@ -310,7 +343,9 @@ def flesh(k: KneeShape, x: np.ndarray, z: np.ndarray) -> np.ndarray:
     "(H, W, 2): mm of ray below the skin, and of them in muscle, in the frame of the joint."
     s,q = k.size*k.flesh,z/k.size
     g = rng(k.seed, 'flesh')
-    wide = profile(q, (-160,80), (-90,70), (-45,61), (-10,57), (20,54), (50,54), (90,59), (140,58), (200,48))*s + (k.fat-8) + wobble(g, z, 1.5, (80, 400))
+    wide = profile(q, (-160,80), (-90,70), (-45,61), (-10,57), (20,54), (50,54), (90,59), (140,58),
+        (200,48))*s + (k.fat-8) + wobble(g, z, 1.5, (80, 400))
     deep = profile(q, (-160,78), (-90,68), (-40,62), (0,58), (40,54), (90,60), (200,50))*s + (k.fat-8)
     axis = np.maximum(-z, 0)*np.tan(np.radians(.6*k.valgus)) + 2*s
-    return np.dstack([2*(deep-c)[:,None].astype(_F)*rounded((x[None]-axis[:,None].astype(_F))/(wide-c)[:,None].astype(_F), 2.3) for c in (0, k.fat)]).astype(_F)
+    return np.dstack([2*(deep-c)[:,None].astype(_F)*rounded((x[None]-axis[:,None].astype(_F))/(wide-c)[:,
+        None].astype(_F), 2.3) for c in (0, k.fat)]).astype(_F)

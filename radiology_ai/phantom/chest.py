@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 
 from ..core import RadiologyError, rng, scale, shift, transform_points
-from .xray import Phantom
 from .solids import Grid, curve, edge_distance, ellipsoid, mu, plate, smooth_noise, tube
+from .xray import Phantom
 
 # %% ../../nbs/07_phantom.chest.ipynb #55d1ebd9
 @dataclass
@@ -43,20 +43,27 @@ def draw_body(
 ) -> ChestBody:
     "A plausible patient."
     if bad := set(given)-{f.name for f in fields(ChestBody)}:
-        raise RadiologyError(f"A chest has no {', '.join(sorted(bad))}", f"Choose from {', '.join(f.name for f in fields(ChestBody))}")
+        raise RadiologyError(f"A chest has no {', '.join(sorted(bad))}",
+            f"Choose from {', '.join(f.name for f in fields(ChestBody))}")
     u,sex = gen.uniform,given.get('sex') or 'FM'[int(gen.random()<.55)]
     age = int(np.clip(gen.normal(52, 17), 18, 95))
     old,fat = (given.get('age', age)-50)/40,float(np.clip(gen.gamma(4, 5), 6, 50))
-    d = dict(sex=sex, age=age, width=float((.92 if sex=='F' else 1.02)*gen.normal(1, .045)), height=float((.94 if sex=='F' else 1.01)*gen.normal(1, .05)),
-        fat=fat, depth=float(88 + .8*fat + 6*old + gen.normal(0, 5)), breath=float(gen.normal(0, 10)), heart=float(np.clip(gen.normal(1+.06*old, .1), .78, 1.4)),
-        knob=float(np.clip(gen.normal(1+.2*old, .12), .7, 1.5)), tilt=float(gen.normal(100+6*old, 7)), vessels=float(u(.7, 1.3)), arms=float(u(0, 1)),
+    d = dict(sex=sex, age=age, width=float((.92 if sex=='F' else 1.02)*gen.normal(1, .045)),
+        height=float((.94 if sex=='F' else 1.01)*gen.normal(1, .05)),
+        fat=fat, depth=float(88 + .8*fat + 6*old + gen.normal(0, 5)), breath=float(gen.normal(0, 10)),
+        heart=float(np.clip(gen.normal(1+.06*old, .1), .78, 1.4)),
+        knob=float(np.clip(gen.normal(1+.2*old, .12), .7, 1.5)), tilt=float(gen.normal(100+6*old, 7)),
+        vessels=float(u(.7, 1.3)), arms=float(u(0, 1)),
         film=float(u(345, 400)), center=(float(gen.normal(0, 6)), float(gen.normal(12, 8))))
     return ChestBody(**{**d, **given})
 
 # %% ../../nbs/07_phantom.chest.ipynb #319a037f
-_RIB_WIDTH = np.array([68, 114, 129, 134, 136, 137, 138, 138, 136, 129, 118, 96.])  # mm from the midline, ribs 1 to 12
-_RIB_TILT  = np.array([.52, .72, .88, .98, 1.04, 1.07, 1.05, 1., .96, .9, .72, .4])   # drop, relative to the middle ribs
-_RIB_END   = np.array([150, 146, 146, 145, 143, 141, 136, 128, 120, 110, 88, 62.])   # degrees at which the bone ends
+# mm from the midline, ribs 1 to 12
+_RIB_WIDTH = np.array([68, 114, 129, 134, 136, 137, 138, 138, 136, 129, 118, 96.])
+# drop, relative to the middle ribs
+_RIB_TILT  = np.array([.52, .72, .88, .98, 1.04, 1.07, 1.05, 1., .96, .9, .72, .4])
+# degrees at which the bone ends
+_RIB_END   = np.array([150, 146, 146, 145, 143, 141, 136, 128, 120, 110, 88, 62.])
 
 def rib_levels(body: ChestBody) -> np.ndarray:
     "y in mm of the joints of ribs 1 to 12 with the spine."
@@ -85,7 +92,8 @@ def lung_outline(
     dome,tip = h*96+low,min(h*134+.6*low, y[-1]+14)
     keep = y<tip-14
     wall = [(w*30, -106*h), (w*56, -113*h), (w*84, -101*h), *zip(x[keep], y[keep])]
-    base = [(x[keep][-1]+1, tip-5), (x[keep][-1]-2, tip), (w*122, dome+16), (w*104, dome+3), (w*78, dome-5), (w*52, dome-3), (w*30, dome+2), (w*16, dome+5)]
+    base = [(x[keep][-1]+1, tip-5), (x[keep][-1]-2, tip), (w*122, dome+16), (w*104, dome+3), (w*78, dome-5),
+        (w*52, dome-3), (w*30, dome+2), (w*16, dome+5)]
     inner = [(12, dome), (10, 40), (10, 0), (13, -45), (w*18, -85*h)]
     p = curve(np.array(wall+base+inner), n=3, closed=True)
     return p*[side, 1]
@@ -97,9 +105,11 @@ def trunk(
 ) -> np.ndarray:
     "Chord (H, W) in mm through trunk, neck, shoulders and arms."
     w,f,d,y = 138*body.width+body.fat,body.fat,body.depth,-100*body.height
-    half = Grid([(v+1)//2 for v in grid.shape], 2*grid.spacing, scale(.5, .5)@grid.matrix)    # flesh is smooth: half the pixels do
+    # flesh is smooth: half the pixels do
+    half = Grid([(v+1)//2 for v in grid.shape], 2*grid.spacing, scale(.5, .5)@grid.matrix)
     reach,out = 172*body.width+.5*f,60-55*body.arms
-    skin = np.array([(58+.5*f,y-260), (54+.5*f,y-95), (60+.6*f,y-66), (88+.7*f,y-46), (130+.5*f,y-32), (reach,y-14), (reach+26,y+14), (reach+34,y+50),
+    skin = np.array([(58+.5*f,y-260), (54+.5*f,y-95), (60+.6*f,y-66), (88+.7*f,y-46), (130+.5*f,y-32),
+        (reach,y-14), (reach+26,y+14), (reach+34,y+50),
                      (reach+10,y+85), (w+10,y+110), (w+2,y+150), (w,90), (.98*w,160), (.97*w,340)])
     skin = np.concatenate([curve(skin, n=3), curve(skin, n=3)[::-1]*[-1, 1]])
     thick = np.interp(half.y, [y-120, y-50, y+30, y+110], [.62, .66, .9, 1]).astype(np.float32)
@@ -108,11 +118,14 @@ def trunk(
         arm = [(s*(reach-4),y+30), (s*(reach+18+out),y+130), (s*(reach+40+2.2*out),y+330)]
         np.maximum(chord, tube(half, arm, [40+.3*f, 38+.3*f, 33], power=2.2), out=chord)
     chord = cv2.GaussianBlur(chord, (0,0), 2.5/half.spacing)
-    chord = cv2.resize(chord, (2*half.shape[1], 2*half.shape[0]), interpolation=cv2.INTER_LINEAR)[:grid.shape[0], :grid.shape[1]].copy()
+    chord = cv2.resize(chord, (2*half.shape[1], 2*half.shape[0]),
+        interpolation=cv2.INTER_LINEAR)[:grid.shape[0], :grid.shape[1]].copy()
     if body.sex=='F':
         r = 46+.7*f
         for s in (-1, 1):
-            cup = np.array([(s*78*body.width+r*1.05*np.cos(t), 62*body.height+r*(1.05 if np.sin(t)>0 else .9)*np.sin(t)) for t in np.linspace(0, 2*np.pi, 20, endpoint=False)])
+            cup = np.array([(s*78*body.width+r*1.05*np.cos(t),
+                62*body.height+r*(1.05 if np.sin(t)>0 else .9)*np.sin(t))
+                for t in np.linspace(0, 2*np.pi, 20, endpoint=False)])
             cup[:,0] += s*.25*(cup[:,1]-40)                     # hangs outwards
             plate(grid, cup, .27*r, .8*r, onto=chord)
     return chord
@@ -121,7 +134,8 @@ def trunk(
 def heart_outline(body: ChestBody) -> np.ndarray:
     "The closed outline (N, 2) of the heart in mm."
     k,h,low = body.heart*body.width,body.height,body.breath
-    p = np.array([(-18,-30), (-30,8), (-42,38), (-43,66), (-33,92), (0,104), (42,109), (78,106), (90,90), (84,62), (66,28), (46,0), (34,-18), (10,-40)], float)
+    p = np.array([(-18,-30), (-30,8), (-42,38), (-43,66), (-33,92), (0,104), (42,109), (78,106), (90,90),
+        (84,62), (66,28), (46,0), (34,-18), (10,-40)], float)
     p[:,0] = np.where(p[:,0]>0, p[:,0]*k, -18+(p[:,0]+18)*k)
     p[:,1] = np.where(p[:,1]>0, p[:,1]*(h*112+low)/106, p[:,1]*h)
     return curve(p, n=3, closed=True)
@@ -135,7 +149,8 @@ def mediastinum(
     all_ = heart.copy()
     parts = [tube(grid, [(0,-230), (0,-90), (1,0), (2,160)], [19, 21, 21, 20], 75),
              tube(grid, [(-14,-110*h), (-17,-60*h), (-21,-15*h), (-22,20)], [9, 11, 12, 12], 40),                            # superior vena cava
-             tube(grid, curve([(-6,-10*h), (-4,-38*h), (10,-54*h), (22,-48*h), (24,-20*h), (20,40), (10,150)], n=4), np.interp(np.arange(25), [0,12,24], [15,15*k,12*k]), 45),
+             tube(grid, curve([(-6,-10*h), (-4,-38*h), (10,-54*h), (22,-48*h), (24,-20*h), (20,40), (10,150)],
+             n=4), np.interp(np.arange(25), [0,12,24], [15,15*k,12*k]), 45),
              ellipsoid(grid, (22+4*k, -47*h), (15*k, 17*k, 48)),                                                            # aortic knob
              tube(grid, [(14,-16*h), (27,-18*h), (32,4), (40,24)], [14, 14, 14, 12], 42)]                                                     # pulmonary trunk
     for p in parts: np.maximum(all_, p, out=all_)
@@ -161,7 +176,8 @@ def vessel_tree(
         part = gen.uniform(.3, .7, n)
         child = .94*np.concatenate([radius*part**(1/3), radius*(1-part)**(1/3)])
         turn = np.concatenate([(1.4-part)*gen.uniform(.2, .6, n), -(.4+part)*gen.uniform(.2, .6, n)])
-        start,angle,length = (np.concatenate([v, v]) for v in (p[:,-1], way[:,-1], length*gen.uniform(.74, .92, n)))
+        start,angle,length = (np.concatenate([v, v])
+            for v in (p[:,-1], way[:,-1], length*gen.uniform(.74, .92, n)))
         keep = child>smallest
         start,angle,radius,length = start[keep],(angle+turn)[keep],child[keep],length[keep]
     return out
@@ -174,15 +190,18 @@ def vessels(
     "Chord (H, W) in mm through the vessels of both lungs."
     h,roots = body.height,[]
     for s,y in ((-1, 4*h), (1, -6*h)):
-        for deg,r,length in ((-78, 3.4, 30), (-48, 2.6, 30), (-18, 2.6, 29), (12, 2.6, 30), (36, 3.1, 32), (58, 4.2, 34), (76, 4.4, 36)):
+        for deg,r,length in ((-78, 3.4, 30), (-48, 2.6, 30), (-18, 2.6, 29), (12, 2.6, 30), (36, 3.1, 32),
+                (58, 4.2, 34), (76, 4.4, 36)):
             a = np.radians(deg+gen.normal(0, 6))
-            roots.append((s*(30+gen.uniform(2, 9)), y+gen.normal(0, 6)+12*np.sin(a), a if s>0 else np.pi-a, r*gen.uniform(.85, 1.1), length))
+            roots.append((s*(30+gen.uniform(2, 9)), y+gen.normal(0, 6)+12*np.sin(a), a if s>0 else np.pi-a,
+                r*gen.uniform(.85, 1.1), length))
     x,y,a,r,length = np.array(roots).T
     tree,out = vessel_tree(gen, np.stack([x, y], 1), a, r, length),grid.zeros()
     points,radii = np.concatenate([t[0] for t in tree]),np.concatenate([t[1] for t in tree])
     points = np.round((grid.pixel(points)-.5)*256).astype(np.int32)
     edges = np.array([.5, .75, 1.05, 1.5, 2.2, 3.2, 9])
-    for lo,hi in zip(edges[:-1], edges[1:]):                     # thin ones as lines of one width, the widest last
+    # thin ones as lines of one width, the widest last
+    for lo,hi in zip(edges[:-1], edges[1:]):
         pick,width = (radii>=lo)&(radii<hi),2*lo*1.2/grid.spacing
         if not pick.any(): continue
         layer = np.zeros(grid.shape, np.uint8)
@@ -192,7 +211,8 @@ def vessels(
     hila = grid.zeros()
     for s,y in ((-1, 4*h), (1, -8*h)):
         for dx,dy,a,b,ang in ((42, -2, 8, 13, 80), (47, 14, 7, 15, 70), (50, 27, 6, 13, 65)):
-            ellipsoid(grid, (s*(dx+gen.normal(0, 2)), y+dy+gen.normal(0, 3)), (b*gen.uniform(.8, 1.1), a*gen.uniform(.8, 1.1), 9), angle=ang if s>0 else 180-ang, onto=hila)
+            ellipsoid(grid, (s*(dx+gen.normal(0, 2)), y+dy+gen.normal(0, 3)),
+                (b*gen.uniform(.8, 1.1), a*gen.uniform(.8, 1.1), 9), angle=ang if s>0 else 180-ang, onto=hila)
     return body.vessels*(2.8*out+.9*hila)
 
 # %% ../../nbs/07_phantom.chest.ipynb #8a9e7bbf
@@ -219,12 +239,17 @@ def _shoulder(grid, body, s, gen, acc):
     lift,y = gen.normal(0, 5),-100*h
     P = lambda *pts: np.array(pts)*[s*w, 1] + [0, y+lift]
     clav = curve(P((13,40-lift), (38,30), (72,14), (104,1), (132,-4), (152,0)), n=5)
-    tube(grid, clav, np.interp(np.linspace(0, 1, len(clav)), [0, .15, .5, 1], [9, 6.5, 5.6, 6.5]), wall=1.8, onto=acc)
-    blade = curve(P((150,20), (139,12), (122,8), (112,4), (117,30), (127,75), (138,118), (145,122), (149,100), (150,62), (150,40)), n=3, closed=True)
+    tube(grid, clav, np.interp(np.linspace(0, 1, len(clav)), [0, .15, .5, 1], [9, 6.5, 5.6, 6.5]), wall=1.8,
+        onto=acc)
+    blade = curve(P((150,20), (139,12), (122,8), (112,4), (117,30), (127,75), (138,118), (145,122), (149,100),
+        (150,62), (150,40)), n=3, closed=True)
     plate(grid, blade, 3.2, 5, wall=1., onto=acc)
-    tube(grid, curve(P((150,45), (148,75), (144,118)), n=4), [4.5]*9, wall=1.4, onto=acc)                # its lateral border
-    tube(grid, curve(P((116,20), (140,4), (160,-8), (172,4)), n=4), np.linspace(3, 7, 13), wall=1.3, onto=acc)  # spine and acromion
-    tube(grid, P((142,14), (148,10), (152,20)), [5, 5, 4], wall=1.2, onto=acc)                            # coracoid
+    # its lateral border
+    tube(grid, curve(P((150,45), (148,75), (144,118)), n=4), [4.5]*9, wall=1.4, onto=acc)
+    # spine and acromion
+    tube(grid, curve(P((116,20), (140,4), (160,-8), (172,4)), n=4), np.linspace(3, 7, 13), wall=1.3, onto=acc)
+    # coracoid
+    tube(grid, P((142,14), (148,10), (152,20)), [5, 5, 4], wall=1.2, onto=acc)
     head = P((173,30))[0]
     out = (60-55*body.arms)/w
     arm = P((173,32), (178+.25*out,62), (190+out,150), (212+2.2*out,330))
@@ -238,17 +263,24 @@ def spine(
     "Chords (H, W) in mm in cortex and core of the vertebrae."
     acc = grid.zeros(),grid.zeros()
     bend,phase = gen.normal(0, 3),gen.uniform(0, 6)
-    levels = np.concatenate([rib_levels(body)[0]-np.arange(7, 0, -1)*17.5, rib_levels(body), rib_levels(body)[-1]+np.arange(1, 6)*32*body.height])
+    levels = np.concatenate([rib_levels(body)[0]-np.arange(7, 0, -1)*17.5, rib_levels(body),
+        rib_levels(body)[-1]+np.arange(1, 6)*32*body.height])
     for k,y in enumerate(levels):
         high = .38*(levels[min(k+1, len(levels)-1)]-levels[max(k-1, 0)])/(2 if 0<k<len(levels)-1 else 1)
         half,x = np.interp(k, [0, 7, 18, 24], [11, 14, 19, 23]),bend*np.sin(y/90+phase)
         tube(grid, [(x,y-high), (x,y+high)], half, 15, wall=1.3, ends='flat', onto=acc)
-        for e in (-1, 1): tube(grid, [(x-.93*half,y+e*high), (x,y+e*.93*high), (x+.93*half,y+e*high)], .9, 8, onto=acc[0])   # end plates
+        for e in (-1, 1):
+            # end plates
+            tube(grid, [(x-.93*half,y+e*high), (x,y+e*.93*high), (x+.93*half,y+e*high)], .9, 8, onto=acc[0])
         for s in (-1, 1):
-            ellipsoid(grid, (x+s*.58*half, y-.25*high), (3.2, 4.6, 5.5), onto=acc[0])                     # pedicle
+            # pedicle
+            ellipsoid(grid, (x+s*.58*half, y-.25*high), (3.2, 4.6, 5.5), onto=acc[0])
             ellipsoid(grid, (x+s*.58*half, y-.25*high), (1.9, 3.2, 4.5), onto=acc[1])
-            if k>6: tube(grid, [(x+s*.7*half,y-.3*high), (x+s*(half+13),y-.5*high)], [4.5, 3.5], wall=1., onto=acc)
-        tube(grid, [(x,y), (x+.5,y+.9*high)], [2.6, 3.4], 8, wall=1.1, onto=acc)                          # spinous process
+            if k>6:
+                tube(grid, [(x+s*.7*half,y-.3*high), (x+s*(half+13),y-.5*high)], [4.5, 3.5], wall=1.,
+                    onto=acc)
+        # spinous process
+        tube(grid, [(x,y), (x+.5,y+.9*high)], [2.6, 3.4], 8, wall=1.1, onto=acc)
     return acc
 
 # %% ../../nbs/07_phantom.chest.ipynb #4115bb9e
@@ -292,7 +324,9 @@ def draw_pose(
     offset: float=.06,        # largest shift as part of the film
 ) -> np.ndarray:
     "A (3, 3) matrix: turn and scale about the middle of the film, then shift."
-    a,s,t = np.radians(gen.uniform(-angle, angle)),1+gen.uniform(-zoom, zoom),gen.uniform(-offset, offset, 2)*size
+    a = np.radians(gen.uniform(-angle, angle))
+    s = 1+gen.uniform(-zoom, zoom)
+    t = gen.uniform(-offset, offset, 2)*size
     turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     return shift(size/2+t[0], size/2+t[1])@turn@scale(s, s)@shift(-size/2, -size/2)
 
@@ -301,13 +335,15 @@ def _air(grid, body, gen):
     "Chord (H, W) of air in windpipe, stomach and bowel."
     h,low = body.height,body.breath
     air = tube(grid, [(0,-260), (1,-110*h), (-1,-60*h), (0,-28*h)], [10, 9.5, 9, 9], 17)
-    for s,x,y in ((-1, -30, 2), (1, 40, 8)): np.maximum(air, tube(grid, [(0,-30*h), (.5*x,(y-26*h)/2-6), (x,y)], [7, 6.5, 5], [14, 9, 6]), out=air)
+    for s,x,y in ((-1, -30, 2), (1, 40, 8)):
+        np.maximum(air, tube(grid, [(0,-30*h), (.5*x,(y-26*h)/2-6), (x,y)], [7, 6.5, 5], [14, 9, 6]), out=air)
     if gen.random()<.75:
         x,y,r = body.width*(60+gen.normal(0, 8)),h*96+low+26,gen.uniform(14, 30)
         bubble = ellipsoid(grid, (x,y), (r,.62*r,.8*r))
         air += bubble*(.5-.5*np.tanh(grid.y-y-.35*r))         # flat towards the fluid
     for _ in range(gen.integers(0, 6)):
-        ellipsoid(grid, (gen.uniform(-110, 110), h*96+low+gen.uniform(60, 170)), (gen.uniform(8, 20), gen.uniform(6, 13), gen.uniform(5, 14)), angle=gen.uniform(0, 180), onto=air)
+        ellipsoid(grid, (gen.uniform(-110, 110), h*96+low+gen.uniform(60, 170)),
+            (gen.uniform(8, 20), gen.uniform(6, 13), gen.uniform(5, 14)), angle=gen.uniform(0, 180), onto=air)
     return air
 
 def simulate_chest(
@@ -319,12 +355,14 @@ def simulate_chest(
     opacity_strength: float|None=None, # line integral in the middle; None: drawn
     **given,                # fields of `ChestBody` that are not drawn
 ) -> Phantom:
-    "A PA chest: masks lungs, right_lung, left_lung, heart, opacity; boxes of the opacities; points by anatomical name."
+    """A PA chest: masks lungs, right_lung, left_lung, heart, opacity; boxes of the opacities; points by
+    anatomical name."""
     body = draw_body(rng(seed, 'body'), **given)
     if isinstance(pose, str): pose = draw_pose(rng(seed, 'pose'), size)
     pose = np.eye(3) if pose is None else np.asarray(pose, float)
     k = size/body.film
-    grid = Grid((size, size), 1/(k*np.sqrt(abs(np.linalg.det(pose[:2,:2])))), pose@scale(k, k)@shift(body.film/2-body.center[0], body.film/2-body.center[1]))
+    grid = Grid((size, size), 1/(k*np.sqrt(abs(np.linalg.det(pose[:2,:2])))),
+        pose@scale(k, k)@shift(body.film/2-body.center[0], body.film/2-body.center[1]))
     heart,solid = mediastinum(grid, body)
     air,masks = grid.zeros(),{}
     for name,s in (('right_lung', -1), ('left_lung', 1)):
@@ -333,20 +371,24 @@ def simulate_chest(
         masks[name] = (d>0)&(solid<40)
     line = _compose(grid, body, seed, air, heart, solid)
     masks.update(lungs=masks['right_lung']|masks['left_lung'], heart=heart>0)
-    line,masks['opacity'],boxes = _add_opacities(grid, line, masks, rng(seed, 'opacity'), opacities, opacity_size, opacity_strength)
-    return Phantom(line, grid.spacing, 'CHEST', 'PA', '', dict(opacity=int(len(boxes)>0), opacities=len(boxes), female=int(body.sex=='F'), age=body.age),
+    line,masks['opacity'],boxes = _add_opacities(grid, line, masks, rng(seed, 'opacity'), opacities,
+        opacity_size, opacity_strength)
+    return Phantom(line, grid.spacing, 'CHEST', 'PA', '',
+        dict(opacity=int(len(boxes)>0), opacities=len(boxes), female=int(body.sex=='F'), age=body.age),
                    _landmarks(grid, body), masks, boxes, pose, int(seed))
 
 def _compose(grid, body, seed, air, heart, solid):
     "The line integral of the body without opacities."
     m = {t:mu(t, 70) for t in ('soft', 'lung', 'cortex', 'cancellous')}
     flesh = trunk(grid, body)
-    inside = np.maximum(air-solid, .08*air)*(1-.007*smooth_noise(grid.shape, rng(seed, 'interstitium'), max(1.1/grid.spacing, .6)))
+    inside = np.maximum(air-solid, .08*air)*(1-.007*smooth_noise(grid.shape, rng(seed, 'interstitium'),
+        max(1.1/grid.spacing, .6)))
     tree = vessels(grid, body, rng(seed, 'vessels'))
     ground = 1+.02*smooth_noise(grid.shape, rng(seed, 'ground'), 5/grid.spacing)
     empty = _air(grid, body, rng(seed, 'air'))
     line = m['soft']*flesh*ground - (m['soft']-m['lung'])*np.maximum(inside-tree*(air>0), 0) - m['soft']*empty
-    for (cortex,core),weight in ((ribs(grid, body, rng(seed, 'ribs')), 1.25), (spine(grid, body, rng(seed, 'spine')), .42)):
+    for (cortex,core),weight in ((ribs(grid, body, rng(seed, 'ribs')), 1.25),
+            (spine(grid, body, rng(seed, 'spine')), .42)):
         line += weight*((m['cortex']-m['soft'])*cortex + (m['cancellous']-m['soft'])*core)*(flesh>1)
     return np.maximum(line, 0).astype(np.float32)
 

@@ -9,7 +9,8 @@ __all__ = ['SYNTAXES', 'BREAKS', 'SCHATZKER_SHARES', 'store_grey', 'encode_frame
            'simulate_hospital']
 
 # %% ../../nbs/09_phantom.hospital.ipynb #83fda8c7
-import json, warnings
+import json
+import warnings
 from pathlib import Path
 
 import imagecodecs
@@ -23,10 +24,10 @@ from pydicom.encaps import encapsulate
 
 from ..core import RadiologyError, rng
 from ..parallel import run_parallel
-from .xray import expose
-from .knee import simulate_knee
 from .chest import simulate_chest
+from .knee import simulate_knee
 from .limbs import simulate_hand, simulate_hip
+from .xray import expose
 
 # %% ../../nbs/09_phantom.hospital.ipynb #2539db3e
 def _table(values, first, signed, little):
@@ -54,7 +55,9 @@ def _voi_step(q, window, a, b, gen_gamma, little):
     span = b - a
     if window is None: return a + q*span,{}
     if window=='lut':
-        if a< -32768 or b>65535: raise RadiologyError(f"A lookup table cannot begin at {a:.0f} or end at {b:.0f}", "Use fewer bits or another rescale")
+        if a< -32768 or b>65535:
+            raise RadiologyError(f"A lookup table cannot begin at {a:.0f} or end at {b:.0f}",
+                "Use fewer bits or another rescale")
         n = int(min(round(span) + 1, 32767))
         item = _table(65535*np.linspace(0, 1, n)**gen_gamma, round(a), a<0, little)
         item.LUTExplanation = 'simulated'
@@ -62,11 +65,17 @@ def _voi_step(q, window, a, b, gen_gamma, little):
     if window=='sigmoid':
         c,w = a + span/2,span/2.7
         q = np.clip(q, .005, .995)
-        return c + w/4*np.log(q/(1 - q)),dict(WindowCenter=round(c, 4), WindowWidth=round(w, 4), VOILUTFunction='SIGMOID')
+        return c + w/4*np.log(q/(1 - q)),dict(WindowCenter=round(c, 4), WindowWidth=round(w, 4),
+            VOILUTFunction='SIGMOID')
     lo,hi = a + .06*span,a + .8*span
-    if window=='linear_exact': tags = dict(WindowCenter=round((lo + hi)/2, 4), WindowWidth=round(hi - lo, 4), VOILUTFunction='LINEAR_EXACT')
-    elif window=='linear': tags = dict(WindowCenter=round((lo + hi)/2 + .5, 4), WindowWidth=round(hi - lo + 1, 4))
-    else: raise RadiologyError(f"The window is {window!r}", "Use None, 'linear', 'linear_exact', 'sigmoid' or 'lut'")
+    if window=='linear_exact':
+        tags = dict(WindowCenter=round((lo + hi)/2, 4), WindowWidth=round(hi - lo, 4),
+            VOILUTFunction='LINEAR_EXACT')
+    elif window=='linear':
+        tags = dict(WindowCenter=round((lo + hi)/2 + .5, 4), WindowWidth=round(hi - lo + 1, 4))
+    else:
+        raise RadiologyError(f"The window is {window!r}",
+            "Use None, 'linear', 'linear_exact', 'sigmoid' or 'lut'")
     return lo + q*(hi - lo),tags
 
 def store_grey(
@@ -80,7 +89,9 @@ def store_grey(
     gamma: float=.7,        # how much a VOI table bends
 ) -> tuple[np.ndarray,dict]:
     "Stored integers (H, W) and the header elements that show them as `pixels`."
-    if photometric not in ('MONOCHROME1', 'MONOCHROME2'): raise RadiologyError(f"The photometric interpretation is {photometric!r}", "Use MONOCHROME1 or MONOCHROME2")
+    if photometric not in ('MONOCHROME1', 'MONOCHROME2'):
+        raise RadiologyError(f"The photometric interpretation is {photometric!r}",
+            "Use MONOCHROME1 or MONOCHROME2")
     if not 8<=bits<=16: raise RadiologyError(f"bits is {bits}", "Use 8 to 16")
     q = np.clip(pixels, 0, 1).astype(np.float64)
     if photometric=='MONOCHROME1': q = 1 - q
@@ -90,13 +101,18 @@ def store_grey(
     x,voi = _voi_step(q, window, ends.min(), ends.max(), gamma, little)
     dtype = np.dtype(f"{'i' if signed else 'u'}{1 if bits==8 else 2}")
     stored = np.clip(np.round(inverse(x)), low, high).astype(dtype)
-    return stored,tags | voi | dict(PhotometricInterpretation=photometric, BitsAllocated=8*dtype.itemsize, BitsStored=bits, HighBit=bits-1,
-        PixelRepresentation=int(signed), PresentationLUTShape='INVERSE' if photometric=='MONOCHROME1' else 'IDENTITY')
+    return stored,tags | voi | dict(PhotometricInterpretation=photometric, BitsAllocated=8*dtype.itemsize,
+        BitsStored=bits, HighBit=bits-1,
+        PixelRepresentation=int(signed), PresentationLUTShape='INVERSE' if photometric=='MONOCHROME1'
+        else 'IDENTITY')
 
 # %% ../../nbs/09_phantom.hospital.ipynb #815632e7
-SYNTAXES = dict(implicit=uid.ImplicitVRLittleEndian, explicit=uid.ExplicitVRLittleEndian, big_endian=uid.ExplicitVRBigEndian,
-    deflated=uid.DeflatedExplicitVRLittleEndian, rle=uid.RLELossless, jpeg=uid.JPEGBaseline8Bit, jpeg12=uid.JPEGExtended12Bit,
-    jpeg_lossless=uid.JPEGLosslessSV1, jpeg_lossless57=uid.JPEGLossless, jpegls=uid.JPEGLSLossless, jpeg2000=uid.JPEG2000Lossless,
+SYNTAXES = dict(implicit=uid.ImplicitVRLittleEndian, explicit=uid.ExplicitVRLittleEndian,
+    big_endian=uid.ExplicitVRBigEndian,
+    deflated=uid.DeflatedExplicitVRLittleEndian, rle=uid.RLELossless, jpeg=uid.JPEGBaseline8Bit,
+    jpeg12=uid.JPEGExtended12Bit,
+    jpeg_lossless=uid.JPEGLosslessSV1, jpeg_lossless57=uid.JPEGLossless, jpegls=uid.JPEGLSLossless,
+    jpeg2000=uid.JPEG2000Lossless,
     jpeg2000_lossy=uid.JPEG2000, htj2k=uid.HTJ2KLossless)
 
 def encode_frame(
@@ -107,12 +123,15 @@ def encode_frame(
     "The value of PixelData (one frame, not yet encapsulated) in a transfer syntax."
     u = stored.view(f'u{stored.dtype.itemsize}')
     if bits<8*stored.dtype.itemsize: u = u & u.dtype.type(2**bits - 1) # two's complement of `bits` bits
-    if syntax in ('implicit', 'explicit', 'deflated'): return stored.astype(stored.dtype.newbyteorder('<')).tobytes()
+    if syntax in ('implicit', 'explicit', 'deflated'):
+        return stored.astype(stored.dtype.newbyteorder('<')).tobytes()
     if syntax=='big_endian': return stored.astype(stored.dtype.newbyteorder('>')).tobytes()
     if syntax=='rle': return _rle(stored)
     if syntax=='jpeg': return imagecodecs.jpeg8_encode(u, level=95)
     if syntax=='jpeg12': return imagecodecs.jpeg8_encode(u, level=97, bitspersample=12)
-    if syntax in ('jpeg_lossless', 'jpeg_lossless57'): return imagecodecs.jpeg8_encode(u, lossless=True, predictor=1 if syntax=='jpeg_lossless' else 4, bitspersample=bits)
+    if syntax in ('jpeg_lossless', 'jpeg_lossless57'):
+        return imagecodecs.jpeg8_encode(u, lossless=True, predictor=1 if syntax=='jpeg_lossless' else 4,
+            bitspersample=bits)
     if syntax=='jpegls': return bytes(imagecodecs.jpegls_encode(u, out=2*u.nbytes + 4096))
     if syntax in ('jpeg2000', 'jpeg2000_lossy'):
         lossy = dict(level=70, reversible=False) if syntax!='jpeg2000' else dict(reversible=True)
@@ -121,13 +140,16 @@ def encode_frame(
     raise RadiologyError(f"The transfer syntax is {syntax!r}", f"Use one of {', '.join(SYNTAXES)}")
 
 def _rle(stored):
-    "DICOM RLE (PS3.5 annex G): one segment for each byte of a pixel, the highest first, each row packed by itself."
+    """DICOM RLE (PS3.5 annex G): one segment for each byte of a pixel, the highest first, each row packed by
+    itself."""
     h,w = stored.shape
     planes = stored.astype(stored.dtype.newbyteorder('>')).view(np.uint8).reshape(h, w, -1)
-    segments = [b''.join(imagecodecs.packbits_encode(row.tobytes()) for row in planes[..., i]) for i in range(planes.shape[2])]
+    segments = [b''.join(imagecodecs.packbits_encode(row.tobytes()) for row in planes[..., i])
+        for i in range(planes.shape[2])]
     segments = [s + b'\0'*(len(s)%2) for s in segments]
     offsets = np.cumsum([64] + [len(s) for s in segments[:-1]])
-    return np.array([len(segments), *offsets, *[0]*(15 - len(segments))], '<u4').tobytes() + b''.join(segments)
+    return np.array([len(segments), *offsets, *[0]*(15 - len(segments))],
+        '<u4').tobytes() + b''.join(segments)
 
 # %% ../../nbs/09_phantom.hospital.ipynb #3e11b621
 def write_dicom(
@@ -147,11 +169,13 @@ def write_dicom(
 ) -> np.ndarray:
     "Writes one radiograph as DICOM and returns the stored integers (H, W)."
     pixels = getattr(image, 'pixels', image)
-    if syntax not in SYNTAXES: raise RadiologyError(f"The transfer syntax is {syntax!r}", f"Use one of {', '.join(SYNTAXES)}")
+    if syntax not in SYNTAXES:
+        raise RadiologyError(f"The transfer syntax is {syntax!r}", f"Use one of {', '.join(SYNTAXES)}")
     bits = {'jpeg': 8, 'jpeg12': 12}.get(syntax, bits)
     stored,tags = store_grey(pixels, photometric, bits, window, rescale, signed, little=syntax!='big_endian')
     ds = Dataset()
-    base = _base_header(modality, phantom, stored.shape, spacing or getattr(phantom, 'spacing', None), lossy=syntax in ('jpeg', 'jpeg12', 'jpeg2000_lossy'))
+    base = _base_header(modality, phantom, stored.shape, spacing or getattr(phantom, 'spacing', None),
+        lossy=syntax in ('jpeg', 'jpeg12', 'jpeg2000_lossy'))
     with disable_value_validation(): # real files break the rules too, such as 'Knee' for KNEE
         for k,v in (base | tags | (header or {})).items():
             if v is not None: setattr(ds, k, v)
@@ -176,21 +200,31 @@ def made_up_uid(
 
 def _base_header(modality, phantom, shape, spacing, lossy=False):
     "The elements that make a CR or DX file valid."
-    part,view,side = (getattr(phantom, k, d) for k,d in (('body_part', 'KNEE'), ('view', 'AP'), ('side', 'R')))
-    h = dict(SOPClassUID=uid.DigitalXRayImageStorageForPresentation if modality=='DX' else uid.ComputedRadiographyImageStorage,
-        SOPInstanceUID=made_up_uid('single', getattr(phantom, 'seed', 0), modality), StudyInstanceUID=made_up_uid('study'), SeriesInstanceUID=made_up_uid('series'),
-        Modality=modality, PatientName='SIM^0000', PatientID='SIM0000', PatientBirthDate='', PatientSex='', StudyDate='20240101', StudyTime='120000',
-        StudyID='1', AccessionNumber='', ReferringPhysicianName='', SeriesNumber='1', InstanceNumber='1', Manufacturer='simulated',
-        BodyPartExamined=part, ViewPosition=view, ImageType=['ORIGINAL', 'PRIMARY', ''], SamplesPerPixel=1, Rows=shape[0], Columns=shape[1],
+    part,view,side = (getattr(phantom, k, d) for k,d in (('body_part', 'KNEE'), ('view', 'AP'),
+        ('side', 'R')))
+    h = dict(SOPClassUID=uid.DigitalXRayImageStorageForPresentation if modality=='DX'
+        else uid.ComputedRadiographyImageStorage,
+        SOPInstanceUID=made_up_uid('single', getattr(phantom, 'seed', 0), modality),
+        StudyInstanceUID=made_up_uid('study'), SeriesInstanceUID=made_up_uid('series'),
+        Modality=modality, PatientName='SIM^0000', PatientID='SIM0000', PatientBirthDate='', PatientSex='',
+        StudyDate='20240101', StudyTime='120000',
+        StudyID='1', AccessionNumber='', ReferringPhysicianName='', SeriesNumber='1', InstanceNumber='1',
+        Manufacturer='simulated',
+        BodyPartExamined=part, ViewPosition=view, ImageType=['ORIGINAL', 'PRIMARY', ''], SamplesPerPixel=1,
+        Rows=shape[0], Columns=shape[1],
         PatientOrientation=['L', 'F'], BurnedInAnnotation='NO', LossyImageCompression='01' if lossy else '00')
     if side: h['ImageLaterality' if modality=='DX' else 'Laterality'] = side
     if spacing: h['ImagerPixelSpacing'] = [round(float(spacing), 6)]*2
-    if modality=='DX': h |= dict(PresentationIntentType='FOR PRESENTATION', PixelIntensityRelationship='LOG', PixelIntensityRelationshipSign=-1,
-        RescaleSlope=1, RescaleIntercept=0, RescaleType='US', AcquisitionContextSequence=[], ImageLaterality=side or 'U')
+    if modality=='DX':
+        h |= dict(PresentationIntentType='FOR PRESENTATION', PixelIntensityRelationship='LOG',
+            PixelIntensityRelationshipSign=-1,
+            RescaleSlope=1, RescaleIntercept=0, RescaleType='US', AcquisitionContextSequence=[],
+            ImageLaterality=side or 'U')
     return h
 
 # %% ../../nbs/09_phantom.hospital.ipynb #5c93f0a1
-BREAKS = dict(truncated='the pixel data ends early', text='a text file', no_pixels='no pixel data', empty='an empty file',
+BREAKS = dict(truncated='the pixel data ends early', text='a text file', no_pixels='no pixel data',
+    empty='an empty file',
               corrupted='a damaged codestream', absurd_size='an absurd size')
 
 def break_file(
@@ -200,11 +234,13 @@ def break_file(
 ) -> str:
     "Breaks a file and returns the cause in words. `corrupted` needs a compressed file."
     path = Path(path)
-    if how not in BREAKS: raise RadiologyError(f"A file cannot be broken by {how!r}", f"Use one of {', '.join(BREAKS)}")
+    if how not in BREAKS:
+        raise RadiologyError(f"A file cannot be broken by {how!r}", f"Use one of {', '.join(BREAKS)}")
     data = path.read_bytes()
     if how=='empty': path.write_bytes(b'')
     elif how=='truncated': path.write_bytes(data[:int(len(data)*.6)])
-    elif how=='text': path.write_text('Radiology report\n\nThe image of this study is not available. Please ask the archive for it.\n'*4)
+    elif how=='text':
+        path.write_text('Radiology report\n\nThe image of this study is not available. Please ask the archive for it.\n'*4)
     elif how=='corrupted': path.write_bytes(_corrupt(data, gen or rng(0, 'corrupt')))
     else:
         ds = pydicom.dcmread(path)
@@ -216,7 +252,9 @@ def break_file(
 def _corrupt(data, gen):
     "The tables at the head of the codestream and a part of its body overwritten with noise."
     start = next((i for i in (data.rfind(m) for m in (b'\xff\xd8\xff', b'\xff\x4f\xff\x51')) if i>0), None)
-    if start is None: raise RadiologyError("Only a JPEG or JPEG 2000 file can be corrupted beyond recognition", "Choose another syntax or another kind of damage")
+    if start is None:
+        raise RadiologyError("Only a JPEG or JPEG 2000 file can be corrupted beyond recognition",
+            "Choose another syntax or another kind of damage")
     out = bytearray(data)
     for a,n in ((start+50, 300), (start + (len(data)-start)//2, 2000)):
         n = max(0, min(n, len(data) - 64 - a))
@@ -237,7 +275,8 @@ _ROOMS = [ # manufacturer, model, modality, photometric, bits, window, rescale, 
     ('KONICA MINOLTA', '0862', 'CR', 'MONOCHROME2', 12, 'linear', (1, -2048), False),
     ('Swissray', 'ddR', 'CR', 'MONOCHROME2', 13, 'linear', None, True),
     ('', '', 'DX', 'MONOCHROME2', 8, None, None, False)]
-_SYNTAX_SHARES = dict(explicit=.2, implicit=.14, jpeg_lossless=.2, jpeg2000=.12, jpegls=.1, rle=.07, deflated=.05, big_endian=.05, jpeg2000_lossy=.03, jpeg_lossless57=.02, htj2k=.02)
+_SYNTAX_SHARES = dict(explicit=.2, implicit=.14, jpeg_lossless=.2, jpeg2000=.12, jpegls=.1, rle=.07,
+    deflated=.05, big_endian=.05, jpeg2000_lossy=.03, jpeg_lossless57=.02, htj2k=.02)
 
 def _pick(gen, shares):
     "A key of `shares`, by its share."
@@ -249,10 +288,14 @@ def _room(gen):
     maker,model,modality,photometric,bits,window,rescale,signed = _ROOMS[gen.integers(len(_ROOMS))]
     syntax = _pick(gen, _SYNTAX_SHARES)
     if bits==8 and gen.random()<.5: syntax = 'jpeg'
-    how = dict(modality=modality, photometric=photometric, bits=bits, window=window, rescale=rescale, signed=signed, syntax=syntax)
-    header = dict(Manufacturer=maker, ManufacturerModelName=model or None, StationName=f'ROOM{gen.integers(1, 9)}', InstitutionName='Simulated Hospital')
-    return how,header,dict(side=_pick(gen, dict(tag=.6, other_tag=.2, words=.15, none=.05)), view=_pick(gen, dict(tag=.75, words=.2, none=.05)),
-                           part=_pick(gen, dict(tag=.8, lower=.1, none=.1)), spacing=_pick(gen, dict(imager=.45, magnified=.2, pixel=.25, none=.1)))
+    how = dict(modality=modality, photometric=photometric, bits=bits, window=window, rescale=rescale,
+        signed=signed, syntax=syntax)
+    header = dict(Manufacturer=maker, ManufacturerModelName=model or None,
+        StationName=f'ROOM{gen.integers(1, 9)}', InstitutionName='Simulated Hospital')
+    return how,header,dict(side=_pick(gen, dict(tag=.6, other_tag=.2, words=.15, none=.05)),
+        view=_pick(gen, dict(tag=.75, words=.2, none=.05)),
+                           part=_pick(gen, dict(tag=.8, lower=.1, none=.1)),
+                           spacing=_pick(gen, dict(imager=.45, magnified=.2, pixel=.25, none=.1)))
 
 # %% ../../nbs/09_phantom.hospital.ipynb #2c39480d
 _WORDS = dict(KNEE='Knee', CHEST='Chest', HAND='Hand', HIP='Hip')
@@ -262,9 +305,11 @@ def _facts(gen, phantom, habits, modality):
     part,view,side = phantom.body_part,phantom.view,phantom.side
     words = {'L': gen.choice(['LT', 'left', 'L']), 'R': gen.choice(['RT', 'right', 'R'])}.get(side, '')
     h = dict(BodyPartExamined={'tag': part, 'lower': part.title(), 'none': None}[habits['part']],
-             ViewPosition=view if habits['view']=='tag' else None, ImageLaterality=None, Laterality=None, ImagerPixelSpacing=None)
+             ViewPosition=view if habits['view']=='tag' else None, ImageLaterality=None, Laterality=None,
+             ImagerPixelSpacing=None)
     say_view,say_side = habits['view']=='words',habits['side']=='words'
-    h['SeriesDescription'] = ' '.join(w for w in (_WORDS.get(part, part.title()), view if say_view else '', str(words) if say_side else '') if w)
+    h['SeriesDescription'] = ' '.join(w for w in (_WORDS.get(part, part.title()), view if say_view else '',
+        str(words) if say_side else '') if w)
     h['StudyDescription'] = f'XR {_WORDS.get(part, part.title())}'
     tag = 'ImageLaterality' if modality=='DX' else 'Laterality'
     other = 'Laterality' if modality=='DX' else 'ImageLaterality'
@@ -290,17 +335,20 @@ def _deal(n, shares, gen):
     return out.tolist()
 
 def _plan(n, seed, task, fractured):
-    "One record a patient: grade or opacities, whether another body part, and which kind of broken file comes with it."
+    """One record a patient: grade or opacities, whether another body part, and which kind of broken file
+    comes with it."""
     gen = rng(seed, 'plan', task)
     kinds = np.array(_deal(n, {'task': .9, 'other': .1}, gen))
     main = np.flatnonzero(kinds=='task')
     sick = round(len(main)*fractured)
     grades = np.zeros(n, int)
-    grades[gen.permutation(main)[:sick]] = _deal(sick, SCHATZKER_SHARES if task=='knee' else {1: .7, 2: .3}, gen)
+    grades[gen.permutation(main)[:sick]] = _deal(sick, SCHATZKER_SHARES if task=='knee' else {1: .7, 2: .3},
+        gen)
     broken = [''] * n
     hows = list(BREAKS)*max(1, n//200)
     for i,how in zip(gen.permutation(n), hows): broken[i] = how
-    return [dict(index=i, other=bool(kinds[i]=='other'), grade=int(grades[i]), broken=broken[i]) for i in range(n)]
+    return [dict(index=i, other=bool(kinds[i]=='other'), grade=int(grades[i]), broken=broken[i])
+        for i in range(n)]
 
 def _simulate(part, seed, grade, side, size, gen):
     "A phantom of one body part; what varies is drawn from `gen`."
@@ -311,7 +359,8 @@ def _simulate(part, seed, grade, side, size, gen):
     return (simulate_hand if part=='HAND' else simulate_hip)(seed, side=side, size=size)
 
 def _frame(pixels, gen):
-    "The part of an exposure that a film of another size would hold: at most 6 % cut at each border; the pixels and the corner (row, col)."
+    """The part of an exposure that a film of another size would hold: at most 6 % cut at each border; the
+    pixels and the corner (row, col)."""
     h,w = pixels.shape
     t,b,l,r = (int(v) for v in gen.uniform(0, .06, 4)*[h, h, w, w])
     return np.ascontiguousarray(pixels[t:h-b, l:w-r]),(t, l)
@@ -336,9 +385,12 @@ def _patient_header(p, seed):
     day = pd.Timestamp(2018, 1, 1) + pd.Timedelta(days=int(gen.integers(2200)))
     born = day - pd.Timedelta(days=int(age*365.25 + gen.integers(365)))
     text = lambda t: t.strftime('%Y%m%d')
-    return dict(PatientName=f"SIM^{p['index']:04d}", PatientID=f"SIM{p['index']:06d}", PatientSex='MF'[gen.integers(2)], PatientAge=f'{age:03d}Y' if gen.random()<.7 else None,
-        PatientBirthDate=text(born), StudyDate=text(day), SeriesDate=text(day), AcquisitionDate=text(day), StudyTime=f'{gen.integers(7, 20):02d}{gen.integers(60):02d}00',
-        AccessionNumber=f"A{gen.integers(10**7):07d}", StudyInstanceUID=made_up_uid(seed, 'study', p['index']))
+    return dict(PatientName=f"SIM^{p['index']:04d}", PatientID=f"SIM{p['index']:06d}",
+        PatientSex='MF'[gen.integers(2)], PatientAge=f'{age:03d}Y' if gen.random()<.7 else None,
+        PatientBirthDate=text(born), StudyDate=text(day), SeriesDate=text(day), AcquisitionDate=text(day),
+        StudyTime=f'{gen.integers(7, 20):02d}{gen.integers(60):02d}00',
+        AccessionNumber=f"A{gen.integers(10**7):07d}",
+        StudyInstanceUID=made_up_uid(seed, 'study', p['index']))
 
 def _write_patient(job):
     "Writes the images of one patient; returns their rows of the truth."
@@ -356,18 +408,26 @@ def _write_image(folder, p, seed, size, header, room, k, part, key, grade, side,
     phantom = _simulate(part, key, grade, side, size, rng(seed, 'body', key))
     pixels,corner = _frame(expose(phantom, gen).pixels, gen)
     uids = {n: made_up_uid(seed, n, p['index'], k) for n in ('series', 'image')}
-    number = dict(SeriesNumber=str(k+1), InstanceNumber='1', SeriesInstanceUID=uids['series'], SOPInstanceUID=uids['image'])
-    path = Path(folder)/header['PatientID']/f"ST{p['index']:04d}"/f'SE{k+1}'/(f'IM{k+1:05d}' + ('' if gen.random()<.3 else '.dcm'))
+    number = dict(SeriesNumber=str(k+1), InstanceNumber='1', SeriesInstanceUID=uids['series'],
+        SOPInstanceUID=uids['image'])
+    path = Path(folder)/header['PatientID']/f"ST{p['index']:04d}"/f'SE{k+1}'/(f'IM{k+1:05d}'
+        + ('' if gen.random()<.3 else '.dcm'))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if broken in ('corrupted', 'truncated'): how = how | dict(syntax='jpeg_lossless', bits=max(10, how['bits']))
-    if 'joint_other' in phantom.points: habits = habits | dict(side='tag') # two knees: the header says which one is meant
-    write_dicom(path, pixels, phantom, header=station | header | _facts(gen, phantom, habits, how['modality']) | number, **how)
+    if broken in ('corrupted', 'truncated'):
+        how = how | dict(syntax='jpeg_lossless', bits=max(10, how['bits']))
+    if 'joint_other' in phantom.points:
+        habits = habits | dict(side='tag') # two knees: the header says which one is meant
+    write_dicom(path, pixels, phantom, header=station | header | _facts(gen, phantom, habits, how['modality'])
+        | number, **how)
     if broken: break_file(path, broken, gen)
     joint = phantom.points.get('joint', (np.nan, np.nan))
     boxes = np.asarray(phantom.boxes, float).reshape(-1, 4) - [corner[1], corner[0]]*2
-    return dict(path=str(path.relative_to(folder)), patient_id=header['PatientID'], study_id=header['StudyInstanceUID'], image_id=uids['image'], body_part=part,
-        view=phantom.view, laterality=phantom.side, fractured=float(grade>0) if part=='KNEE' else np.nan, schatzker=float(grade) if part=='KNEE' else np.nan,
-        joint_row=joint[0]-corner[0], joint_col=joint[1]-corner[1], spacing_mm=phantom.spacing, opacity=float(grade>0) if part=='CHEST' else np.nan,
+    return dict(path=str(path.relative_to(folder)), patient_id=header['PatientID'],
+        study_id=header['StudyInstanceUID'], image_id=uids['image'], body_part=part,
+        view=phantom.view, laterality=phantom.side, fractured=float(grade>0) if part=='KNEE' else np.nan,
+        schatzker=float(grade) if part=='KNEE' else np.nan,
+        joint_row=joint[0]-corner[0], joint_col=joint[1]-corner[1], spacing_mm=phantom.spacing,
+        opacity=float(grade>0) if part=='CHEST' else np.nan,
         boxes=json.dumps(boxes.round(1).tolist()), broken=BREAKS[broken] if broken else '')
 
 # %% ../../nbs/09_phantom.hospital.ipynb #2f503428
@@ -381,13 +441,16 @@ def simulate_hospital(
     show: bool|None=None,   # a progress bar; None: on a terminal
     fractured: float=.3,    # share of the task's patients with a fracture (or opacity)
 ) -> pd.DataFrame:
-    "Writes a hospital's export of DICOM files, some of them broken, with `truth.csv` beside; returns the truth, one row a file."
+    """Writes a hospital's export of DICOM files, some of them broken, with `truth.csv` beside; returns the
+    truth, one row a file."""
     if task not in ('knee', 'chest'): raise RadiologyError(f"The task is {task!r}", "Use 'knee' or 'chest'")
-    if n<1 or size<64: raise RadiologyError(f"n is {n} and size {size}", "Give at least 1 patient and 64 pixels")
+    if n<1 or size<64:
+        raise RadiologyError(f"n is {n} and size {size}", "Give at least 1 patient and 64 pixels")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(str(folder), p, seed, size, task) for p in _plan(n, seed, task, fractured)]
-    rows = [r for rs in run_parallel(_write_patient, jobs, workers, chunk=4, desc='simulate', show=show) for r in rs]
+    rows = [r for rs in run_parallel(_write_patient, jobs, workers, chunk=4, desc='simulate', show=show)
+        for r in rs]
     truth = pd.DataFrame(rows)
     truth.to_csv(folder/'truth.csv', index=False)
     return truth

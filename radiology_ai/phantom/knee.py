@@ -14,9 +14,21 @@ import cv2
 import numpy as np
 
 from ..core import RadiologyError, rng, scale, shift
-from .anatomy import KneeShape, draw_shape, fabella, femur, fibula, fibula_axis, flesh, patella, patella_center, tibia, tibia_edges
+from radiology_ai.phantom.anatomy import (
+    draw_shape,
+    fabella,
+    femur,
+    fibula,
+    fibula_axis,
+    flesh,
+    patella,
+    patella_center,
+    tibia,
+    tibia_edges,
+)
 from .schatzker import Fracture, draw_fracture
-from .xray import Grid, Phantom, mu, smooth_noise, trabeculae, tube
+from .solids import Grid, mu, smooth_noise, trabeculae, tube
+from .xray import Phantom
 
 # %% ../../nbs/06_phantom.knee.ipynb #3c39881f
 _F = np.float32
@@ -35,7 +47,9 @@ def _lay(maps, x, z, matrix, out):
     c = (m@np.array([[0, w, 0, w], [0, 0, h, h], [1, 1, 1, 1]]))[:2]
     x1,y1 = np.maximum(np.floor(c.min(1)).astype(int)-1, 0)
     x2,y2 = np.minimum(np.ceil(c.max(1)).astype(int)+2, (out.shape[1], out.shape[0]))
-    if x2>x1 and y2>y1: out[y1:y2, x1:x2] += cv2.warpAffine(maps, (shift(-x1, -y1)@m)[:2], (int(x2-x1), int(y2-y1)), flags=cv2.INTER_LINEAR)
+    if x2>x1 and y2>y1:
+        out[y1:y2, x1:x2] += cv2.warpAffine(maps, (shift(-x1, -y1)@m)[:2], (int(x2-x1), int(y2-y1)),
+            flags=cv2.INTER_LINEAR)
     return out
 
 def _frames(k, frame):
@@ -54,7 +68,9 @@ def _project(k, f, frame, shape, spacing):
     x,z = _axis(-120*s, 120*s, 1.),_axis(up, down, 1.)
     soft = _lay(flesh(k, x, z), x, z, frame, zero(2))
     bones = zero(3)
-    for bone,xs,zs,m in ((femur, (-48*s, 65*s), (up, 3*s), to_femur), (patella, (-40*s, 40*s), (-80*s, -6*s), to_femur), (fabella, (10*s, 34*s), (-42*s, -12*s), to_femur), (fibula, (8*s, 58*s), (6*s, down), to_tibia)):
+    for bone,xs,zs,m in ((femur, (-48*s, 65*s), (up, 3*s), to_femur),
+            (patella, (-40*s, 40*s), (-80*s, -6*s), to_femur),
+            (fabella, (10*s, 34*s), (-42*s, -12*s), to_femur), (fibula, (8*s, 58*s), (6*s, down), to_tibia)):
         x,z = _axis(*xs, spacing),_axis(*zs, spacing)
         _lay(bone(k, x, z), x, z, m, bones)
     x,z = _axis(-48*s, 48*s, spacing),_axis(-14*s, down, spacing)
@@ -69,7 +85,8 @@ def _attenuate(soft, bones, k, spacing, kev=50.):
     blotch = smooth_noise(shape, g, max(.9*mm, 2))[:shape[0], :shape[1]]
     strand = lambda angle, length, width: trabeculae(shape, g, angle, length*mm, max(width*mm, .5))
     strong = g.uniform(.5, 1.2)
-    uneven = 1 + _F(strong)*(_F(.085)*strand(90-k.turn, 2.2, .3) + _F(.045)*strand(-k.turn, 1.2, .28) + _F(.05)*strand(90-k.turn, 2.5, .7)) + _F(.06)*blotch + _F(.06)*cloud
+    uneven = 1 + _F(strong)*(_F(.085)*strand(90-k.turn, 2.2, .3) + _F(.045)*strand(-k.turn, 1.2, .28)
+        + _F(.05)*strand(90-k.turn, 2.5, .7)) + _F(.06)*blotch + _F(.06)*cloud
     bone,fat,muscle = mu('cortex', kev),mu('fat', kev),mu('soft', kev)
     leg = (_F(fat)*soft[...,0] + _F(muscle-fat)*soft[...,1])*(1+_F(.006)*cloud)
     return leg + _F(bone-muscle)*bones[...,0] + _F(bone-fat)*bones[...,1]*uneven + _F(fat-muscle)*bones[...,2]
@@ -85,7 +102,8 @@ def _fracture_mask(f, pieces, spacing):
     solid = (sum(p[...,0]+p[...,2] for p in pieces)>1).astype(np.uint8)
     if not f.grade: return solid>0,np.zeros(solid.shape, bool)
     r = int(np.ceil(4/spacing))
-    whole = cv2.morphologyEx(cv2.copyMakeBorder(solid, r, r, r, r, cv2.BORDER_REPLICATE), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*r+1, 2*r+1)))[r:-r, r:-r]>0
+    whole = cv2.morphologyEx(cv2.copyMakeBorder(solid, r, r, r, r, cv2.BORDER_REPLICATE), cv2.MORPH_CLOSE,
+        cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*r+1, 2*r+1)))[r:-r, r:-r]>0
     mask = sum(p[...,3] for p in pieces)>2
     near = [_near(p, 1e3) for p in pieces] if len(pieces)>1 else []
     for i in range(len(near)):
@@ -119,7 +137,8 @@ def _metal(k, frame, shape, spacing, kev=50.):
 def _landmarks(k, frame):
     "Named points of a knee as (row, col) in pixels."
     s,(to_tibia,to_femur) = k.size,_frames(k, frame)
-    where = dict(joint=(frame, 0, 0), femur=(to_femur, 0, -25), tibia=(to_tibia, 0, 25), fibula_head=(to_tibia, float(fibula_axis(k, 18.)), 18),
+    where = dict(joint=(frame, 0, 0), femur=(to_femur, 0, -25), tibia=(to_tibia, 0, 25),
+        fibula_head=(to_tibia, float(fibula_axis(k, 18.)), 18),
                  patella=(to_femur, *patella_center(k)))
     return {n: tuple(float(v) for v in (m@[x*s, z*s, 1])[1::-1]) for n,(m,x,z) in where.items()}
 
@@ -135,7 +154,8 @@ def _film(k, side, size, bilateral, given):
         apart = g.uniform(max(150, 1.75*k.width), max(.5*fov, 160))
         x = {a: w*(.5+k.dx/2) + (1 if a=='L' else -1)*apart/2/sp for a in 'RL'}
         other = 'L' if side=='R' else 'R'
-        places = [(side, x[side], h*(.5+k.dy), k.turn), (other, x[other], h*(.5+k.dy)+g.normal(0, 4)/sp, g.normal(0, 2.5))]
+        places = [(side, x[side], h*(.5+k.dy), k.turn),
+            (other, x[other], h*(.5+k.dy)+g.normal(0, 4)/sp, g.normal(0, 2.5))]
     frames = [shift(c, r)@scale(1/sp, 1/sp)@_turned(t)@scale(-1 if a=='R' else 1, 1) for a,c,r,t in places]
     return (h, w),sp,frames
 
@@ -149,7 +169,8 @@ def simulate_knee(
     hardware: bool=False,  # screws or a plate in the tibia
     **variation,           # fields of `KneeShape` that are not drawn, such as `fov=180`
 ) -> Phantom:
-    "A frontal knee with its truth: points, labels `schatzker` and `fractured`, masks `bone`, `tibia` (gaps closed) and `fracture`."
+    """A frontal knee with its truth: points, labels `schatzker` and `fractured`, masks `bone`, `tibia` (gaps
+    closed) and `fracture`."""
     if side not in ('R', 'L'): raise RadiologyError(f"The side {side!r} is unknown", "Give 'R' or 'L'")
     k = draw_shape(seed, **variation)
     f = draw_fracture(seed, grade, k.size)
@@ -157,12 +178,14 @@ def simulate_knee(
     soft,bones,pieces = _project(k, f, frames[0], shape, spacing)
     points = _landmarks(k, frames[0])
     if bilateral:
-        k2 = replace(k, rotation=-k.rotation, valgus=k.valgus+1, space_medial=k.space_medial*1.05, seed=k.seed+2**31)
+        k2 = replace(k, rotation=-k.rotation, valgus=k.valgus+1, space_medial=k.space_medial*1.05,
+            seed=k.seed+2**31)
         soft2,bones2,_ = _project(k2, Fracture(), frames[1], shape, spacing)
         soft,bones = np.maximum(soft, soft2),bones+bones2
         points['joint_other'] = _landmarks(k2, frames[1])['joint']
     whole,mask = _fracture_mask(f, pieces, spacing)
     line = _attenuate(soft, bones, k, spacing)
     if hardware: line = line + _metal(k, frames[0], shape, spacing)
-    return Phantom(np.maximum(line, 0), spacing, 'KNEE', 'AP', side, dict(schatzker=int(grade), fractured=int(grade>0)), points,
+    return Phantom(np.maximum(line, 0), spacing, 'KNEE', 'AP', side,
+        dict(schatzker=int(grade), fractured=int(grade>0)), points,
         dict(bone=bones[...,0]+bones[...,2]>1, tibia=whole, fracture=mask), seed=int(seed))

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 
 from ..core import RadiologyError, rng, scale, shift
-from .xray import Phantom
 from .solids import Grid, curve, ellipsoid, mu, plate, smooth_noise, trabeculae, tube
+from .xray import Phantom
 
 # %% ../../nbs/08_phantom.limbs.ipynb #15205be1
 def long_bone(
@@ -30,10 +30,12 @@ def long_bone(
     a,b = np.asarray(base, float),np.asarray(head, float)
     length = np.linalg.norm(b-a)
     rb,rs,rh = radii
-    s = np.concatenate([[0, .3, .8, 1.6, 2.8], np.linspace(.12*length, length-.9*rh, 9), length-rh*np.array([.7, .5, .3, .15, .05, 0])])
+    s = np.concatenate([[0, .3, .8, 1.6, 2.8], np.linspace(.12*length, length-.9*rh, 9),
+        length-rh*np.array([.7, .5, .3, .15, .05, 0])])
     s = np.unique(np.clip(s, 0, length))
     u = s/length
-    r = rs + (rb-rs)*np.clip(1-(s-2)/(.36*length), 0, 1)**1.6 + (rh-rs)*np.clip((u-.66)/.2, 0, 1)**1.5*(u<1.01)
+    r = rs + (rb-rs)*np.clip(1-(s-2)/(.36*length), 0, 1)**1.6 + (rh-rs)*np.clip((u-.66)/.2, 0,
+        1)**1.5*(u<1.01)
     r = np.where(u>.66, np.minimum(r, np.maximum(rh, rs)), r)
     r *= np.sqrt(1-np.clip(1-s/2.6, 0, 1)**2*.5)                                # blunt edge of the base
     tip = np.clip((s-(length-rh))/rh, 0, 1)
@@ -44,12 +46,16 @@ def long_bone(
     return tube(grid, axis, r, .92*r, wall=w, ends='flat', onto=onto)
 
 # %% ../../nbs/08_phantom.limbs.ipynb #23981cc3
-_META = {2: ((-16,-19), 67), 3: ((-4,-20), 64), 4: ((7.5,-18.5), 57), 5: ((16.5,-15.5), 52)}       # base, length in mm
+# base, length in mm
+_META = {2: ((-16,-19), 67), 3: ((-4,-20), 64), 4: ((7.5,-18.5), 57), 5: ((16.5,-15.5), 52)}
 _PHALANX = {1: (32, 23), 2: (40, 23, 17), 3: (44.5, 28, 18), 4: (41, 26.5, 18.5), 5: (33, 19, 16.5)}
-_SPREAD = {2: -9., 3: -1., 4: 7., 5: 16.}                                                       # degrees from straight up
+# degrees from straight up
+_SPREAD = {2: -9., 3: -1., 4: 7., 5: 16.}
 _CARPAL = {  # centre, half sizes, degrees
-    'scaphoid': ((-17,1.5), (11.5,6.2), -52), 'lunate': ((-3,8), (7.6,7.2), 20), 'triquetrum': ((11.5,5), (7.2,6.4), -35), 'pisiform': ((14.5,8), (4.6,4.2), 0),
-    'trapezium': ((-27,-11), (7.8,7.2), 30), 'trapezoid': ((-16.5,-12.5), (5.8,6.4), 10), 'capitate': ((-4.2,-8), (6.6,11.2), -4), 'hamate': ((8.6,-8.5), (7.8,9.6), 18)}
+    'scaphoid': ((-17,1.5), (11.5,6.2), -52), 'lunate': ((-3,8), (7.6,7.2), 20),
+    'triquetrum': ((11.5,5), (7.2,6.4), -35), 'pisiform': ((14.5,8), (4.6,4.2), 0),
+    'trapezium': ((-27,-11), (7.8,7.2), 30), 'trapezoid': ((-16.5,-12.5), (5.8,6.4), 10),
+    'capitate': ((-4.2,-8), (6.6,11.2), -4), 'hamate': ((8.6,-8.5), (7.8,9.6), 18)}
 
 def _up(angle: float) -> np.ndarray:
     "The unit vector `angle` degrees to the right of straight up."
@@ -62,18 +68,21 @@ def hand_plan(
     "The tubular bones of a right hand: (finger, bone, base, head, radii) with positions in mm."
     out,spread,k = [],gen.normal(1, .25),gen.normal(1, .05)
     thumb = -38+gen.normal(0, 5)
-    chains = {1: ((-31,-19), 45, thumb), **{f: (*_META[f], _SPREAD[f]*spread+gen.normal(0, 1)) for f in _META}}
+    chains = {1: ((-31,-19), 45, thumb), **{f: (*_META[f], _SPREAD[f]*spread+gen.normal(0, 1))
+        for f in _META}}
     for f,(base,length,angle) in chains.items():
         start = np.array(base, float)
         end = start+length*_up(angle*(1 if f==1 else .95))
-        out.append((f, 0, start, end, k*np.array([8, 4.9, 7.4] if f==1 else [7.2, 4.3, 7.6]-(f==5)*np.array([.5, .3, .9]))))
+        out.append((f, 0, start, end, k*np.array([8, 4.9, 7.4] if f==1
+            else [7.2, 4.3, 7.6]-(f==5)*np.array([.5, .3, .9]))))
         for i,l in enumerate(_PHALANX[f]):
             angle += gen.normal(0, 2.) + (9 if f==1 else 0)
             start = end+(1.7-.25*i)*_up(angle)
             end = start+l*_up(angle)
             last = i==len(_PHALANX[f])-1
             small = .84 if f==5 else 1.08 if f==1 else .96 if f==2 else 1.
-            out.append((f, i+1, start, end, small*k*np.array([5.6, 2.7, 3.7] if last else ([7.2, 4.5, 5.5], [6.4, 3.8, 4.7])[i])))
+            out.append((f, i+1, start, end, small*k*np.array([5.6, 2.7, 3.7] if last
+                else ([7.2, 4.5, 5.5], [6.4, 3.8, 4.7])[i])))
     return out
 
 # %% ../../nbs/08_phantom.limbs.ipynb #d96dc8dc
@@ -92,12 +101,15 @@ def hand_flesh(
         bones = [b for b in plan if b[0]==f]
         axis = [bones[0][3]-.35*(bones[0][3]-bones[0][2])] + [b[3] for b in bones]
         axis[-1] = axis[-1]-2*(axis[-1]-bones[-1][2])/np.linalg.norm(axis[-1]-bones[-1][2])
-        r = thick*(9.8 if f==1 else 8. if f==5 else 9.2)*np.interp(np.linspace(0, 1, len(axis)), [0, .35, .7, 1], [1.2, 1.12, 1., .82])
+        r = thick*(9.8 if f==1 else 8. if f==5 else 9.2)*np.interp(np.linspace(0, 1, len(axis)),
+            [0, .35, .7, 1], [1.2, 1.12, 1., .82])
         np.maximum(out, tube(grid, axis, r, .86*r), out=out)
     base,heads = {b[0]: b[2] for b in plan if b[1]==0},{b[0]: b[3] for b in plan if b[1]==0}
     t = 3*thick
-    palm = curve([(-25,30), (-33-t,0), base[1]+[-10-t,0], .5*(base[1]+heads[1])+[-12,3], heads[1]+[-10,0], heads[1]+[8,-2], heads[2]+[-12,14], heads[2]+[-7,-14],
-                  heads[3]+[0,-16], heads[4]+[2,-15], heads[5]+[4,-13], heads[5]+[11-.3*t,8], base[5]+[15+.5*t,0], (26+.5*t,14), (22,45)], n=4, closed=True)
+    palm = curve([(-25,30), (-33-t,0), base[1]+[-10-t,0], .5*(base[1]+heads[1])+[-12,3], heads[1]+[-10,0],
+        heads[1]+[8,-2], heads[2]+[-12,14], heads[2]+[-7,-14],
+                  heads[3]+[0,-16], heads[4]+[2,-15], heads[5]+[4,-13], heads[5]+[11-.3*t,8],
+                  base[5]+[15+.5*t,0], (26+.5*t,14), (22,45)], n=4, closed=True)
     arm = tube(grid, [(-4,10), (-3,60), (-1,260)], [31*thick, 30*thick, 38*thick], [20, 21, 30], power=2.4)
     out = _union([out, plate(grid, palm, 14*thick, 15), arm])
     return cv2.GaussianBlur(out, (0,0), 1.1/grid.spacing)
@@ -123,18 +135,23 @@ def hand_bones(
     thumb = next(b for b in plan if b[:2]==(1, 0))
     for d in (-3.2, 3.4): ellipsoid(grid, thumb[3]+[d+2, 2.5], (2.3, 2.6, 2.3), onto=acc[0])       # sesamoids
     for name,(center,half,angle) in _CARPAL.items():
-        o = _oval(np.array(center)+gen.normal(0, .35, 2), np.array(half)*gen.normal(1, .03, 2), angle+gen.normal(0, 4))
+        o = _oval(np.array(center)+gen.normal(0, .35, 2), np.array(half)*gen.normal(1, .03, 2),
+            angle+gen.normal(0, 4))
         plate(grid, o, 5.5 if name!='pisiform' else 4, 4.2, wall=.6*wall, onto=acc)
-    radius = curve([(-29,15), (-27,11), (-22,15), (-10,18.5), (2,19.5), (5,22), (4.5,30), (0,44), (-3,70), (-4,260), (-18,260), (-18,70), (-22,46), (-28,27)], n=3, closed=True)
+    radius = curve([(-29,15), (-27,11), (-22,15), (-10,18.5), (2,19.5), (5,22), (4.5,30), (0,44), (-3,70),
+        (-4,260), (-18,260), (-18,70), (-22,46), (-28,27)], n=3, closed=True)
     plate(grid, radius, 6, 6.5, wall=1.*wall, onto=acc)
     ulna = [(15.5,21), (15.5,22.5), (15.3,25), (15,31), (13.5,48), (12.5,80), (13,260)]
-    tube(grid, ulna, [4.5, 7, 7.8, 7.4, 5.6, 5.4, 7], wall=wall*np.array([.6, .8, .9, 1.2, 1.9, 2.2, 2.5]), ends='flat', onto=acc)
-    tube(grid, [(20.5,16.5), (20.5,24)], [1.8, 2.6], wall=.9, onto=acc)                              # styloid of the ulna
+    tube(grid, ulna, [4.5, 7, 7.8, 7.4, 5.6, 5.4, 7], wall=wall*np.array([.6, .8, .9, 1.2, 1.9, 2.2, 2.5]),
+        ends='flat', onto=acc)
+    # styloid of the ulna
+    tube(grid, [(20.5,16.5), (20.5,24)], [1.8, 2.6], wall=.9, onto=acc)
     return acc
 
 # %% ../../nbs/08_phantom.limbs.ipynb #7df95e00
 def _place(gen, size, film, center, turn, zoom=.06):
-    "Spacing and a matrix from body mm to pixels: `center` in the middle of the film, turned by about `turn` degrees."
+    """Spacing and a matrix from body mm to pixels: `center` in the middle of the film, turned by about `turn`
+    degrees."""
     a,s,t = np.radians(gen.normal(0, turn)),float(np.exp(gen.normal(0, zoom))),gen.normal(0, .02, 2)*film
     k = size/film*s
     m = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
@@ -160,11 +177,14 @@ def simulate_hand(
     cortex,core = hand_bones(grid, plan, gen, wall=float(np.clip(gen.normal(1, .15), .6, 1.4)))
     flesh = np.maximum(hand_flesh(grid, plan, float(np.clip(gen.normal(1.03, .07), .9, 1.25))), cortex+core)
     m = {t:mu(t, 45) for t in ('soft', 'cortex', 'cancellous')}
-    line = m['soft']*flesh*(1+.02*smooth_noise(grid.shape, gen, 3/grid.spacing)) + .85*(m['cortex']-m['soft'])*cortex
+    line = m['soft']*flesh*(1+.02*smooth_noise(grid.shape, gen, 3/grid.spacing)) + .85*(m['cortex']
+        -m['soft'])*cortex
     line += (m['cancellous']+.006-m['soft'])*_spongy(grid, core, gen, 90, .22)
     ends = {(f,i):head for f,i,_,head,_ in plan}
-    points = dict(wrist=(-3, 14), **{f'mcp{f}': ends[f,0] for f in range(1, 6)}, **{f'tip{f}': ends[f,len(_PHALANX[f])] for f in range(1, 6)})
-    p = Phantom(np.maximum(line, 0).astype(np.float32), grid.spacing, 'HAND', 'PA', 'R', {}, {k:grid.rowcol(v) for k,v in points.items()},
+    points = dict(wrist=(-3, 14), **{f'mcp{f}': ends[f,0] for f in range(1, 6)},
+        **{f'tip{f}': ends[f,len(_PHALANX[f])] for f in range(1, 6)})
+    p = Phantom(np.maximum(line, 0).astype(np.float32), grid.spacing, 'HAND', 'PA', 'R', {},
+        {k:grid.rowcol(v) for k,v in points.items()},
                 dict(bone=cortex+core>.3, flesh=flesh>.5), seed=int(seed))
     return p if side=='R' else p.mirrored()
 
@@ -180,11 +200,13 @@ def femur(
     n = gen.normal(0, 2.5, 2)
     sx,sy = -47+n[0],58+n[1]                                            # top of the shaft
     pieces = [tube(grid, [(0,0), (.1,0)], 23.5, wall=1.),
-              tube(grid, [(-6,5), (-22,.32*sy), (sx+9,.62*sy)], [18, 16, 19], [17, 13, 16], wall=[1, 1.8*wall, 2*wall]),
+              tube(grid, [(-6,5), (-22,.32*sy), (sx+9,.62*sy)], [18, 16, 19], [17, 13, 16],
+              wall=[1, 1.8*wall, 2*wall]),
               tube(grid, [(sx+4,.62*sy), (sx+1,sy+4)], [23, 18.5], [18, 17], wall=[1.5, 2.5*wall]),
               tube(grid, [(sx-1,.75*sy), (sx-8,.35*sy), (sx-8,.22*sy)], [18, 12.5, 9], [15, 11, 8], wall=1.2),
               tube(grid, [(sx+12,sy-6), (sx+19,sy+6), (sx+15,sy+18)], [8, 8, 5], wall=1.1),
-              tube(grid, [(sx,sy), (sx+3,sy+30), (sx+8,sy+70), (sx+22,sy+240)], [18.5, 15.5, 14.3, 14], wall=wall*np.array([2.6, 4.2, 5.6, 6.3]))]
+              tube(grid, [(sx,sy), (sx+3,sy+30), (sx+8,sy+70), (sx+22,sy+240)], [18.5, 15.5, 14.3, 14],
+              wall=wall*np.array([2.6, 4.2, 5.6, 6.3]))]
     outer,core = _union([a+b for a,b in pieces]),_union([b for _,b in pieces])
     return outer-core,core
 
@@ -205,16 +227,25 @@ def half_pelvis(
 ) -> tuple[np.ndarray,np.ndarray]:
     "Chords (H, W) in mm in cortex and core of ilium, pubis and ischium of one side."
     M = lambda *pts: _mirror(pts, mirrored)
-    wing = curve(M((-27,-22), (-31,-42), (-36,-66), (-54,-98), (-58,-122), (-40,-146), (0,-158), (38,-150), (60,-128), (64,-104), (54,-84), (46,-60), (42,-34), (30,-22), (0,-27)), n=3, closed=True)
-    roof = np.concatenate([_mirror(_arc(27, -158, 38, 16), mirrored), curve(M((26,22), (34,30), (38,12), (42,-14), (45,-42), (28,-62), (-4,-58), (-25,-42), (-29,-22)), n=2)])
+    wing = curve(M((-27,-22), (-31,-42), (-36,-66), (-54,-98), (-58,-122), (-40,-146), (0,-158), (38,-150),
+        (60,-128), (64,-104), (54,-84), (46,-60), (42,-34), (30,-22), (0,-27)), n=3, closed=True)
+    roof = np.concatenate([_mirror(_arc(27, -158, 38, 16), mirrored),
+        curve(M((26,22), (34,30), (38,12), (42,-14), (45,-42), (28,-62), (-4,-58), (-25,-42), (-29,-22)),
+        n=2)])
     shapes = [plate(grid, wing, 7, 7, wall=2.2*wall), plate(grid, roof, 15, 11, wall=1.5*wall),
-              tube(grid, curve(M((27,2), (46,6), (64,18), (76,28)), n=3), np.interp(np.arange(10), [0, 3, 6, 9], [14, 10, 8.5, 11]), wall=1.7*wall),
-              plate(grid, curve(M((70,20), (80,17), (85,24), (85.5,50), (82,62), (74,60), (70,44)), n=2, closed=True), 10, 7, wall=1.5*wall),
-              tube(grid, curve(M((78,54), (66,72), (52,86), (40,94)), n=3), np.interp(np.arange(10), [0, 3, 9], [8, 6.3, 8]), wall=1.4*wall),
-              tube(grid, curve(M((19,16), (23,38), (25,62), (28,82), (38,94)), n=3), np.interp(np.arange(13), [0, 3, 6, 9, 12], [16, 13, 13, 15, 10]), wall=1.6*wall)]
+              tube(grid, curve(M((27,2), (46,6), (64,18), (76,28)), n=3),
+              np.interp(np.arange(10), [0, 3, 6, 9], [14, 10, 8.5, 11]), wall=1.7*wall),
+              plate(grid, curve(M((70,20), (80,17), (85,24), (85.5,50), (82,62), (74,60), (70,44)), n=2,
+              closed=True), 10, 7, wall=1.5*wall),
+              tube(grid, curve(M((78,54), (66,72), (52,86), (40,94)), n=3),
+              np.interp(np.arange(10), [0, 3, 9], [8, 6.3, 8]), wall=1.4*wall),
+              tube(grid, curve(M((19,16), (23,38), (25,62), (28,82), (38,94)), n=3),
+              np.interp(np.arange(13), [0, 3, 6, 9, 12], [16, 13, 13, 15, 10]), wall=1.6*wall)]
     outer,core = _union([a+b for a,b in shapes]),_union([b for _,b in shapes])
     cortex = outer-core
-    lines = [(_arc(27.6, -150, -55), 1.4, 6), (curve([(46,-70), (37,-30), (33,2), (32,28), (36,56)], n=3), .8, 3.5),          # roof, ilioischial line
+    # roof, ilioischial line
+    lines = [(_arc(27.6, -150, -55), 1.4, 6), (curve([(46,-70), (37,-30), (33,2), (32,28), (36,56)], n=3), .8,
+        3.5),
              (curve([(54,-84), (43,-48), (42,-16), (56,4), (78,20)], n=3), .9, 3.5), (curve([(29,-2), (31,16), (28,24), (24,18), (25.5,-2)], n=3), .8, 3.5),  # iliopectineal line, teardrop
              (curve([(-25,-14), (-23,4), (-12,20), (4,29)], n=3), .8, 2.5), (curve([(-22,-20), (-8,-12), (10,8), (24,26)], n=3), .7, 1.6)]           # posterior and anterior wall
     for p,r,d in lines: tube(grid, _mirror(p, mirrored), r, d*wall, onto=cortex)
@@ -243,11 +274,13 @@ def hip_flesh(
 ) -> np.ndarray:
     "Chord (H, W) in mm through pelvis and thighs."
     half = Grid([(v+1)//2 for v in grid.shape], 2*grid.spacing, scale(.5, .5)@grid.matrix)
-    side = np.array([(-66-fat,-260), (-66-fat,-150), (-74-fat,-80), (-84-1.2*fat,0), (-88-1.3*fat,50), (-84-1.1*fat,120), (-74-fat,290), (70,290), (81,200), (86,140), (87.5,104)])
+    side = np.array([(-66-fat,-260), (-66-fat,-150), (-74-fat,-80), (-84-1.2*fat,0), (-88-1.3*fat,50),
+        (-84-1.1*fat,120), (-74-fat,290), (70,290), (81,200), (86,140), (87.5,104)])
     o = np.concatenate([curve(side, n=3), _mirror(curve(side, n=3)[::-1], True)])
     thick = np.interp(half.y, [-120, 0, 90, 160], [1.05, 1., .82, .72]).astype(np.float32)
     chord = cv2.GaussianBlur(plate(half, o, 92+.9*fat, 68, power=2.3)*thick, (0,0), 2/half.spacing)
-    return cv2.resize(chord, (2*half.shape[1], 2*half.shape[0]), interpolation=cv2.INTER_LINEAR)[:grid.shape[0], :grid.shape[1]]
+    return cv2.resize(chord, (2*half.shape[1], 2*half.shape[0]),
+        interpolation=cv2.INTER_LINEAR)[:grid.shape[0], :grid.shape[1]]
 
 # %% ../../nbs/08_phantom.limbs.ipynb #8d28f017
 def simulate_hip(
@@ -265,13 +298,19 @@ def simulate_hip(
     cortex,core = sum(p[0] for p in parts),sum(p[1] for p in parts)
     flesh = np.maximum(hip_flesh(grid, fat), cortex+core)
     m = {t:mu(t, 52) for t in ('soft', 'cortex', 'cancellous')}
-    line = m['soft']*flesh*(1+.02*smooth_noise(grid.shape, gen, 6/grid.spacing)) + (m['cortex']-m['soft'])*cortex
-    marrow = 1.1-1.15/(1+np.exp((70-grid.y)/14))                             # the shaft holds fat instead of spongy bone
-    line += (m['cancellous']+.010-m['soft'])*(_spongy(grid, thigh[1]*marrow, gen, 118, .22)+_spongy(grid, core-thigh[1], gen, 60, .16))
+    line = m['soft']*flesh*(1+.02*smooth_noise(grid.shape, gen, 6/grid.spacing)) + (m['cortex']
+        -m['soft'])*cortex
+    # the shaft holds fat instead of spongy bone
+    marrow = 1.1-1.15/(1+np.exp((70-grid.y)/14))
+    line += (m['cancellous']+.010-m['soft'])*(_spongy(grid, thigh[1]*marrow, gen, 118, .22)
+        +_spongy(grid, core-thigh[1], gen, 60, .16))
     for _ in range(gen.integers(1, 7)):                                       # gas in the bowel
-        line -= m['soft']*ellipsoid(grid, (gen.uniform(35, 130), gen.uniform(-130, -45)), gen.uniform((7, 6, 5), (17, 12, 12)), angle=gen.uniform(0, 180))
+        line -= m['soft']*ellipsoid(grid, (gen.uniform(35, 130), gen.uniform(-130, -45)),
+            gen.uniform((7, 6, 5), (17, 12, 12)), angle=gen.uniform(0, 180))
     n = rng(seed, 'femur').normal(0, 2.5, 2)
-    points = dict(head=(0, 0), greater_trochanter=(-55+n[0], .22*(58+n[1])), lesser_trochanter=(-28+n[0], 64+n[1]), symphysis=(_MIDLINE, 40))
-    p = Phantom(np.maximum(line, 0).astype(np.float32), grid.spacing, 'HIP', 'AP', 'R', {}, {k:grid.rowcol(v) for k,v in points.items()},
+    points = dict(head=(0, 0), greater_trochanter=(-55+n[0], .22*(58+n[1])),
+        lesser_trochanter=(-28+n[0], 64+n[1]), symphysis=(_MIDLINE, 40))
+    p = Phantom(np.maximum(line, 0).astype(np.float32), grid.spacing, 'HIP', 'AP', 'R', {},
+        {k:grid.rowcol(v) for k,v in points.items()},
                 dict(bone=cortex+core>.5, femur=thigh[0]+thigh[1]>.5, flesh=flesh>.5), seed=int(seed))
     return p if side=='R' else p.mirrored()

@@ -17,17 +17,20 @@ from ..core import RadiologyError, rng
 # %% ../../nbs/04_phantom.schatzker.ipynb #82143747
 @dataclass
 class Surface:
-    "A rough surface through the tibia. A point x, z at depth y is on its far side where `height(x, z) > slant*y`."
+    """A rough surface through the tibia. A point x, z at depth y is on its far side where `height(x, z) >
+    slant*y`."""
     point: tuple        # x, z in mm on the surface
     normal: tuple       # unit vector x, z that points to the far side
     slant: float        # lean along the ray, mm per mm
     rough: np.ndarray   # (2, K) offsets in mm of the front and the back half, one for every millimetre along the line
 
     def height(self, x, z, half: int=0) -> np.ndarray:
-        "Signed distance in mm of x, z (broadcast) from the surface, positive on its far side; `half` is 0 in front, 1 at the back."
+        """Signed distance in mm of x, z (broadcast) from the surface, positive on its far side; `half` is 0
+        in front, 1 at the back."""
         (px,pz),(nx,nz) = self.point,self.normal
         along = nx*(z-pz) - nz*(x-px) + self.rough.shape[1]/2
-        fine = np.interp(np.arange(0, self.rough.shape[1]-1, .125), np.arange(self.rough.shape[1]), self.rough[half])
+        fine = np.interp(np.arange(0, self.rough.shape[1]-1, .125), np.arange(self.rough.shape[1]),
+            self.rough[half])
         steps = np.clip(along*8, 0, len(fine)-1).astype(np.int32)
         return nx*(x-px) + nz*(z-pz) + fine.astype(np.float32)[steps]
 
@@ -50,7 +53,8 @@ def draw_surface(
     walk = gen.standard_normal((3, 200))
     smooth = lambda v, w: np.convolve(v, np.hanning(w+2)[1:-1], 'same')/np.sqrt((np.hanning(w+2)**2).sum())
     shared,fine = smooth(walk[0], 15),[.5*smooth(w, 3)+.6*smooth(w, 7) for w in walk[1:]]
-    return Surface(tuple((a+b)/2), tuple(n), float(gen.uniform(-slant, slant)), rough*np.array([shared+f for f in fine]))
+    return Surface(tuple((a+b)/2), tuple(n), float(gen.uniform(-slant, slant)),
+        rough*np.array([shared+f for f in fine]))
 
 # %% ../../nbs/04_phantom.schatzker.ipynb #c9566d4f
 @dataclass
@@ -92,21 +96,25 @@ class Fracture:
         if not self.depth: return np.zeros_like(x)
         t = (x-self.reach[0])/(self.reach[1]-self.reach[0])
         wall = np.clip(np.minimum(t/self.flanks[0], (1-t)/self.flanks[1]), 0, 1)
-        return (self.depth*wall*(1 + np.interp(t, np.linspace(0, 1, len(self.floor)), self.floor))).astype(np.float32)
+        return (self.depth*wall*(1 + np.interp(t, np.linspace(0, 1, len(self.floor)),
+            self.floor))).astype(np.float32)
 
 # %% ../../nbs/04_phantom.schatzker.ipynb #7e99e863
 def _split(gen, size, side):
-    "The surface that splits off a condyle (`side` +1 lateral, -1 medial) and the fragment, without its sides."
+    """The surface that splits off a condyle (`side` +1 lateral, -1 medial) and the fragment, without its
+    sides."""
     if side>0: top,bottom = (gen.uniform(10, 21), 0.),(gen.uniform(32, 38), gen.uniform(28, 48))
     else: top,bottom = (gen.uniform(-11, 1), -3.),(-gen.uniform(27, 33), gen.uniform(36, 58))
     top,bottom = ((x*size, z*size) for x,z in (top, bottom))
-    return draw_surface(gen, top, bottom, (side, 0)), dict(shift=(side*gen.uniform(1.2, 4), gen.uniform(0, 4)), turn=side*gen.uniform(1, 6), pivot=bottom)
+    return draw_surface(gen, top, bottom, (side, 0)), dict(shift=(side*gen.uniform(1.2, 4),
+        gen.uniform(0, 4)), turn=side*gen.uniform(1, 6), pivot=bottom)
 
 def _depress(gen, f, depth, reach, flanks):
     "Press the plateau of fracture `f` down."
     f.depth,f.reach,f.flanks = float(gen.uniform(*depth)),reach,flanks
     f.front,f.back = gen.uniform(10, 19, 2)
-    k = np.interp(np.linspace(0, 9, 46), np.arange(10), gen.normal(0, .1, 10)) + gen.uniform(-.2, .2)*np.linspace(-1, 1, 46)
+    k = np.interp(np.linspace(0, 9, 46), np.arange(10), gen.normal(0, .1, 10)) + gen.uniform(-.2,
+        .2)*np.linspace(-1, 1, 46)
     f.floor = np.convolve(np.pad(k, 3, 'edge'), np.ones(7)/7, 'valid')
     return f
 
@@ -121,7 +129,8 @@ def _both(gen, size, grade):
         z,lean,away = gen.uniform(36, 54)*size,gen.uniform(-9, 9),gen.choice([-1, 1])
         surfaces.append(draw_surface(gen, (-20, z-lean), (20, z+lean), (0, 1), rough=.9))
         pieces = [p + ((2,-1),) for p in pieces] + [((2,1),)]
-        moves.append(dict(shift=(away*gen.uniform(3, 8), gen.uniform(0, 4)), turn=away*gen.uniform(2, 7), pivot=(0, z)))
+        moves.append(dict(shift=(away*gen.uniform(3, 8), gen.uniform(0, 4)), turn=away*gen.uniform(2, 7),
+            pivot=(0, z)))
     return Fracture(grade, surfaces, [Fragment(p, **m) for p,m in zip(pieces, moves)])
 
 def draw_fracture(
@@ -130,7 +139,9 @@ def draw_fracture(
     size: float=1.,  # of the tibia, 1 is a plateau of 75 mm
 ) -> Fracture:
     "A fracture of a type; a function of `seed`, `grade` and `size` alone."
-    if grade not in range(7): raise RadiologyError(f"The Schatzker grade {grade!r} does not exist", "Give a whole number from 0 (no fracture) to 6")
+    if grade not in range(7):
+        raise RadiologyError(f"The Schatzker grade {grade!r} does not exist",
+            "Give a whole number from 0 (no fracture) to 6")
     gen = rng(seed, 'schatzker', int(grade))
     if grade==0: return Fracture()
     if grade==3:
@@ -138,12 +149,15 @@ def draw_fracture(
         return _depress(gen, Fracture(3), (5, 13), (x-w, min(x+w, 33*size)), tuple(gen.uniform(.12, .35, 2)))
     if grade>=5:
         f = _both(gen, size, grade)
-        return _depress(gen, f, (4, 9), (gen.uniform(11, 15)*size, gen.uniform(26, 31)*size), (.2, .2)) if gen.random()<.5 else f
+        return (_depress(gen, f, (4, 9), (gen.uniform(11, 15)*size, gen.uniform(26, 31)*size), (.2, .2))
+            if gen.random()<.5 else f)
     side = -1 if grade==4 else 1
     surface,move = _split(gen, size, side)
     f = Fracture(grade, [surface], [Fragment(((0,-1),)), Fragment(((0,1),), **move)])
     x = surface.x_at(0)
-    if grade==2: _depress(gen, f, (5, 13), (x-gen.uniform(6, 10)*size, x+gen.uniform(4, 9)*size), (gen.uniform(.1, .3), .08))
+    if grade==2:
+        _depress(gen, f, (5, 13), (x-gen.uniform(6, 10)*size, x+gen.uniform(4, 9)*size),
+            (gen.uniform(.1, .3), .08))
     return f
 
 # %% ../../nbs/04_phantom.schatzker.ipynb #b5f8ddbe

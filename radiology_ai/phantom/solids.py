@@ -30,7 +30,8 @@ def mu(
     kev: float=60., # mean photon energy, 40 to 100
 ) -> float:
     "Linear attenuation of `tissue` in 1/mm."
-    if tissue not in _MASS: raise RadiologyError(f"The tissue {tissue!r} is unknown", f"Choose one of {', '.join(_MASS)}")
+    if tissue not in _MASS:
+        raise RadiologyError(f"The tissue {tissue!r} is unknown", f"Choose one of {', '.join(_MASS)}")
     density,mass = _MASS[tissue]
     return float(density*np.exp(np.interp(np.log(kev), np.log(_KEV), np.log(mass)))/10)
 
@@ -46,7 +47,8 @@ class Grid:
         self.matrix = scale(1/spacing, 1/spacing) if matrix is None else np.asarray(matrix, float)
         self._rows = self.matrix.tolist()
         inv = np.linalg.inv(self.matrix).astype(np.float32)
-        col,row = np.arange(self.shape[1], dtype=np.float32)+.5, np.arange(self.shape[0], dtype=np.float32)[:,None]+.5
+        col = np.arange(self.shape[1], dtype=np.float32)+.5
+        row = np.arange(self.shape[0], dtype=np.float32)[:,None]+.5
         self.x = inv[0,0]*col + inv[0,1]*row + inv[0,2]
         self.y = inv[1,0]*col + inv[1,1]*row + inv[1,2]
 
@@ -59,7 +61,8 @@ class Grid:
         (a,b,c),(d,e,f),_ = self._rows
         x,y,u,v = (x1+x2)/2,(y1+y2)/2,(x2-x1)/2,(y2-y1)/2
         def span(mid, half, n): return slice(min(max(int(mid-half-1), 0), n), min(max(int(mid+half+2), 0), n))
-        return span(d*x+e*y+f, abs(d)*u+abs(e)*v, self.shape[0]), span(a*x+b*y+c, abs(a)*u+abs(b)*v, self.shape[1])
+        return span(d*x+e*y+f, abs(d)*u+abs(e)*v, self.shape[0]), span(a*x+b*y+c, abs(a)*u+abs(b)*v,
+            self.shape[1])
 
     def pixel(self, points) -> np.ndarray:
         "Body points (N, 2) x, y in mm as (N, 2) x, y in pixels."
@@ -72,7 +75,8 @@ class Grid:
 
 # %% ../../nbs/02_phantom.solids.ipynb #53cda009
 def _profile(q: np.ndarray, power: float) -> np.ndarray:
-    "Relative half chord at squared relative distance `q` from the axis: 1 in the middle, 0 at and beyond the edge."
+    """Relative half chord at squared relative distance `q` from the axis: 1 in the middle, 0 at and beyond
+    the edge."""
     if power==2: return np.sqrt(np.maximum(1-q, 0))
     return np.maximum(1-np.maximum(q, 1e-12)**(power/2), 0)**(1/power)
 
@@ -102,7 +106,8 @@ def curve(
 ) -> np.ndarray:
     "A smooth Catmull-Rom curve (M, K) through `points`."
     p = np.asarray(points, float)
-    p = np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([2*p[:1]-p[1:2], p, 2*p[-1:]-p[-2:-1]])
+    p = (np.concatenate([p[-1:], p, p[:2]]) if closed
+        else np.concatenate([2*p[:1]-p[1:2], p, 2*p[-1:]-p[-2:-1]]))
     t = np.linspace(0, 1, n, endpoint=False)[:,None,None]
     a,b,c,d = p[:-3],p[1:-2],p[2:-1],p[3:]
     out = .5*(2*b + (c-a)*t + (2*a-5*b+4*c-d)*t**2 + (3*b-a-3*c+d)*t**3)
@@ -121,7 +126,8 @@ def tube(
 ):
     "Chord (H, W) in mm through a solid tube; with `wall`, the pair (chord in the wall, chord in the core)."
     p = np.asarray(axis, float)
-    r,t,w = (np.broadcast_to(np.asarray(v, float), (len(p),)) for v in (radii, radii if depth is None else depth, 0. if wall is None else wall))
+    r,t,w = (np.broadcast_to(np.asarray(v, float), (len(p),))
+        for v in (radii, radii if depth is None else depth, 0. if wall is None else wall))
     win = grid.window(*(p-r[:,None]).min(0).tolist(), *(p+r[:,None]).max(0).tolist())
     size = (win[0].stop-win[0].start, win[1].stop-win[1].start)
     parts = tuple(np.zeros(size, np.float32) for _ in range(1 if wall is None else 2))
@@ -130,12 +136,14 @@ def tube(
     if ends=='flat':
         for end,near in ((p[0], p[1]), (p[-1], p[-2])): _cut(grid, win, end, near, 2*r.max(), parts)
     if wall is not None: parts = (parts[0]-parts[1], parts[1])
-    onto = tuple(grid.zeros() for _ in parts) if onto is None else onto if isinstance(onto, tuple) else (onto,)
+    onto = (tuple(grid.zeros() for _ in parts) if onto is None else onto if isinstance(onto, tuple)
+        else (onto,))
     for whole,part in zip(onto, parts): whole[win] += part
     return onto[0] if wall is None else onto
 
 def _segment(grid, outside, a, b, power, parts):
-    "Lay the chords of one straight piece into `parts` (whole, core); where pieces meet, the longer chord counts."
+    """Lay the chords of one straight piece into `parts` (whole, core); where pieces meet, the longer chord
+    counts."""
     (ax,ay,ar,at,aw),(bx,by,br,bt,bw) = a,b
     r = max(ar, br)
     win = grid.window(min(ax, bx)-r, min(ay, by)-r, max(ax, bx)+r, max(ay, by)+r)
@@ -202,10 +210,12 @@ def plate(
     full = f(2*depth)*_profile((1-d*f(1/edge))**2, power)
     parts = (full,)
     if wall is not None:
-        core = f(2*max(depth-wall, 0))*_profile((1-np.clip((d-f(wall))*f(1/max(edge-wall, .5*edge)), 0, 1))**2, power)
+        core = f(2*max(depth-wall, 0))*_profile((1
+            -np.clip((d-f(wall))*f(1/max(edge-wall, .5*edge)), 0, 1))**2, power)
         core = np.minimum(core, full, out=core)
         parts = (full-core, core)
-    onto = tuple(grid.zeros() for _ in parts) if onto is None else onto if isinstance(onto, tuple) else (onto,)
+    onto = (tuple(grid.zeros() for _ in parts) if onto is None else onto if isinstance(onto, tuple)
+        else (onto,))
     for whole,part in zip(onto, parts): whole[win] += part
     return onto[0] if wall is None else onto
 
@@ -223,8 +233,10 @@ def smooth_noise(
     "Cloudy noise (H, W) float32 with mean 0 and standard deviation 1."
     k = max(1, int(size/2))
     small = [max(2, -(-v//k)+1) for v in shape]
-    a = cv2.GaussianBlur(gen.standard_normal(small, dtype=np.float32), (0,0), max(size/k, .3), borderType=cv2.BORDER_REFLECT)
-    return _unit(cv2.resize(a, (small[1]*k, small[0]*k), interpolation=cv2.INTER_LINEAR)[:shape[0], :shape[1]])
+    a = cv2.GaussianBlur(gen.standard_normal(small, dtype=np.float32), (0,0), max(size/k, .3),
+        borderType=cv2.BORDER_REFLECT)
+    return _unit(cv2.resize(a, (small[1]*k, small[0]*k), interpolation=cv2.INTER_LINEAR)[:shape[0],
+        :shape[1]])
 
 def trabeculae(
     shape,                    # (H, W)
@@ -239,4 +251,5 @@ def trabeculae(
     c,s = np.cos(np.radians(angle)),np.sin(np.radians(angle))
     along,across = ((u*c+v*s)/length)**2,(v*c-u*s)**2
     k = np.exp(-along/2)*(np.exp(-across/(2*width**2)) - .5*np.exp(-across/(8*width**2)))  # no slow part
-    return _unit(cv2.filter2D(gen.standard_normal(shape, dtype=np.float32), -1, k-k.mean(), borderType=cv2.BORDER_REFLECT))
+    return _unit(cv2.filter2D(gen.standard_normal(shape, dtype=np.float32), -1, k-k.mean(),
+        borderType=cv2.BORDER_REFLECT))

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 import cv2
 import numpy as np
 
-from ..core import RadiologyError, Radiograph, scale, shift, transform_boxes
-from .solids import Grid, curve, ellipsoid, mu, plate, smooth_noise, trabeculae, tube  # a body needs these and `Phantom`
+from ..core import Radiograph, RadiologyError, scale, shift, transform_boxes
+
+# a body needs these and `Phantom`
+from .solids import Grid, mu, tube
 
 # %% ../../nbs/03_phantom.xray.ipynb #89fb76fa
 @dataclass
@@ -45,9 +47,11 @@ class Phantom:
         "The mirror image: a right knee becomes a left one."
         w = self.shape[1]
         m = shift(w, 0)@scale(-1, 1)
-        return replace(self, line=np.ascontiguousarray(self.line[:, ::-1]), side={'R':'L','L':'R'}.get(self.side, ''),
+        return replace(self, line=np.ascontiguousarray(self.line[:, ::-1]),
+            side={'R':'L','L':'R'}.get(self.side, ''),
             points={k:(r, w-c) for k,(r,c) in self.points.items()}, boxes=transform_boxes(m, self.boxes),
-            masks={k:np.ascontiguousarray(v[:, ::-1]) for k,v in self.masks.items()}, pose=None if self.pose is None else m@self.pose)
+            masks={k:np.ascontiguousarray(v[:, ::-1]) for k,v in self.masks.items()},
+            pose=None if self.pose is None else m@self.pose)
 
 # %% ../../nbs/03_phantom.xray.ipynb #01ec6853
 @dataclass
@@ -82,11 +86,15 @@ def draw_collimator(
     drawn_angle,drawn_rounded,corner = gen.normal(0, 1.5),gen.random()<.15,gen.uniform(.02, .06)
     angle,rounded = (drawn_angle if angle is None else angle),(drawn_rounded if rounded is None else rounded)
     pts = np.array([(c,r) for r,c in phantom.points.values() if 0<=r<h and 0<=c<w]).reshape(-1, 2)
-    a = np.radians(angle); rot = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]); mid = np.array([w/2, h/2])
+    a = np.radians(angle)
+    rot = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]); mid = np.array([w/2, h/2])
     x1,y1,x2,y2 = -w*(.5-m[0]),-h*(.5-m[1]),w*(.5-m[2]),h*(.5-m[3])
     if len(pts):
         q,pad = (pts-mid)@rot,.03*min(h, w)
-        x1,y1,x2,y2 = min(x1,q[:,0].min()-pad),min(y1,q[:,1].min()-pad),max(x2,q[:,0].max()+pad),max(y2,q[:,1].max()+pad)
+        x1 = min(x1,q[:,0].min()-pad)
+        y1 = min(y1,q[:,1].min()-pad)
+        x2 = max(x2,q[:,0].max()+pad)
+        y2 = max(y2,q[:,1].max()+pad)
     k = corner*min(h, w) if rounded else 0.
     arc = np.radians(np.linspace(0, 90, 6 if rounded else 1))
     corners = np.concatenate([np.stack([x-k*sx+k*np.sin(arc+b), y-k*sy-k*np.cos(arc+b)], 1) for x,y,sx,sy,b in
@@ -106,16 +114,20 @@ def draw_marker(
     text = text or phantom.side or drawn
     height = gen.uniform(.032, .055)*min(h, w)
     rows,cols = gen.uniform(.07, .93, 24)*h,gen.uniform(.07, .93, 24)*w
-    if not phantom.side: cols = np.where(text=='R', np.minimum(cols, w-cols), np.maximum(cols, w-cols))  # patient's right is at the left
+    if not phantom.side:
+        # patient's right is at the left
+        cols = np.where(text=='R', np.minimum(cols, w-cols), np.maximum(cols, w-cols))
     k = int(1.1*height)
     soft = phantom.line.copy()
     for m in phantom.masks.values(): soft[m] += 20           # never on what is to be read
     soft = cv2.blur(soft, (2*k+1, 2*k+1), borderType=cv2.BORDER_REFLECT)
     if inside is not None:
-        soft = soft + 1000*(cv2.blur(inside.astype(np.float32), (2*k+1, 2*k+1), borderType=cv2.BORDER_CONSTANT)<.999)
+        soft = soft + 1000*(cv2.blur(inside.astype(np.float32), (2*k+1, 2*k+1),
+            borderType=cv2.BORDER_CONSTANT)<.999)
     best = int(np.argmin(soft[rows.astype(int), cols.astype(int)]))
     return dict(text=text, row=float(rows[best]), col=float(cols[best]), height=float(height),
-                angle=float(gen.choice([0, 0, 0, 90, -90, 180]) + gen.normal(0, 5)), mirrored=bool(gen.random()<.08), ring=bool(gen.random()<.15))
+                angle=float(gen.choice([0, 0, 0, 90, -90, 180]) + gen.normal(0, 5)),
+                mirrored=bool(gen.random()<.08), ring=bool(gen.random()<.15))
 
 def marker_mask(
     shape,        # (H, W)
@@ -125,7 +137,8 @@ def marker_mask(
     n = max(8, int(round(marker['height']*4)))      # drawn large and straight, then laid onto the film
     glyph = np.zeros((200, 110*len(marker['text'])+90), np.uint8)
     cv2.putText(glyph, marker['text'], (40, 150), cv2.FONT_HERSHEY_SIMPLEX, 4, 255, 14, cv2.LINE_AA)
-    x,y,w,h = cv2.boundingRect(glyph)                   # how high a font stands differs between versions of OpenCV
+    # how high a font stands differs between versions of OpenCV
+    x,y,w,h = cv2.boundingRect(glyph)
     glyph = cv2.resize(glyph[y:y+h, x:x+w], (max(1, w*n//h), n), interpolation=cv2.INTER_AREA)[:, :3*n]
     tile,left = np.zeros((3*n, 3*n), np.uint8),(3*n-glyph.shape[1])//2
     tile[n:2*n, left:left+glyph.shape[1]] = glyph
@@ -135,7 +148,8 @@ def marker_mask(
     m = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])*s
     off = np.array([c, r]) - m@np.full(2, 1.5*n)
     tile = cv2.GaussianBlur(np.ascontiguousarray(tile), (0,0), .4/s)
-    return cv2.warpAffine(tile, np.column_stack([m, off]), shape[::-1], flags=cv2.INTER_LINEAR).astype(np.float32)/255
+    return cv2.warpAffine(tile, np.column_stack([m, off]), shape[::-1],
+        flags=cv2.INTER_LINEAR).astype(np.float32)/255
 
 # %% ../../nbs/03_phantom.xray.ipynb #0fe076c5
 def draw_beam(
@@ -147,16 +161,24 @@ def draw_beam(
 ) -> Beam:
     "A `Beam` with plausible values."
     if bad := set(given)-{f.name for f in fields(Beam)}:
-        raise RadiologyError(f"A beam has no {', '.join(sorted(bad))}", f"Choose from {', '.join(f.name for f in fields(Beam))}")
-    chest,thick = phantom.body_part=='CHEST',phantom.body_part in ('CHEST', 'HIP')     # thick parts are displayed with less of their slow contrast
-    d = dict(photons=float(np.exp(gen.uniform(np.log(1500), np.log(12000)))), scatter=float(gen.uniform(.25, .5) if chest else gen.uniform(.12, .35)),
-        scatter_mm=float(gen.uniform(25, 60)), heel=float(gen.uniform(0, .25)), heel_angle=float(gen.choice([0, 90, 180, 270])),
-        blur=float(gen.uniform(.1, .25)), penumbra=float(gen.uniform(.3, 2)), outside=str(gen.choice(['open', 'open', 'black', 'white'])),
-        window=(float(gen.uniform(.3, 3)), float(gen.uniform(95, 99.7) if chest else gen.uniform(99.3, 99.95))), curve=float(gen.uniform(.1, 1) if thick else gen.uniform(-.4, .6)),
-        sharpen=float(gen.uniform(.3, 1.3) if thick else gen.uniform(0, .6)), sharpen_mm=float(gen.uniform(6, 25) if thick else gen.uniform(.8, 6)))
+        raise RadiologyError(f"A beam has no {', '.join(sorted(bad))}",
+            f"Choose from {', '.join(f.name for f in fields(Beam))}")
+    # thick parts are displayed with less of their slow contrast
+    chest,thick = phantom.body_part=='CHEST',phantom.body_part in ('CHEST', 'HIP')
+    d = dict(photons=float(np.exp(gen.uniform(np.log(1500), np.log(12000)))),
+        scatter=float(gen.uniform(.25, .5) if chest else gen.uniform(.12, .35)),
+        scatter_mm=float(gen.uniform(25, 60)), heel=float(gen.uniform(0, .25)),
+        heel_angle=float(gen.choice([0, 90, 180, 270])),
+        blur=float(gen.uniform(.1, .25)), penumbra=float(gen.uniform(.3, 2)),
+        outside=str(gen.choice(['open', 'open', 'black', 'white'])),
+        window=(float(gen.uniform(.3, 3)), float(gen.uniform(95, 99.7) if chest
+        else gen.uniform(99.3, 99.95))), curve=float(gen.uniform(.1, 1) if thick else gen.uniform(-.4, .6)),
+        sharpen=float(gen.uniform(.3, 1.3) if thick else gen.uniform(0, .6)),
+        sharpen_mm=float(gen.uniform(6, 25) if thick else gen.uniform(.8, 6)))
     field_shows,letter_shows = gen.random()<(.35 if chest else .6),gen.random()<.85
     drawn = draw_collimator(gen, phantom)
-    d['collimator'] = given['collimator'] if 'collimator' in given else drawn if collimate and field_shows else None
+    d['collimator'] = (given['collimator'] if 'collimator' in given else drawn if collimate and field_shows
+        else None)
     inside = None if d['collimator'] is None else field_mask(phantom.shape, d['collimator'])>.5
     drawn = draw_marker(gen, phantom, inside)
     d['marker'] = drawn if marker and letter_shows else None
@@ -178,7 +200,8 @@ def _wide_blur(a: np.ndarray, sigma: float) -> np.ndarray:
     k,(h,w) = max(1, int(sigma/3)),a.shape
     if k==1: return cv2.GaussianBlur(a, (0,0), max(sigma, .2), borderType=cv2.BORDER_REFLECT)
     small = cv2.resize(a, (max(1, w//k), max(1, h//k)), interpolation=cv2.INTER_AREA)
-    return cv2.resize(cv2.GaussianBlur(small, (0,0), sigma/k, borderType=cv2.BORDER_REFLECT), (w, h), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(cv2.GaussianBlur(small, (0,0), sigma/k, borderType=cv2.BORDER_REFLECT), (w, h),
+        interpolation=cv2.INTER_LINEAR)
 
 def add_scatter(
     primary: np.ndarray, # (H, W) photons
@@ -195,7 +218,8 @@ def add_noise(
     photons: np.ndarray,      # (H, W) expected counts
     gen: np.random.Generator, # where the randomness comes from
 ) -> np.ndarray:
-    "Poisson counts (H, W) float32; above 30 the normal distribution of equal variance stands in, which is many times faster."
+    """Poisson counts (H, W) float32; above 30 the normal distribution of equal variance stands in, which is
+    many times faster."""
     out = np.maximum(photons + np.sqrt(photons)*gen.standard_normal(photons.shape, dtype=np.float32), 0)
     few = photons<30
     if few.any(): out[few] = gen.poisson(photons[few])
@@ -215,7 +239,8 @@ class Exposure:
         "The displayed image as a `Radiograph` with a few header values."
         p = self.phantom
         tags = dict(Modality='DX', BodyPartExamined=p.body_part, ViewPosition=p.view, ImageLaterality=p.side)
-        return Radiograph(self.pixels, (p.spacing, p.spacing), {k:v for k,v in tags.items() if v}, codec='simulated')
+        return Radiograph(self.pixels, (p.spacing, p.spacing), {k:v for k,v in tags.items() if v},
+            codec='simulated')
 
 def transmit(
     phantom: Phantom, # what is exposed
@@ -226,10 +251,12 @@ def transmit(
     line = phantom.line
     if beam.marker is not None: line = line + 2.5*marker_mask(phantom.shape, beam.marker)
     a,f = np.radians(beam.heel_angle),np.float32
-    ramp = f(np.cos(a))*np.linspace(-.5, .5, w, dtype=f) + f(np.sin(a))*np.linspace(-.5, .5, h, dtype=f)[:,None]
+    ramp = f(np.cos(a))*np.linspace(-.5, .5, w, dtype=f) + f(np.sin(a))*np.linspace(-.5, .5, h, dtype=f)[:,
+        None]
     primary = np.exp(-line)*(1-f(beam.heel)*ramp)*f(beam.photons*(phantom.spacing/.2)**2)
     if beam.collimator is not None:
-        soft = cv2.GaussianBlur(field_mask(phantom.shape, beam.collimator), (0,0), max(beam.penumbra/phantom.spacing, .3))
+        soft = cv2.GaussianBlur(field_mask(phantom.shape, beam.collimator), (0,0),
+            max(beam.penumbra/phantom.spacing, .3))
         primary *= f(.001)+f(.999)*soft
     sigma = beam.blur/phantom.spacing
     if sigma>.2: primary = cv2.GaussianBlur(primary, (0,0), sigma, borderType=cv2.BORDER_REFLECT)
@@ -249,7 +276,8 @@ def expose(
     counts = add_noise(transmit(phantom, beam), gen)
     decades = np.log10(counts+1, dtype=np.float32)
     inside = field_mask(phantom.shape, beam.collimator)>.5
-    return Exposure(display(-decades, inside, beam, phantom.spacing), np.clip(decades*1000, 0, 65535).astype(np.uint16), inside, phantom, beam)
+    return Exposure(display(-decades, inside, beam, phantom.spacing),
+        np.clip(decades*1000, 0, 65535).astype(np.uint16), inside, phantom, beam)
 
 def display(
     signal: np.ndarray, # (H, W) float32, bone high
@@ -258,7 +286,8 @@ def display(
     spacing: float,     # mm per pixel
 ) -> np.ndarray:
     "`signal` as displayed: (H, W) float32 in [0, 1]."
-    if beam.sharpen: signal = signal + np.float32(beam.sharpen)*(signal-_wide_blur(signal, beam.sharpen_mm/spacing))
+    if beam.sharpen:
+        signal = signal + np.float32(beam.sharpen)*(signal-_wide_blur(signal, beam.sharpen_mm/spacing))
     sample = signal[::3, ::3][inside[::3, ::3]]
     lo,hi = np.percentile(sample if sample.size else signal, beam.window)
     x = np.clip((signal-np.float32(lo))*np.float32(1/max(hi-lo, 1e-6)), 0, 1)

@@ -24,7 +24,8 @@ class Field:
     box: tuple                     # x1, y1, x2, y2 around it in whole pixels
     corners: np.ndarray|None=None  # (4, 2) x, y of the collimated quadrilateral from the top left clockwise; None: no straight border
     parts: dict = field(default_factory=dict)  # 'border', 'margin', 'marker' to (H, W) bool, only what was found
-    sides: dict = field(default_factory=dict)  # 'left', 'right', 'top', 'bottom', 'around' to 'white' or 'black', only where something was found
+    # 'left', 'right', 'top', 'bottom', 'around' to 'white' or 'black', only where something was found
+    sides: dict = field(default_factory=dict)
     reason: str = ''               # why nothing was looked for; empty: it was
 
     def __repr__(self):
@@ -45,18 +46,22 @@ def _sheared(a, slope, width, interpolation=cv2.INTER_LINEAR):
     "The first `width` columns of `a` with the lines x = x0 + slope * (y - h/2) upright; 0 outside."
     h = a.shape[0]
     m = np.array([[1, slope, -slope*(h-1)/2], [0, 1, 0]], np.float64)
-    return cv2.warpAffine(a, m, (width, h), flags=interpolation|cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+    return cv2.warpAffine(a, m, (width, h), flags=interpolation|cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT, borderValue=0)
 
 def _steps(p, d):
     "At x: the mean of the `d` pixels left of the boundary x minus that of the `d` right of it."
-    box = cv2.blur(cv2.copyMakeBorder(p, 0, 0, d, d, cv2.BORDER_REPLICATE), (d, 1), anchor=(0, 0), borderType=cv2.BORDER_REPLICATE)
+    box = cv2.blur(cv2.copyMakeBorder(p, 0, 0, d, d, cv2.BORDER_REPLICATE), (d, 1), anchor=(0, 0),
+        borderType=cv2.BORDER_REPLICATE)
     return box[:, :p.shape[1]]-box[:, d:d+p.shape[1]]
 
 @lru_cache(16)
 def _places(slopes, n, tall, pad, first, width, stride):
-    "(slopes, n, width) places in an array of `n` rows of `stride`: column x of the line `slope`, for rows `tall` pixels apart."
+    """(slopes, n, width) places in an array of `n` rows of `stride`: column x of the line `slope`, for rows
+    `tall` pixels apart."""
     y = (np.arange(n)-(n-1)/2)*tall
-    x = np.rint((np.arange(first, first+width)+.5+np.array(slopes)[:, None, None]*y[:, None])*_REACH-.5).astype(np.intp)
+    x = np.rint((np.arange(first, first+width)+.5+np.array(slopes)[:, None, None]*y[:, None])*_REACH
+        -.5).astype(np.intp)
     return np.clip(x+pad*_REACH, 0, stride-1)+np.arange(n)[:, None]*stride
 
 def _along(a, slopes, tall, first, width):
@@ -66,7 +71,8 @@ def _along(a, slopes, tall, first, width):
     a = cv2.copyMakeBorder(a, 0, 0, pad, pad, cv2.BORDER_CONSTANT, value=(0, 0, 0, 0))
     a = cv2.resize(a, (a.shape[1]*_REACH, n), interpolation=cv2.INTER_LINEAR)
     at = _places(slopes, n, tall, pad, first, width, a.shape[1])
-    return a.view(np.complex128).take(at).view(np.float32).reshape(*at.shape, 4).sum(1) # 16 bytes are fetched at once
+    # 16 bytes are fetched at once
+    return a.view(np.complex128).take(at).view(np.float32).reshape(*at.shape, 4).sum(1)
 
 def _rows(a, n):
     "`a` (H, W) with its rows averaged to `n`."
@@ -74,9 +80,11 @@ def _rows(a, n):
     return np.add.reduce(a.reshape(n, -1, a.shape[1]), axis=1)*np.float32(n/len(a))
 
 def _votes(votes, inside, slopes, first, width):
-    "(len(votes), slopes, width) in [-2, 1]: how steady each of `votes` (H, W), three at most, is along the lines; -1 where too little of a line is inside."
+    """(len(votes), slopes, width) in [-2, 1]: how steady each of `votes` (H, W), three at most, is along the
+    lines; -1 where too little of a line is inside."""
     (h,w),k = inside.shape,len(votes)
-    n = max(8, h//8)                                    # rows are averaged by eights first, which is eight times faster
+    # rows are averaged by eights first, which is eight times faster
+    n = max(8, h//8)
     weight,planes,whole = inside.astype(np.float32, order='C'),np.zeros((n, w, 4), np.float32),inside.all()
     for i,v in enumerate(votes): planes[..., i] = _rows(v if whole else v*weight, n)
     planes[..., 3] = _rows(weight, n)
@@ -92,7 +100,8 @@ def _quantiles(v, *q):
     return [float(v[round(k*(len(v)-1))]) for k in q]
 
 def _doubt(p, inside, ground, slope, x, sign, vote):
-    "Why what lies left of the line is no border; empty if it is one. `ground`: the 3rd and the 85th percentile of the field."
+    """Why what lies left of the line is no border; empty if it is one. `ground`: the 3rd and the 85th
+    percentile of the field."""
     n = max(1, x-2 if x>4 else x-1)
     if sign<0 and _uneven(p[::8], inside[::8], 8*slope, n): return 'not flat'
     width = min(p.shape[1], x+3+max(12, x//2))
@@ -106,9 +115,12 @@ def _doubt(p, inside, ground, slope, x, sign, vote):
     if strong.mean()<(.6 if not flat else .2 if sign>0 else .3): return 'faint'
     soft = np.median(step[strong])<(.7 if sign<0 and hi-lo>.004 else .55)*np.median(wide[strong])
     if sign<0:
-        noisy = hi-lo>.004 and (np.median(step[strong])<.06 or strong.mean()<.5) # dark tissue is not quite even
-        soft = soft and (hi-lo>.001 or strong.mean()<.6) or (soft or hi-lo>.004) and _crooked(-P, W, x) # half-shadow beside a shutter drawn later
-        return 'not flat' if not flat or noisy else 'soft' if soft else 'not black' if mid>ground[0]+.03 else ''
+        # dark tissue is not quite even
+        noisy = hi-lo>.004 and (np.median(step[strong])<.06 or strong.mean()<.5)
+        # half-shadow beside a shutter drawn later
+        soft = soft and (hi-lo>.001 or strong.mean()<.6) or (soft or hi-lo>.004) and _crooked(-P, W, x)
+        return ('not flat' if not flat or noisy else 'soft' if soft else 'not black' if mid>ground[0]+.03
+            else '')
     typical = float(np.median(step))
     steady = vote>.75 and (step>-.01).mean()>.97 and typical>.1
     sure = steady and vote>.8 and typical>.12     # no anatomy ends on so long a straight line
@@ -131,16 +143,19 @@ def _crooked(P, W, x):
     return len(at)<20 or np.subtract(*_quantiles(at, .9, .1))>2
 
 def _features(P, W, n, x, step, sure):
-    "Whether grey values change along the line in the `n` columns outside of it, or change as they do inside; empty if not."
+    """Whether grey values change along the line in the `n` columns outside of it, or change as they do
+    inside; empty if not."""
     S,e = cv2.blur(P, (3, 3), borderType=cv2.BORDER_REPLICATE),4
     bent = np.zeros_like(P)
-    bent[e:-e] = S[2*e:]+S[:-2*e]-2*S[e:-e]                # the second difference along the line: slow changes do not count
+    # the second difference along the line: slow changes do not count
+    bent[e:-e] = S[2*e:]+S[:-2*e]-2*S[e:-e]
     V = cv2.erode(W.astype(np.uint8), np.ones((2*e+1, 1), np.uint8))>0
     if (t := np.abs(bent[:, :n][V[:, :n]])).size==0: return 'too thin'
     if _quantiles(t, .95)[0]>np.clip((.5 if sure else .35)*step, .02, .06): return 'features'
     if sure: return ''
     rows = V[:, max(0, x-4)] & V[:, min(x+4, P.shape[1]-1)]
-    a,b = (np.clip(v, -3*np.median(np.abs(v)), 3*np.median(np.abs(v))) for v in (bent[rows, max(0, x-4)], bent[rows, min(x+4, P.shape[1]-1)]))
+    a,b = (np.clip(v, -3*np.median(np.abs(v)), 3*np.median(np.abs(v)))
+        for v in (bent[rows, max(0, x-4)], bent[rows, min(x+4, P.shape[1]-1)]))
     return 'goes on' if len(a)>20 and (a*b).sum()>.4*np.sqrt((a*a).sum()*(b*b).sum()) else ''
 
 # %% ../../nbs/22_preprocess.background.ipynb #ad22e6b7
@@ -159,7 +174,8 @@ def _side_line(p, votes, inside, ground, least):
         for _ in range(4):
             j,x = np.unravel_index(np.argmax(v[i]), v[i].shape)
             if (vote := float(v[i, j, x]))<least: break
-            if not _doubt(p, inside, ground, _SLOPES[j], int(x), sign, vote): best.append((vote, (_SLOPES[j], int(x), sign))); break
+            if not _doubt(p, inside, ground, _SLOPES[j], int(x), sign, vote):
+                best.append((vote, (_SLOPES[j], int(x), sign))); break
             v[i, :, max(0, x-4):x+5] = -1
     return max(best)[1] if best else None
 
@@ -200,10 +216,12 @@ def _lines(p, least):
             looked[side] = len(found)
             field,full = _turned(inside, side),_turned(whole, side)
             line = _side_line(*turned[side], field, ground(), least)
-            if line is None or line[1]<last.get((side, line[2]), -9)+6: continue # what is left of a blurred edge is no second border
+            if line is None or line[1]<last.get((side, line[2]), -9)+6:
+                continue # what is left of a blurred edge is no second border
             last[side, line[2]] = line[1]
             _cut(field, line[0], line[1]+1.5)
-            if k>1: line = _refined(_turned(p, side), full, line, [a/b for a,b in zip(full.shape, field.shape)])
+            if k>1:
+                line = _refined(_turned(p, side), full, line, [a/b for a,b in zip(full.shape, field.shape)])
             _cut(full, line[0], line[1]-.75)            # a little to the safe side
             found.append((side, *line))
         if len(found)==before: break
@@ -224,9 +242,11 @@ def _circle(p):
         keep = (x>1) & (y>1) & (x<w-2) & (y<h-2)
         x,y = x[keep]+.5,y[keep]+.5
         if len(x)<max(h, w): continue
-        a,b,c = np.linalg.lstsq(np.c_[x, y, np.ones(len(x))], x*x+y*y, rcond=None)[0].round(6) # the last digits depend on the number of threads
+        # the last digits depend on the number of threads
+        a,b,c = np.linalg.lstsq(np.c_[x, y, np.ones(len(x))], x*x+y*y, rcond=None)[0].round(6)
         r = float(np.sqrt(max(c+a*a/4+b*b/4, 0)))
-        if .25*min(h, w)<r<.75*max(h, w) and np.mean(np.abs(np.hypot(x-a/2, y-b/2)-r)<1.5)>.9: return float(a/2),float(b/2),r,sign
+        if .25*min(h, w)<r<.75*max(h, w) and np.mean(np.abs(np.hypot(x-a/2, y-b/2)-r)<1.5)>.9:
+            return float(a/2),float(b/2),r,sign
     return None
 
 
@@ -248,7 +268,8 @@ def _corners(found, shape):
     if not found: return None
     best = {s: max([(x,slope) for side,slope,x,_ in found if side==s], default=(0., 0.)) for s in _SIDES}
     lines = {s: _straight(s, slope, x, shape) for s,(x,slope) in best.items()}
-    out = [np.cross(lines[a], lines[b]) for a,b in (('top','left'), ('top','right'), ('bottom','right'), ('bottom','left'))]
+    out = [np.cross(lines[a], lines[b]) for a,b in (('top','left'), ('top','right'), ('bottom','right'),
+        ('bottom','left'))]
     return np.array([c[:2]/c[2] for c in out])
 
 # %% ../../nbs/22_preprocess.background.ipynb #2dca92b0
@@ -257,11 +278,13 @@ def _marker_boxes(p, inside):
     n = min(p.shape)
     k = int(.1*n)|1
     smooth = cv2.blur(p, (3, 3), borderType=cv2.BORDER_REPLICATE)
-    top = cv2.morphologyEx(smooth, cv2.MORPH_TOPHAT, np.ones((k, k), np.uint8), borderType=cv2.BORDER_REPLICATE)
+    top = cv2.morphologyEx(smooth, cv2.MORPH_TOPHAT, np.ones((k, k), np.uint8),
+        borderType=cv2.BORDER_REPLICATE)
     top[~inside] = 0
     near = cv2.morphologyEx((top>.12).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     boxes = cv2.connectedComponentsWithStats(near, connectivity=8)[2][1:]
-    return np.array([(x, y, x+w, y+h) for x,y,w,h,a in boxes if .015*n<=min(w, h) and .025*n<=max(w, h)<=.15*n and .12*w*h<=a<=.8*w*h
+    return np.array([(x, y, x+w, y+h) for x,y,w,h,a in boxes if .015*n<=min(w, h) and .025*n<=max(w, h)<=.15*n
+        and .12*w*h<=a<=.8*w*h
                      and _on_even_ground(smooth, inside, top, (x, y, x+w, y+h))], int).reshape(-1, 4)
 
 def _ring(shape, box):
@@ -274,7 +297,8 @@ def _on_even_ground(p, inside, top, box):
     "Whether the ring around a letter is inside the field, flat, and well darker than the letter."
     s = _ring(p.shape, box)
     ground = cv2.dilate((top[s]>.06).astype(np.uint8), np.ones((3, 3), np.uint8))==0
-    rim = np.ones_like(ground); rim[box[1]-s[0].start:box[3]-s[0].start, box[0]-s[1].start:box[2]-s[1].start] = False
+    rim = np.ones_like(ground)
+    rim[box[1]-s[0].start:box[3]-s[0].start, box[0]-s[1].start:box[2]-s[1].start] = False
     if not inside[s].all() or (ground & rim).sum()<.75*rim.sum(): return False
     lo,hi = np.percentile(p[s][ground & rim], [5, 95])
     letter = p[s][top[s]>.12]
@@ -313,24 +337,32 @@ def find_field(
     if reason := _no_answer(p): return replace(whole, reason=reason)
     k = max(1, max(h, w)/_FINE)
     fine = np.clip(resize_array(p, (round(h/k), round(w/k))) if k>1 else p, 0, 1)
-    round_ = _circle(small:=resize_array(fine, tuple(max(8, round(n*min(1, _COARSE/max(fine.shape)))) for n in fine.shape)))
-    if round_: found,inside = [],cv2.resize(_in_circle(small.shape, *round_[:3]).astype(np.uint8), fine.shape[::-1], interpolation=cv2.INTER_NEAREST)>0
+    round_ = _circle(small:=resize_array(fine, tuple(max(8, round(n*min(1, _COARSE/max(fine.shape))))
+        for n in fine.shape)))
+    if round_:
+        found = []
+        inside = cv2.resize(_in_circle(small.shape, *round_[:3]).astype(np.uint8), fine.shape[::-1],
+            interpolation=cv2.INTER_NEAREST)>0
     else: found,inside = _lines(fine, _LEAST[kind])
     if not inside.all(): inside = _without_rim(fine, inside)
     if inside.mean()<.1: return replace(whole, reason="less than a tenth of the picture would be left")
     parts = {} if inside.all() else _parts(fine, found, inside)
     if letters and (marker := _letters(fine, inside)).any(): parts['marker'] = marker
-    full = lambda m: m if m.shape==(h, w) else cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST)>0
+    full = lambda m: m if m.shape==(h, w) else cv2.resize(m.astype(np.uint8), (w, h),
+        interpolation=cv2.INTER_NEAREST)>0
     mask,corners = full(inside),_corners(found, fine.shape)
     sides = {s: 'white' if sign>0 else 'black' for s,_,_,sign in found}
     if round_: sides = dict(around='white' if round_[3]>0 else 'black')
     x,y,bw,bh = cv2.boundingRect(mask.astype(np.uint8))
-    return Field(mask, (x, y, x+bw, y+bh), None if corners is None else corners*[w/fine.shape[1], h/fine.shape[0]], {n: full(m) for n,m in parts.items()}, sides)
+    return Field(mask, (x, y, x+bw, y+bh), None if corners is None
+        else corners*[w/fine.shape[1], h/fine.shape[0]], {n: full(m) for n,m in parts.items()}, sides)
 
 
 def _without_rim(p, inside):
-    "`inside` without the pixels at its edge that are as white as their neighbours outside: a line between pixels leaves such steps."
-    white = cv2.dilate(np.where(inside, np.float32(0), p), np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    """`inside` without the pixels at its edge that are as white as their neighbours outside: a line between
+    pixels leaves such steps."""
+    white = cv2.dilate(np.where(inside, np.float32(0), p), np.ones((3, 3), np.uint8),
+        borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return inside & ~((white>.6) & (p>white-.02))
 
 # %% ../../nbs/22_preprocess.background.ipynb #0382fc57
@@ -340,7 +372,8 @@ def _parts(p, found, inside):
     for side,slope,x,_ in found:
         q,m = _turned(p, side),_turned(margin, side)
         out = ~_cut(np.ones(q.shape, bool), slope, x-1)
-        if abs(slope)<.003 and out.any() and np.ptp(q[out])<1.5/255: m |= ~_cut(np.ones(q.shape, bool), slope, x)
+        if abs(slope)<.003 and out.any() and np.ptp(q[out])<1.5/255:
+            m |= ~_cut(np.ones(q.shape, bool), slope, x)
     parts = dict(border=~inside & ~margin, margin=margin)
     return {n: m for n,m in parts.items() if m.any()}
 
@@ -351,7 +384,8 @@ def _letters(p, inside):
     size = (round(p.shape[0]/k), round(p.shape[1]/k))
     small = cv2.resize(inside.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)>0
     out = np.zeros(size, np.uint8)
-    for x1,y1,x2,y2 in _marker_boxes(resize_array(p, size), small): out[max(0, y1-2):y2+2, max(0, x1-2):x2+2] = 1
+    for x1,y1,x2,y2 in _marker_boxes(resize_array(p, size), small):
+        out[max(0, y1-2):y2+2, max(0, x1-2):x2+2] = 1
     return cv2.resize(out, p.shape[::-1], interpolation=cv2.INTER_NEAREST)>0
 
 # %% ../../nbs/22_preprocess.background.ipynb #ac0c2c8d
@@ -359,7 +393,8 @@ def _air(p, mask):
     "(H, W) bool: the dark ground that runs to the edge of the field."
     k = max(1, max(p.shape)/_COARSE)
     size = tuple(max(8, round(n/k)) for n in p.shape)
-    small,inside = resize_array(p, size),cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)
+    small = resize_array(p, size)
+    inside = cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)
     dark = (small<=min(np.percentile(small[inside>0], 2)+.1, .4)) & (inside>0)
     n,labels = cv2.connectedComponents(dark.astype(np.uint8), connectivity=4)
     rim = inside-cv2.erode(inside, np.ones((5, 5), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
@@ -387,11 +422,14 @@ def clean_background(
     kind: str='limb',       # limb or chest, see `find_field`
     crop: bool=True,        # cut to the box around the field
 ) -> Radiograph:
-    "The film without its background; `affine` holds the crop, `tags['background']` what was done, in pixels of `radiograph`."
+    """The film without its background; `affine` holds the crop, `tags['background']` what was done, in pixels
+    of `radiograph`."""
     f = find_field(radiograph, kind)
-    done = dict(kind=kind, box=list(f.box), sides=dict(f.sides), exposed=round(float(f.mask.mean()), 4), letters=[], reason=f.reason)
+    done = dict(kind=kind, box=list(f.box), sides=dict(f.sides), exposed=round(float(f.mask.mean()), 4),
+        letters=[], reason=f.reason)
     if f.reason: return replace(radiograph, tags={**radiograph.tags, 'background':done})
     pixels,done['letters'] = _without_letters(radiograph.pixels, f)
     if not f.mask.all(): pixels = np.where(f.mask, pixels, np.float32(fill))
-    out = replace(radiograph, pixels=np.ascontiguousarray(pixels, np.float32), tags={**radiograph.tags, 'background':done})
+    out = replace(radiograph, pixels=np.ascontiguousarray(pixels, np.float32),
+        tags={**radiograph.tags, 'background':done})
     return out.crop(f.box) if crop else out

@@ -27,10 +27,15 @@ def percentile_window(
     mask=None,          # (H, W) bool: where the percentiles are measured; None: everywhere
 ) -> np.ndarray:
     "(H, W) float32 in [0, 1]. A flat image stays as it is."
-    if not 0<=low<high<=100: raise RadiologyError(f"The percentiles are {low} and {high}", "Give 0 <= low < high <= 100")
-    if mask is not None and mask.shape!=pixels.shape: raise RadiologyError(f"The mask has shape {mask.shape}, the image {pixels.shape}", "Give a mask of the image's shape")
-    k = max(1, int((pixels.size/2**15)**.5))            # every k-th row and column is enough: 32,768 pixels or more
-    values = pixels[::k, ::k] if mask is None or not mask.any() else pixels[mask] if mask.sum()<2**15 else pixels[::k, ::k][mask[::k, ::k]]
+    if not 0<=low<high<=100:
+        raise RadiologyError(f"The percentiles are {low} and {high}", "Give 0 <= low < high <= 100")
+    if mask is not None and mask.shape!=pixels.shape:
+        raise RadiologyError(f"The mask has shape {mask.shape}, the image {pixels.shape}",
+            "Give a mask of the image's shape")
+    # every k-th row and column is enough: 32,768 pixels or more
+    k = max(1, int((pixels.size/2**15)**.5))
+    values = (pixels[::k, ::k] if mask is None or not mask.any() else pixels[mask] if mask.sum()<2**15
+        else pixels[::k, ::k][mask[::k, ::k]])
     a,b = np.percentile(values, [low, high]) if values.size else (0, 0)
     if b-a<1e-6: return np.clip(pixels, 0, 1).astype(np.float32)
     return np.clip((pixels-np.float32(a))*np.float32(1/(b-a)), 0, 1)
@@ -43,10 +48,12 @@ def _starts(which):
     return [0, *(np.flatnonzero(np.diff(which))+1).tolist(), len(which)]
 
 def _curves(level, rows, cols, tiles, clip):
-    "One curve a tile (tiles, tiles * 4096) float32: the cumulative histogram after clipping, over the levels 0 to 4095."
+    """One curve a tile (tiles, tiles * 4096) float32: the cumulative histogram after clipping, over the
+    levels 0 to 4095."""
     cuts = _starts(rows)
     bins = [(level[a:b]//_FINER + cols*_BINS).ravel() for a,b in zip(cuts, cuts[1:])]
-    hist = np.concatenate([np.bincount(k, minlength=tiles*_BINS) for k in bins]).reshape(-1, _BINS).astype(np.float64)
+    hist = np.concatenate([np.bincount(k, minlength=tiles*_BINS) for k in bins]).reshape(-1,
+        _BINS).astype(np.float64)
     hist /= hist.sum(1, keepdims=True)
     over = np.maximum(hist-clip/_BINS, 0).sum(1, keepdims=True)
     hist = np.minimum(hist, clip/_BINS) + over/_BINS
@@ -55,10 +62,12 @@ def _curves(level, rows, cols, tiles, clip):
     return (below[..., None].astype(np.float32) + hist[..., None].astype(np.float32)*part).reshape(tiles, -1)
 
 def _between(n, tiles):
-    "Of each of `n` pixels along an axis: its tile, the tiles whose middles lie before and after it, and the weight of the latter."
+    """Of each of `n` pixels along an axis: its tile, the tiles whose middles lie before and after it, and the
+    weight of the latter."""
     at = (np.arange(n)+.5)*tiles/n
     first = np.floor(at-.5)
-    return at.astype(int),np.clip(first, 0, tiles-1).astype(int),np.clip(first+1, 0, tiles-1).astype(int),(at-.5-first).astype(np.float32)
+    return at.astype(int),np.clip(first, 0, tiles-1).astype(int),np.clip(first+1, 0,
+        tiles-1).astype(int),(at-.5-first).astype(np.float32)
 
 def clahe(
     pixels: np.ndarray, # (H, W) in [0, 1], from a file of any bit depth
@@ -66,12 +75,17 @@ def clahe(
     tiles: int=8,       # tiles along each side
 ) -> np.ndarray:
     "(H, W) float32 in [0, 1] with the contrast evened out locally."
-    if not clip>1 or tiles<1: raise RadiologyError(f"clip is {clip} and tiles is {tiles}", "Give clip above 1 and at least one tile")
+    if not clip>1 or tiles<1:
+        raise RadiologyError(f"clip is {clip} and tiles is {tiles}",
+            "Give clip above 1 and at least one tile")
     tiles,n = int(min(tiles, *pixels.shape)),_BINS*_FINER
     level = (np.clip(pixels, 0, np.nextafter(np.float32(1), np.float32(0)))*np.float32(n)).astype(np.intp)
     (rows,top,bottom,v),(cols,left,right,u) = (_between(n, tiles) for n in pixels.shape)
-    curves,out,cuts = _curves(level, rows, cols, tiles, clip),np.empty(pixels.shape, np.float32),_starts(top+bottom)
-    for a,b in zip(cuts, cuts[1:]):                     # rows between the middles of two rows of tiles: small enough for the cache
+    curves = _curves(level, rows, cols, tiles, clip)
+    out = np.empty(pixels.shape, np.float32)
+    cuts = _starts(top+bottom)
+    # rows between the middles of two rows of tiles: small enough for the cache
+    for a,b in zip(cuts, cuts[1:]):
         l,r = level[a:b]+left*n,level[a:b]+right*n
         mix = lambda c: (x:=c.take(l)) + (c.take(r)-x)*u
         upper = mix(curves[top[a]])
@@ -107,12 +121,15 @@ def shrunk(
     radiograph: Radiograph, # of any size
     least: int=512,         # pixels that are left of the longer side at least; of the shorter one 64
 ) -> Radiograph:
-    "Means over k x k pixels, for the largest k that also keeps a pixel within a millimetre. Up to k-1 rows and columns at the end are left out."
+    """Means over k x k pixels, for the largest k that also keeps a pixel within a millimetre. Up to k-1 rows
+    and columns at the end are left out."""
     (h,w),mm = radiograph.shape,max(radiograph.spacing or (0,))
     k = max(1, min(max(h, w)//least, min(h, w)//64, int(1/mm) if mm else least))
     if k==1: return radiograph
-    rows = np.add.reduce(radiograph.pixels[:h//k*k, :w//k*k].reshape(h//k, k, -1), axis=1) # rows first: twice as fast as OpenCV alone
-    return radiograph.warped(cv2.resize(rows, (w//k, h//k), interpolation=cv2.INTER_AREA)/np.float32(k), scale(1/k, 1/k))
+    # rows first: twice as fast as OpenCV alone
+    rows = np.add.reduce(radiograph.pixels[:h//k*k, :w//k*k].reshape(h//k, k, -1), axis=1)
+    return radiograph.warped(cv2.resize(rows, (w//k, h//k), interpolation=cv2.INTER_AREA)/np.float32(k),
+        scale(1/k, 1/k))
 
 # %% ../../nbs/20_preprocess.intensity.ipynb #f7d021af
 class Moved(NamedTuple):
@@ -124,7 +141,8 @@ class Moved(NamedTuple):
 
 def _checked(what, a, n):
     a = np.asarray(a, float)
-    if a.ndim!=2 or a.shape[1]!=n: raise RadiologyError(f"{what} have shape {a.shape}", f"Give (N, {n}), also for one or none of them")
+    if a.ndim!=2 or a.shape[1]!=n:
+        raise RadiologyError(f"{what} have shape {a.shape}", f"Give (N, {n}), also for one or none of them")
     return a
 
 def move_mask(
@@ -140,7 +158,8 @@ def move_mask(
         size = [max(1, 2*round((1/max(np.linalg.norm(matrix[:2, k]), 1e-6)-1)/2)+1) for k in (0, 1)]
         if max(size)>1: out = cv2.blur(out, size, borderType=border)
     m = shift(-.5, -.5)@matrix@shift(.5, .5)            # OpenCV counts from the middle of the first pixel
-    out = cv2.warpAffine(out, m[:2], shape[::-1], flags=cv2.INTER_NEAREST if labels else cv2.INTER_LINEAR, borderMode=border)
+    out = cv2.warpAffine(out, m[:2], shape[::-1], flags=cv2.INTER_NEAREST if labels else cv2.INTER_LINEAR,
+        borderMode=border)
     return out.astype(mask.dtype) if labels else out>=.5-1e-4
 
 def move_along(
@@ -150,12 +169,16 @@ def move_along(
     boxes=None,         # (N, 4) x1, y1, x2, y2 in pixels of `before`, continuous, origin at the corner of the first pixel
     points=None,        # (N, 2) x, y
 ) -> Moved:
-    "`after` with the companions of `before` moved to it. Nothing is cut: boxes and points may lie outside. Raises `RadiologyError` for wrong shapes."
+    """`after` with the companions of `before` moved to it. Nothing is cut: boxes and points may lie outside.
+    Raises `RadiologyError` for wrong shapes."""
     matrix = after.affine@np.linalg.inv(before.affine)
     if mask is not None:
         m = np.asarray(mask)
-        if m.shape!=before.shape: raise RadiologyError(f"The mask has shape {m.shape}, the image {before.shape}", "Give a mask of the image's shape")
-        if m.dtype.kind not in 'biu': raise RadiologyError(f"The mask holds {m.dtype}", "Give True and False, or whole numbers")
+        if m.shape!=before.shape:
+            raise RadiologyError(f"The mask has shape {m.shape}, the image {before.shape}",
+                "Give a mask of the image's shape")
+        if m.dtype.kind not in 'biu':
+            raise RadiologyError(f"The mask holds {m.dtype}", "Give True and False, or whole numbers")
         mask = move_mask(m, matrix, after.shape)
     if boxes is not None: boxes = transform_boxes(matrix, _checked('boxes', boxes, 4))
     if points is not None: points = transform_points(matrix, _checked('points', points, 2))
@@ -167,7 +190,8 @@ class Step:
     def __call__(self, radiograph: Radiograph, mask=None, boxes=None, points=None) -> Radiograph|Moved:
         "The new radiograph; with companions, `Moved` (see `move_along`)."
         out = self.apply(radiograph)
-        return out if mask is None and boxes is None and points is None else move_along(radiograph, out, mask, boxes, points)
+        return (out if mask is None and boxes is None and points is None
+            else move_along(radiograph, out, mask, boxes, points))
 
 class _Grey(Step):
     "A step that changes grey values: `grey(pixels) -> pixels`."
@@ -179,7 +203,8 @@ class Window(_Grey):
     low: float=.5
     high: float=99.5
     inside: Callable|None=None # from (H, W) pixels to the (H, W) bool in which the percentiles are measured; None: everywhere
-    def grey(self, p): return percentile_window(p, self.low, self.high, None if self.inside is None else self.inside(p))
+    def grey(self, p):
+        return percentile_window(p, self.low, self.high, None if self.inside is None else self.inside(p))
 
 @dataclass(frozen=True)
 class Clahe(_Grey):

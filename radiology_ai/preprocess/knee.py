@@ -39,14 +39,17 @@ def evened(
 ) -> np.ndarray:
     "(H, W) float32 in [-4, 4]: pixels against mean and deviation of their neighbourhood; 0 outside the film."
     mask = np.ones(pixels.shape, np.float32) if mask is None else mask
-    mean = lambda a: cv2.boxFilter(a*mask, cv2.CV_32F, (_NEAR, _NEAR), normalize=False, borderType=cv2.BORDER_CONSTANT)
+    mean = lambda a: cv2.boxFilter(a*mask, cv2.CV_32F, (_NEAR, _NEAR), normalize=False,
+        borderType=cv2.BORDER_CONSTANT)
     n = np.maximum(mean(mask), 1)
     m = mean(pixels)/n
     sd = np.sqrt(np.maximum(mean(pixels*pixels)/n-m*m, 0))
     return np.clip((pixels-m)/(sd+np.float32(.03)), -_TOP, _TOP)*mask
 
 # %% ../../nbs/21_preprocess.knee.ipynb #5e0d80f8
-FIRST = ((12, 5, 2, 1), (24, 3, 2, 1), (28, 3, 1, 1), (28, 3, 1, 2), (28, 3, 1, 4), (28, 3, 1, 2), (5, 1, 1, 1)) # channels, kernel, stride, dilation
+# channels, kernel, stride, dilation
+FIRST = ((12, 5, 2, 1), (24, 3, 2, 1), (28, 3, 1, 1), (28, 3, 1, 2), (28, 3, 1, 4), (28, 3, 1, 2),
+    (5, 1, 1, 1))
 
 def convolve(
     x: np.ndarray,   # (C, H, W) float32
@@ -62,7 +65,9 @@ def convolve(
     padded[:, pad:pad+h, pad:pad+wd] = x
     cols = np.empty((c, k*k, oh, ow), np.float32)
     for i in range(k):
-        for j in range(k): cols[:, i*k+j] = padded[:, i*dilation:i*dilation+oh*stride:stride, j*dilation:j*dilation+ow*stride:stride]
+        for j in range(k):
+            cols[:, i*k+j] = padded[:, i*dilation:i*dilation+oh*stride:stride,
+                j*dilation:j*dilation+ow*stride:stride]
     out = w.reshape(len(w), -1)@cols.reshape(c*k*k, oh*ow)
     out += b[:, None]
     return out.reshape(len(w), oh, ow)
@@ -71,14 +76,16 @@ def _run(image, layers, weights, name):
     "(C, h, w): `image` (H, W) through `layers`, with zero in place of what is negative between them."
     x = image[None].astype(np.float32)
     for i,(_,_,stride,dilation) in enumerate(layers):
-        x = convolve(x if i==0 else np.maximum(x, 0), weights[f'{name}.w{i}'], weights[f'{name}.b{i}'], stride, dilation)
+        x = convolve(x if i==0 else np.maximum(x, 0), weights[f'{name}.w{i}'], weights[f'{name}.b{i}'],
+            stride, dilation)
     return x
 
 def first_look(
     image: np.ndarray, # (H, W) as `evened` gives it, padded
     weights: dict,     # first.w0, first.b0, first.w1, ... of `FIRST`
 ) -> np.ndarray:
-    "(5, H / 4, W / 4): logits of right and left knee, x and y of the joint in cells from the cell's middle, log of size."
+    """(5, H / 4, W / 4): logits of right and left knee, x and y of the joint in cells from the cell's middle,
+    log of size."""
     return _run(image, FIRST, weights, 'first')
 
 # %% ../../nbs/21_preprocess.knee.ipynb #569b192a
@@ -86,7 +93,8 @@ def first_look(
 def _weights() -> dict:
     "The shipped weights and the threshold."
     from safetensors.numpy import load_file
-    return {k: v.astype(np.float32) for k,v in load_file(Path(__file__).with_name('knee_locator.safetensors')).items()}
+    return {k: v.astype(np.float32)
+        for k,v in load_file(Path(__file__).with_name('knee_locator.safetensors')).items()}
 
 # %% ../../nbs/21_preprocess.knee.ipynb #d34ef7fc
 LENGTHS = (105, 150, 215, 305, 435) # mm that the longer side of a film of unknown spacing may measure
@@ -122,7 +130,8 @@ def places(
     heat,found = out[:2].max(0),[]
     for i,j in _peaks(heat, 70/MM/CELL):
         dx,dy,size = out[2:, i, j]
-        row,col = (float(((k + .5 + d)*CELL - PAD)*n/m) for k,d,n,m in ((i, dy, pixels.shape[0], h), (j, dx, pixels.shape[1], w)))
+        row,col = (float(((k + .5 + d)*CELL - PAD)*n/m)
+            for k,d,n,m in ((i, dy, pixels.shape[0], h), (j, dx, pixels.shape[1], w)))
         found.append(Place(float(heat[i, j]), row, col, _resized(mm, size)))
     return found
 
@@ -135,7 +144,8 @@ def cut_out(
     place: Place,       # what is to be in the middle
     size: int=VIEW,     # pixels of `MM` along a side
 ) -> tuple:
-    "The view (size, size) as `evened` gives it, and its frame: top, left in `pixels`, and rows and columns of them a pixel of the view."
+    """The view (size, size) as `evened` gives it, and its frame: top, left in `pixels`, and rows and columns
+    of them a pixel of the view."""
     n,(h,w) = size+2*RIM,pixels.shape
     a,b = (max(2, round(n*MM/m)) for m in place.mm)
     top,left = round(place.row-a/2),round(place.col-b/2)
@@ -165,7 +175,8 @@ def side_of(
     place: Place,       # of the second look
     weights: dict,      # of the first look
 ) -> str:
-    "R or L: which of the two the first network sees more of around a place, at the scale that gives the knee its usual size."
+    """R or L: which of the two the first network sees more of around a place, at the scale that gives the
+    knee its usual size."""
     out,n = first_look(np.pad(cut_out(pixels, place, 80)[0], PAD), weights),(40+PAD)//CELL
     right,left = out[:2, n-2:n+3, n-2:n+3].reshape(2, -1).max(1)
     return 'L' if left>right else 'R'
@@ -175,18 +186,22 @@ def _sigmoid(x): return 1/(1+np.exp(-x))
 
 def _seen(pixels, spacing, weights):
     "The best place after the second look, and the one beside it, if any."
-    tries = [places(pixels, mm, weights) for mm in ([spacing] if spacing is not None else [(m/max(pixels.shape),)*2 for m in LENGTHS])]
+    tries = [places(pixels, mm, weights) for mm in ([spacing] if spacing is not None
+        else [(m/max(pixels.shape),)*2 for m in LENGTHS])]
     tries = sorted(tries, key=lambda o: -o[0].logit)[:3]
     best,beside = max(((second_look(pixels, t[0], weights), t[1:]) for t in tries), key=lambda o: o[0].logit)
     return [best] + [second_look(pixels, p, weights) for p in beside]
 
 def _halfway(pixels, spacing):
-    "The image shrunk by a whole number of pixels, which is fast, to no less than twice the size that is looked at; and that number."
+    """The image shrunk by a whole number of pixels, which is fast, to no less than twice the size that is
+    looked at; and that number."""
     h,w = pixels.shape
     longest = max(LENGTHS)*np.exp(.4)
-    lengths = (h*spacing[0], w*spacing[1]) if spacing is not None else (longest*h/max(h, w), longest*w/max(h, w))
+    lengths = ((h*spacing[0], w*spacing[1]) if spacing is not None
+        else (longest*h/max(h, w), longest*w/max(h, w)))
     k = max(1, min(int(n*MM/2/mm) for n,mm in zip((h, w), lengths)))
-    return (pixels if k==1 else cv2.resize(pixels[:h//k*k, :w//k*k], (w//k, h//k), interpolation=cv2.INTER_AREA)),k
+    return (pixels if k==1 else cv2.resize(pixels[:h//k*k, :w//k*k], (w//k, h//k),
+        interpolation=cv2.INTER_AREA)),k
 
 @lru_cache(1)
 def _pools():
@@ -205,13 +220,17 @@ def locate_knees(
     threshold = float(weights['threshold'][0]) if threshold is None else threshold
     if min(pixels.shape)<32: return []
     spacing = radiograph.spacing
-    if spacing is not None and not all(40<n*s<2000 for n,s in zip(pixels.shape, spacing)): spacing = None # such a film does not exist
+    if spacing is not None and not all(40<n*s<2000 for n,s in zip(pixels.shape, spacing)):
+        spacing = None # such a film does not exist
     small,k = _halfway(pixels, spacing)
     if not np.isfinite(small).all() or np.ptp(small)<1e-3: return []
-    with _pools().limit(limits=1, user_api='blas'): # the last bits of a product depend on the number of threads, a store must not
+    # the last bits of a product depend on the number of threads, a store must not
+    with _pools().limit(limits=1, user_api='blas'):
         found = _seen(small, None if spacing is None else (spacing[0]*k, spacing[1]*k), weights)
         (h,w),size = small.shape,found[0].mm if spacing is None else (spacing[0]*k, spacing[1]*k)
         found = [f for f in found if _sigmoid(f.logit)>=threshold and 0<=f.row<=h and 0<=f.col<=w]
-        sides = ['RL'[f.col>found[1-i].col] for i,f in enumerate(found)] if len(found)==2 else [side_of(small, f, weights) for f in found]
+        sides = (['RL'[f.col>found[1-i].col] for i,f in enumerate(found)] if len(found)==2
+            else [side_of(small, f, weights) for f in found])
     a,b = mm/2/size[0]*k,mm/2/size[1]*k
-    return [Knee(s, (f.row*k, f.col*k), (f.col*k-b, f.row*k-a, f.col*k+b, f.row*k+a), float(_sigmoid(f.logit)), float(mm)) for f,s in zip(found, sides)]
+    return [Knee(s, (f.row*k, f.col*k), (f.col*k-b, f.row*k-a, f.col*k+b, f.row*k+a),
+        float(_sigmoid(f.logit)), float(mm)) for f,s in zip(found, sides)]

@@ -8,7 +8,11 @@ Docs: https://lluissalord.github.io/radiology_ai/preprocess.scale.html.md"""
 __all__ = ['preprocess_folder']
 
 # %% ../../nbs/24_preprocess.scale.ipynb #d429b462
-import ctypes, json, os, shutil, warnings
+import ctypes
+import json
+import os
+import shutil
+import warnings
 from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,20 +25,36 @@ import pandas as pd
 
 from .. import __version__
 from ..core import DataError, RadiologyError, StoreError, optional, progress
-from ..parallel import n_workers, run_parallel
 from ..dicom.index import image_files
 from ..dicom.quality import file_digest
-from .store import PARTS, RECIPES, ImageStore, Preprocess, Source, begin_store, join_shards, prepare, put, read_account, shard_file, write_shard
+from ..parallel import n_workers, run_parallel
+from radiology_ai.preprocess.store import (
+    PARTS,
+    RECIPES,
+    ImageStore,
+    Preprocess,
+    Source,
+    begin_store,
+    join_shards,
+    prepare,
+    put,
+    read_account,
+    shard_file,
+    write_shard,
+)
 
 # %% ../../nbs/24_preprocess.scale.ipynb #1a51859a
 def _sources(src) -> tuple[list, list]:
     "The files as `Source`, sorted by path, and errors that are known already."
     known = []
     if isinstance(src, pd.DataFrame):
-        if 'path' not in src: raise DataError(f"The index has no column 'path' (columns: {', '.join(map(str, src.columns))})", "Make it with index_dicoms")
+        if 'path' not in src:
+            raise DataError(f"The index has no column 'path' (columns: {', '.join(map(str, src.columns))})",
+                "Make it with index_dicoms")
         if 'error' in src:
             bad = src[src.error.fillna('')!='']
-            known = [dict(path=str(p), cause=c, remedy='Copy the file again, or leave it out') for p,c in zip(bad.path, bad.error)]
+            known = [dict(path=str(p), cause=c, remedy='Copy the file again, or leave it out')
+                for p,c in zip(bad.path, bad.error)]
             src = src.drop(bad.index)
         paths = sorted({os.path.abspath(str(p)) for p in src.path})
     else: paths = image_files([str(p) for p in src] if not isinstance(src, (str, Path)) else src)
@@ -55,7 +75,8 @@ def _by_name(r):
 
 # %% ../../nbs/24_preprocess.scale.ipynb #9923fff0
 def _claim(store: Path, recipe: Preprocess, shard_size: int|None, n_files: int) -> tuple[bool, int]:
-    "Begin the store, or check that the one there was made by the same recipe. Whether it is new, and its shards' size."
+    """Begin the store, or check that the one there was made by the same recipe. Whether it is new, and its
+    shards' size."""
     file = store/'recipe.json'
     if not file.exists():
         n = shard_size or int(np.clip(-(-n_files//16), 8, 256))
@@ -63,35 +84,51 @@ def _claim(store: Path, recipe: Preprocess, shard_size: int|None, n_files: int) 
         return True,n
     try:
         old = json.loads(file.read_text())
-        if old['format']!=2: raise StoreError(f"The store {store} was written by another version of radiology_ai", "Delete it and preprocess again")
+        if old['format']!=2:
+            raise StoreError(f"The store {store} was written by another version of radiology_ai",
+                "Delete it and preprocess again")
         there,here,n = Preprocess.from_dict(old['recipe']).to_dict(),recipe.to_dict(),int(old['shard_size'])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise StoreError(f"{file} is damaged ({type(e).__name__})", "Delete the store and preprocess again") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StoreError(f"{file} is damaged ({type(e).__name__})",
+            "Delete the store and preprocess again") from e
     if there!=here:
         other = ', '.join(f'{k} {v!r} there, {here[k]!r} here' for k,v in there.items() if here[k]!=v)
-        raise StoreError(f"The store {store} was made by another recipe: {other}", "Give another folder for this one, or delete that store first")
-    if shard_size not in (None, n): raise StoreError(f"The store {store} has shards of {n} files, not of {shard_size}", "Leave shard_size out, or give another folder")
+        raise StoreError(f"The store {store} was made by another recipe: {other}",
+            "Give another folder for this one, or delete that store first")
+    if shard_size not in (None, n):
+        raise StoreError(f"The store {store} has shards of {n} files, not of {shard_size}",
+            "Leave shard_size out, or give another folder")
     return False,n
 
 def _same_library(store):
     there = json.loads((store/'recipe.json').read_text()).get('library')
-    if there!=__version__: raise StoreError(f"The store {store} was begun by radiology_ai {there}, this is {__version__}", "Go on with that version, or delete the store and begin again")
+    if there!=__version__:
+        raise StoreError(f"The store {store} was begun by radiology_ai {there}, this is {__version__}",
+            "Go on with that version, or delete the store and begin again")
 
 def _own(p): return p.name in ('shards', '.lock') or p.name.startswith('.recipe-')
 
 @contextmanager
 def _alone(store: Path):
-    "The store's folder, made if need be, for this process alone. Leftovers of a killed run are removed. On Windows there is no lock."
+    """The store's folder, made if need be, for this process alone. Leftovers of a killed run are removed. On
+    Windows there is no lock."""
     if store.is_file(): raise StoreError(f"{store} is a file", "Give a folder for the store")
-    if store.exists() and not (store/'recipe.json').exists() and not all(map(_own, store.iterdir())): raise StoreError(f"The folder {store} is not empty and no store", "Give a new folder")
+    if store.exists() and not (store/'recipe.json').exists() and not all(map(_own, store.iterdir())):
+        raise StoreError(f"The folder {store} is not empty and no store", "Give a new folder")
     (store/'shards').mkdir(parents=True, exist_ok=True)
     with open(store/'.lock', 'w') as f:
         try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError: pass
-        except BlockingIOError as e: raise StoreError(f"Another run is writing the store {store}", "Wait until it is done, or give another folder") from e
-        except OSError as e: warnings.warn(f"{store} cannot be locked ({e.strerror}): do not write it from two runs at once")
-        for p in [*store.glob('.index-*.parquet'), *store.glob('.errors-*.parquet'), *store.glob('.recipe-*.json'), *(store/'shards').glob('.[0-9]*-*')]: p.unlink(missing_ok=True)
+        except BlockingIOError as e:
+            raise StoreError(f"Another run is writing the store {store}",
+                "Wait until it is done, or give another folder") from e
+        except OSError as e:
+            warnings.warn(f"{store} cannot be locked ({e.strerror}): do not write it from two runs at once")
+        for p in [*store.glob('.index-*.parquet'), *store.glob('.errors-*.parquet'),
+                *store.glob('.recipe-*.json'), *(store/'shards').glob('.[0-9]*-*')]:
+            p.unlink(missing_ok=True)
         yield
 
 # %% ../../nbs/24_preprocess.scale.ipynb #dd51388f
@@ -110,23 +147,31 @@ class _Plan:
     def __bool__(self): return bool(self.stale or self.new)
     def __str__(self):
         say = lambda what, paths: f"{len(paths)} {what} (such as {Path(paths[0]).name})"
-        return ', '.join(say(*o) for o in (('changed', self.changed), ('new', self.new), ('gone', self.gone)) if o[1])
+        return ', '.join(say(*o) for o in (('changed', self.changed), ('new', self.new), ('gone', self.gone))
+            if o[1])
 
 def _plan(store, sources, n, workers=1, content=False):
     "Compare the shards on the disk with those that `sources` give, `n` in each."
     shards = [sources[i:i+n] for i in range(0, len(sources), n)]
     numbers = sorted({int(p.name[:5]) for p in (store/'shards').glob('[0-9]*.json')})
-    accounts = {k: a for k in numbers if (a:=read_account(store, k)) and not (content and _spoilt(store, k, a))}
+    accounts = {k: a for k in numbers if (a:=read_account(store, k))
+        and not (content and _spoilt(store, k, a))}
     was = {f[0]: f for a in accounts.values() for f in a['files']}
     known,whole = _known_paths(store, was)
-    hashes = dict(zip(was, run_parallel(file_digest, list(was), workers, chunk=8, desc='compare'))) if content else {}
-    same = lambda s: s.path in was and s.name==was[s.path][1] and (hashes[s.path]==was[s.path][4] if content else [s.bytes, s.mtime]==was[s.path][2:4])
-    kept = {k for k,a in accounts.items() if k<len(shards) and [f[0] for f in a['files']]==[s.path for s in shards[k]] and all(map(same, shards[k]))}
+    hashes = (dict(zip(was, run_parallel(file_digest, list(was), workers, chunk=8, desc='compare')))
+        if content else {})
+    same = lambda s: s.path in was and s.name==was[s.path][1] and (hashes[s.path]==was[s.path][4] if content
+        else [s.bytes, s.mtime]==was[s.path][2:4])
+    kept = {k for k,a in accounts.items() if k<len(shards)
+        and [f[0] for f in a['files']]==[s.path for s in shards[k]] and all(map(same, shards[k]))}
     other = [(k, s) for k,shard in enumerate(shards) if k not in kept for s in shard]
-    return _Plan([(k, s) for k,s in enumerate(shards) if k not in kept], len(shards), sorted(set(accounts)-kept),
-        [(k, shards[k]) for k in sorted(kept) if any([s.bytes, s.mtime]!=f[2:4] for s,f in zip(shards[k], accounts[k]['files']))],
+    return _Plan([(k, s) for k,s in enumerate(shards) if k not in kept], len(shards),
+        sorted(set(accounts)-kept),
+        [(k, shards[k]) for k in sorted(kept) if any([s.bytes, s.mtime]!=f[2:4]
+        for s,f in zip(shards[k], accounts[k]['files']))],
         [s.path for _,s in other if s.path in was and not same(s)],
-        [s.path for k,s in other if s.path not in known and (whole or k in accounts)], sorted(set(was)-{s.path for s in sources}), whole)
+        [s.path for k,s in other if s.path not in known and (whole or k in accounts)],
+        sorted(set(was)-{s.path for s in sources}), whole)
 
 def _spoilt(store, k, account):
     "Are the bytes of a shard not those that were written?"
@@ -135,7 +180,9 @@ def _spoilt(store, k, account):
 def _known_paths(store, was):
     "The paths that the store has seen, and whether it has an index that can be read."
     if not (store/'index.parquet').exists(): return set(was),False
-    try: return set(was).union(*(pd.read_parquet(store/f'{name}.parquet', columns=['path']).path for name in ('index', 'errors'))),True
+    try:
+        return set(was).union(*(pd.read_parquet(store/f'{name}.parquet', columns=['path']).path
+            for name in ('index', 'errors'))),True
     except (OSError, ValueError, KeyError): return set(was),False
 
 # %% ../../nbs/24_preprocess.scale.ipynb #719e4773
@@ -148,11 +195,13 @@ def _prepare(item): return prepare(*item)
 
 def _lost(item, cause): return cause # in place of a result
 
-def _error(item, cause, remedy='Leave it out: the file is damaged'): return None,dict(path=item.source.path, cause=cause, remedy=remedy),file_digest(item.source.path)
+def _error(item, cause, remedy='Leave it out: the file is damaged'):
+    return None,dict(path=item.source.path, cause=cause, remedy=remedy),file_digest(item.source.path)
 
 def _apart(item):
     "Try a file on which a process died in two others."
-    out = [o for o in run_parallel(_prepare, [item]*2, 2, few=0, show=False, lost=_lost) if not isinstance(o, str)]
+    out = [o for o in run_parallel(_prepare, [item]*2, 2, few=0, show=False, lost=_lost)
+        if not isinstance(o, str)]
     return out[0] if out else _error(item, 'its decoder crashed')
 
 def _settled(item, out):
@@ -176,7 +225,9 @@ def _here(items, note: Path, show):
 
 def _in_processes(items, workers, show):
     "Prepare `items` in worker processes."
-    for item,out in zip(items, run_parallel(_prepare, items, workers, desc='preprocess', show=show, few=0, lost=_lost)): yield _settled(item, out)
+    for item,out in zip(items, run_parallel(_prepare, items, workers, desc='preprocess', show=show, few=0,
+            lost=_lost)):
+        yield _settled(item, out)
 
 # %% ../../nbs/24_preprocess.scale.ipynb #b606c14f
 def _version(): return __version__
@@ -200,17 +251,26 @@ def _client(address, seconds=60):
     "A client of the scheduler at `address` that has at least one worker."
     distributed = optional('distributed', 'cluster')
     try: client = distributed.Client(address, timeout=seconds, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as e: raise StoreError(f"The Dask scheduler {address} does not answer ({type(e).__name__})", "Check the address, or start one with `dask scheduler`") from e
+    except (OSError, TimeoutError, ValueError) as e:
+        raise StoreError(f"The Dask scheduler {address} does not answer ({type(e).__name__})",
+            "Check the address, or start one with `dask scheduler`") from e
     with client:
         try: client.wait_for_workers(1, timeout=seconds)
-        except TimeoutError as e: raise StoreError(f"The Dask scheduler {address} has no workers", f"Start some with `dask worker {address}`") from e
+        except TimeoutError as e:
+            raise StoreError(f"The Dask scheduler {address} has no workers",
+                f"Start some with `dask worker {address}`") from e
         try: versions = set(client.run(_version).values())
-        except Exception as e: raise StoreError(f"The workers of {address} cannot run radiology_ai ({_said(e)})", "Install it there, in the same version") from e
-        if versions!={__version__}: raise StoreError(f"The workers of {address} have radiology_ai {', '.join(sorted(versions))}, here it is {__version__}", "Install the same version everywhere")
+        except Exception as e:
+            raise StoreError(f"The workers of {address} cannot run radiology_ai ({_said(e)})",
+                "Install it there, in the same version") from e
+        if versions!={__version__}:
+            raise StoreError(f"The workers of {address} have radiology_ai {', '.join(sorted(versions))}, "
+                f"here it is {__version__}", "Install the same version everywhere")
         yield client
 
 def _on_cluster(items, address, show, seconds=600, ahead=4):
-    "Prepare `items` on the workers of a Dask scheduler, some files a task, at most `ahead` tasks a thread under way."
+    """Prepare `items` on the workers of a Dask scheduler, some files a task, at most `ahead` tasks a thread
+    under way."""
     with _client(address) as client:
         flights = ahead*max(4, sum(client.nthreads().values()))
         n = max(1, min(8, len(items)//flights))
@@ -218,7 +278,8 @@ def _on_cluster(items, address, show, seconds=600, ahead=4):
         flying,bar = deque(),progress(None, 'preprocess', len(items), show)
         with closing(bar):
             while chunks or flying:
-                while chunks and len(flying)<flights: flying.append((chunks[0], client.submit(_remotely, chunks.popleft(), pure=False)))
+                while chunks and len(flying)<flights:
+                    flying.append((chunks[0], client.submit(_remotely, chunks.popleft(), pure=False)))
                 for out in _landed(client, *flying.popleft(), seconds):
                     bar.update()
                     yield out
@@ -244,8 +305,11 @@ def _result(client, future, seconds):
     except KilledWorker as e: raise _Gone('crashed') from e
     except TimeoutError as e:
         if client.nthreads(): raise _Gone(f'did not answer within {seconds:g} s') from e
-        raise StoreError("The Dask cluster has lost all its workers", "Start some; the same call then resumes") from e
-    except Exception as e: raise StoreError(f"The Dask cluster failed ({_said(e)})", "Check its scheduler and workers; the same call then resumes") from e
+        raise StoreError("The Dask cluster has lost all its workers",
+            "Start some; the same call then resumes") from e
+    except Exception as e:
+        raise StoreError(f"The Dask cluster failed ({_said(e)})",
+            "Check its scheduler and workers; the same call then resumes") from e
 
 # %% ../../nbs/24_preprocess.scale.ipynb #e9e74c60
 def _results(items, note, workers, scheduler, show):
@@ -262,7 +326,8 @@ def _run(store, recipe, plan, workers, scheduler, show):
     note.unlink(missing_ok=True)
 
 def _restart(store, plan):
-    "Take a store that was whole apart: its index, and shards that have no files any more. Readers keep what they have open."
+    """Take a store that was whole apart: its index, and shards that have no files any more. Readers keep what
+    they have open."""
     (store/'index.parquet').unlink(missing_ok=True)
     for k in plan.stale:
         shard_file(store, k, '.json').unlink(missing_ok=True)
@@ -282,7 +347,8 @@ def preprocess_folder(
     update: bool=False,       # redo the shards whose files have changed; False: a `StoreError` that tells which
     content: bool=False,      # judge by the bytes of files and shards whether they have changed; False: by size and time of the files
 ) -> ImageStore:
-    "Turn files into an `ImageStore`; what could not be used is in its `.errors`. An interrupted call resumes when it is made again."
+    """Turn files into an `ImageStore`; what could not be used is in its `.errors`. An interrupted call
+    resumes when it is made again."""
     recipe,store = _by_name(recipe),Path(store)
     sources,known = _sources(src)
     if scheduler: optional('distributed', 'cluster')
@@ -290,11 +356,14 @@ def preprocess_folder(
     try:
         if not ((store/'index.parquet').exists() and _nothing_to_do(*job)):
             with _alone(store): return _whole(*job, known, scheduler, show, allow_empty, update)
-    except OSError as e: raise StoreError(f"The store {store} cannot be written ({e.strerror or e})", "Free some space, or choose another folder, or check its permissions; the same call then resumes") from e
+    except OSError as e:
+        raise StoreError(f"The store {store} cannot be written ({e.strerror or e})",
+            "Free some space, or choose another folder, or check its permissions; the same call then resumes") from e
     return _checked(ImageStore(store), False, allow_empty)
 
 def _nothing_to_do(store, recipe, shard_size, sources, workers, content):
-    "Is the store whole and its files as they were? Asked without writing: a store may lie in a folder that can only be read."
+    """Is the store whole and its files as they were? Asked without writing: a store may lie in a folder that
+    can only be read."""
     if not (store/'recipe.json').exists(): return False
     plan = _plan(store, sources, _claim(store, recipe, shard_size, len(sources))[1], workers, content)
     return plan.whole and not (plan or plan.todo or plan.touched)
@@ -303,7 +372,9 @@ def _whole(store, recipe, shard_size, sources, workers, content, known, schedule
     "Make the store whole, by whoever holds its lock."
     new,n = _claim(store, recipe, shard_size, len(sources))
     plan = _plan(store, sources, n, workers, content)
-    if plan and not update: raise StoreError(f"The store {store} was made of other files: {plan}", "Call with update=True (--update on the command line) to redo what has changed, or give another folder")
+    if plan and not update:
+        raise StoreError(f"The store {store} was made of other files: {plan}",
+            "Call with update=True (--update on the command line) to redo what has changed, or give another folder")
     if plan.todo and not new: _same_library(store)
     if plan: _restart(store, plan)
     for k,shard in plan.touched: _touch(store, k, shard)
@@ -314,12 +385,15 @@ def _whole(store, recipe, shard_size, sources, workers, content, known, schedule
 def _touch(store, k, shard):
     "Note new sizes and times of files whose bytes are the same."
     account = read_account(store, k)
-    put(shard_file(store, k, '.json'), account | dict(files=[[*s, f[4]] for s,f in zip(shard, account['files'])]))
+    put(shard_file(store, k, '.json'), account | dict(files=[[*s, f[4]]
+        for s,f in zip(shard, account['files'])]))
 
 def _checked(out, new, allow_empty):
     "The store; `StoreError` where nothing could be used, and then a store made just now is removed."
     if len(out) or allow_empty: return out
     if new: shutil.rmtree(out.path)
-    if not len(out.errors): raise StoreError("There are no files to preprocess", "Give a folder with radiographs")
+    if not len(out.errors):
+        raise StoreError("There are no files to preprocess", "Give a folder with radiographs")
     e = out.errors.iloc[0]
-    raise StoreError(f"None of {len(out.errors)} files could be used; {Path(e.path).name}: {e.cause}", e.remedy)
+    raise StoreError(f"None of {len(out.errors)} files could be used; {Path(e.path).name}: {e.cause}",
+        e.remedy)

@@ -9,7 +9,11 @@ __all__ = ['VERSION', 'RECIPES', 'KEPT', 'COLUMNS', 'ERRORS', 'PARTS', 'Preproce
            'shard_file', 'put', 'write_shard', 'read_account', 'begin_store', 'join_shards', 'ImageStore']
 
 # %% ../../nbs/23_preprocess.store.ipynb #94077c3a
-import hashlib, io, json, os, re
+import hashlib
+import io
+import json
+import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +24,18 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .. import __version__
-from ..core import DataError, DicomError, Radiograph, RadiologyError, StoreError, atomic_path, transform_boxes
+from radiology_ai.core import (
+    DataError,
+    DicomError,
+    Radiograph,
+    RadiologyError,
+    StoreError,
+    atomic_path,
+    transform_boxes,
+)
+from ..dicom.quality import file_digest
 from ..dicom.read import read_radiograph
 from ..dicom.tags import laterality, view
-from ..dicom.quality import file_digest
 from .background import find_field
 from .intensity import Step, clahe, move_mask, percentile_window, shrunk, square_pad
 from .knee import locate_knees
@@ -33,7 +45,8 @@ VERSION = 2 # of the meaning of a recipe's fields
 
 @dataclass(frozen=True)
 class Preprocess(Step):
-    "How a radiograph becomes the square that a network sees. Callable: `Radiograph` in, `Radiograph` out; with mask, boxes or points, `Moved` (see `Step`)."
+    """How a radiograph becomes the square that a network sees. Callable: `Radiograph` in, `Radiograph` out;
+    with mask, boxes or points, `Moved` (see `Step`)."""
     name: str='plain'      # what it is called
     version: int=VERSION   # of the meaning of these fields
     size: int=224          # side of the result in pixels
@@ -48,13 +61,23 @@ class Preprocess(Step):
     bits: int=8            # of a stored grey value: 8 or 16
 
     def __post_init__(self):
-        if not (isinstance(self.size, (int, np.integer)) and 1<=self.size<=8192): raise RadiologyError(f"The recipe's size is {self.size!r}", "Give whole pixels, 1 to 8192")
-        if self.version!=VERSION: raise RadiologyError(f"The recipe's version is {self.version!r}", f"This library makes version {VERSION}: leave it out")
-        if self.background not in ('', 'limb', 'chest'): raise RadiologyError(f"The recipe's background is {self.background!r}", "Give 'limb' or 'chest', or '' to leave it")
+        if not (isinstance(self.size, (int, np.integer)) and 1<=self.size<=8192):
+            raise RadiologyError(f"The recipe's size is {self.size!r}", "Give whole pixels, 1 to 8192")
+        if self.version!=VERSION:
+            raise RadiologyError(f"The recipe's version is {self.version!r}",
+                f"This library makes version {VERSION}: leave it out")
+        if self.background not in ('', 'limb', 'chest'):
+            raise RadiologyError(f"The recipe's background is {self.background!r}",
+                "Give 'limb' or 'chest', or '' to leave it")
         if not self.mm>0: raise RadiologyError(f"The recipe's mm is {self.mm!r}", "Give millimetres above 0")
-        if not 0<=self.low<self.high<=100: raise RadiologyError(f"The recipe's percentiles are {self.low} and {self.high}", "Give 0 <= low < high <= 100")
-        if self.clip and not (self.clip>1 and self.tiles>=1): raise RadiologyError(f"The recipe's clip is {self.clip} with {self.tiles} tiles", "Give clip=0 for no CLAHE, or clip above 1 and at least one tile")
-        if self.bits not in (8, 16): raise RadiologyError(f"The recipe's bits are {self.bits!r}", "Give 8 or 16")
+        if not 0<=self.low<self.high<=100:
+            raise RadiologyError(f"The recipe's percentiles are {self.low} and {self.high}",
+                "Give 0 <= low < high <= 100")
+        if self.clip and not (self.clip>1 and self.tiles>=1):
+            raise RadiologyError(f"The recipe's clip is {self.clip} with {self.tiles} tiles",
+                "Give clip=0 for no CLAHE, or clip above 1 and at least one tile")
+        if self.bits not in (8, 16):
+            raise RadiologyError(f"The recipe's bits are {self.bits!r}", "Give 8 or 16")
 
     @property
     def dtype(self) -> np.dtype:
@@ -69,40 +92,54 @@ class Preprocess(Step):
     def from_dict(cls, d: dict) -> 'Preprocess':
         "The recipe of `to_dict`. Raises `StoreError` for one of another version."
         version,unknown = d.get('version', 1),sorted(set(d) - {f.name for f in fields(cls)})
-        if version<VERSION: raise StoreError(f"The recipe {d.get('name')!r} has version {version}; this library makes version {VERSION}, whose images differ", "Preprocess the files again, and train again what was trained on them")
-        if unknown or version>VERSION: raise StoreError(f"The recipe {d.get('name')!r} has version {version} and the unknown fields {unknown}", "Update radiology_ai")
+        if version<VERSION:
+            raise StoreError(f"The recipe {d.get('name')!r} has version {version}; this library makes "
+                f"version {VERSION}, whose images differ",
+                "Preprocess the files again, and train again what was trained on them")
+        if unknown or version>VERSION:
+            raise StoreError(f"The recipe {d.get('name')!r} has version {version} and the unknown fields "
+                f"{unknown}", "Update radiology_ai")
         return cls(**d)
 
 # %% ../../nbs/23_preprocess.store.ipynb #bc6fc973
-RECIPES = {r.name: r for r in (Preprocess('knee', knee=True, flip_left=True, background='limb', clip=2.), Preprocess('chest', background='chest', clip=2.), Preprocess('plain'))}
+RECIPES = {r.name: r for r in (Preprocess('knee', knee=True, flip_left=True, background='limb', clip=2.),
+    Preprocess('chest', background='chest', clip=2.), Preprocess('plain'))}
 
 def recipe(
     name: str,  # knee, chest or plain
     **changes,  # of the fields of `Preprocess`, such as size=160
 ) -> Preprocess:
     "A recipe by its name, with changes. Raises `RadiologyError` for an unknown name or field."
-    if name not in RECIPES: raise RadiologyError(f"There is no recipe {name!r}", f"Choose one of {', '.join(RECIPES)}")
+    if name not in RECIPES:
+        raise RadiologyError(f"There is no recipe {name!r}", f"Choose one of {', '.join(RECIPES)}")
     names = [f.name for f in fields(Preprocess)]
-    if unknown := sorted(set(changes)-set(names)): raise RadiologyError(f"A recipe has no field {', '.join(unknown)}", f"Its fields are {', '.join(names)}")
+    if unknown := sorted(set(changes)-set(names)):
+        raise RadiologyError(f"A recipe has no field {', '.join(unknown)}",
+            f"Its fields are {', '.join(names)}")
     return replace(RECIPES[name], **changes)
 
 # %% ../../nbs/23_preprocess.store.ipynb #28b9f7cc
 def _looked(r):
     "A small copy of `r`, as `shrunk` gives it; `DicomError` for what is no radiograph."
-    (h,w),bad = r.shape,lambda cause, remedy='Leave it out: this is no radiograph': DicomError(r.path or 'image', cause, remedy)
+    (h,w),bad = r.shape,lambda cause, remedy='Leave it out: this is no radiograph': DicomError(r.path
+        or 'image', cause, remedy)
     if min(h, w)<16: raise bad(f'it has only {h} x {w} pixels')
     if max(h, w)>20*min(h, w): raise bad(f'it has {h} x {w} pixels, which is no film\'s shape')
     small = shrunk(r)
-    for p in (small.pixels, r.pixels[-2*h//small.shape[0]:], r.pixels[:, -2*w//small.shape[1]:]): # `small` leaves out some at the end
+    # `small` leaves out some at the end
+    for p in (small.pixels, r.pixels[-2*h//small.shape[0]:], r.pixels[:, -2*w//small.shape[1]:]):
         if not np.isfinite(p).all(): raise bad('its pixels are not finite numbers', 'Export the image again')
     return small
 
 def _inside(r, small, out, field):
     "(H, W) bool: where `out` shows exposed film, by the field on `small`; None: everywhere."
     h,w = out.shape
-    x1,y1,x2,y2 = np.rint(transform_boxes(out.affine@np.linalg.inv(r.affine), [0, 0, *r.shape[::-1]])).clip(0, (w, h, w, h)).astype(int)
+    x1,y1,x2,y2 = np.rint(transform_boxes(out.affine@np.linalg.inv(r.affine), [0, 0, *r.shape[::-1]])).clip(0,
+        (w, h, w, h)).astype(int)
     if field.all() and (x1, y1, x2, y2)==(0, 0, w, h): return None
-    field = cv2.erode(field.astype(np.uint8), np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=1)>0 # without the shutter's half-shadow
+    # without the shutter's half-shadow
+    field = cv2.erode(field.astype(np.uint8), np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT,
+        borderValue=1)>0
     part,film = (slice(y1, y2),slice(x1, x2)),np.zeros((h, w), bool)
     moved = move_mask(field, out.affine@np.linalg.inv(small.affine), (h, w), edge=True)[part]
     film[part] = moved if moved.mean()>=.1 else True    # a crop that is nearly all border is not made black
@@ -111,13 +148,16 @@ def _inside(r, small, out, field):
 # %% ../../nbs/23_preprocess.store.ipynb #9a7c2370
 @patch
 def apply(self:Preprocess, r: Radiograph) -> Radiograph:
-    "The square image of `r`; its `tags` gain `side`, `flipped`, `reason` and, for a knee recipe, `knee_found` and `score`."
+    """The square image of `r`; its `tags` gain `side`, `flipped`, `reason` and, for a knee recipe,
+    `knee_found` and `score`."""
     small = _looked(r)
     box,facts = self.knee_box(small) if self.knee else (None, dict(side=laterality(r.tags), reason=''))
     field = find_field(small, self.background, letters=False) if self.background else None
     if field and field.reason: facts['reason'] = '; '.join(filter(None, [facts['reason'], field.reason]))
     if box is None: out = square_pad(r.resize(self.size))
-    else: out = r.crop(transform_boxes(r.affine@np.linalg.inv(small.affine), box)).resize((self.size, self.size))
+    else:
+        out = r.crop(transform_boxes(r.affine@np.linalg.inv(small.affine), box)).resize((self.size,
+            self.size))
     inside = _inside(r, small, out, field.mask if field else np.ones(small.shape, bool))
     black = lambda p: p if inside is None else p*inside
     pixels = black(percentile_window(out.pixels, self.low, self.high, inside))
@@ -130,7 +170,8 @@ def apply(self:Preprocess, r: Radiograph) -> Radiograph:
 def knee_box(self:Preprocess,
     r: Radiograph, # of any framing
 ) -> tuple:
-    "The box around the knee on the header's side, else around the best one, or None; and `side`, `knee_found`, `score` and `reason`."
+    """The box around the knee on the header's side, else around the best one, or None; and `side`,
+    `knee_found`, `score` and `reason`."""
     knees,side = locate_knees(r, mm=self.mm),laterality(r.tags)
     if not knees: return None,dict(side=side, knee_found=False, score=0., reason='no knee was found')
     best = knees[0] if len(knees)==1 else next((k for k in knees if k.side==side), knees[0])
@@ -152,28 +193,40 @@ def prepare(
     source: Source,     # a file
     recipe: Preprocess, # what is done with it
 ) -> tuple:
-    "(size, size) uint8 or uint16, its record, the file's hash; or (None, record with `cause` and `remedy`, hash) where it cannot be used."
+    """(size, size) uint8 or uint16, its record, the file's hash; or (None, record with `cause` and `remedy`,
+    hash) where it cannot be used."""
     path = source.path
     bad = lambda cause, remedy: (None, dict(path=path, cause=cause, remedy=remedy), file_digest(path))
     try: r = recipe(read_radiograph(path))
     except RadiologyError as e: return bad(getattr(e, 'cause', e.what), e.remedy)
     except MemoryError: return bad('there was not enough memory for it', 'Use fewer workers, or leave it out')
-    except Exception as e: return bad(f'it could not be prepared ({type(e).__name__})', 'Leave it out, and report this with the file')
-    return np.rint(r.pixels*np.float32(2**recipe.bits-1)).astype(recipe.dtype),_record(r, source),file_digest(path)
+    except Exception as e:
+        return bad(f'it could not be prepared ({type(e).__name__})',
+            'Leave it out, and report this with the file')
+    return np.rint(r.pixels*np.float32(2**recipe.bits-1)).astype(recipe.dtype),_record(r,
+        source),file_digest(path)
 
 def _record(r, source):
     "The row of the index of a prepared image."
     t,mm = r.tags,r.spacing or (np.nan, np.nan)
-    return dict(image_id=str(t.get('SOPInstanceUID') or source.name or Path(source.path).name), path=source.path,
-        patient_id=str(t.get('PatientID') or ''), study_id=str(t.get('StudyInstanceUID') or ''), view=view(t), laterality=laterality(t),
-        side=t['side'], flipped=t['flipped'], knee_found=t.get('knee_found'), score=float(t.get('score', np.nan)), reason=t['reason'],
-        affine=[float(v) for v in r.affine.ravel()], spacing_row=float(mm[0]), spacing_col=float(mm[1]), codec=r.codec,
-        Rows=int(t.get('Rows') or 0), Columns=int(t.get('Columns') or 0), BitsStored=int(t.get('BitsStored') or 0),
+    return dict(image_id=str(t.get('SOPInstanceUID') or source.name or Path(source.path).name),
+        path=source.path,
+        patient_id=str(t.get('PatientID') or ''), study_id=str(t.get('StudyInstanceUID') or ''), view=view(t),
+        laterality=laterality(t),
+        side=t['side'], flipped=t['flipped'], knee_found=t.get('knee_found'),
+        score=float(t.get('score', np.nan)), reason=t['reason'],
+        affine=[float(v) for v in r.affine.ravel()], spacing_row=float(mm[0]), spacing_col=float(mm[1]),
+        codec=r.codec,
+        Rows=int(t.get('Rows') or 0), Columns=int(t.get('Columns') or 0),
+        BitsStored=int(t.get('BitsStored') or 0),
         **{k: str(t.get(k) or '') for k in KEPT})
 
 # %% ../../nbs/23_preprocess.store.ipynb #6019af2c
-_TYPES = dict(flipped='bool', knee_found='boolean', score='float64', spacing_row='float64', spacing_col='float64', Rows='int64', Columns='int64', BitsStored='int64', shard='int64', row='int64')
-COLUMNS = ['image_id','path','patient_id','study_id','view','laterality','side','shard','row','flipped','knee_found','score','reason','affine','spacing_row','spacing_col','codec','Rows','Columns','BitsStored',*KEPT]
+_TYPES = dict(flipped='bool', knee_found='boolean', score='float64', spacing_row='float64',
+    spacing_col='float64', Rows='int64', Columns='int64', BitsStored='int64', shard='int64', row='int64')
+COLUMNS = ['image_id','path','patient_id','study_id','view','laterality','side','shard','row','flipped',
+    'knee_found','score','reason','affine','spacing_row','spacing_col','codec','Rows','Columns','BitsStored',
+    *KEPT]
 ERRORS = ['path','cause','remedy']
 PARTS = '.npy','.parquet','.errors.parquet' # of a shard, besides its account .json
 
@@ -220,7 +273,8 @@ def write_shard(
     account = shard_file(store, number, '.json')
     account.unlink(missing_ok=True)
     n = recipe.size
-    whats = np.stack(images) if images else np.zeros((0, n, n), recipe.dtype),typed_table(records, COLUMNS),typed_table(errors, ERRORS)
+    whats = np.stack(images) if images else np.zeros((0, n, n), recipe.dtype),typed_table(records,
+        COLUMNS),typed_table(errors, ERRORS)
     sums = {part: put(shard_file(store, number, part), what) for part,what in zip(PARTS, whats)}
     put(account, dict(sums=sums, files=[[*s, key] for s,(_,_,key) in zip(sources, results)]))
     return len(images)
@@ -234,7 +288,8 @@ def read_account(store, number: int) -> dict|None:
 # %% ../../nbs/23_preprocess.store.ipynb #575cd4d7
 def begin_store(store, recipe: Preprocess, shard_size: int):
     "Write recipe.json: what a store is made by."
-    put(Path(store)/'recipe.json', dict(format=2, library=__version__, recipe=recipe.to_dict(), shard_size=shard_size))
+    put(Path(store)/'recipe.json', dict(format=2, library=__version__, recipe=recipe.to_dict(),
+        shard_size=shard_size))
 
 def join_shards(
     store,            # the store's folder
@@ -248,39 +303,55 @@ def join_shards(
     copies = []
     if copy.any():
         first = index.drop_duplicates('image_id').set_index('image_id').path
-        copies = [dict(path=p, cause=f'it is a copy of {Path(first[i]).name}', remedy='Nothing to do: the image is stored once') for p,i in zip(index.path[copy], index.image_id[copy])]
-    errors = pd.concat([typed_table(list(known), ERRORS), *read('.errors.parquet'), typed_table(copies, ERRORS)], ignore_index=True)
+        copies = [dict(path=p, cause=f'it is a copy of {Path(first[i]).name}',
+            remedy='Nothing to do: the image is stored once')
+            for p,i in zip(index.path[copy], index.image_id[copy])]
+    errors = pd.concat([typed_table(list(known), ERRORS), *read('.errors.parquet'),
+        typed_table(copies, ERRORS)], ignore_index=True)
     put(Path(store)/'errors.parquet', errors.sort_values('path', ignore_index=True, kind='stable'))
     put(Path(store)/'index.parquet', index[~copy].reset_index(drop=True))
 
 # %% ../../nbs/23_preprocess.store.ipynb #b153247b
 class ImageStore:
-    "The images of one recipe: `len(store)`, `store[i]` (size, size) uint8 or uint16, `.index` (a row an image), `.errors`, `.recipe`, `.peak` (the grey value of 1)."
+    """The images of one recipe: `len(store)`, `store[i]` (size, size) uint8 or uint16, `.index` (a row an
+    image), `.errors`, `.recipe`, `.peak` (the grey value of 1)."""
     def __init__(self,
         path, # the store's folder
     ):
         self.path = Path(path)
-        if not (self.path/'recipe.json').exists(): raise StoreError(f"There is no image store in {self.path}", "Make one with preprocess_folder, or check the path")
-        if not (self.path/'index.parquet').exists(): raise StoreError(f"The image store {self.path} is incomplete", "Make the same call of preprocess_folder again: it resumes")
-        self.recipe = Preprocess.from_dict(self._read(lambda: json.loads((self.path/'recipe.json').read_text())['recipe']))
-        self.index,self.errors = (self._read(lambda: pd.read_parquet(self.path/f'{name}.parquet')) for name in ('index', 'errors'))
+        if not (self.path/'recipe.json').exists():
+            raise StoreError(f"There is no image store in {self.path}",
+                "Make one with preprocess_folder, or check the path")
+        if not (self.path/'index.parquet').exists():
+            raise StoreError(f"The image store {self.path} is incomplete",
+                "Make the same call of preprocess_folder again: it resumes")
+        self.recipe = Preprocess.from_dict(
+            self._read(lambda: json.loads((self.path/'recipe.json').read_text())['recipe']))
+        self.index,self.errors = (self._read(lambda: pd.read_parquet(self.path/f'{name}.parquet'))
+            for name in ('index', 'errors'))
         self._where = self._read(lambda: self.index[['shard', 'row']].to_numpy())
         self.peak,self._maps,self._positions = 2**self.recipe.bits-1,{},None
 
     def _read(self, fn):
         try: return fn()
-        except (OSError, ValueError, KeyError) as e: raise StoreError(f"The image store {self.path} is damaged ({type(e).__name__}: {e})", "Make the same call of preprocess_folder again, or delete the store first") from e
+        except (OSError, ValueError, KeyError) as e:
+            raise StoreError(f"The image store {self.path} is damaged ({type(e).__name__}: {e})",
+                "Make the same call of preprocess_folder again, or delete the store first") from e
 
     def __len__(self) -> int: return len(self._where)
-    def __repr__(self): return f"ImageStore({str(self.path)!r}: {len(self)} images of {self.recipe.size} x {self.recipe.size}{', 16 bits' if self.recipe.bits==16 else ''}, recipe {self.recipe.name!r}, {len(self.errors)} errors)"
+    def __repr__(self):
+        return f"ImageStore({str(self.path)!r}: {len(self)} images of {self.recipe.size} x {self.recipe.size}{', 16 bits' if self.recipe.bits==16 else ''}, recipe {self.recipe.name!r}, {len(self.errors)} errors)"
     def __reduce__(self): return ImageStore,(self.path,)
     def __iter__(self): return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> np.ndarray:
         "(size, size) uint8 or uint16, a read-only view of image `i`."
         try: shard,row = self._where[i]
-        except IndexError as e: raise IndexError(f"The store has {len(self)} images, there is no image {i}") from e
-        if shard not in self._maps: self._maps[shard] = self._read(lambda: np.load(shard_file(self.path, shard, '.npy'), mmap_mode='r', allow_pickle=False))
+        except IndexError as e:
+            raise IndexError(f"The store has {len(self)} images, there is no image {i}") from e
+        if shard not in self._maps:
+            self._maps[shard] = self._read(lambda: np.load(shard_file(self.path, shard, '.npy'),
+                mmap_mode='r', allow_pickle=False))
         return self._maps[shard][row]
 
 # %% ../../nbs/23_preprocess.store.ipynb #7bc53696
@@ -288,16 +359,20 @@ class ImageStore:
 def position(self:ImageStore, image_id: str) -> int:
     "The place of an image. Raises `StoreError` for one that is not in the store."
     if self._positions is None: self._positions = {k: i for i,k in enumerate(self.index.image_id)}
-    if image_id not in self._positions: raise StoreError(f"The image {image_id!r} is not in the store {self.path}", "Choose one of store.index.image_id")
+    if image_id not in self._positions:
+        raise StoreError(f"The image {image_id!r} is not in the store {self.path}",
+            "Choose one of store.index.image_id")
     return self._positions[image_id]
 
 @patch
 def radiograph(self:ImageStore, i: int) -> Radiograph:
-    "Image `i` as float32 in [0, 1] with its row of the index as tags and the affine from the stored pixel of its file."
+    """Image `i` as float32 in [0, 1] with its row of the index as tags and the affine from the stored pixel
+    of its file."""
     row = self.index.iloc[i]
     mm = None if np.isnan(row.spacing_row) else (float(row.spacing_row), float(row.spacing_col))
     tags = {k: v for k,v in row.drop('affine').items() if not (v is pd.NA or v=='')}
-    return Radiograph(self[i].astype(np.float32)/self.peak, mm, tags, np.array(row.affine, float).reshape(3, 3), row.codec, row.path)
+    return Radiograph(self[i].astype(np.float32)/self.peak, mm, tags,
+        np.array(row.affine, float).reshape(3, 3), row.codec, row.path)
 
 @patch
 def contact_sheet(self:ImageStore,
@@ -318,7 +393,8 @@ def contact_sheet(self:ImageStore,
 # %% ../../nbs/23_preprocess.store.ipynb #8ad98373
 @patch
 def _accounts(self:ImageStore) -> list:
-    "The account of each shard from 0 to the last that a file or the index speaks of; None where it is not whole."
+    """The account of each shard from 0 to the last that a file or the index speaks of; None where it is not
+    whole."""
     there = [int(p.name[:5]) for p in (self.path/'shards').glob('[0-9]*.*') if p.name[:5].isdigit()]
     return [read_account(self.path, k) for k in range(max([*there, *self._where[:, 0]], default=-1)+1)]
 
@@ -337,9 +413,12 @@ def verify(self:ImageStore,
             if not missing: add(f'shards/{k:05d}.json', 'it is damaged')
         elif deep:
             for p,key in account['sums'].items():
-                if file_digest(str(shard_file(self.path, k, p)))!=key: add(f'shards/{k:05d}{p}', 'its bytes are not those that were written')
+                if file_digest(str(shard_file(self.path, k, p)))!=key:
+                    add(f'shards/{k:05d}{p}', 'its bytes are not those that were written')
         if '.npy' not in missing: self._verify_images(k, int(rows.get(k, -1)), add)
-    for i in self.index.image_id[self.index.image_id.duplicated()]: add('index.parquet', f'it holds the image {i} twice', 'Delete index.parquet and make the same call of preprocess_folder again')
+    for i in self.index.image_id[self.index.image_id.duplicated()]:
+        add('index.parquet', f'it holds the image {i} twice',
+            'Delete index.parquet and make the same call of preprocess_folder again')
     if not faults: self._verify_index(add)
     return pd.DataFrame(faults, columns=['file', 'fault', 'remedy'])
 
@@ -349,23 +428,28 @@ def _verify_images(self:ImageStore, k, last, add):
     name,n = f'shards/{k:05d}.npy',self.recipe.size
     try: a = np.load(self.path/name, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError) as e: return add(name, f'it cannot be opened ({e})')
-    if a.shape[1:]!=(n, n) or a.dtype!=self.recipe.dtype: add(name, f'it holds {a.dtype} of shape {a.shape}, the recipe gives {self.recipe.dtype} of {n} x {n}')
+    if a.shape[1:]!=(n, n) or a.dtype!=self.recipe.dtype:
+        add(name, f'it holds {a.dtype} of shape {a.shape}, the recipe gives {self.recipe.dtype} of {n} x {n}')
     elif last>=len(a): add(name, f'it holds {len(a)} images, the index wants {last+1}')
 
 @patch
 def _verify_index(self:ImageStore, add):
     "The index against the tables of the shards."
-    try: tables = [pd.read_parquet(shard_file(self.path, k, '.parquet')) for k in range(len(self._accounts()))]
+    try:
+        tables = [pd.read_parquet(shard_file(self.path, k, '.parquet')) for k in range(len(self._accounts()))]
     except (OSError, ValueError) as e: return add('shards', f'a table cannot be read ({e})')
     whole = pd.concat(tables or [typed_table([], COLUMNS)], ignore_index=True)
     whole = whole[~whole.image_id.duplicated()].reset_index(drop=True)
-    if not whole.drop(columns='affine').equals(self.index.drop(columns='affine')): add('index.parquet', 'it is not what the tables of the shards give', 'Delete index.parquet and make the same call of preprocess_folder again')
+    if not whole.drop(columns='affine').equals(self.index.drop(columns='affine')):
+        add('index.parquet', 'it is not what the tables of the shards give',
+            'Delete index.parquet and make the same call of preprocess_folder again')
 
 @patch(as_prop=True)
 def fingerprint(self:ImageStore) -> str:
     "SHA-256 of the recipe, the names of the images and the check sums of their shards."
     sums = [a and a['sums']['.npy'] for a in self._accounts()]
-    return hashlib.sha256(json.dumps([self.recipe.to_dict(), sums, *self.index.image_id]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([self.recipe.to_dict(), sums,
+        *self.index.image_id]).encode()).hexdigest()
 
 # %% ../../nbs/23_preprocess.store.ipynb #f99ddf76
 def _file_name(image_id):
@@ -380,13 +464,17 @@ def to_png(self:ImageStore,
     table=None,         # a manifest with `image_id` and these columns, whose images are written; None: the store's index, all images
     bits: int|None=None,# of a grey value, 8 or 16; None: as in the store
 ) -> pd.DataFrame:
-    "Write images as PNG; `image_id` and `file` (path below `folder`) of each. A missing label becomes the folder 'unknown'."
+    """Write images as PNG; `image_id` and `file` (path below `folder`) of each. A missing label becomes the
+    folder 'unknown'."""
     by,table = [by] if isinstance(by, str) else list(by),self.index if table is None else table
-    if lost := [c for c in ('image_id', *by) if c not in table]: raise DataError(f"The table has no column {lost[0]!r} (columns: {', '.join(map(str, table.columns))})", "Name a column that is there")
+    if lost := [c for c in ('image_id', *by) if c not in table]:
+        raise DataError(f"The table has no column {lost[0]!r} (columns: {', '.join(map(str, table.columns))})", "Name a column that is there")
     if bits not in (None, 8, 16): raise DataError(f"bits is {bits!r}", "Give 8 or 16")
     peak = self.peak if bits is None else 2**bits-1
-    whole = lambda v: 'unknown' if pd.isna(v) or v=='' else _file_name(int(v)) if isinstance(v, (float, np.floating)) and v==int(v) else _file_name(v)
-    folders = [Path(*map(whole, row)) for row in table[by].itertuples(index=False)] if by else [Path()]*len(table)
+    whole = lambda v: 'unknown' if pd.isna(v) or v=='' else _file_name(int(v)) if isinstance(v,
+        (float, np.floating)) and v==int(v) else _file_name(v)
+    folders = ([Path(*map(whole, row)) for row in table[by].itertuples(index=False)] if by
+        else [Path()]*len(table))
     out = []
     for i,sub in zip(table.image_id, folders):
         a,file = self[self.position(i)],sub/f'{_file_name(i)}.png'
@@ -394,6 +482,8 @@ def to_png(self:ImageStore,
         ok,data = cv2.imencode('.png', a.astype(np.uint8 if peak==255 else np.uint16))
         try:
             with atomic_path(Path(folder)/file) as tmp: tmp.write_bytes(data.tobytes())
-        except OSError as e: raise StoreError(f"{Path(folder)/file} cannot be written ({e.strerror or e})", "Free some space or choose another folder") from e
+        except OSError as e:
+            raise StoreError(f"{Path(folder)/file} cannot be written ({e.strerror or e})",
+                "Free some space or choose another folder") from e
         out.append(dict(image_id=i, file=file.as_posix()))
     return pd.DataFrame(out, columns=['image_id', 'file'])

@@ -8,7 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/pretrain.collapse.html.md"""
 __all__ = ['embedding_spread', 'effective_rank', 'Collapse']
 
 # %% ../../nbs/50_pretrain.collapse.ipynb #05e5de65
-import math, warnings
+import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,8 @@ class _Figure(Metric):
     def name(self): return self._name
 
 class Collapse(Callback):
-    "Records the spread and the rank of the embeddings in each epoch; warns (once) or raises `ModelError` where they have collapsed."
+    """Records the spread and the rank of the embeddings in each epoch; warns (once) or raises `ModelError`
+    where they have collapsed."""
     order,run_valid = 25,False
     def __init__(self,
         action: str='warn',       # or 'stop'
@@ -59,10 +61,15 @@ class Collapse(Callback):
         keep: int=512,            # embeddings that are measured
     ):
         if action not in ('warn', 'stop'): raise DataError(f"action is {action!r}", "Give 'warn' or 'stop'")
-        self.action,self.least_spread,self.least_rank,self.patience,self.keep = action,least_spread,least_rank,patience,keep
+        self.action = action
+        self.least_spread = least_spread
+        self.least_rank = least_rank
+        self.patience = patience
+        self.keep = keep
         self.figures,self.bad,self.told,self.parts = {},0,False,[]
 
-    def after_create(self): self.learn.metrics = [*self.learn.metrics, _Figure(self, 'spread'), _Figure(self, 'rank')]
+    def after_create(self):
+        self.learn.metrics = [*self.learn.metrics, _Figure(self, 'spread'), _Figure(self, 'rank')]
     def before_fit(self): self.parts = []
     def after_loss(self):
         self.parts.append(self.learn.pred['embedding'].detach())
@@ -83,5 +90,10 @@ class Collapse(Callback):
         if not self.told: warnings.warn(f"{what}. {remedy}", stacklevel=2)
         self.told = True
 
-    def state_dict(self) -> dict: return dict(figures=self.figures, bad=self.bad, told=self.told, parts=self.parts)
-    def load_state_dict(self, d): self.figures,self.bad,self.told,self.parts = dict(d['figures']),d['bad'],d['told'],[p.to(self.dls.device) for p in d['parts']]
+    def state_dict(self) -> dict:
+        return dict(figures=self.figures, bad=self.bad, told=self.told, parts=self.parts)
+    def load_state_dict(self, d):
+        self.figures = dict(d['figures'])
+        self.bad = d['bad']
+        self.told = d['told']
+        self.parts = [p.to(self.dls.device) for p in d['parts']]

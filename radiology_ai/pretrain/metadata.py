@@ -9,7 +9,8 @@ __all__ = ['PARTS', 'NEXT_TO', 'OTHER', 'UNSURE', 'MAKERS', 'TASKS', 'plain_word
            'metadata_values', 'metadata_targets', 'MetadataLoss', 'metadata_learner', 'metadata_report']
 
 # %% ../../nbs/50_pretrain.metadata.ipynb #ad58b6f9
-import re, unicodedata
+import re
+import unicodedata
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ from torch import nn
 # %% ../../nbs/50_pretrain.metadata.ipynb #cffbb89f
 from ..core import DataError, ModelError
 from ..data.labels import make_manifest
-from ..data.load import xray_dataloaders, xray_test_dl
+from ..data.load import xray_dataloaders
 from ..data.split import patient_split
 from ..learner import predict_scores, xray_learner
 from ..metrics.ranking import auroc
@@ -44,13 +45,15 @@ PARTS = dict(
     SPINE=r'SPINE|[LCT] ?SPINE|CSPINE|LSPINE|TSPINE|WIRBELS\w*|[LHB]WS|COLUMNA|RACHIS|COLONNA|COLUNA|LUMBAR|CERVICAL|SACRUM|LENDEN\w*|ПОЗВОН\w*|腰椎|頸椎|胸椎|脊',
     SKULL=r'SKULL|HEAD|SCHADEL\w*|SCHAEDEL\w*|CRANEO|CRANE|CRANIO|SINUS\w*|NASAL|FACIAL|ORBITS?|MANDIB\w*|JAW|ЧЕРЕП\w*|頭部',
     ABDOMEN=r'ABDOMEN|ABDOMINAL|ADDOME|KUB|BAUCH|BUIK|ЖИВОТ|腹')
-NEXT_TO = {'CHEST': r'THORA\w* SPINE|(WIRBELS\w*|COLUMNA|RACHIS|COLONNA|COLUNA) (DORSO?|THORA\w*|TORAC\w*)|胸椎', 'ARM': r'(RADIUS|ULNA)\w* KNOCHEN'} # texts that hold the word and mean another part
+# texts that hold the word and mean another part
+NEXT_TO = {'CHEST': r'THORA\w* SPINE|(WIRBELS\w*|COLUMNA|RACHIS|COLONNA|COLUNA) (DORSO?|THORA\w*|TORAC\w*)|胸椎', 'ARM': r'(RADIUS|ULNA)\w* KNOCHEN'}
 
 def plain_words(
     text, # of a header
 ) -> str:
     "In capitals, without accents, punctuation as spaces."
-    bare = ''.join(c for c in unicodedata.normalize('NFKD', str(text).upper()) if not unicodedata.combining(c))
+    bare = ''.join(c for c in unicodedata.normalize('NFKD', str(text).upper())
+        if not unicodedata.combining(c))
     return re.sub(r'[\W_]+', ' ', bare).strip()
 
 def _pattern(words):
@@ -60,7 +63,8 @@ def _pattern(words):
     return re.compile('|'.join([rf"\b(?:{'|'.join(whole)})\b"]*bool(whole) + signs))
 
 @lru_cache(32)
-def _patterns(parts: tuple): return [(k, _pattern(v), re.compile(NEXT_TO[k]) if k in NEXT_TO else None) for k,v in parts]
+def _patterns(parts: tuple):
+    return [(k, _pattern(v), re.compile(NEXT_TO[k]) if k in NEXT_TO else None) for k,v in parts]
 
 def parts_in(
     text,             # of a header
@@ -75,20 +79,25 @@ OTHER,UNSURE = 'OTHER','unsure'
 
 @dataclass(frozen=True)
 class HeaderRules:
-    "How header values become a weak label. `HeaderRules(parts=PARTS | {'KNEE': PARTS['KNEE'] + '|ARTICULATIO GENUS'})` adds words."
+    """How header values become a weak label. `HeaderRules(parts=PARTS | {'KNEE': PARTS['KNEE'] +
+    '|ARTICULATIO GENUS'})` adds words."""
     parts: dict=field(default_factory=lambda: PARTS, repr=False) # words by body part, joined by |: a regular expression
-    views: dict=field(default_factory=dict)             # views that are wanted, by part: {'KNEE': ('AP', 'PA')}; a part that is not named: all
+    # views that are wanted, by part: {'KNEE': ('AP', 'PA')}; a part that is not named: all
+    views: dict=field(default_factory=dict)
     modalities: tuple=('CR', 'DX', 'RG', 'RF', 'PX')    # of radiographs
     min_side: int=64                                    # pixels of the shorter side
     max_ratio: float=4.                                 # of the sides
-    trusted: tuple=('BodyPartExamined', 'AnatomicRegionSequence', 'SeriesDescription', 'ProtocolName', 'PerformedProcedureStepDescription') # each has a vote
+    # each has a vote
+    trusted: tuple=('BodyPartExamined', 'AnatomicRegionSequence', 'SeriesDescription', 'ProtocolName',
+        'PerformedProcedureStepDescription')
     fallback: tuple=('StudyDescription', 'RequestedProcedureDescription') # asked where the others are silent
 
 def _alone(row, rules):
     "The rule that makes a file OTHER by itself, or ''."
     if (m := plain_words(row.get('Modality', ''))) and m not in rules.modalities: return f'Modality {m}'
     sides = sorted(int(row.get(k) or 0) for k in ('Rows', 'Columns'))
-    if 0<sides[0]<rules.min_side or sides[0]*rules.max_ratio<sides[1] and sides[0]: return f"matrix {row['Rows']} x {row['Columns']}"
+    if 0<sides[0]<rules.min_side or sides[0]*rules.max_ratio<sides[1] and sides[0]:
+        return f"matrix {row['Rows']} x {row['Columns']}"
     return ''
 
 def _judge(row, rules):
@@ -111,22 +120,30 @@ def metadata_labels(
     index: pd.DataFrame,          # of `index_dicoms` or of an `ImageStore`; columns that are missing count as empty
     rules: HeaderRules|None=None, # None: `HeaderRules()`
 ) -> pd.DataFrame:
-    "A row for each row of `index`, with its row names: `path` and `image_id` if there, `label` (a part, OTHER or unsure), `rule` (who said what), `votes` (header values that agree)."
+    """A row for each row of `index`, with its row names: `path` and `image_id` if there, `label` (a part,
+    OTHER or unsure), `rule` (who said what), `votes` (header values that agree)."""
     rules = rules or HeaderRules()
     used = [c for c in ('Modality', 'Rows', 'Columns', 'view', *rules.trusted, *rules.fallback) if c in index]
-    if not set(used) - {'Rows', 'Columns', 'view'}: raise DataError(f"The table has no header values (columns: {', '.join(map(str, index.columns[:8]))})", "Give the table of index_dicoms, or the index of an ImageStore")
+    if not set(used) - {'Rows', 'Columns', 'view'}:
+        raise DataError(f"The table has no header values (columns: {', '.join(map(str, index.columns[:8]))})",
+            "Give the table of index_dicoms, or the index of an ImageStore")
     known = {}
     def judge(values):
-        if values not in known: known[values] = _judge({c: v for c,v in zip(used, values) if not (v is None or v!=v or v=='')}, rules)
+        if values not in known:
+            known[values] = _judge({c: v for c,v in zip(used, values) if not (v is None or v!=v or v=='')},
+                rules)
         return known[values]
-    out = pd.DataFrame([judge(v) for v in index[used].itertuples(index=False, name=None)], columns=['label', 'rule', 'votes'], index=index.index)
+    out = pd.DataFrame([judge(v) for v in index[used].itertuples(index=False, name=None)],
+        columns=['label', 'rule', 'votes'], index=index.index)
     return pd.concat([index[[c for c in ('path', 'image_id') if c in index]], out], axis=1)
 
 # %% ../../nbs/50_pretrain.metadata.ipynb #99346b9e
-MAKERS = ('FUJI', 'PHILIPS', 'SIEMENS', 'AGFA', 'CARESTREAM', 'KODAK', 'GE', 'CANON', 'KONICA', 'SWISSRAY', 'SAMSUNG', 'SHIMADZU', 'HOLOGIC', 'TOSHIBA', 'KONICAMINOLTA')
+MAKERS = ('FUJI', 'PHILIPS', 'SIEMENS', 'AGFA', 'CARESTREAM', 'KODAK', 'GE', 'CANON', 'KONICA', 'SWISSRAY',
+    'SAMSUNG', 'SHIMADZU', 'HOLOGIC', 'TOSHIBA', 'KONICAMINOLTA')
 
 def _years(age: str, study: str='', born: str='') -> float:
-    "Age in years of a DICOM age string (PS3.5 6.2), or from the two dates; NaN where unknown or beyond 0 to 120."
+    """Age in years of a DICOM age string (PS3.5 6.2), or from the two dates; NaN where unknown or beyond 0 to
+    120."""
     m = re.fullmatch(r'\s*(\d{1,3})\s*([DWMY]?)\s*', str(age or '').upper())
     if m: years = int(m[1])/dict(D=365.25, W=52.18, M=12, Y=1).get(m[2] or 'Y')
     else:
@@ -141,11 +158,14 @@ def _maker(text) -> str|None:
 def metadata_values(
     index: pd.DataFrame, # of `index_dicoms` or of an `ImageStore`
 ) -> pd.DataFrame:
-    "`view`, `sex` (M, F), `age` in years, `laterality` (L, R) and `manufacturer` of each row; None or NaN where unknown."
+    """`view`, `sex` (M, F), `age` in years, `laterality` (L, R) and `manufacturer` of each row; None or NaN
+    where unknown."""
     col = lambda c: index[c].fillna('').astype(str) if c in index else pd.Series('', index.index)
     among = lambda s, ok: s.where(s.isin(ok), None).astype(object)
     ages = [_years(*v) for v in zip(col('PatientAge'), col('StudyDate'), col('PatientBirthDate'))]
-    return pd.DataFrame(dict(view=col('view').astype(object).where(col('view')!='', None), sex=among(col('PatientSex').str.upper().str[:1], ('M', 'F')), age=ages, laterality=among(col('laterality'), ('L', 'R')),
+    return pd.DataFrame(dict(view=col('view').astype(object).where(col('view')!='', None),
+        sex=among(col('PatientSex').str.upper().str[:1], ('M', 'F')), age=ages,
+        laterality=among(col('laterality'), ('L', 'R')),
         manufacturer=col('Manufacturer').map(_maker).astype(object)), index=index.index)
 
 # %% ../../nbs/50_pretrain.metadata.ipynb #6bdee718
@@ -157,10 +177,13 @@ def metadata_targets(
     ages=(10, 20, 40, 60, 80), # limits of age in years
     least: int=10,             # patients that a value must have on either side
 ) -> pd.DataFrame:
-    "Columns such as `view=AP` and `age>=40` of 1, 0 and NaN. A task that does not vary is left out; `DataError` where none is left."
-    if bad := [t for t in tasks if t not in TASKS]: raise DataError(f"There is no task {bad[0]!r}", f"Choose among {', '.join(TASKS)}")
+    """Columns such as `view=AP` and `age>=40` of 1, 0 and NaN. A task that does not vary is left out;
+    `DataError` where none is left."""
+    if bad := [t for t in tasks if t not in TASKS]:
+        raise DataError(f"There is no task {bad[0]!r}", f"Choose among {', '.join(TASKS)}")
     values = metadata_values(index)
-    who = index['patient_id' if 'patient_id' in index else 'PatientID'] if {'patient_id', 'PatientID'} & set(index) else pd.Series(np.arange(len(index)), index.index)
+    who = (index['patient_id' if 'patient_id' in index else 'PatientID']
+        if {'patient_id', 'PatientID'} & set(index) else pd.Series(np.arange(len(index)), index.index))
     often = lambda is_so: who[is_so].nunique()>=least
     out = {}
     for t in tasks:
@@ -171,12 +194,15 @@ def metadata_targets(
             known = v.isin(common)
             new = {f'{t}={o}': v==o for o in common} if len(common)>1 else {}
         out |= {k: c.astype(float).where(known) for k,c in new.items()}
-    if not out: raise DataError(f"None of {', '.join(tasks)} has two values with {least} patients each in {len(index)} images", "Give more images, a lower least, or other tasks")
+    if not out:
+        raise DataError(f"None of {', '.join(tasks)} has two values with {least} patients each in "
+            f"{len(index)} images", "Give more images, a lower least, or other tasks")
     return pd.DataFrame(out, index=index.index)
 
 # %% ../../nbs/50_pretrain.metadata.ipynb #899ac66f
 class MetadataLoss(nn.Module):
-    "Mean over tasks of logits (B, C) and targets (B, C) of 1, 0 and NaN, whose columns are those of `metadata_targets`."
+    """Mean over tasks of logits (B, C) and targets (B, C) of 1, 0 and NaN, whose columns are those of
+    `metadata_targets`."""
     def __init__(self,
         columns,      # names of the columns, in order
         weights=None, # by task; None: all alike
@@ -186,7 +212,8 @@ class MetadataLoss(nn.Module):
         self.tasks = {}
         for i,c in enumerate(self.columns): self.tasks.setdefault(re.split('>?=', c)[0], []).append(i)
         self.weights = {t: 1. for t in self.tasks} | dict(weights or {})
-        if lost := set(self.weights)-set(self.tasks): raise DataError(f"There is no task {sorted(lost)[0]!r}", f"Tasks are {', '.join(self.tasks)}")
+        if lost := set(self.weights)-set(self.tasks):
+            raise DataError(f"There is no task {sorted(lost)[0]!r}", f"Tasks are {', '.join(self.tasks)}")
 
     def of_task(self, task: str, logits, target):
         "The loss of one task; 0 where it is unknown in the whole batch."
@@ -199,10 +226,14 @@ class MetadataLoss(nn.Module):
 
     def forward(self, logits, target):
         logits,target = (x.as_subclass(torch.Tensor) for x in (logits, target))
-        if logits.shape!=target.shape or logits.shape[1]!=len(self.columns): raise ModelError(f"MetadataLoss got logits {tuple(logits.shape)} and targets {tuple(target.shape)} for {len(self.columns)} columns", "Give the columns of metadata_targets to both")
+        if logits.shape!=target.shape or logits.shape[1]!=len(self.columns):
+            raise ModelError(f"MetadataLoss got logits {tuple(logits.shape)} and targets "
+                f"{tuple(target.shape)} for {len(self.columns)} columns",
+                "Give the columns of metadata_targets to both")
         live = [t for t,i in self.tasks.items() if (~torch.isnan(target[:, i])).any()]
         total = sum(self.weights[t] for t in live)
-        return sum((self.weights[t]*self.of_task(t, logits, target) for t in live), logits.sum()*0)/(total or 1.)
+        return sum((self.weights[t]*self.of_task(t, logits, target) for t in live),
+            logits.sum()*0)/(total or 1.)
 
     def activation(self, logits):
         "(B, C) probabilities."
@@ -225,26 +256,33 @@ def metadata_learner(
     seed: int=0,
     **kwargs,                  # of `xray_learner`
 ):
-    "A Learner that learns what the headers know. Its body is the start of a task's network: `save_bundle` it and name the folder as `arch`."
-    table = store.index if index is None else store.index[['path', 'image_id', 'patient_id', 'study_id']].merge(index.drop(columns=['image_id', 'patient_id', 'study_id'], errors='ignore'), on='path', validate='1:1')
+    """A Learner that learns what the headers know. Its body is the start of a task's network: `save_bundle`
+    it and name the folder as `arch`."""
+    table = (store.index if index is None else store.index[['path', 'image_id', 'patient_id',
+        'study_id']].merge(index.drop(columns=['image_id', 'patient_id', 'study_id'], errors='ignore'),
+        on='path', validate='1:1'))
     targets = metadata_targets(table, tasks, least=least)
     known = targets.notna().any(axis=1)
-    df = make_manifest(store.index, no_patient='image')[['image_id', 'path', 'patient_id', 'study_id', 'view', 'laterality']]
+    df = make_manifest(store.index, no_patient='image')[['image_id', 'path', 'patient_id', 'study_id', 'view',
+        'laterality']]
     df = df.merge(pd.concat([table[['image_id']], targets], axis=1)[known], on='image_id')
     df = patient_split(df, sizes or {'train': .85, 'valid': .15}, seed=seed)
     train = df[df.split=='train']
     columns = [c for c in targets if train[c].nunique()==2]
-    dls = xray_dataloaders(store, df, columns, bs=min(bs, max(2, len(train)//2)), sampler=None, batch_tfms=[aug or BatchAugment(seed=seed)], seed=seed)
+    dls = xray_dataloaders(store, df, columns, bs=min(bs, max(2, len(train)//2)), sampler=None,
+        batch_tfms=[aug or BatchAugment(seed=seed)], seed=seed)
     return xray_learner(dls, arch, loss_func=MetadataLoss(columns), seed=seed, **kwargs)
 
 def metadata_report(
     learn, # of `metadata_learner`
 ) -> pd.DataFrame:
-    "A row a column: `task`, `column`, `n` validation images for which it is known, `share` of ones, `auroc` (NaN where all are alike)."
+    """A row a column: `task`, `column`, `n` validation images for which it is known, `share` of ones, `auroc`
+    (NaN where all are alike)."""
     scores,targets = predict_scores(learn, learn.dls.valid, activation=True)
     rows = []
     for i,c in enumerate(learn.loss_func.columns):
         t,s = targets[:, i],scores[:, i]
         k = ~np.isnan(t)
-        rows.append((re.split('>?=', c)[0], c, int(k.sum()), float(t[k].mean()) if k.any() else np.nan, float(auroc(t[k], s[k])) if len(set(t[k]))==2 else np.nan))
+        rows.append((re.split('>?=', c)[0], c, int(k.sum()), float(t[k].mean()) if k.any() else np.nan,
+            float(auroc(t[k], s[k])) if len(set(t[k]))==2 else np.nan))
     return pd.DataFrame(rows, columns=['task', 'column', 'n', 'share', 'auroc'])

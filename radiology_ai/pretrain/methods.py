@@ -8,7 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/pretrain.methods.html.md"""
 __all__ = ['METHODS', 'Method', 'method_settings', 'Prototypes', 'Queue', 'SiameseModel', 'MaskedModel', 'SSLLoss']
 
 # %% ../../nbs/50_pretrain.methods.ipynb #149a33f5
-import copy, difflib, warnings
+import copy
+import difflib
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -33,28 +35,41 @@ class Method:
     settings: dict=field(default_factory=dict) # of heads, loss and teacher, with their defaults
 
 METHODS = dict(
-    simclr=Method('Chen 2020, arXiv 2002.05709', 'SimCLRProjectionHead', joint=True, settings=dict(hidden=512, dim=128, temperature=.1)),
-    moco=Method('Chen 2020, arXiv 2003.04297', 'MoCoProjectionHead', 'teacher', symmetric=False, settings=dict(hidden=512, dim=128, temperature=.2, momentum=.99, queue=1024)),
-    byol=Method('Grill 2020, arXiv 2006.07733', 'BYOLProjectionHead', 'teacher', 'BYOLPredictionHead', settings=dict(hidden=1024, dim=256, predictor=1024, momentum=.99)),
-    simsiam=Method('Chen 2021, arXiv 2011.10566', 'SimSiamProjectionHead', 'self', 'SimSiamPredictionHead', settings=dict(hidden=1024, dim=1024, predictor=256)),
-    swav=Method('Caron 2020, arXiv 2006.09882', 'SwaVProjectionHead', prototypes=True, joint=True, small=4, settings=dict(hidden=512, dim=128, prototypes=64, temperature=.1, epsilon=.05, sinkhorn=3, freeze=None, queue=0)),
-    barlow=Method('Zbontar 2021, arXiv 2103.03230', 'BarlowTwinsProjectionHead', settings=dict(hidden=1024, dim=1024, redundancy=5e-3)),
-    vicreg=Method('Bardes 2022, arXiv 2105.04906', 'BarlowTwinsProjectionHead', settings=dict(hidden=1024, dim=1024, invariance=25., variance=25., covariance=1.)),
-    dino=Method('Caron 2021, arXiv 2104.14294', 'DINOProjectionHead', 'teacher', prototypes=True, joint=True, small=4, settings=dict(hidden=512, dim=128, prototypes=1024, temperature=.1, teacher_start=.04, teacher_end=.07, warmup=.3,
+    simclr=Method('Chen 2020, arXiv 2002.05709', 'SimCLRProjectionHead', joint=True,
+    settings=dict(hidden=512, dim=128, temperature=.1)),
+    moco=Method('Chen 2020, arXiv 2003.04297', 'MoCoProjectionHead', 'teacher', symmetric=False,
+    settings=dict(hidden=512, dim=128, temperature=.2, momentum=.99, queue=1024)),
+    byol=Method('Grill 2020, arXiv 2006.07733', 'BYOLProjectionHead', 'teacher', 'BYOLPredictionHead',
+    settings=dict(hidden=1024, dim=256, predictor=1024, momentum=.99)),
+    simsiam=Method('Chen 2021, arXiv 2011.10566', 'SimSiamProjectionHead', 'self', 'SimSiamPredictionHead',
+    settings=dict(hidden=1024, dim=1024, predictor=256)),
+    swav=Method('Caron 2020, arXiv 2006.09882', 'SwaVProjectionHead', prototypes=True, joint=True, small=4,
+    settings=dict(hidden=512, dim=128, prototypes=64, temperature=.1, epsilon=.05, sinkhorn=3, freeze=None,
+    queue=0)),
+    barlow=Method('Zbontar 2021, arXiv 2103.03230', 'BarlowTwinsProjectionHead',
+    settings=dict(hidden=1024, dim=1024, redundancy=5e-3)),
+    vicreg=Method('Bardes 2022, arXiv 2105.04906', 'BarlowTwinsProjectionHead',
+    settings=dict(hidden=1024, dim=1024, invariance=25., variance=25., covariance=1.)),
+    dino=Method('Caron 2021, arXiv 2104.14294', 'DINOProjectionHead', 'teacher', prototypes=True, joint=True,
+    small=4, settings=dict(hidden=512, dim=128, prototypes=1024, temperature=.1, teacher_start=.04,
+    teacher_end=.07, warmup=.3,
         centre=.9, momentum=.996, freeze=None)),
-    mae=Method('He 2022, arXiv 2111.06377', None, settings=dict(share=.75, width=128, depth=2, heads=4, normalise=True)))
+    mae=Method('He 2022, arXiv 2111.06377', None,
+    settings=dict(share=.75, width=128, depth=2, heads=4, normalise=True)))
 
 def method_settings(
     name: str,  # of `METHODS`
     changes: dict,
 ) -> dict:
     "The settings of a method. Raises `ModelError` for a method or a setting that does not exist."
-    if name not in METHODS: raise ModelError(f"There is no method {name!r}", f"Give one of {', '.join(METHODS)}")
+    if name not in METHODS:
+        raise ModelError(f"There is no method {name!r}", f"Give one of {', '.join(METHODS)}")
     known = METHODS[name].settings
     for k in changes:
         if k not in known:
             near = difflib.get_close_matches(k, known, n=1)
-            raise ModelError(f"{name} has no setting {k!r}", f"{f'Did you mean {near[0]!r}? ' if near else ''}It has {', '.join(known)}")
+            raise ModelError(f"{name} has no setting {k!r}",
+                f"{f'Did you mean {near[0]!r}? ' if near else ''}It has {', '.join(known)}")
     return {**known, **changes}
 
 # %% ../../nbs/50_pretrain.methods.ipynb #014a6d71
@@ -93,7 +108,8 @@ def _by_size(views: list, joint: bool) -> list:
     return groups
 
 class SiameseModel(nn.Module):
-    "Views [(B, C, H, W), ...] to what the loss of `method` needs. `body` and `head` are trained; `teacher` follows them."
+    """Views [(B, C, H, W), ...] to what the loss of `method` needs. `body` and `head` are trained; `teacher`
+    follows them."""
     def __init__(self,
         body: nn.Module,  # (B, C, H, W) to a map (B, n_features, h, w)
         n_features: int,  # its channels
@@ -107,10 +123,13 @@ class SiameseModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
             head = nn.ModuleDict(dict(projector=self._projector(getattr(heads, m.projector), n_features)))
-            if m.predictor: head['predictor'] = getattr(heads, m.predictor)(s['dim'], s['predictor'], s['dim'])
+            if m.predictor:
+                head['predictor'] = getattr(heads, m.predictor)(s['dim'], s['predictor'], s['dim'])
             if m.prototypes: head['prototypes'] = Prototypes(s['dim'], s['prototypes'])
         self.body,self.head = body,head
-        self.teacher = nn.ModuleDict({'body': copy.deepcopy(body), **{k: copy.deepcopy(v) for k,v in head.items() if k!='predictor'}}).requires_grad_(False) if m.target=='teacher' else None
+        self.teacher = (nn.ModuleDict({'body': copy.deepcopy(body),
+            **{k: copy.deepcopy(v) for k,v in head.items() if k!='predictor'}}).requires_grad_(False)
+            if m.target=='teacher' else None)
         self.queue = Queue(s['queue'], s['dim']*(1 if method=='moco' else 2)) if s.get('queue') else None
         if 'centre' in s: self.register_buffer('centre', torch.zeros(1, s['prototypes']))
 
@@ -132,15 +151,19 @@ class SiameseModel(nn.Module):
 
     def forward(self, views: list) -> dict:
         m,head = self.method,self.head
-        if len(views)<2: raise ModelError(f"{self.name} got {len(views)} view", "Give at least two views of each image")
+        if len(views)<2:
+            raise ModelError(f"{self.name} got {len(views)} view", "Give at least two views of each image")
         asked = views if m.symmetric else views[:1]
         features,z = self._embed(head, asked)
-        out = dict(embedding=z[0], features=features[0], student=[head['predictor'](v) for v in z] if m.predictor else [head['prototypes'](v) for v in z] if m.prototypes else z)
+        out = dict(embedding=z[0], features=features[0],
+            student=[head['predictor'](v) for v in z] if m.predictor else [head['prototypes'](v) for v in z]
+            if m.prototypes else z)
         if m.target=='self': out['target'] = [v.detach() for v in z]
         elif m.target=='teacher': out['target'] = self._ask(views[:2] if m.symmetric else views[1:2])
         if self.name=='swav': out['rows'] = torch.cat(z[:2], 1).detach()
         if self.queue is not None: out['queue'] = self._queued()
-        if 'centre' in self.settings: out['centre'],out['temperature'] = self.centre.clone(),torch.tensor(self.teacher_temperature())
+        if 'centre' in self.settings:
+            out['centre'],out['temperature'] = self.centre.clone(),torch.tensor(self.teacher_temperature())
         return out
 
     @torch.no_grad()
@@ -158,13 +181,17 @@ class SiameseModel(nn.Module):
     def teacher_temperature(self) -> float:
         "Rises evenly during the first `warmup` of the training."
         s = self.settings
-        return s['teacher_start'] + (s['teacher_end']-s['teacher_start'])*min(1., self.elapsed/max(s['warmup'], 1e-9))
+        return s['teacher_start'] + (s['teacher_end']-s['teacher_start'])*min(1.,
+            self.elapsed/max(s['warmup'], 1e-9))
 
     @torch.no_grad()
     def remember(self, out: dict):
         "After the loss of a training batch: its answers go into the queue, the centre follows them."
-        if self.queue is not None: self.queue.push(F.normalize(out['target'][0], dim=1) if self.name=='moco' else out['rows'])
-        if 'centre' in self.settings: self.centre.lerp_(torch.cat(out['target']).mean(0, keepdim=True).to(self.centre), 1-self.settings['centre'])
+        if self.queue is not None:
+            self.queue.push(F.normalize(out['target'][0], dim=1) if self.name=='moco' else out['rows'])
+        if 'centre' in self.settings:
+            self.centre.lerp_(torch.cat(out['target']).mean(0, keepdim=True).to(self.centre),
+                1-self.settings['centre'])
 
     @torch.no_grad()
     def follow(self, momentum: float):
@@ -176,7 +203,8 @@ class SiameseModel(nn.Module):
 
 # %% ../../nbs/50_pretrain.methods.ipynb #e62b82b7
 class MaskedModel(nn.Module):
-    "Images [(B, C, H, W)] to the drawn and the true pixels of the hidden patches. `body` holds a vision transformer of timm."
+    """Images [(B, C, H, W)] to the drawn and the true pixels of the hidden patches. `body` holds a vision
+    transformer of timm."""
     teacher,queue,name = None,None,'mae'
     def __init__(self,
         body: nn.Module, # a `Backbone` with a timm ViT
@@ -185,11 +213,18 @@ class MaskedModel(nn.Module):
     ):
         super().__init__()
         net = getattr(body, 'net', None)
-        if not all(hasattr(net, k) for k in ('patch_embed', '_pos_embed', 'blocks', 'norm_pre')): raise ModelError(f"mae got a {type(net if net is not None else body).__name__}, which has no patches to hide", "Give a vision transformer of timm, such as 'vit_tiny_patch16_224' with img_size= and patch_size=")
-        if not 0<settings['share']<1: raise ModelError(f"share is {settings['share']}", "Give the share of hidden patches, between 0 and 1")
-        make = optional('lightly.models.modules.masked_vision_transformer_decoder_timm', 'ssl').MaskedVisionTransformerDecoderTIMM
+        if not all(hasattr(net, k) for k in ('patch_embed', '_pos_embed', 'blocks', 'norm_pre')):
+            raise ModelError(f"mae got a {type(net if net is not None else body).__name__}, which has no "
+                "patches to hide", "Give a vision transformer of timm, such as 'vit_tiny_patch16_224' with img_size= and patch_size=")
+        if not 0<settings['share']<1:
+            raise ModelError(f"share is {settings['share']}",
+                "Give the share of hidden patches, between 0 and 1")
+        make = optional('lightly.models.modules.masked_vision_transformer_decoder_timm',
+            'ssl').MaskedVisionTransformerDecoderTIMM
         self.method,self.settings,self.elapsed,s = METHODS['mae'],settings,0.,settings
-        self.patches,self.patch,self.prefix = net.patch_embed.num_patches,net.patch_embed.patch_size[0],net.num_prefix_tokens
+        self.patches = net.patch_embed.num_patches
+        self.patch = net.patch_embed.patch_size[0]
+        self.prefix = net.num_prefix_tokens
         self.hidden = min(max(round(s['share']*self.patches), 1), self.patches-1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
@@ -197,7 +232,9 @@ class MaskedModel(nn.Module):
             place = decoder.pos_embed.detach()
             del decoder.pos_embed
             decoder.register_buffer('pos_embed', place) # fixed: an optimizer must not find it
-            self.body,self.head = body,nn.ModuleDict(dict(enter=nn.Linear(net.embed_dim, s['width']), decoder=decoder, draw=nn.Linear(s['width'], self.patch**2*body.n_in)))
+            self.body = body
+            self.head = nn.ModuleDict(dict(enter=nn.Linear(net.embed_dim, s['width']), decoder=decoder,
+                draw=nn.Linear(s['width'], self.patch**2*body.n_in)))
 
     def forward(self, views: list) -> dict:
         x = (views[0] - self.body.mean)/self.body.std
@@ -205,7 +242,8 @@ class MaskedModel(nn.Module):
         hidden,kept = order[:,:self.hidden],order[:,self.hidden:]
         seen = self.encode(x, kept)
         drawn = _take(self.decode(seen, kept), hidden + self.prefix)
-        return dict(embedding=seen.mean(1), features=seen.mean(1), student=[self.head['draw'](drawn)], target=[_take(self.pixels(x), hidden)], hidden=hidden)
+        return dict(embedding=seen.mean(1), features=seen.mean(1), student=[self.head['draw'](drawn)],
+            target=[_take(self.pixels(x), hidden)], hidden=hidden)
 
     def encode(self, x, kept):
         "(B, prefix + kept, width) tokens of the patches that are seen."
@@ -224,7 +262,8 @@ class MaskedModel(nn.Module):
     @torch.no_grad()
     def pixels(self, x):
         "(B, patches, patch*patch*C) what is to be drawn."
-        t = x.float().unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        t = x.float().unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch).permute(0, 2, 3, 4,
+            5, 1).flatten(3).flatten(1, 2)
         if not self.settings['normalise']: return t
         return (t - t.mean(2, keepdim=True))/(t.var(2, keepdim=True) + 1e-6).sqrt()
 
@@ -235,7 +274,8 @@ def _take(tokens, rows): return tokens.gather(1, rows[:,:,None].expand(-1, -1, t
 
 # %% ../../nbs/50_pretrain.methods.ipynb #7c777edc
 class _Held(nn.Module):
-    "In the place of lightly's memory bank: the rows that the model holds, (D, n), or None while there are none."
+    """In the place of lightly's memory bank: the rows that the model holds, (D, n), or None while there are
+    none."""
     rows = None
     def forward(self, x, labels=None, update=False): return x,self.rows
 
@@ -251,20 +291,30 @@ class SSLLoss(nn.Module):
         if method in ('simclr', 'moco'): self.compare = losses.NTXentLoss(s['temperature'])
         elif method in ('byol', 'simsiam'): self.compare = losses.NegativeCosineSimilarity()
         elif method=='barlow': self.compare = losses.BarlowTwinsLoss(s['redundancy'])
-        elif method=='vicreg': self.compare = losses.VICRegLoss(s['invariance'], s['variance'], s['covariance'])
+        elif method=='vicreg':
+            self.compare = losses.VICRegLoss(s['invariance'], s['variance'], s['covariance'])
         elif method=='swav': self.compare = losses.SwaVLoss(s['temperature'], s['sinkhorn'], s['epsilon'])
-        elif method=='dino': self.compare = losses.DINOLoss(s['prototypes'], student_temp=s['temperature'], center_momentum=1.) # its own centre stays 0
+        elif method=='dino':
+            # its own centre stays 0
+            self.compare = losses.DINOLoss(s['prototypes'], student_temp=s['temperature'], center_momentum=1.)
         else: self.compare = nn.MSELoss()
         if method=='moco': self.compare.memory_bank = _Held()
-        if method=='dino': self.compare._buffers.pop('center'), self.compare.register_buffer('center', torch.zeros(1, 1, s['prototypes']), persistent=False) # and so need not be saved
+        if method=='dino':
+            # and so need not be saved
+            self.compare._buffers.pop('center'), self.compare.register_buffer('center',
+                torch.zeros(1, 1, s['prototypes']), persistent=False)
 
     def forward(self, out: dict, *_):
         s = out['student']
         if self.method in ('simclr', 'barlow', 'vicreg'): return self.compare(s[0], s[1])
         if self.method=='mae': return self.compare(s[0], out['target'][0])
-        if self.method=='swav': return self.compare(s[:2], s[2:], out['queue'] if 'queue' in out and len(out['queue'][0]) else None).squeeze()
+        if self.method=='swav':
+            return self.compare(s[:2], s[2:], out['queue'] if 'queue' in out and len(out['queue'][0])
+                else None).squeeze()
         t = [v.detach() for v in out['target']]
-        if self.method=='dino': return self.compare([v - out['centre'] for v in t], s, float(out['temperature']))
+        if self.method=='dino':
+            return self.compare([v - out['centre'] for v in t], s, float(out['temperature']))
         if self.method!='moco': return (self.compare(s[0], t[1]) + self.compare(s[1], t[0]))/2
-        self.compare.memory_bank.rows = out['queue'].T if len(out['queue']) else None # the first batch has its own strangers
+        # the first batch has its own strangers
+        self.compare.memory_bank.rows = out['queue'].T if len(out['queue']) else None
         return self.compare(s[0], t[0])

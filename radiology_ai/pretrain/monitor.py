@@ -46,7 +46,8 @@ def _unit(f, mean):
     return f/np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12)
 
 def _votes(similar, one_hot, k: int, temperature: float):
-    "(M, C) shares of the weighted votes of the k most similar columns of `similar` (M, N); -inf may not vote."
+    """(M, C) shares of the weighted votes of the k most similar columns of `similar` (M, N); -inf may not
+    vote."""
     k = min(k, similar.shape[1])
     near = np.argpartition(-similar, k-1, axis=1)[:,:k]
     s = np.take_along_axis(similar, near, 1)
@@ -58,8 +59,12 @@ def _labelled(features, targets):
     "The rows with a known class (0 or more), and how many classes there are."
     f,t = np.asarray(features, np.float64),np.asarray(targets)
     known = np.nan_to_num(t.astype(float), nan=-1)>=0
-    if len(f)!=len(t): raise DataError(f"There are {len(f)} features and {len(t)} targets", "Give one class for each image, -1 for unknown")
-    if len(np.unique(t[known]))<2: raise DataError(f"A probe got {len(np.unique(t[known]))} class among {int(known.sum())} labelled images", "Give labelled images of two classes or more")
+    if len(f)!=len(t):
+        raise DataError(f"There are {len(f)} features and {len(t)} targets",
+            "Give one class for each image, -1 for unknown")
+    if len(np.unique(t[known]))<2:
+        raise DataError(f"A probe got {len(np.unique(t[known]))} class among {int(known.sum())} labelled "
+            "images", "Give labelled images of two classes or more")
     t = t[known].astype(int)
     return f[known],t,t.max()+1
 
@@ -91,7 +96,8 @@ def linear_probe(
 
 # %% ../../nbs/52_pretrain.monitor.ipynb #bc9fd78c
 class KNN(Metric):
-    "AUROC (macro, of several classes) of the nearest neighbours among the validation images of other patients, on the features of the body. None where no class is known."
+    """AUROC (macro, of several classes) of the nearest neighbours among the validation images of other
+    patients, on the features of the body. None where no class is known."""
     self_supervised = True
     def __init__(self, k: int=20, temperature: float=.07): self.k,self.temperature = k,temperature
     def reset(self): self.features,self.targets,self.patients = [],[],None
@@ -99,7 +105,8 @@ class KNN(Metric):
         with torch.no_grad(): self.features.append(_features(learn.model.body, learn.images).cpu().numpy())
         self.targets.append(learn.yb[0].as_subclass(torch.Tensor).cpu().numpy())
         items = getattr(learn.dl.dataset, 'items', None)
-        self.patients = items.patient_id.to_numpy() if isinstance(items, pd.DataFrame) and 'patient_id' in items else None
+        self.patients = (items.patient_id.to_numpy() if isinstance(items, pd.DataFrame)
+            and 'patient_id' in items else None)
     @property
     def name(self): return 'knn'
     @property
@@ -107,11 +114,13 @@ class KNN(Metric):
         f,t = np.concatenate(self.features),np.concatenate(self.targets)
         known = t>=0
         if len(np.unique(t[known]))<2: return None
-        who = np.arange(len(f)) if self.patients is None or len(self.patients)!=len(f) else pd.factorize(self.patients)[0]
+        who = (np.arange(len(f)) if self.patients is None or len(self.patients)!=len(f)
+            else pd.factorize(self.patients)[0])
         f,t,who = f[known],t[known].astype(int),who[known]
         unit = _unit(f, f.mean(0))
         similar = np.where(who[:,None]==who, -np.inf, unit @ unit.T)
         judged = np.isfinite(similar).any(1)
         votes = _votes(similar[judged], np.eye(t.max()+1)[t], self.k, self.temperature)
         if len(np.unique(t[judged]))<2: return None
-        return auroc(t[judged]==1, votes[:,1]) if votes.shape[1]==2 else macro_auroc(t[judged], votes, missing='skip')
+        return (auroc(t[judged]==1, votes[:,1]) if votes.shape[1]==2
+            else macro_auroc(t[judged], votes, missing='skip'))

@@ -9,7 +9,9 @@ __all__ = ['OUTLIERS', 'SORTED', 'scope_manifest', 'Outliers', 'scope_learner', 
            'with_answers']
 
 # %% ../../nbs/51_pretrain.scope.ipynb #ee3e4a24
-import hashlib, json, tempfile, warnings
+import hashlib
+import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,18 +52,28 @@ def scope_manifest(
     sizes=None,        # of the splits of patients; None: 75 % train, 25 % valid
     seed: int=0,
 ) -> pd.DataFrame:
-    "A manifest with the column `scope`, rows with a weak label only. `DataError` where the rules gave too little to learn from."
+    """A manifest with the column `scope`, rows with a weak label only. `DataError` where the rules gave too
+    little to learn from."""
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     labels = metadata_labels(store.index) if labels is None else labels
-    df = make_manifest(store.index, no_patient='image').merge(labels[['path', 'label', 'rule']], on='path', how='left', validate='1:1')
+    df = make_manifest(store.index, no_patient='image').merge(labels[['path', 'label', 'rule']], on='path',
+        how='left', validate='1:1')
     known = df.label.notna() & (df.label!=UNSURE)
-    if not known.any(): raise DataError(f"All {len(df)} images are unsure by the rules ({df.rule.value_counts().index[0] if df.rule.notna().any() else 'no labels'})", "Look at the column rule, and add words to HeaderRules(parts=...)")
+    if not known.any():
+        raise DataError(f"All {len(df)} images are unsure by the rules "
+            f"({df.rule.value_counts().index[0] if df.rule.notna().any() else 'no labels'})",
+            "Look at the column rule, and add words to HeaderRules(parts=...)")
     df = df[known].reset_index(drop=True)
     n = df.label.value_counts()
     for w in wanted:
-        if n.get(w, 0)<least: raise DataError(f"Only {n.get(w, 0)} images have the weak label {w!r} (there are {', '.join(f'{k} {v}' for k,v in n.items())})", f"Give at least {least}: more files, or more words in HeaderRules(parts=...)")
+        if n.get(w, 0)<least:
+            raise DataError(f"Only {n.get(w, 0)} images have the weak label {w!r} (there are "
+                f"{', '.join(f'{k} {v}' for k,v in n.items())})",
+                f"Give at least {least}: more files, or more words in HeaderRules(parts=...)")
     df['scope'] = df.label.where(df.label.isin(wanted) | df.label.map(n).ge(least), OTHER)
-    if (rest := int((~df.scope.isin(wanted)).sum()))<least: raise DataError(f"Only {rest} images have a weak label other than {', '.join(wanted)}", f"Give at least {least} films that are not wanted: the filter learns what they look like")
+    if (rest := int((~df.scope.isin(wanted)).sum()))<least:
+        raise DataError(f"Only {rest} images have a weak label other than {', '.join(wanted)}",
+            f"Give at least {least} films that are not wanted: the filter learns what they look like")
     return patient_split(df, sizes or {'train': .75, 'valid': .25}, 'scope', seed)
 
 # %% ../../nbs/51_pretrain.scope.ipynb #ab004074
@@ -75,7 +87,8 @@ def _tiles(x, other, gen):
     h,w = x.shape[0]//k,x.shape[1]//k
     out,order = x.copy(),gen.permutation(k*k)
     if (order==np.arange(k*k)).all(): order = order[::-1]
-    for i,j in enumerate(order): out[i//k*h:(i//k+1)*h, i%k*w:(i%k+1)*w] = x[j//k*h:(j//k+1)*h, j%k*w:(j%k+1)*w]
+    for i,j in enumerate(order):
+        out[i//k*h:(i//k+1)*h, i%k*w:(i%k+1)*w] = x[j//k*h:(j//k+1)*h, j%k*w:(j%k+1)*w]
     return out
 
 def _halves(x, other, gen):
@@ -98,11 +111,14 @@ def _shapes(x, other, gen):
         layer,bright = np.zeros((n, n), np.float32),float(gen.uniform(.2, .9))
         a,b = (tuple(int(v) for v in gen.integers(0, n, 2)) for _ in range(2))
         kind = gen.integers(3)
-        if kind==0: cv2.ellipse(layer, a, tuple(int(v) for v in gen.integers(n//16+1, n//3, 2)), float(gen.uniform(0, 180)), 0, 360, bright, -1)
+        if kind==0:
+            cv2.ellipse(layer, a, tuple(int(v) for v in gen.integers(n//16+1, n//3, 2)),
+                float(gen.uniform(0, 180)), 0, 360, bright, -1)
         elif kind==1: cv2.line(layer, a, b, bright, int(gen.integers(1, max(2, n//6))))
         else: cv2.rectangle(layer, a, b, bright, -1 if gen.random()<.5 else max(1, n//32))
         out = np.maximum(out, layer) if gen.random()<.5 else out+layer*.5
-    out = cv2.GaussianBlur(out, (0, 0), float(gen.uniform(.4, n/24)))*(.7+.6*_smooth(gen, n, int(gen.integers(2, 12))))
+    out = cv2.GaussianBlur(out, (0, 0), float(gen.uniform(.4, n/24)))*(.7
+        +.6*_smooth(gen, n, int(gen.integers(2, 12))))
     return np.clip(out/max(float(out.max()), 1e-3), 0, 1)
 
 def _noise(x, other, gen):
@@ -113,7 +129,8 @@ OUTLIERS = dict(tiles=_tiles, halves=_halves, part=_part, shapes=_shapes, noise=
 
 # %% ../../nbs/51_pretrain.scope.ipynb #c78ecabc
 class Outliers(Transform):
-    "Replaces some images of a training batch by images of nothing, whose class is `other`. Behind `BatchAugment`, before `MixUp`."
+    """Replaces some images of a training batch by images of nothing, whose class is `other`. Behind
+    `BatchAugment`, before `MixUp`."""
     order,split_idx = 20.5,0
     def __init__(self,
         other: int,           # number of the class OTHER
@@ -123,7 +140,8 @@ class Outliers(Transform):
     ):
         super().__init__()
         if not 0<=p<1: raise DataError(f"p is {p}", "Give a share from 0 to below 1")
-        if not kinds or set(kinds)-set(OUTLIERS): raise DataError(f"kinds are {kinds}", f"Choose among {', '.join(OUTLIERS)}")
+        if not kinds or set(kinds)-set(OUTLIERS):
+            raise DataError(f"kinds are {kinds}", f"Choose among {', '.join(OUTLIERS)}")
         self.other,self.p,self.kinds,self.seed,self.calls = other,p,tuple(kinds),seed,0
 
     def __call__(self, b, split_idx: int|None=0, **kwargs):
@@ -135,10 +153,13 @@ class Outliers(Transform):
         for i in np.flatnonzero(gen.random(len(x))<self.p):
             others = np.flatnonzero(labels!=labels[i])
             kind = str(gen.choice([k for k in self.kinds if len(others) or k!='halves'] or ['shapes']))
-            x[i] = torch.as_tensor(np.clip(OUTLIERS[kind](films[i], films[gen.choice(others)] if len(others) else films[i], gen), 0, 1).astype(np.float32), device=x.device)
+            x[i] = torch.as_tensor(np.clip(OUTLIERS[kind](films[i],
+                films[gen.choice(others)] if len(others) else films[i], gen), 0, 1).astype(np.float32),
+                device=x.device)
             y[i] = self.other
         return x,y
-    def __repr__(self): return f'Outliers(other={self.other}, p={self.p}, kinds={self.kinds}, seed={self.seed})'
+    def __repr__(self):
+        return f'Outliers(other={self.other}, p={self.p}, kinds={self.kinds}, seed={self.seed})'
 
 # %% ../../nbs/51_pretrain.scope.ipynb #c77ed9f7
 def scope_learner(
@@ -155,12 +176,15 @@ def scope_learner(
 ):
     "A Learner of the weak labels. Train it, then give it to `OutOfScope.fit`."
     vocab = [*sorted(set(manifest[label].dropna())-{OTHER}), OTHER]
-    tfms = [aug or BatchAugment(rotation=15, translation=.08, scale=(.75, 1.3), flip=.5, brightness=.15, contrast=.3, gamma=(.6, 1.6), seed=seed)]
+    tfms = [aug or BatchAugment(rotation=15, translation=.08, scale=(.75, 1.3), flip=.5, brightness=.15,
+        contrast=.3, gamma=(.6, 1.6), seed=seed)]
     if outliers: tfms.append(Outliers(len(vocab)-1, outliers, seed=seed))
     if mixup: tfms.append(MixUp(mixup, seed=seed))
     train = (manifest.split=='train').sum()
-    dls = xray_dataloaders(store, manifest, label, bs=int(min(bs, max(len(vocab)*2, train//2))), vocab=vocab, batch_tfms=tfms, seed=seed)
-    return xray_learner(dls, arch, loss_func=MixedLoss(WeightedCrossEntropy()), seed=seed, **{'monitor': None} | kwargs)
+    dls = xray_dataloaders(store, manifest, label, bs=int(min(bs, max(len(vocab)*2, train//2))), vocab=vocab,
+        batch_tfms=tfms, seed=seed)
+    return xray_learner(dls, arch, loss_func=MixedLoss(WeightedCrossEntropy()), seed=seed,
+        **{'monitor': None} | kwargs)
 
 # %% ../../nbs/51_pretrain.scope.ipynb #360c218a
 def fit_temperature(
@@ -173,12 +197,16 @@ def fit_temperature(
     t,z = np.asarray(targets, int),np.asarray(logits, float)
     groups = np.arange(len(t)) if groups is None else pd.factorize(np.asarray(groups))[0]
     wrong,c = z.argmax(1)!=t,z.shape[1]
-    if wrong.mean()>.5: raise DataError(f"The network contradicts {int(wrong.sum())} of {len(t)} headers", "Train longer, or look at the weak labels and the class numbers")
+    if wrong.mean()>.5:
+        raise DataError(f"The network contradicts {int(wrong.sum())} of {len(t)} headers",
+            "Train longer, or look at the weak labels and the class numbers")
     for _ in range(rounds):
         kept = np.flatnonzero(~wrong)
         lead = np.sort(z[kept], 1)
-        typical = kept[np.argsort(lead[:, -1]-lead[:, -2])[len(kept)//2]] # this film, as though its second class were the truth
-        scaling = TemperatureScaling().fit(np.r_[t[kept], np.argsort(z[typical])[-2]], z[np.r_[kept, typical]], np.r_[groups[kept], len(t)])
+        # this film, as though its second class were the truth
+        typical = kept[np.argsort(lead[:, -1]-lead[:, -2])[len(kept)//2]]
+        scaling = TemperatureScaling().fit(np.r_[t[kept], np.argsort(z[typical])[-2]],
+            z[np.r_[kept, typical]], np.r_[groups[kept], len(t)])
         share = (wrong.sum()+1)/(len(t)+2)
         own = scaling(z)[np.arange(len(t)), t]
         new = share/(c-1)>(1-share)*own
@@ -193,7 +221,8 @@ def _directions(features, center):
 
 @dataclass
 class Neighbours:
-    "How far a film's features lie from those of wanted films: cosine distance to the k-th nearest of `bank`, seen from the middle of all films that were learnt."
+    """How far a film's features lie from those of wanted films: cosine distance to the k-th nearest of
+    `bank`, seen from the middle of all films that were learnt."""
     bank: np.ndarray     # (M, F) float32 of length 1
     center: np.ndarray   # (F,) float32
     k: int=3
@@ -214,16 +243,21 @@ class Neighbours:
         seed: int=0,
     ):
         f,center = np.asarray(features, np.float32),np.asarray(center, np.float32)
-        out = cls(_directions(f[rng(seed, 'bank').permutation(len(f))[:most]], center), center, min(k, len(f)))
+        out = cls(_directions(f[rng(seed, 'bank').permutation(len(f))[:most]], center), center,
+            min(k, len(f)))
         out.limit = float(slack*out.distance(valid).max())
         return out
 
 # %% ../../nbs/51_pretrain.scope.ipynb #490d060a
 class _SameViews(BatchAugment):
-    "The same gentle movement for all images of a batch, so that a film's score does not depend on its neighbours."
-    def draw(self, b, generator=None, flippable=None): return super().draw(1, generator)[torch.zeros(b, dtype=torch.long)]
+    """The same gentle movement for all images of a batch, so that a film's score does not depend on its
+    neighbours."""
+    def draw(self, b, generator=None, flippable=None):
+        return super().draw(1, generator)[torch.zeros(b, dtype=torch.long)]
 
-def _views(): return _SameViews(rotation=6, translation=.03, scale=(.93, 1.08), brightness=.05, contrast=.1, gamma=(.9, 1.1), noise=0., p=1., seed=0)
+def _views():
+    return _SameViews(rotation=6, translation=.03, scale=(.93, 1.08), brightness=.05, contrast=.1,
+        gamma=(.9, 1.1), noise=0., p=1., seed=0)
 
 @dataclass
 class OutOfScope:
@@ -237,8 +271,11 @@ class OutOfScope:
     suspects: pd.DataFrame|None=field(default=None, repr=False) # validation films whose header the network contradicts
 
     def __post_init__(self):
-        if lost := [w for w in self.wanted if w not in self.bundle.vocab]: raise ModelError(f"The filter knows no class {lost[0]!r}", f"Its classes are {', '.join(self.bundle.vocab)}")
-        if not .5<self.accept<1: raise DataError(f"accept is {self.accept}", "Give a confidence between 0.5 and 1, such as 0.95")
+        if lost := [w for w in self.wanted if w not in self.bundle.vocab]:
+            raise ModelError(f"The filter knows no class {lost[0]!r}",
+                f"Its classes are {', '.join(self.bundle.vocab)}")
+        if not .5<self.accept<1:
+            raise DataError(f"accept is {self.accept}", "Give a confidence between 0.5 and 1, such as 0.95")
 
 def _predicted(model, batches, views, device='cpu') -> tuple[np.ndarray, np.ndarray]:
     "(N, C) logits, the mean over views, and (N, F) features of the film itself."
@@ -250,7 +287,8 @@ def _predicted(model, batches, views, device='cpu') -> tuple[np.ndarray, np.ndar
     with torch.no_grad():
         for b in batches:
             seen = []
-            out.append(predict_tta(logits, (b if torch.is_tensor(b) else b[0]).as_subclass(torch.Tensor).to(device), aug, views).float().cpu())
+            out.append(predict_tta(logits, (b if torch.is_tensor(b)
+                else b[0]).as_subclass(torch.Tensor).to(device), aug, views).float().cpu())
             feats.append(seen[0].float().cpu()) # the first view is the film itself
     return torch.cat(out).numpy(),torch.cat(feats).numpy()
 
@@ -262,24 +300,34 @@ def fit(cls:OutOfScope,
     views: int=4,        # moved views of a film besides itself
     slack: float=2.,     # of `Neighbours.fit`
 ) -> OutOfScope:
-    "The filter, calibrated on the validation patients. `ModelError` where it would accept none of their wanted films."
+    """The filter, calibrated on the validation patients. `ModelError` where it would accept none of their
+    wanted films."""
     wanted,dls = [wanted] if isinstance(wanted, str) else list(wanted),learn.dls
     rows = {s: ds.items for s,ds in (('train', dls.train_ds), ('valid', dls.valid_ds))}
-    got = {s: _predicted(learn.model, xray_test_dl(dls, r), views if s=='valid' else 0, dls.device) for s,r in rows.items()}
+    got = {s: _predicted(learn.model, xray_test_dl(dls, r), views if s=='valid' else 0, dls.device)
+        for s,r in rows.items()}
     vocab,valid = list(dls.vocab),rows['valid']
     t,classes = dls.valid_ds.targets,[vocab.index(w) for w in wanted if w in vocab]
     scaling,wrong = fit_temperature(t, got['valid'][0], valid.patient_id)
     right = got['train'][0].argmax(1)==dls.train_ds.targets
     good = lambda targets, ok: np.isin(targets, classes) & ok
     own = good(t, ~wrong)
-    if not own.any(): raise ModelError(f"The network calls none of the validation films {', '.join(wanted)}", "Train longer, or look at the weak labels")
-    near = Neighbours.fit(got['train'][1][good(dls.train_ds.targets, right)], got['valid'][1][own], got['train'][1].mean(0), slack)
-    bundle = Bundle(learn.model, dls.store.recipe, vocab, 'scope', accept, dict(n_in=dls.channels, network=learn.model.config))
+    if not own.any():
+        raise ModelError(f"The network calls none of the validation films {', '.join(wanted)}",
+            "Train longer, or look at the weak labels")
+    near = Neighbours.fit(got['train'][1][good(dls.train_ds.targets, right)], got['valid'][1][own],
+        got['train'][1].mean(0), slack)
+    bundle = Bundle(learn.model, dls.store.recipe, vocab, 'scope', accept,
+        dict(n_in=dls.channels, network=learn.model.config))
     p = scaling(got['valid'][0])
-    suspects = valid[wrong][['image_id', 'path', dls.labels]].assign(network=[vocab[i] for i in p[wrong].argmax(1)], share=p[wrong].max(1)).reset_index(drop=True)
+    suspects = valid[wrong][['image_id', 'path',
+        dls.labels]].assign(network=[vocab[i] for i in p[wrong].argmax(1)],
+        share=p[wrong].max(1)).reset_index(drop=True)
     out = cls(bundle, wanted, scaling, near, accept, views, suspects)
     sure = out.decide(*got['valid'])
-    if not (sure[own]=='wanted').any(): raise ModelError(f"None of the {int(own.sum())} wanted validation films reaches a confidence of {accept}: all are unsure", "Train longer or on more films, or lower accept")
+    if not (sure[own]=='wanted').any():
+        raise ModelError(f"None of the {int(own.sum())} wanted validation films reaches a confidence of "
+            f"{accept}: all are unsure", "Train longer or on more films, or lower accept")
     return out
 
 # %% ../../nbs/51_pretrain.scope.ipynb #bfb00b93
@@ -296,7 +344,8 @@ def decide(self:OutOfScope, logits, features) -> np.ndarray:
     c,near = self.confidence(logits),self.near.distance(features)<=self.near.limit
     return np.select([(c>=self.accept) & near, c<=1-self.accept], ['wanted', 'other'], UNSURE)
 
-SORTED = ['path', 'image_id', 'decision', 'confidence', 'distance', 'likeliest', 'header', 'rule', 'cause'] # columns of `sort`
+# columns of `sort`
+SORTED = ['path', 'image_id', 'decision', 'confidence', 'distance', 'likeliest', 'header', 'rule', 'cause']
 
 @patch
 def sort(self:OutOfScope,
@@ -307,26 +356,37 @@ def sort(self:OutOfScope,
     bs: int=64,             # films in a batch
     show: bool|None=None,   # a progress bar; None: on a terminal
 ) -> pd.DataFrame:
-    "A row a file (columns `SORTED`), sorted by path: `confidence` that it is wanted, `distance` in units of the limit, the `likeliest` class, what the `header` says, and the `cause` where it cannot be read."
+    """A row a file (columns `SORTED`), sorted by path: `confidence` that it is wanted, `distance` in units of
+    the limit, the `likeliest` class, what the `header` says, and the `cause` where it cannot be read."""
     if isinstance(src, ImageStore): return self._sorted(src, metadata_labels(src.index, rules), bs)
     index = src if isinstance(src, pd.DataFrame) else index_dicoms(src, workers, show)
     with tempfile.TemporaryDirectory() as tmp:
-        s = preprocess_folder(index, store or Path(tmp)/'store', self.bundle.recipe, workers, show=show, allow_empty=True)
+        s = preprocess_folder(index, store or Path(tmp)/'store', self.bundle.recipe, workers, show=show,
+            allow_empty=True)
         return self._sorted(s, metadata_labels(index, rules), bs)
 
 @patch
 def _sorted(self:OutOfScope, store, header, bs):
-    if store.recipe!=self.bundle.recipe: raise DataError(f"The store's recipe is {store.recipe}, the filter's {self.bundle.recipe}", "Preprocess with `filter.bundle.recipe`")
-    bad = store.errors.rename(columns={'remedy': '_'})[['path', 'cause']].assign(decision='unreadable', image_id='')
+    if store.recipe!=self.bundle.recipe:
+        raise DataError(f"The store's recipe is {store.recipe}, the filter's {self.bundle.recipe}",
+            "Preprocess with `filter.bundle.recipe`")
+    bad = store.errors.rename(columns={'remedy': '_'})[['path', 'cause']].assign(decision='unreadable',
+        image_id='')
     good = store.index[['path', 'image_id']].assign(cause='')
     if len(good):
         device = next(self.bundle.model.parameters()).device
-        logits,features = _predicted(self.bundle.model, xray_test_dl(store, store.index, bs, channels=self.bundle.meta['n_in'], device=device), self.views, device)
-        good = good.assign(decision=self.decide(logits, features), confidence=self.confidence(logits), distance=self.near.distance(features)/self.near.limit,
+        logits,features = _predicted(self.bundle.model,
+            xray_test_dl(store, store.index, bs, channels=self.bundle.meta['n_in'], device=device),
+            self.views, device)
+        good = good.assign(decision=self.decide(logits, features), confidence=self.confidence(logits),
+            distance=self.near.distance(features)/self.near.limit,
                            likeliest=[self.bundle.vocab[i] for i in logits.argmax(1)])
-        if (good.decision==UNSURE).all(): warnings.warn(f"The filter is unsure of all {len(good)} films; look at some: they may be of another kind than those that it has learnt from", stacklevel=3)
+        if (good.decision==UNSURE).all():
+            warnings.warn(f"The filter is unsure of all {len(good)} films; look at some: they may be of "
+                "another kind than those that it has learnt from", stacklevel=3)
     said = header.drop_duplicates('path').rename(columns={'label': 'header'})[['path', 'header', 'rule']]
-    return pd.concat([good, bad]).merge(said, on='path', how='left').reindex(columns=SORTED).sort_values('path', ignore_index=True, kind='stable')
+    return pd.concat([good, bad]).merge(said, on='path',
+        how='left').reindex(columns=SORTED).sort_values('path', ignore_index=True, kind='stable')
 
 # %% ../../nbs/51_pretrain.scope.ipynb #d4ec59b1
 @patch
@@ -341,13 +401,16 @@ def ask(self:OutOfScope,
     "Templates for the readers (see `data.annotate`) with the unsure films; [] where there are none."
     unsure = table[table.decision==UNSURE]
     if not len(unsure): return []
-    shown = unsure[['image_id', 'path', 'likeliest', 'header', 'rule']].assign(confidence=unsure.confidence.round(3))
-    return write_templates(assign_readers(unsure.image_id, readers, n, seed=seed).merge(shown, on='image_id'), [self.question], folder, kind)
+    shown = unsure[['image_id', 'path', 'likeliest', 'header',
+        'rule']].assign(confidence=unsure.confidence.round(3))
+    return write_templates(assign_readers(unsure.image_id, readers, n, seed=seed).merge(shown, on='image_id'),
+        [self.question], folder, kind)
 
 @patch(as_prop=True)
 def question(self:OutOfScope) -> Question:
     "What the readers are asked."
-    return Question('scope', tuple(self.bundle.vocab), 'Which body part does the film show? OTHER: none of these, or no film')
+    return Question('scope', tuple(self.bundle.vocab),
+        'Which body part does the film show? OTHER: none of these, or no film')
 
 def with_answers(
     labels: pd.DataFrame, # of `metadata_labels`, with `path` and `image_id` or with `path` alone
@@ -358,7 +421,8 @@ def with_answers(
     m = majority(votes[votes.question=='scope'])
     answer = dict(zip(table.path, table.image_id.map(m.value.where(~m.tie, UNSURE).to_dict())))
     new = labels.path.map(answer)
-    return labels.assign(label=labels.label.where(new.isna(), new), rule=labels.rule.where(new.isna(), 'readers'))
+    return labels.assign(label=labels.label.where(new.isna(), new),
+        rule=labels.rule.where(new.isna(), 'readers'))
 
 # %% ../../nbs/51_pretrain.scope.ipynb #252640d4
 @patch
@@ -368,8 +432,11 @@ def save(self:OutOfScope,
     "A bundle (`save_bundle`) with the filter's own file beside it."
     from safetensors.numpy import save as to_bytes
     bank = to_bytes({'bank': np.ascontiguousarray(self.near.bank), 'center': self.near.center})
-    card = dict(self.bundle.meta.get('card') or {}, scope=dict(wanted=self.wanted, scaling=self.scaling.to_dict(), k=self.near.k, limit=self.near.limit, views=self.views, sha256=hashlib.sha256(bank).hexdigest()))
-    path = save_bundle(self.bundle.model, path, self.bundle.recipe, self.bundle.vocab, task='scope', threshold=self.accept, card=card)
+    card = dict(self.bundle.meta.get('card') or {},
+        scope=dict(wanted=self.wanted, scaling=self.scaling.to_dict(), k=self.near.k, limit=self.near.limit,
+        views=self.views, sha256=hashlib.sha256(bank).hexdigest()))
+    path = save_bundle(self.bundle.model, path, self.bundle.recipe, self.bundle.vocab, task='scope',
+        threshold=self.accept, card=card)
     with atomic_path(path/'neighbours.safetensors') as tmp: tmp.write_bytes(bank)
     return path
 
@@ -383,7 +450,15 @@ def load(cls:OutOfScope,
     from safetensors.numpy import load as from_bytes
     bundle,file = load_bundle(path, device),Path(path)/'neighbours.safetensors'
     d = (bundle.meta.get('card') or {}).get('scope')
-    if not isinstance(d, dict): raise BundleError(f"{Path(path).name} is no out-of-scope filter, but a network for {bundle.task or 'something else'}", "Give a folder of OutOfScope.save")
-    if not file.is_file() or hashlib.sha256(data := file.read_bytes()).hexdigest()!=d.get('sha256'): raise BundleError(f"neighbours.safetensors of {Path(path).name} is missing or not that of its network", "Copy the filter again from its source")
-    try: return cls(bundle, d['wanted'], recalibration_from(d['scaling']), Neighbours(**from_bytes(data), k=int(d['k']), limit=float(d['limit'])), bundle.threshold, int(d['views']))
-    except (KeyError, TypeError, ValueError, SafetensorError) as e: raise BundleError(f"bundle.json of {Path(path).name} is broken ({type(e).__name__}: {e})", "Copy the filter again from its source") from e
+    if not isinstance(d, dict):
+        raise BundleError(f"{Path(path).name} is no out-of-scope filter, but a network for "
+            f"{bundle.task or 'something else'}", "Give a folder of OutOfScope.save")
+    if not file.is_file() or hashlib.sha256(data := file.read_bytes()).hexdigest()!=d.get('sha256'):
+        raise BundleError(f"neighbours.safetensors of {Path(path).name} is missing or not that of its network", "Copy the filter again from its source")
+    try:
+        return cls(bundle, d['wanted'], recalibration_from(d['scaling']),
+            Neighbours(**from_bytes(data), k=int(d['k']), limit=float(d['limit'])), bundle.threshold,
+            int(d['views']))
+    except (KeyError, TypeError, ValueError, SafetensorError) as e:
+        raise BundleError(f"bundle.json of {Path(path).name} is broken ({type(e).__name__}: {e})",
+            "Copy the filter again from its source") from e

@@ -8,7 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/pretrain.ssl.html.md"""
 __all__ = ['SelfSupervised', 'ssl_learner', 'pretrained_body', 'task_model', 'save_body']
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #917de0bf
-import copy, math
+import copy
+import math
 
 import torch
 from fastai.callback.core import Callback
@@ -17,14 +18,15 @@ from fastai.torch_core import TensorCategory
 # %% ../../nbs/51_pretrain.ssl.ipynb #0906362d
 from ..core import DataError, ModelError, atomic_path
 from ..learner import XrayLearner, body_and_head, train_prior, xray_learner
-from ..models.backbone import Head, XrayModel, _OWN, create_model
+from ..models.backbone import _OWN, Head, XrayModel, create_model
 from .collapse import Collapse
-from .methods import METHODS, MaskedModel, SSLLoss, SiameseModel, method_settings
+from .methods import METHODS, MaskedModel, SiameseModel, SSLLoss, method_settings
 from .views import Views, radiograph_views, ssl_dataloaders
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #f63c0961
 class SelfSupervised(Callback):
-    "Trains the body of a Learner without labels. Further arguments are the method's settings, see `METHODS`. Raises `ModelError`."
+    """Trains the body of a Learner without labels. Further arguments are the method's settings, see
+    `METHODS`. Raises `ModelError`."""
     order = 5
     def __init__(self,
         method: str='simclr',     # of `METHODS`
@@ -34,10 +36,15 @@ class SelfSupervised(Callback):
     ):
         self.method,self.settings,self.seed = method,method_settings(method, settings),seed
         m = METHODS[method]
-        self.views = (Views(1, big=radiograph_views(crop=(.4, 1.), seed=seed)) if method=='mae' else Views(2, m.small, seed=seed)) if views is None else views
-        if self.views.n<(1 if method=='mae' else 2): raise ModelError(f"{method} got {self.views.n} view", "Give Views(2)")
-        if self.views.n>2: raise ModelError(f"{method} got {self.views.n} whole views", "Give Views(2, n_small) for more views")
-        if self.views.n_small and not m.small: raise ModelError(f"{method} has no use for small crops", "Give Views(2), or take swav or dino")
+        self.views = ((Views(1, big=radiograph_views(crop=(.4, 1.), seed=seed)) if method=='mae'
+            else Views(2, m.small, seed=seed)) if views is None else views)
+        if self.views.n<(1 if method=='mae' else 2):
+            raise ModelError(f"{method} got {self.views.n} view", "Give Views(2)")
+        if self.views.n>2:
+            raise ModelError(f"{method} got {self.views.n} whole views",
+                "Give Views(2, n_small) for more views")
+        if self.views.n_small and not m.small:
+            raise ModelError(f"{method} has no use for small crops", "Give Views(2), or take swav or dino")
         self.batches = self.steps = 0
 
     def after_create(self):
@@ -45,24 +52,32 @@ class SelfSupervised(Callback):
         model = self.learn.model
         if isinstance(model, (SiameseModel, MaskedModel)): return
         body = getattr(model, 'body', None)
-        if not hasattr(body, 'n_features'): raise ModelError(f"A {type(model).__name__} has no body that can be pretrained", "Give xray_learner the name of an architecture, or a model of create_model")
-        new = MaskedModel(body, self.settings, self.seed) if self.method=='mae' else SiameseModel(body, body.n_features, self.method, self.settings, self.seed)
+        if not hasattr(body, 'n_features'):
+            raise ModelError(f"A {type(model).__name__} has no body that can be pretrained",
+                "Give xray_learner the name of an architecture, or a model of create_model")
+        new = (MaskedModel(body, self.settings, self.seed) if self.method=='mae'
+            else SiameseModel(body, body.n_features, self.method, self.settings, self.seed))
         new.config = dict(method=self.method, settings=self.settings, network=getattr(model, 'config', {}))
-        self.learn.model,self.learn.loss_func,self.learn.splitter = new,SSLLoss(self.method, self.settings),body_and_head
+        self.learn.model,self.learn.loss_func,self.learn.splitter = new,SSLLoss(self.method,
+            self.settings),body_and_head
         self.learn.metrics = [m for m in self.learn.metrics if getattr(m, 'self_supervised', False)]
 
     def before_fit(self):
-        if not isinstance(self.learn.model, (SiameseModel, MaskedModel)): raise ModelError("SelfSupervised came to a Learner that was there before", "Pass it as cbs= when the Learner is made")
+        if not isinstance(self.learn.model, (SiameseModel, MaskedModel)):
+            raise ModelError("SelfSupervised came to a Learner that was there before",
+                "Pass it as cbs= when the Learner is made")
         self.kept = self.batches,self.steps
 
     def after_fit(self):
-        if hasattr(self.learn, 'lr_finder'): self.batches,self.steps = self.kept # a trial, whose weights are put back too
+        if hasattr(self.learn, 'lr_finder'):
+            self.batches,self.steps = self.kept # a trial, whose weights are put back too
 
     def before_batch(self):
         x,model = self.learn.xb[0],self.learn.model
         self.learn.images = x
         if len(x)<2: raise DataError("A batch holds one image", "Give batches of at least two")
-        self.learn.xb = (self.views(x, self.batches) if self.training else self.views(x, -1-self.iter, partners=False),)
+        self.learn.xb = (self.views(x, self.batches) if self.training
+            else self.views(x, -1-self.iter, partners=False),)
         if not self.learn.yb: self.learn.yb = (TensorCategory(torch.full((len(x),), -1, device=x.device)),)
         if self.training: model.elapsed = float(self.learn.pct_train)
 
@@ -77,7 +92,8 @@ class SelfSupervised(Callback):
     def frozen(self) -> bool:
         "Whether the prototypes still stay as they are: for `freeze` steps, by default in the first epoch."
         if 'freeze' not in self.settings: return False
-        return self.batches<self.n_iter if self.settings['freeze'] is None else self.steps<self.settings['freeze']
+        return (self.batches<self.n_iter if self.settings['freeze'] is None
+            else self.steps<self.settings['freeze'])
 
     def after_step(self):
         self.steps += 1
@@ -115,16 +131,21 @@ def ssl_learner(
     **kwargs,                 # of `xray_learner`, such as precision='bf16', accumulate=2, wd=1e-4
 ) -> XrayLearner:
     "A Learner for `fit_two_phase(epochs)` that learns without labels. Raises `ModelError` or `DataError`."
-    dls = store if manifest is None else ssl_dataloaders(store, manifest, bs, labels, partners, channels=channels, seed=seed, **(dls_args or {}))
-    if views is None and partners: views = Views(2, METHODS[method].small if method in METHODS else 0, partners=True, seed=seed)
+    dls = (store if manifest is None else ssl_dataloaders(store, manifest, bs, labels, partners,
+        channels=channels, seed=seed, **(dls_args or {})))
+    if views is None and partners:
+        views = Views(2, METHODS[method].small if method in METHODS else 0, partners=True, seed=seed)
     if kwargs.get('compile'): raise ModelError("compile has no effect on the body alone", "Leave it out")
     if method=='mae' and partners: raise ModelError("mae looks at one image at a time", "Leave partners out")
     cb = SelfSupervised(method, views, seed, **(settings or {}))
     x = dls.one_batch()[0]
-    model = create_model(backbone, 1, x.shape[1], pretrained, seed=seed, **(model_args or {})) if isinstance(backbone, str) else backbone
+    model = (create_model(backbone, 1, x.shape[1], pretrained, seed=seed, **(model_args or {}))
+        if isinstance(backbone, str) else backbone)
     watch = [] if collapse is None else [Collapse(collapse) if isinstance(collapse, str) else collapse]
-    learn = xray_learner(dls, model, metrics=[], monitor=None, lr=lr, seed=seed, cbs=[cb, *watch, *cbs], **kwargs)
-    learn.settings = {**learn.settings, 'method': method, 'method_settings': cb.settings, 'views': repr(cb.views)}
+    learn = xray_learner(dls, model, metrics=[], monitor=None, lr=lr, seed=seed, cbs=[cb, *watch, *cbs],
+        **kwargs)
+    learn.settings = {**learn.settings, 'method': method, 'method_settings': cb.settings,
+        'views': repr(cb.views)}
     return learn
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #31915690
@@ -142,16 +163,21 @@ def task_model(
     dls,              # DataLoaders of the task
     **kwargs,         # further arguments of `create_model`, such as dropout=.2 and seed
 ) -> XrayModel:
-    "A network for the labels of `dls` that starts from the body of `learn`: the `arch` of `xray_learner`. Raises `ModelError`."
+    """A network for the labels of `dls` that starts from the body of `learn`: the `arch` of `xray_learner`.
+    Raises `ModelError`."""
     body,config = pretrained_body(learn),dict(learn.model.config['network'])
     with torch.random.fork_rng(devices=[]): x,y = dls.one_batch()[:2]
-    if x.shape[1]!=body.n_in: raise ModelError(f"The images have {x.shape[1]} channels and the pretrained body takes {body.n_in}", "Give both loaders the same `channels`")
+    if x.shape[1]!=body.n_in:
+        raise ModelError(f"The images have {x.shape[1]} channels and the pretrained body takes {body.n_in}",
+            "Give both loaders the same `channels`")
     n_out = len(dls.vocab)
-    args = dict(prior=train_prior(dls, n_out), multi_label=torch.is_tensor(y) and y.is_floating_point()) | kwargs
+    args = dict(prior=train_prior(dls, n_out), multi_label=torch.is_tensor(y)
+        and y.is_floating_point()) | kwargs
     if 'name' not in config:
         args.pop('seed', None)
         return XrayModel(body, Head(body.n_features, n_out, **args), {})
-    model = create_model(config['name'], n_out, body.n_in, False, **{k: v for k,v in config.items() if k not in _OWN}, **args)
+    model = create_model(config['name'], n_out, body.n_in, False,
+        **{k: v for k,v in config.items() if k not in _OWN}, **args)
     model.body = body
     return model
 
@@ -161,4 +187,6 @@ def save_body(
 ):
     "Write the weights of the body for `create_model(weights=path)`, whole or not at all."
     from safetensors.torch import save_file
-    with atomic_path(path) as tmp: save_file({k: v.detach().cpu().contiguous().clone() for k,v in getattr(learn.model.body, 'net', learn.model.body).state_dict().items()}, tmp)
+    with atomic_path(path) as tmp:
+        save_file({k: v.detach().cpu().contiguous().clone()
+            for k,v in getattr(learn.model.body, 'net', learn.model.body).state_dict().items()}, tmp)

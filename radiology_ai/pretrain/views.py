@@ -32,7 +32,9 @@ def radiograph_views(
     "How a view of a radiograph is drawn. Raises `DataError`."
     if not 0<=strength<=3: raise DataError(f"strength is {strength}", "Give a number from 0 to 3")
     spread = lambda most: (1/(1+most*strength), 1+most*strength)
-    settings = dict(rotation=12*strength, translation=0., scale=(1., 1.), crop=crop, brightness=.15*strength, contrast=spread(.5), gamma=spread(.5), noise=.03*strength, blur=.008*strength, flip=flip, p=1., anatomy=anatomy, seed=seed)
+    settings = dict(rotation=12*strength, translation=0., scale=(1., 1.), crop=crop, brightness=.15*strength,
+        contrast=spread(.5), gamma=spread(.5), noise=.03*strength, blur=.008*strength, flip=flip, p=1.,
+        anatomy=anatomy, seed=seed)
     return BatchAugment(**{**settings, **changes})
 
 # %% ../../nbs/50_pretrain.views.ipynb #15e2f86b
@@ -40,11 +42,14 @@ def _read_small(x, draw, side: int):
     "The images (B, C, side, side) that `draw` shows, read from `x` in one interpolation."
     h,w = x.shape[-2:]
     to_unit = torch.tensor([[2/w, 0, -1], [0, 2/h, -1], [0, 0, 1]], dtype=torch.float64)
-    theta = (to_unit @ torch.linalg.inv(draw.matrix(h, w)) @ torch.linalg.inv(to_unit))[:,:2].to(x.device, x.dtype)
-    return F.grid_sample(x, F.affine_grid(theta, (len(x), x.shape[1], side, side), align_corners=False), align_corners=False)
+    theta = (to_unit @ torch.linalg.inv(draw.matrix(h, w)) @ torch.linalg.inv(to_unit))[:,:2].to(x.device,
+        x.dtype)
+    return F.grid_sample(x, F.affine_grid(theta, (len(x), x.shape[1], side, side), align_corners=False),
+        align_corners=False)
 
 class Views:
-    "Random views of a batch (B, C, H, W) in [0, 1]. `views(x, k)` is a list of `n` tensors (B, C, H, W) and `n_small` tensors (B, C, side, side)."
+    """Random views of a batch (B, C, H, W) in [0, 1]. `views(x, k)` is a list of `n` tensors (B, C, H, W) and
+    `n_small` tensors (B, C, side, side)."""
     def __init__(self,
         n: int=2,             # whole views
         n_small: int=0,       # small crops
@@ -54,15 +59,21 @@ class Views:
         partners: bool=False, # the second half of a batch holds another image of each patient: every other view is of that
         seed: int=0,
     ):
-        if n<1 or n_small<0: raise DataError(f"There are to be {n} views and {n_small} small ones", "Give at least one view")
+        if n<1 or n_small<0:
+            raise DataError(f"There are to be {n} views and {n_small} small ones", "Give at least one view")
         self.n,self.n_small,self.side,self.partners = n,n_small,side,partners
         self.big = radiograph_views(seed=seed) if big is None else big
-        self.little = radiograph_views(crop=(.08, .4), seed=seed, flip=self.big.flip, anatomy=self.big.anatomy) if little is None else little
-        if n_small and {'perspective', 'elastic', 'erase', 'collimate', 'marker'} & set(self.little.ops()): raise DataError("Small crops only turn, shift, crop and expose", "Leave perspective, elastic, erase, collimate and marker out of `little`")
+        self.little = (radiograph_views(crop=(.08, .4), seed=seed, flip=self.big.flip,
+            anatomy=self.big.anatomy) if little is None else little)
+        if n_small and {'perspective', 'elastic', 'erase', 'collimate', 'marker'} & set(self.little.ops()):
+            raise DataError("Small crops only turn, shift, crop and expose",
+                "Leave perspective, elastic, erase, collimate and marker out of `little`")
 
     def __call__(self, x, k: int, partners: bool|None=None) -> list:
         x,partners = x.as_subclass(torch.Tensor).float(),self.partners if partners is None else partners
-        if partners and len(x)%2: raise DataError(f"A batch of {len(x)} has no partners", "Take the batches of `PatientBatchSampler`")
+        if partners and len(x)%2:
+            raise DataError(f"A batch of {len(x)} has no partners",
+                "Take the batches of `PatientBatchSampler`")
         parts = x.chunk(2) if partners else (x,)
         return [self._view(parts[v%len(parts)], v, k) for v in range(self.n + self.n_small)]
 
@@ -72,7 +83,8 @@ class Views:
         if v<self.n: return aug.apply(draw, x).image
         return expose_batch(_read_small(x, draw, self.side or max(16, round(x.shape[-1]*3/7/16)*16)), draw)
 
-    def __repr__(self): return f"Views(n={self.n}, n_small={self.n_small}, big={self.big}{f', little={self.little}' if self.n_small else ''}{', partners=True' if self.partners else ''})"
+    def __repr__(self):
+        return f"Views(n={self.n}, n_small={self.n_small}, big={self.big}{f', little={self.little}' if self.n_small else ''}{', partners=True' if self.partners else ''})"
 
 # %% ../../nbs/50_pretrain.views.ipynb #ee589f86
 class PatientBatchSampler(BatchSampler):
@@ -86,11 +98,15 @@ class PatientBatchSampler(BatchSampler):
         world: int=1,  # number of processes
     ):
         codes,names = pd.factorize(np.asarray(patients, object))
-        if (codes<0).any(): raise DataError(f"Row {int(np.argmin(codes))} has no patient", "Fill in patient_id, or go without partners")
+        if (codes<0).any():
+            raise DataError(f"Row {int(np.argmin(codes))} has no patient",
+                "Fill in patient_id, or go without partners")
         self.rows,self.counts = np.argsort(codes, kind='stable'),np.bincount(codes, minlength=1)
         self.starts = np.cumsum(self.counts) - self.counts
         self._prepare(len(names), bs, seed, rank, world)
-        if len(names)<bs*world: raise DataError(f"A batch of {bs*world} patients cannot be drawn from {len(names)}", f"Give bs of at most {len(names)//world}")
+        if len(names)<bs*world:
+            raise DataError(f"A batch of {bs*world} patients cannot be drawn from {len(names)}",
+                f"Give bs of at most {len(names)//world}")
         self.n_batches = self.n//bs//world*world
     def batches(self, epoch: int) -> np.ndarray:
         "The batches of an epoch as row numbers (number of batches, 2 bs)."
@@ -118,12 +134,19 @@ def ssl_dataloaders(
     check_leakage: bool=True, # refuse a manifest in which a patient is in two splits
     duplicates=None,          # pairs of equal images that must not be in two splits either
 ) -> XrayDataLoaders:
-    "Loaders of images without augmentation: batches are (TensorImage (B, channels, H, W) in [0, 1], TensorCategory (B,) with -1 for unknown). Raises `DataError`."
+    """Loaders of images without augmentation: batches are (TensorImage (B, channels, H, W) in [0, 1],
+    TensorCategory (B,) with -1 for unknown). Raises `DataError`."""
     rows = _two_splits(manifest, train, valid, check_leakage, duplicates)
     codes,vocab = category_codes(rows, labels) if labels is not None else (np.full(len(rows), -1), ['image'])
     is_train = (rows.split==train).to_numpy()
-    train_ds,valid_ds = (XrayDataset(store, rows[m], codes[m], vocab, k) for k,m in enumerate((is_train, ~is_train)))
-    if len(train_ds)<bs: raise DataError(f"There are {len(train_ds)} images to learn from, fewer than a batch of {bs}", "Add unlabelled images, or give a smaller bs")
-    sampler = PatientBatchSampler(train_ds.items.patient_id, bs, seed) if partners else ShuffledBatchSampler(len(train_ds), bs, seed, drop_last=True)
-    make = lambda ds, s: XrayDL(ds, bs, s, num_workers=n_workers, after_batch=_after_batch(channels, views=ds.views.shape[1]))
-    return XrayDataLoaders(make(train_ds, sampler), make(valid_ds, None), store=store, labels=labels, channels=channels).to(device or default_device())
+    train_ds,valid_ds = (XrayDataset(store, rows[m], codes[m], vocab, k)
+        for k,m in enumerate((is_train, ~is_train)))
+    if len(train_ds)<bs:
+        raise DataError(f"There are {len(train_ds)} images to learn from, fewer than a batch of {bs}",
+            "Add unlabelled images, or give a smaller bs")
+    sampler = (PatientBatchSampler(train_ds.items.patient_id, bs, seed) if partners
+        else ShuffledBatchSampler(len(train_ds), bs, seed, drop_last=True))
+    make = lambda ds, s: XrayDL(ds, bs, s, num_workers=n_workers,
+        after_batch=_after_batch(channels, views=ds.views.shape[1]))
+    return XrayDataLoaders(make(train_ds, sampler), make(valid_ds, None), store=store, labels=labels,
+        channels=channels).to(device or default_device())

@@ -23,15 +23,19 @@ def pseudo_labels(
     truth=None,            # column of the true class, or for several labels their columns in the vocabulary's order; None: unknown
     bs: int=64,            # images in a batch
 ) -> pd.DataFrame:
-    "`image_id`, `label` ('' for classes), `guess`, `confidence` and `truth` (NaN where unknown). Raises `DataError`."
+    """`image_id`, `label` ('' for classes), `guess`, `confidence` and `truth` (NaN where unknown). Raises
+    `DataError`."""
     for c in [truth] if isinstance(truth, str) else truth or []:
         if c not in rows: raise DataError(f"The rows have no column {c!r}", "Name a column that is there")
     p,vocab = predict_scores(learn, learn.dls.test_dl(rows, bs=bs), activation=True)[0],list(learn.dls.vocab)
     if np.asarray(learn.dls.train_ds.targets).ndim==1:
         known = rows[truth].to_numpy(object) if truth is not None else np.full(len(rows), np.nan, object)
-        return pd.DataFrame(dict(image_id=rows.image_id.to_numpy(), label='', guess=np.array(vocab, object)[p.argmax(1)], confidence=p.max(1), truth=known))
+        return pd.DataFrame(dict(image_id=rows.image_id.to_numpy(), label='',
+            guess=np.array(vocab, object)[p.argmax(1)], confidence=p.max(1), truth=known))
     known = rows[list(truth)].to_numpy(object) if truth is not None else np.full(p.shape, np.nan, object)
-    return pd.concat([pd.DataFrame(dict(image_id=rows.image_id.to_numpy(), label=v, guess=(p[:,k]>=.5).astype(int).astype(object), confidence=np.maximum(p[:,k], 1-p[:,k]), truth=known[:,k])) for k,v in enumerate(vocab)], ignore_index=True)
+    return pd.concat([pd.DataFrame(dict(image_id=rows.image_id.to_numpy(), label=v,
+        guess=(p[:,k]>=.5).astype(int).astype(object), confidence=np.maximum(p[:,k], 1-p[:,k]),
+        truth=known[:,k])) for k,v in enumerate(vocab)], ignore_index=True)
 
 # %% ../../nbs/54_semi.audit.ipynb #230f49fe
 def audit(
@@ -45,7 +49,8 @@ def audit(
         k = int((seen.guess==seen.truth).sum())
         right = wilson_ci(k, len(seen)) if len(seen) else (np.nan,)*3
         hit = ((of.confidence>=tau) & (of.guess==of.truth)).mean() if len(of) else np.nan
-        return dict(images=len(t), taken=len(taken)/max(len(t), 1), checked=len(seen), right=right[0], low=right[1], high=right[2], of_truth=hit)
+        return dict(images=len(t), taken=len(taken)/max(len(t), 1), checked=len(seen), right=right[0],
+            low=right[1], high=right[2], of_truth=hit)
     if table.empty: raise DataError("There are no guesses", "Give the table of pseudo_labels")
     out = {}
     for label,part in table.groupby('label', sort=False):
@@ -70,15 +75,19 @@ def draw_audit(
     "Left: how often a guess of some confidence is right. Right: what counts and what is right by threshold."
     import matplotlib.pyplot as plt
     seen = table[table.truth.notna()]
-    if seen.empty: raise DataError("No guess has a known truth", "Read some of the unlabelled images and name their column: truth=")
+    if seen.empty:
+        raise DataError("No guess has a known truth",
+            "Read some of the unlabelled images and name their column: truth=")
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(7, 2.6), dpi=80, layout='constrained')
     hit,where = (seen.guess==seen.truth).to_numpy(),np.minimum((seen.confidence*bins).astype(int), bins-1)
     for b in sorted(set(where)):
         p,low,high = wilson_ci(int(hit[where==b].sum()), int((where==b).sum()))
         axs[0].errorbar(seen.confidence[where==b].mean(), p, [[p-low], [high-p]], fmt='o', ms=4, color='C0')
-    axs[0].plot([0, 1], [0, 1], ':', color='.6'); axs[0].set(xlabel='confidence', ylabel='right', ylim=(-.03, 1.03))
+    axs[0].plot([0, 1], [0, 1], ':', color='.6')
+    axs[0].set(xlabel='confidence', ylabel='right', ylim=(-.03, 1.03))
     curve = audit_curve(table, np.linspace(seen.confidence.min(), .99, 40))
-    for k,name in enumerate(('taken', 'right')): axs[1].plot(curve.index, curve[name], label=name, color=f'C{k}')
+    for k,name in enumerate(('taken', 'right')):
+        axs[1].plot(curve.index, curve[name], label=name, color=f'C{k}')
     axs[1].fill_between(curve.index, curve.low, curve.high, color='C1', alpha=.2)
     axs[1].set(xlabel='threshold', ylim=(-.03, 1.03)); axs[1].legend(fontsize=8)
     return axs

@@ -28,7 +28,8 @@ class FixedThreshold:
     def __init__(self, tau: float=.95):
         if not 0<=tau<=1: raise ModelError(f"tau is {tau}", "Give a probability")
         self.tau,self.state = tau,{}
-    def begin(self, n, pool, shape, device): "`n` rows of the data set, of which `pool` come unlabelled; `shape` (L, K)."
+    def begin(self, n, pool, shape, device):
+        "`n` rows of the data set, of which `pool` come unlabelled; `shape` (L, K)."
     def __call__(self, p, rows): return (p.max(-1)[0]>=self.tau).to(p)
     def penalty(self, p, logp, used): "A further term of the loss, or None."
 
@@ -38,7 +39,8 @@ class FlexThreshold(FixedThreshold):
     def begin(self, n, pool, shape, device):
         self.pool,self.k = pool,shape[1]
         last = self.state.get('last')
-        if last is None or last.shape!=(n, shape[0]): self.state['last'] = torch.full((n, shape[0]), -1, device=device)
+        if last is None or last.shape!=(n, shape[0]):
+            self.state['last'] = torch.full((n, shape[0]), -1, device=device)
 
     def thresholds(self) -> torch.Tensor:
         "(L, K)"
@@ -74,11 +76,13 @@ class FreeThreshold(FixedThreshold):
         self._follow('tau', sure.mean(0))
         self._follow('mean', p.mean(0))
         self._follow('histogram', F.one_hot(said, p.shape[-1]).to(p).mean(0))
-        need = (self.state['tau'][:,None]*self.state['mean']/self.state['mean'].max(-1, keepdim=True)[0]).expand(len(p), -1, -1)
+        need = (self.state['tau'][:,None]*self.state['mean']/self.state['mean'].max(-1,
+            keepdim=True)[0]).expand(len(p), -1, -1)
         return (sure>=need.gather(-1, said[...,None])[...,0]).to(p)
 
     def penalty(self, p, logp, used):
-        "sum of a log b: a is the average guess over the average histogram, b the same of the strong views that count, both normalised."
+        """sum of a log b: a is the average guess over the average histogram, b the same of the strong views
+        that count, both normalised."""
         if not self.fairness: return None
         q,n = logp.exp(),used.sum(0)[:,None].clamp(min=1) # (B, L, K), (L, 1)
         histogram = (F.one_hot(q.argmax(-1), q.shape[-1]).to(q)*used[...,None]).sum(0)/n
@@ -100,15 +104,20 @@ class SoftThreshold(FixedThreshold):
         sigmas: float=1.,     # the variance is divided by its square: 1 in the paper, 2 in its authors' code
     ):
         super().__init__(0)
-        if not 0<=momentum<1 or not sigmas>0: raise ModelError(f"momentum is {momentum}, sigmas {sigmas}", "momentum is in [0, 1), sigmas above 0")
+        if not 0<=momentum<1 or not sigmas>0:
+            raise ModelError(f"momentum is {momentum}, sigmas {sigmas}",
+                "momentum is in [0, 1), sigmas above 0")
         self.momentum,self.sigmas = momentum,sigmas
     def begin(self, n, pool, shape, device):
-        if self.state.get('mu', torch.zeros(0)).shape!=shape[:1]: self.state.update(mu=torch.full(shape[:1], 1/shape[1], device=device), var=torch.ones(shape[0], device=device))
+        if self.state.get('mu', torch.zeros(0)).shape!=shape[:1]:
+            self.state.update(mu=torch.full(shape[:1], 1/shape[1], device=device),
+                var=torch.ones(shape[0], device=device))
     def __call__(self, p, rows):
         sure = p.max(-1)[0]
         if len(p)>1:
             self.state['mu'] = self.momentum*self.state['mu'].to(p) + (1-self.momentum)*sure.mean(0)
-            self.state['var'] = self.momentum*self.state['var'].to(p) + (1-self.momentum)*sure.var(0, unbiased=True)
+            self.state['var'] = self.momentum*self.state['var'].to(p) + (1-self.momentum)*sure.var(0,
+                unbiased=True)
         below = (sure-self.state['mu'].to(p)).clamp(max=0)
         return torch.exp(-below**2/(2*self.state['var'].to(p)/self.sigmas**2))
 
@@ -120,9 +129,11 @@ def consistency(
     temperature: float|None=None, # None: the class that is most probable
     weight=None,        # (K,) weight of each class
 ) -> torch.Tensor:
-    "Cross-entropy with the guesses as targets, divided by the number of all images (and labels); without a gradient through `p`."
+    """Cross-entropy with the guesses as targets, divided by the number of all images (and labels); without a
+    gradient through `p`."""
     p,said = p.detach(),p.argmax(-1)
-    each = -logp.gather(-1, said[...,None])[...,0] if temperature is None else -(sharpen(p, temperature)*logp).sum(-1)
+    each = (-logp.gather(-1, said[...,None])[...,0] if temperature is None
+        else -(sharpen(p, temperature)*logp).sum(-1))
     if weight is not None: used = used*weight.to(p)[said]
     return (each*used).mean()
 
@@ -130,7 +141,8 @@ def consistency(
 THRESHOLDS = dict(fixed=FixedThreshold, flex=FlexThreshold, free=FreeThreshold, soft=SoftThreshold)
 
 class FixMatch(SemiSupervised):
-    "Sure answers on weak views are the labels of strong ones. The Learner's `ema` evaluates the average of the weights, as the paper does."
+    """Sure answers on weak views are the labels of strong ones. The Learner's `ema` evaluates the average of
+    the weights, as the paper does."""
     def __init__(self,
         tau: float=.95,               # least probability of 'fixed' and 'flex'
         lambda_u: float=1.,           # weight of the unlabelled term
@@ -145,27 +157,39 @@ class FixMatch(SemiSupervised):
         **kwargs,                     # truth, collapse, seed, interleave, ramp_kind of `SemiSupervised`
     ):
         super().__init__(lambda_u, ramp, weak, align, in_scope, **kwargs)
-        if isinstance(threshold, str) and threshold not in THRESHOLDS: raise ModelError(f"threshold is {threshold!r}", f"Give one of {', '.join(map(repr, THRESHOLDS))}")
-        if temperature is not None and not temperature>0: raise ModelError(f"temperature is {temperature}", "Give a number above 0, or None for the class itself")
-        self.threshold = THRESHOLDS[threshold](**(dict(tau=tau) if threshold in ('fixed','flex') else {})) if isinstance(threshold, str) else threshold
-        self.settings |= dict(tau=tau, threshold=type(self.threshold).__name__, suppress=suppress, temperature=temperature, strong=repr(strong))
-        self.strong,self.suppress,self.temperature,self.state = strong or harsh(),suppress,temperature,self.threshold.state
+        if isinstance(threshold, str) and threshold not in THRESHOLDS:
+            raise ModelError(f"threshold is {threshold!r}", f"Give one of {', '.join(map(repr, THRESHOLDS))}")
+        if temperature is not None and not temperature>0:
+            raise ModelError(f"temperature is {temperature}",
+                "Give a number above 0, or None for the class itself")
+        self.threshold = (THRESHOLDS[threshold](**(dict(tau=tau) if threshold in ('fixed','flex') else {}))
+            if isinstance(threshold, str) else threshold)
+        self.settings |= dict(tau=tau, threshold=type(self.threshold).__name__, suppress=suppress,
+            temperature=temperature, strong=repr(strong))
+        self.strong = strong or harsh()
+        self.suppress = suppress
+        self.temperature = temperature
+        self.state = self.threshold.state
 
     def begin(self):
         shape = (self.n_out, 2) if self.multi else (1, self.n_out)
         self.threshold.begin(self.sampler.n, len(self.sampler.unlabelled), shape, self.device)
         self.rare = None
         if self.suppress is None: return
-        if self.multi: raise ModelError("suppress weighs classes, and these are several labels", "Leave it out")
+        if self.multi:
+            raise ModelError("suppress weighs classes, and these are several labels", "Leave it out")
         targets = np.asarray(self.learn.dls.train.dataset.targets)
-        self.rare = SuppressedConsistency(np.bincount(targets[targets>=0], minlength=self.n_out), self.suppress).weight.to(self.device)
+        self.rare = SuppressedConsistency(np.bincount(targets[targets>=0], minlength=self.n_out),
+            self.suppress).weight.to(self.device)
 
     def views(self, x, y, u):
-        return torch.cat([self.see('weak', self.weak, torch.cat([x, u])), self.see('strong', self.strong, u)]),y
+        return torch.cat([self.see('weak', self.weak, torch.cat([x, u])),
+            self.see('strong', self.strong, u)]),y
 
     def unlabelled_loss(self, rest):
         weak,strong = rest.chunk(2)
-        return self.compare(log_probabilities(weak.detach(), self.multi).exp(), log_probabilities(strong, self.multi))
+        return self.compare(log_probabilities(weak.detach(), self.multi).exp(),
+            log_probabilities(strong, self.multi))
 
 # %% ../../nbs/53_semi.fixmatch.ipynb #c772a3bb
 @patch
@@ -186,15 +210,18 @@ class FlexMatch(FixMatch):
 
 class FreeMatch(FixMatch):
     "FixMatch with thresholds from the network's own confidence, and a fairness term."
-    def __init__(self, momentum=.999, fairness=.001, **kwargs): super().__init__(threshold=FreeThreshold(momentum, fairness), **kwargs)
+    def __init__(self, momentum=.999, fairness=.001, **kwargs):
+        super().__init__(threshold=FreeThreshold(momentum, fairness), **kwargs)
 
 class SoftMatch(FixMatch):
     "FixMatch in which unsure images count a little; guesses are aligned to equal shares for the weights."
-    def __init__(self, momentum=.999, sigmas=1., align='uniform', **kwargs): super().__init__(threshold=SoftThreshold(momentum, sigmas), align=align, **kwargs)
+    def __init__(self, momentum=.999, sigmas=1., align='uniform', **kwargs):
+        super().__init__(threshold=SoftThreshold(momentum, sigmas), align=align, **kwargs)
 
 # %% ../../nbs/53_semi.fixmatch.ipynb #5d0f2f10
 class MeanTeacher(SemiSupervised):
-    "Agreement with the average of the network's past weights on another view. Give the Learner `ema=decay` to evaluate the average too."
+    """Agreement with the average of the network's past weights on another view. Give the Learner `ema=decay`
+    to evaluate the average too."""
     def __init__(self,
         decay: float=.99,     # of the teacher's weights
         lambda_u: float=10.,  # weight of the mean squared distance of the probabilities
@@ -225,7 +252,8 @@ class MeanTeacher(SemiSupervised):
 
     def unlabelled_loss(self, rest):
         weight = None if self.scope is None else torch.from_numpy(self.scope[self.rows]).to(self.answers)
-        self.note(self.answers, torch.ones_like(self.answers[...,0])*(1 if weight is None else weight[:,None]))
+        self.note(self.answers, torch.ones_like(self.answers[...,0])*(1 if weight is None
+            else weight[:,None]))
         return distance(self.answers, log_probabilities(rest, self.multi).exp(), weight)
 
 # %% ../../nbs/53_semi.fixmatch.ipynb #f98e24a3
@@ -241,7 +269,8 @@ def after_step(self:MeanTeacher):
 
 @patch
 def state_dict(self:MeanTeacher) -> dict:
-    return SemiSupervised.state_dict(self) | ({} if self.teacher is None else dict(teacher=dict(self.teacher.state_dict())))
+    return SemiSupervised.state_dict(self) | ({} if self.teacher is None
+        else dict(teacher=dict(self.teacher.state_dict())))
 
 @patch
 def load_state_dict(self:MeanTeacher, d):

@@ -48,7 +48,8 @@ def distance(
     p: torch.Tensor,  # (B, L, K) probabilities
     weight=None,      # (B,) weight of each image
 ) -> torch.Tensor:
-    "Squared distance of the probabilities divided by the number of classes and of all images (and labels); without a gradient through `q`."
+    """Squared distance of the probabilities divided by the number of classes and of all images (and labels);
+    without a gradient through `q`."""
     q = q.detach()
     known = ~torch.isnan(q)
     each = torch.where(known, torch.where(known, q, 0)-p, 0).square().mean(-1)
@@ -56,7 +57,8 @@ def distance(
 
 # %% ../../nbs/52_semi.mixmatch.ipynb #fbd48e39
 class MixMatch(SemiSupervised):
-    "Sharpened guesses on unlabelled images, mixed with the labelled ones. Give `semi_dataloaders` mu=1, as in the paper."
+    """Sharpened guesses on unlabelled images, mixed with the labelled ones. Give `semi_dataloaders` mu=1, as
+    in the paper."""
     def __init__(self,
         K: int=2,               # views of an unlabelled image for its guess
         T: float=.5,            # temperature of the sharpening
@@ -69,7 +71,9 @@ class MixMatch(SemiSupervised):
         **kwargs,               # truth, collapse, seed, interleave, ramp_kind of `SemiSupervised`
     ):
         super().__init__(lambda_u, ramp, weak, align, in_scope, **kwargs)
-        if K<1 or not T>0 or not alpha>0: raise ModelError(f"MixMatch got K {K}, T {T}, alpha {alpha}", "K is at least 1, T and alpha above 0")
+        if K<1 or not T>0 or not alpha>0:
+            raise ModelError(f"MixMatch got K {K}, T {T}, alpha {alpha}",
+                "K is at least 1, T and alpha above 0")
         self.settings |= dict(K=K, T=T, alpha=alpha)
         self.K,self.T,self.alpha = int(K),T,alpha
 

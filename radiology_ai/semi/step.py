@@ -10,7 +10,8 @@ __all__ = ['KIND', 'PairedDataset', 'check_kind', 'semi_dataloaders', 'log_proba
            'SemiSupervised', 'GuessFigure']
 
 # %% ../../nbs/50_semi.step.ipynb #e613e37c
-import math, warnings
+import math
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -34,7 +35,8 @@ from ..vision.mix import CutMix, MixUp
 
 # %% ../../nbs/50_semi.step.ipynb #c96849a1
 class PairedDataset(XrayDataset):
-    "An `XrayDataset` for batches of `bs` labelled rows and unlabelled ones after them, whose labels are hidden: -1, or NaN."
+    """An `XrayDataset` for batches of `bs` labelled rows and unlabelled ones after them, whose labels are
+    hidden: -1, or NaN."""
     bs = None
     def batch(self, rows: list) -> tuple:
         "The images of `rows` and their targets; only the first `bs` are told."
@@ -45,21 +47,30 @@ class PairedDataset(XrayDataset):
 
 def _both_splits(manifest, train, valid, check_leakage, duplicates):
     "The rows to train on and those to validate on; labelled or not, no patient is in both."
-    if 'split' not in manifest: raise DataError("The manifest has no column 'split'", "Divide it with `patient_split`")
+    if 'split' not in manifest:
+        raise DataError("The manifest has no column 'split'", "Divide it with `patient_split`")
     if check_leakage: assert_no_leakage(manifest, duplicates=duplicates)
     for s in (train, valid):
-        if not (manifest.split==s).any(): raise DataError(f"No row has split = {s!r}", "Divide the manifest with `patient_split`, or name its splits with train= and valid=")
+        if not (manifest.split==s).any():
+            raise DataError(f"No row has split = {s!r}",
+                "Divide the manifest with `patient_split`, or name its splits with train= and valid=")
     return manifest[manifest.split==train],manifest[manifest.split==valid]
 
 def _check_labelled(targets, vocab, labels):
     "Every class has a labelled training image."
     known = targets>=0 if targets.ndim==1 else ~np.isnan(targets).all(1)
-    if not known.any(): raise DataError(f"No training image has a known label {labels!r}", "Label some of each class")
-    if known.all(): raise DataError(f"All {len(known)} training images are labelled, none is unlabelled", "Leave the label of unread images empty (NaN), or train with xray_dataloaders")
-    counts = np.bincount(targets[known], minlength=len(vocab)) if targets.ndim==1 else np.minimum((targets==1).sum(0), (targets==0).sum(0))
+    if not known.any():
+        raise DataError(f"No training image has a known label {labels!r}", "Label some of each class")
+    if known.all():
+        raise DataError(f"All {len(known)} training images are labelled, none is unlabelled",
+            "Leave the label of unread images empty (NaN), or train with xray_dataloaders")
+    counts = (np.bincount(targets[known], minlength=len(vocab)) if targets.ndim==1
+        else np.minimum((targets==1).sum(0), (targets==0).sum(0)))
     if (lost := np.flatnonzero(counts==0)).size:
         what = 'labelled training image' if targets.ndim==1 else 'labelled training image of 1, or none of 0'
-        raise DataError(f"{vocab[lost[0]]} has no {what} (there are {int(known.sum())} labelled images for {len(vocab)} {'classes' if targets.ndim==1 else 'labels'})", "Label at least one image of each class, or leave the class out")
+        raise DataError(f"{vocab[lost[0]]} has no {what} (there are {int(known.sum())} labelled images for "
+            f"{len(vocab)} {'classes' if targets.ndim==1 else 'labels'})",
+            "Label at least one image of each class, or leave the class out")
 
 # %% ../../nbs/50_semi.step.ipynb #f08066c6
 KIND = ('Modality','BodyPartExamined','view')
@@ -69,15 +80,18 @@ def check_kind(
     known,              # (N,) bool, which are labelled
     most: float=.5,     # an error if more than this share of the unlabelled images is of another kind
 ):
-    "Raises `DataError`, or warns, where unlabelled images are of a kind (`KIND`, as far as the columns are there) that no labelled image is."
+    """Raises `DataError`, or warns, where unlabelled images are of a kind (`KIND`, as far as the columns are
+    there) that no labelled image is."""
     known = np.asarray(known, bool)
     for column in (c for c in KIND if c in rows):
         v = rows[column].astype(object).where(rows[column].notna(), '').astype(str)
         here = set(v[known]) - {''}
         other = v[~known][lambda o: (o!='') & ~o.isin(here)]
         if not here or not len(other): continue
-        share,what = len(other)/(~known).sum(),f"{len(other)} of {(~known).sum()} unlabelled images have {column} = {other.mode()[0]!r}, the labelled ones {', '.join(map(repr, sorted(here)))}"
-        if share>most: raise DataError(what, "Leave other images out (the out-of-scope filter finds them), or label some of them")
+        share = len(other)/(~known).sum()
+        what = f"{len(other)} of {(~known).sum()} unlabelled images have {column} = {other.mode()[0]!r}, the labelled ones {', '.join(map(repr, sorted(here)))}"
+        if share>most:
+            raise DataError(what, "Leave other images out (the out-of-scope filter finds them), or label some of them")
         warnings.warn(f"{what}: they may be out of scope", stacklevel=3)
 
 # %% ../../nbs/50_semi.step.ipynb #67cfbc5a
@@ -101,24 +115,32 @@ def semi_dataloaders(
     duplicates=None,             # pairs of equal images (`find_copies`) that must not be in two splits either
     valid_bs: int=64,            # images in a batch of validation
 ) -> XrayDataLoaders:
-    "Loaders whose training batches hold `bs` labelled rows and then round(mu*bs) others with targets -1 or NaN, without transforms: the callback makes the views. Raises `DataError`."
+    """Loaders whose training batches hold `bs` labelled rows and then round(mu*bs) others with targets -1 or
+    NaN, without transforms: the callback makes the views. Raises `DataError`."""
     labels = labels if isinstance(labels, str) else list(labels)
     rows,held = _both_splits(manifest, train, valid, check_leakage, duplicates)
-    if isinstance(labels, str): vocab = category_codes(pd.concat([rows, held]).dropna(subset=[labels]) if labels in rows else rows, labels, vocab)[1]
-    make = (lambda r: category_codes(r, labels, vocab)[0]) if isinstance(labels, str) else lambda r: label_matrix(r, labels)
+    if isinstance(labels, str):
+        vocab = category_codes(pd.concat([rows, held]).dropna(subset=[labels]) if labels in rows else rows,
+            labels, vocab)[1]
+    make = ((lambda r: category_codes(r, labels, vocab)[0]) if isinstance(labels, str)
+        else lambda r: label_matrix(r, labels))
     vocab = vocab if isinstance(labels, str) else labels
     is_known = lambda t: t>=0 if t.ndim==1 else ~np.isnan(t).all(1)
     y,y_held = make(rows),make(held)
     _check_labelled(y, vocab, labels)
     check_kind(rows, is_known(y))
-    if not is_known(y_held).any(): raise DataError(f"No image of the split {valid!r} has a known label", "Add labels")
-    if not (k := is_known(y_held)).all(): warnings.warn(f"{int((~k).sum())} of {len(k)} images to validate on have no known label and are left out", stacklevel=2)
-    train_ds,valid_ds = PairedDataset(store, rows, y, vocab, 0),XrayDataset(store, held[k], y_held[k], vocab, 1)
+    if not is_known(y_held).any():
+        raise DataError(f"No image of the split {valid!r} has a known label", "Add labels")
+    if not (k := is_known(y_held)).all():
+        warnings.warn(f"{int((~k).sum())} of {len(k)} images to validate on have no known label and are left out", stacklevel=2)
+    train_ds = PairedDataset(store, rows, y, vocab, 0)
+    valid_ds = XrayDataset(store, held[k], y_held[k], vocab, 1)
     train_ds.bs = int(bs)
     codes = np.where(y>=0, y, np.nan) if y.ndim==1 else y
     sampler = PairedBatchSampler(codes, bs, mu, min_per_class, n_batches, seed, among=among)
     loader = lambda ds, n, s: XrayDL(ds, n, s, num_workers=n_workers, after_batch=_after_batch(channels))
-    dls = XrayDataLoaders(loader(train_ds, sampler.bs+sampler.n_unlabelled, sampler), loader(valid_ds, valid_bs, None), store=store, labels=labels, channels=channels)
+    dls = XrayDataLoaders(loader(train_ds, sampler.bs+sampler.n_unlabelled, sampler),
+        loader(valid_ds, valid_bs, None), store=store, labels=labels, channels=channels)
     return dls.to(device or default_device())
 
 # %% ../../nbs/50_semi.step.ipynb #8a39b160
@@ -151,7 +173,8 @@ def as_target(
 # %% ../../nbs/50_semi.step.ipynb #cf64cf09
 @contextmanager
 def frozen_statistics(model):
-    "Inside this context the running averages of BatchNorm do not move; in training mode each batch is still normalised by itself."
+    """Inside this context the running averages of BatchNorm do not move; in training mode each batch is still
+    normalised by itself."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     for m in norms: m.track_running_stats = False
     try: yield
@@ -162,7 +185,8 @@ def interleaved(
     sizes: list,  # images of each kind, in their order
     parts: int,   # pieces into which the batch will be cut
 ) -> np.ndarray:
-    "The order in which each of `parts` equal pieces of the batch holds the same share of each kind, as far as it can be divided."
+    """The order in which each of `parts` equal pieces of the batch holds the same share of each kind, as far
+    as it can be divided."""
     kinds = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     place = np.concatenate([(np.arange(n)+.5)/n for n in sizes if n]) # evenly along the batch
     return np.concatenate([k for k in kinds if len(k)])[np.argsort(place, kind='stable')]
@@ -180,8 +204,10 @@ def ramp_up(
 
 # %% ../../nbs/50_semi.step.ipynb #57717eee
 class Alignment:
-    "Guesses (B, L, K) held to the shares `prior` (L, K); the mean guess is that of the last `n` batches, this one included."
-    def __init__(self, prior: torch.Tensor, n: int=128): self.prior,self.means,self.n = prior,prior.new_zeros(0, *prior.shape),n
+    """Guesses (B, L, K) held to the shares `prior` (L, K); the mean guess is that of the last `n` batches,
+    this one included."""
+    def __init__(self, prior: torch.Tensor, n: int=128):
+        self.prior,self.means,self.n = prior,prior.new_zeros(0, *prior.shape),n
     def __call__(self, p):
         self.means = torch.cat([self.means.to(p), p.mean(0)[None]])[-self.n:]
         q = p*((self.prior.to(p)+1e-6)/(self.means.mean(0)+1e-6))
@@ -194,25 +220,32 @@ def class_shares(
 ) -> torch.Tensor:
     "(L, K) shares for `Alignment`. Raises `ModelError`."
     multi = np.ndim(targets)==2
-    if isinstance(align, str) and align not in ('labels','uniform'): raise ModelError(f"align is {align!r}", "Give 'labels', 'uniform' or the share of each class")
+    if isinstance(align, str) and align not in ('labels','uniform'):
+        raise ModelError(f"align is {align!r}", "Give 'labels', 'uniform' or the share of each class")
     if isinstance(align, str) and align=='uniform': v = np.full(n, .5 if multi else 1/n)
-    elif isinstance(align, str): v = np.nanmean(targets, 0) if multi else np.bincount(targets[targets>=0], minlength=n)/(targets>=0).sum()
+    elif isinstance(align, str):
+        v = (np.nanmean(targets, 0) if multi else np.bincount(targets[targets>=0],
+            minlength=n)/(targets>=0).sum())
     else: v = np.asarray(align, float)
-    if v.shape!=(n,) or not (v>=0).all() or (not multi and abs(v.sum()-1)>1e-3) or (multi and (v>1).any()): raise ModelError(f"align is {np.asarray(align).tolist()}", f"Give {n} shares in [0, 1]{'' if multi else ' that sum to 1'}")
+    if v.shape!=(n,) or not (v>=0).all() or (not multi and abs(v.sum()-1)>1e-3) or (multi and (v>1).any()):
+        raise ModelError(f"align is {np.asarray(align).tolist()}",
+            f"Give {n} shares in [0, 1]{'' if multi else ' that sum to 1'}")
     v = torch.tensor(v, dtype=torch.float32)
     return torch.stack([1-v, v], -1) if multi else v[None]
 
 # %% ../../nbs/50_semi.step.ipynb #7fbf62bf
 def gentle(**changes) -> BatchAugment:
     "The weak view: a small shift, turn and zoom."
-    return BatchAugment(**{**dict(rotation=5, translation=.06, scale=(.95, 1.05), brightness=0, contrast=0, gamma=(1, 1), noise=0, p=1.), **changes})
+    return BatchAugment(**{**dict(rotation=5, translation=.06, scale=(.95, 1.05), brightness=0, contrast=0,
+        gamma=(1, 1), noise=0, p=1.), **changes})
 
 def harsh(level: float=6, n_ops: int=3, **changes) -> BatchAugment:
     "The strong view: RandAugment, of which a blanked rectangle, a collimator and salt are operations too."
     return rand_augment(level, n_ops, **changes)
 
 class SemiSupervised(Callback):
-    "Base of the methods that learn from unlabelled images. A subclass has `views` and `unlabelled_loss`. Raises `ModelError` or `DataError`."
+    """Base of the methods that learn from unlabelled images. A subclass has `views` and `unlabelled_loss`.
+    Raises `ModelError` or `DataError`."""
     order,run_valid = 2,False # after the checks of the batch, before Accumulate and Precision
     def __init__(self,
         lambda_u: float=1.,      # weight of the unlabelled term
@@ -226,11 +259,27 @@ class SemiSupervised(Callback):
         interleave: int=1,       # pieces into which the batch will be cut (DataParallel)
         ramp_kind: str='linear', # or 'sigmoid'
     ):
-        if not lambda_u>=0 or not ramp>=0: raise ModelError(f"lambda_u is {lambda_u}, ramp {ramp}", "Neither is negative")
-        if collapse not in ('warn','stop','') or ramp_kind not in ('linear','sigmoid'): raise ModelError(f"collapse is {collapse!r}, ramp_kind {ramp_kind!r}", "collapse is 'warn', 'stop' or '', ramp_kind 'linear' or 'sigmoid'")
-        self.settings = {k: v if v is None or isinstance(v, (bool, int, float, str)) else repr(v) for k,v in locals().items() if k not in ('self','__class__')}
-        self.lambda_u,self.ramp,self.ramp_kind,self.weak,self.align,self.in_scope,self.truth = lambda_u,ramp,ramp_kind,weak or gentle(),align,in_scope,truth
-        self.collapse,self.seed,self.interleave,self.batches,self.alignment,self.figures,self.state = collapse,seed,interleave,0,None,[],{}
+        if not lambda_u>=0 or not ramp>=0:
+            raise ModelError(f"lambda_u is {lambda_u}, ramp {ramp}", "Neither is negative")
+        if collapse not in ('warn','stop','') or ramp_kind not in ('linear','sigmoid'):
+            raise ModelError(f"collapse is {collapse!r}, ramp_kind {ramp_kind!r}",
+                "collapse is 'warn', 'stop' or '', ramp_kind 'linear' or 'sigmoid'")
+        self.settings = {k: v if v is None or isinstance(v, (bool, int, float, str)) else repr(v)
+            for k,v in locals().items() if k not in ('self','__class__')}
+        self.lambda_u = lambda_u
+        self.ramp = ramp
+        self.ramp_kind = ramp_kind
+        self.weak = weak or gentle()
+        self.align = align
+        self.in_scope = in_scope
+        self.truth = truth
+        self.collapse = collapse
+        self.seed = seed
+        self.interleave = interleave
+        self.batches = 0
+        self.alignment = None
+        self.figures = []
+        self.state = {}
 
     def views(self, x, y, u): raise NotImplementedError
     def unlabelled_loss(self, rest): raise NotImplementedError
@@ -240,27 +289,39 @@ class SemiSupervised(Callback):
 def before_fit(self:SemiSupervised):
     dl = self.learn.dls.train
     self.sampler = getattr(dl, 'sampler', None)
-    if not isinstance(self.sampler, PairedBatchSampler): raise DataError(f"{type(self).__name__} got loaders without unlabelled images", "Make them with semi_dataloaders")
+    if not isinstance(self.sampler, PairedBatchSampler):
+        raise DataError(f"{type(self).__name__} got loaders without unlabelled images",
+            "Make them with semi_dataloaders")
     for t in dl.after_batch.fs:
-        if isinstance(t, (BatchAugment, MixUp, CutMix)): raise DataError(f"The training batches pass through {type(t).__name__} before {type(self).__name__} makes its views", f"Leave it out of the loaders and give it as weak= or strong= of {type(self).__name__}")
+        if isinstance(t, (BatchAugment, MixUp, CutMix)):
+            raise DataError(f"The training batches pass through {type(t).__name__} before "
+                f"{type(self).__name__} makes its views",
+                f"Leave it out of the loaders and give it as weak= or strong= of {type(self).__name__}")
     targets,self.n_out = np.asarray(dl.dataset.targets),len(self.learn.dls.vocab)
     self.multi,self.n,self.device = targets.ndim==2,self.sampler.bs,next(self.learn.model.parameters()).device
     self.draw_seed = getattr(self.learn, 'seed', 0) if self.seed is None else self.seed
-    if self.align is not None and self.alignment is None: self.alignment = Alignment(class_shares(self.align, targets, self.n_out).to(self.device))
+    if self.align is not None and self.alignment is None:
+        self.alignment = Alignment(class_shares(self.align, targets, self.n_out).to(self.device))
     self.scope,self.true = _column(dl.dataset.items, self.in_scope),None
-    if self.scope is not None and not ((self.scope>=0) & (self.scope<=1)).all(): raise DataError(f"Column {self.in_scope!r} holds weights outside 0 .. 1, or none", "Give each row a weight in [0, 1]")
-    if self.truth and self.multi: raise ModelError(f"truth is {self.truth!r}, and these are several labels", "Leave it out; pseudo_labels and audit hold them against the truth")
+    if self.scope is not None and not ((self.scope>=0) & (self.scope<=1)).all():
+        raise DataError(f"Column {self.in_scope!r} holds weights outside 0 .. 1, or none",
+            "Give each row a weight in [0, 1]")
+    if self.truth and self.multi:
+        raise ModelError(f"truth is {self.truth!r}, and these are several labels",
+            "Leave it out; pseudo_labels and audit hold them against the truth")
     if self.truth: self.true = category_codes(dl.dataset.items, self.truth, self.learn.dls.vocab)[0]
     self.expected,self.epoch_rows,self.warned = class_shares('labels', targets, self.n_out),(None, None),False
     n = self.ramp*self.learn.n_epoch*len(dl)
     self.ramp_steps = n if 0<self.ramp<1 else self.ramp
-    self.learn.metrics = list(self.learn.metrics) + [GuessFigure(self, k) for k in ('used','confidence', *(['guess_accuracy'] if self.true is not None else []))]
+    self.learn.metrics = list(self.learn.metrics) + [GuessFigure(self, k)
+        for k in ('used','confidence', *(['guess_accuracy'] if self.true is not None else []))]
     if hasattr(self.learn, 'settings'): self.learn.settings = self.learn.settings | {self.name: self.settings}
     self.begin()
 
 def _column(items, name):
     if name is None: return None
-    if name not in items: raise DataError(f"The manifest has no column {name!r}", "Name a column that is there")
+    if name not in items:
+        raise DataError(f"The manifest has no column {name!r}", "Name a column that is there")
     return items[name].to_numpy(float)
 
 class GuessFigure(Metric):
@@ -284,22 +345,26 @@ def before_train(self:SemiSupervised):
 @patch
 def generator(self:SemiSupervised, name: str) -> torch.Generator:
     "The generator of the current batch's draw `name`."
-    return torch.Generator().manual_seed(int(rng(self.draw_seed, type(self).__name__, name, self.batches).integers(2**62)))
+    return torch.Generator().manual_seed(int(rng(self.draw_seed, type(self).__name__, name,
+        self.batches).integers(2**62)))
 
 @patch
 def see(self:SemiSupervised, name: str, augment, x):
     "One view of each image of `x`, drawn under `name`."
-    if isinstance(augment, BatchAugment): return augment.apply(augment.draw(len(x), self.generator(name)), x).image
+    if isinstance(augment, BatchAugment):
+        return augment.apply(augment.draw(len(x), self.generator(name)), x).image
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(self.generator(name).initial_seed()%2**63)
         return augment(x)
 
 @patch
 def guess(self:SemiSupervised, x, model=None) -> torch.Tensor:
-    "The network's log-probabilities (B, L, K) on `x`, without a gradient and without a trace in the running statistics."
+    """The network's log-probabilities (B, L, K) on `x`, without a gradient and without a trace in the running
+    statistics."""
     model = self.learn.model if model is None else model
     kind = next((cb.kind for cb in self.learn.cbs if isinstance(cb, Precision)), None)
-    cast = nullcontext() if kind is None else torch.autocast(self.device.type, torch.bfloat16 if kind=='bf16' else torch.float16)
+    cast = (nullcontext() if kind is None else torch.autocast(self.device.type,
+        torch.bfloat16 if kind=='bf16' else torch.float16))
     with torch.no_grad(), frozen_statistics(model), cast: return log_probabilities(model(x), self.multi)
 
 @patch
@@ -318,7 +383,10 @@ def before_batch(self:SemiSupervised):
 @patch
 def after_pred(self:SemiSupervised):
     pred = self.learn.pred
-    if not torch.is_tensor(pred) or pred.ndim!=2: raise ModelError(f"{type(self).__name__} needs logits (B, C) and the network gave {type(pred).__name__ if not torch.is_tensor(pred) else tuple(pred.shape)}", "Use a network with one output of classes or labels")
+    if not torch.is_tensor(pred) or pred.ndim!=2:
+        raise ModelError(f"{type(self).__name__} needs logits (B, C) and the network gave "
+            f"{type(pred).__name__ if not torch.is_tensor(pred) else tuple(pred.shape)}",
+            "Use a network with one output of classes or labels")
     if self.order_back is not None: pred = pred[self.order_back]
     self.learn.pred,self.rest = pred[:self.size],pred[self.size:]
 
@@ -330,7 +398,9 @@ def after_loss(self:SemiSupervised):
     self.weight_now = w
     self.learn.loss_grad = self.learn.loss_grad + w*self.last_loss
     self.learn.loss = self.learn.loss_grad.detach().clone()
-    if not torch.isfinite(self.learn.loss): raise ModelError(f"The unlabelled loss became {float(self.last_loss):g} in epoch {self.learn.epoch}, batch {self.learn.iter}", "Lower the learning rate or lambda_u")
+    if not torch.isfinite(self.learn.loss):
+        raise ModelError(f"The unlabelled loss became {float(self.last_loss):g} in epoch {self.learn.epoch}, "
+            f"batch {self.learn.iter}", "Lower the learning rate or lambda_u")
     self.rest = None
 
 # %% ../../nbs/50_semi.step.ipynb #67648785
@@ -360,7 +430,8 @@ def figure(self:SemiSupervised, name: str) -> float:
 @patch
 def after_train(self:SemiSupervised):
     if not self.collapse or self.warned or len(self.figures)<8: return
-    counts = torch.stack([c for _,c in self.figures[len(self.figures)//2:]]).sum(0).double().cpu() # (L, K), the epoch's second half
+    # (L, K), the epoch's second half
+    counts = torch.stack([c for _,c in self.figures[len(self.figures)//2:]]).sum(0).double().cpu()
     shares = counts/counts.sum(-1, keepdim=True)
     top,k = shares.max(-1)
     bad = (top>.995) & (self.expected.double().gather(-1, k[:,None])[:,0]<.9)
@@ -374,7 +445,8 @@ def after_train(self:SemiSupervised):
 
 # %% ../../nbs/50_semi.step.ipynb #e40fd8db
 @patch
-def after_fit(self:SemiSupervised): self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, GuessFigure)]
+def after_fit(self:SemiSupervised):
+    self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, GuessFigure)]
 @patch
 def after_error(self:SemiSupervised): self.after_fit()
 

@@ -10,31 +10,37 @@ __all__ = ['DROPPED', 'SUBGROUPS', 'SAME', 'knee_manifest', 'check_grades', 'Gra
            'model_folders', 'fracture_logit', 'heat_maps', 'report_run', 'examples_of']
 
 # %% ../../nbs/70_tasks.knee.ipynb #1ed6dd94
-import json, shutil, sys, tempfile, warnings
+import json
+import shutil
+import sys
+import tempfile
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 # %% ../../nbs/70_tasks.knee.ipynb #6c45b56b
-from ..core import DataError, RadiologyError, StoreError
-from ..preprocess.store import ImageStore
-from ..data.labels import make_manifest, read_labels
-from ..data.duplicates import find_copies
-from ..data.split import assert_no_leakage, patient_folds, patient_split, save_split, split_hash
-from ..data.load import xray_dataloaders, xray_test_dl
-from ..vision.augment import BatchAugment
-from ..metrics.classification import Interval, youden_threshold
-from ..learner import ValidAUROC, predict_scores, run_record, xray_learner
 from ..bundle import load_bundle, save_bundle
-from ..explain import gradcam
+from ..callbacks import ValidAUROC
+from ..core import DataError, RadiologyError, StoreError
+from ..data.duplicates import find_copies
+from ..data.labels import make_manifest, read_labels
+from ..data.load import xray_dataloaders, xray_test_dl
+from ..data.split import assert_no_leakage, patient_folds, patient_split, save_split, split_hash
 from ..evaluation import evaluate_table
+from ..explain import gradcam
+from ..learner import predict_scores, run_record, xray_learner
+from ..metrics.intervals import Interval
+from ..metrics.operating import youden_threshold
 from ..modelcard import Example, ReportData
+from ..preprocess.store import ImageStore
 from ..report import choose_examples, write_report
+from ..vision.augment import BatchAugment
 
 # %% ../../nbs/70_tasks.knee.ipynb #3a1a6d38
 DROPPED = ('unreadable','no knee found','without a label') # why an image does not take part
@@ -44,15 +50,19 @@ def knee_manifest(
     labels,             # a table or its path, with `image_id` or `path` and the label column
     label: str,         # the label column: 1, 0 or NaN, or a grade 0, 1, 2, ...
 ) -> tuple[pd.DataFrame, dict]:
-    "The manifest of the images that take part, and the flow: how many were dropped and why. Raises `DataError` for a wrong label."
+    """The manifest of the images that take part, and the flow: how many were dropped and why. Raises
+    `DataError` for a wrong label."""
     labels = read_labels(labels) if isinstance(labels, (str, Path)) else labels
-    if label not in labels: raise DataError(f"The labels have no column {label!r}; their columns are {', '.join(map(str, labels.columns))}", "Name one of them with label=")
+    if label not in labels:
+        raise DataError(f"The labels have no column {label!r}; their columns are "
+            f"{', '.join(map(str, labels.columns))}", "Name one of them with label=")
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Joined on')
         df = make_manifest(store.index, labels)
     found,known = df.knee_found.fillna(True).astype(bool),df[label].notna()
     counts = len(store.errors),int((~found).sum()),int((found & ~known).sum())
-    flow = {'files': len(store)+len(store.errors), **dict(zip(DROPPED, counts)), 'used': int((found & known).sum())}
+    flow = {'files': len(store)+len(store.errors), **dict(zip(DROPPED, counts)),
+        'used': int((found & known).sum())}
     df = df[found & known].reset_index(drop=True)
     check_grades(df, label)
     return df.assign(**{label: df[label].astype(int)}), flow
@@ -61,12 +71,17 @@ def check_grades(df: pd.DataFrame, label: str):
     "A label is a whole number from 0, and there are at least two classes."
     values = pd.to_numeric(df[label], errors='coerce')
     wrong = df[values.isna() | (values<0) | (values%1!=0)]
-    if len(wrong): raise DataError(f"Column {label!r} holds {wrong[label].iloc[0]!r} for image {wrong.image_id.iloc[0]}", "Use 0, 1, 2, ... or leave it empty where it is unknown")
-    if values.nunique()<2: raise DataError(f"Column {label!r} has only one class among {len(df)} images: {sorted(values.unique().astype(int))}", "Two classes are needed to learn and to evaluate")
+    if len(wrong):
+        raise DataError(f"Column {label!r} holds {wrong[label].iloc[0]!r} for image {wrong.image_id.iloc[0]}",
+            "Use 0, 1, 2, ... or leave it empty where it is unknown")
+    if values.nunique()<2:
+        raise DataError(f"Column {label!r} has only one class among {len(df)} images: "
+            f"{sorted(values.unique().astype(int))}", "Two classes are needed to learn and to evaluate")
 
 # %% ../../nbs/70_tasks.knee.ipynb #2209d8f4
 class GradedLoss(nn.Module):
-    "Cross-entropy of the grade plus `binary` times the cross-entropy of grade 0 against all others; logits (B, C), targets (B,)."
+    """Cross-entropy of the grade plus `binary` times the cross-entropy of grade 0 against all others; logits
+    (B, C), targets (B,)."""
     def __init__(self,
         weight=None,        # (C,) weights of the classes in the grade's term
         binary: float=1.,   # weight of the second term
@@ -74,7 +89,8 @@ class GradedLoss(nn.Module):
     ):
         super().__init__()
         self.binary,self.smoothing = binary,smoothing
-        self.register_buffer('weight', None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
+        self.register_buffer('weight', None if weight is None
+            else torch.as_tensor(weight, dtype=torch.float32))
 
     def forward(self, logits, target):
         if logits.ndim!=2 or target.shape!=logits.shape[:1]:
@@ -117,7 +133,8 @@ def knee_augment(
     seed: int=0, # of the draws
 ) -> BatchAugment:
     "The augmentation of the knee task: small rigid movements and exposure."
-    return BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.15, contrast=.2, gamma=(.8, 1.25), noise=.02, seed=seed)
+    return BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.15, contrast=.2,
+        gamma=(.8, 1.25), noise=.02, seed=seed)
 
 # %% ../../nbs/70_tasks.knee.ipynb #85212bab
 def fit_knee(
@@ -130,14 +147,19 @@ def fit_knee(
     s = settings
     vocab = list(range(int(manifest[s.label].max())+1))
     augment = knee_augment(s.seed)
-    dls = xray_dataloaders(store, manifest, s.label, bs=s.bs, vocab=vocab, min_per_class=s.min_per_class, batch_tfms=[augment], seed=s.seed)
-    learn = xray_learner(dls, s.arch, loss_func=GradedLoss(), metrics=ValidAUROC(against=0), pretrained=s.pretrained, lr=s.lr, seed=s.seed, show=show)
+    dls = xray_dataloaders(store, manifest, s.label, bs=s.bs, vocab=vocab, min_per_class=s.min_per_class,
+        batch_tfms=[augment], seed=s.seed)
+    learn = xray_learner(dls, s.arch, loss_func=GradedLoss(), metrics=ValidAUROC(against=0),
+        pretrained=s.pretrained, lr=s.lr, seed=s.seed, show=show)
     learn.fit_two_phase(s.epochs, head_epochs=s.head_epochs)
-    tables = [score_knees(learn, store, manifest[manifest.split==split], s.label) for split in ('valid','test')]
+    tables = [score_knees(learn, store, manifest[manifest.split==split], s.label)
+        for split in ('valid','test')]
     threshold = float(youden_threshold(tables[0].target, tables[0].score))
     return learn, threshold, pd.concat([t.assign(threshold=threshold) for t in tables], ignore_index=True)
 
-SUBGROUPS = {'PatientSex': 'sex', 'PatientAge': 'age', 'side': 'side', 'Modality': 'modality', 'Manufacturer': 'manufacturer'} # header columns that are kept beside the scores
+# header columns that are kept beside the scores
+SUBGROUPS = {'PatientSex': 'sex', 'PatientAge': 'age', 'side': 'side', 'Modality': 'modality',
+    'Manufacturer': 'manufacturer'}
 
 def score_knees(
     learn,               # a learner or a model
@@ -145,16 +167,20 @@ def score_knees(
     rows: pd.DataFrame,  # the manifest rows to score
     label: str,          # the label column
 ) -> pd.DataFrame:
-    "One row an image: identifiers, `target` (1: fractured), `score`, `grade` (the label), `grade_predicted`, `p_0`, `p_1`, ..."
+    """One row an image: identifiers, `target` (1: fractured), `score`, `grade` (the label),
+    `grade_predicted`, `p_0`, `p_1`, ..."""
     logits = predict_scores(learn, xray_test_dl(store, rows))[0]
     p = torch.as_tensor(np.asarray(logits)).float().softmax(1).numpy().astype(float)
-    out = rows[['image_id','path','patient_id','study_id','split', *(c for c in SUBGROUPS if c in rows)]].reset_index(drop=True)
+    out = rows[['image_id','path','patient_id','study_id','split',
+        *(c for c in SUBGROUPS if c in rows)]].reset_index(drop=True)
     grade = rows[label].astype(int).to_numpy()
-    out = out.assign(target=(grade>0).astype(int), score=fracture_score(p), grade=grade, grade_predicted=p.argmax(1))
+    out = out.assign(target=(grade>0).astype(int), score=fracture_score(p), grade=grade,
+        grade_predicted=p.argmax(1))
     return out.assign(**{f'p_{k}': p[:,k] for k in range(p.shape[1])})
 
 # %% ../../nbs/70_tasks.knee.ipynb #a7089ba5
-SAME = .9 # correlation from which two stored knees count as one film; cut out and evened, different knees reach .89, copies mostly .91 and more
+# correlation from which two stored knees count as one film; cut out and evened, different knees reach .89, copies mostly .91 and more
+SAME = .9
 
 def train_knee(
     store,           # an `ImageStore` or its folder
@@ -164,9 +190,11 @@ def train_knee(
     show: bool|None=None, # progress and a line an epoch on standard error; None: on a terminal
     **settings,      # of `KneeSettings`
 ) -> Path:
-    "Train the knee task; returns the run's folder. Raises `DataError`, `StoreError` or `ModelError`, and then leaves nothing behind."
+    """Train the knee task; returns the run's folder. Raises `DataError`, `StoreError` or `ModelError`, and
+    then leaves nothing behind."""
     s,out,show = KneeSettings(**settings),Path(out),sys.stderr.isatty() if show is None else show
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite: raise RadiologyError(f"{out} is there already", "Choose another folder, or give --overwrite")
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+        raise RadiologyError(f"{out} is there already", "Choose another folder, or give --overwrite")
     store = store if isinstance(store, ImageStore) else ImageStore(store)
     manifest,flow = knee_manifest(store, labels, s.label)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -174,12 +202,17 @@ def train_knee(
         tmp = Path(tmp)/'run'
         tmp.mkdir()
         copies = find_copies(store, ids=manifest.image_id.tolist(), least=SAME, show=show)
-        manifest,predictions,records = (_fit_folds if s.folds else _fit_once)(store, manifest, s, copies, tmp, show)
+        manifest,predictions,records = (_fit_folds if s.folds else _fit_once)(store, manifest, s, copies, tmp,
+            show)
         manifest.to_csv(tmp/'manifest.csv', index=False)
         predictions.to_csv(tmp/'predictions.csv', index=False)
-        flow |= {f'{k} images': int((manifest.split==k).sum()) for k in ('train','valid','test') if not s.folds}
-        record = {'task': 'knee', 'store': str(store.path.absolute()), 'settings': asdict(s), 'flow': flow, 'recipe': store.recipe.to_dict(), 'split_hash': split_hash(manifest), 'fits': records, 'copies': copies.to_dict('records'),
-                  'unreadable': store.errors[['path','cause']].assign(path=store.errors.path.map(lambda p: Path(p).name)).to_dict('records')}
+        flow |= {f'{k} images': int((manifest.split==k).sum()) for k in ('train','valid','test')
+            if not s.folds}
+        record = {'task': 'knee', 'store': str(store.path.absolute()), 'settings': asdict(s), 'flow': flow,
+            'recipe': store.recipe.to_dict(), 'split_hash': split_hash(manifest), 'fits': records,
+            'copies': copies.to_dict('records'),
+                  'unreadable': store.errors[['path',
+                  'cause']].assign(path=store.errors.path.map(lambda p: Path(p).name)).to_dict('records')}
         (tmp/'run.json').write_text(json.dumps(record, indent=1, default=float))
         if out.exists(): shutil.rmtree(out)
         tmp.rename(out)
@@ -188,7 +221,8 @@ def train_knee(
 def _fit_once(store, manifest, s, copies, out, show):
     "One split: the given one, or one drawn by patients."
     if 'split' not in manifest or manifest.split.isna().any() or (manifest.split=='').any():
-        manifest = patient_split(manifest, {'train': s.train, 'valid': s.valid, 'test': 1-s.train-s.valid}, label=s.label, seed=s.seed, duplicates=copies)
+        manifest = patient_split(manifest, {'train': s.train, 'valid': s.valid, 'test': 1-s.train-s.valid},
+            label=s.label, seed=s.seed, duplicates=copies)
     save_split(manifest, out/'split.csv', duplicates=copies)
     learn,threshold,predictions = fit_knee(store, manifest, s, show)
     _save(learn, store, manifest, s, threshold, out/'model')
@@ -196,7 +230,9 @@ def _fit_once(store, manifest, s, copies, out, show):
 
 def _fit_folds(store, manifest, s, copies, out, show):
     "Cross-validation: each fold is the test once, and the next one the validation."
-    folds,tables,records = patient_folds(manifest, s.folds, label=s.label, seed=s.seed, duplicates=copies),[],[]
+    folds = patient_folds(manifest, s.folds, label=s.label, seed=s.seed, duplicates=copies)
+    tables = []
+    records = []
     for k in range(s.folds):
         split = np.where(folds==k, 'test', np.where(folds==(k+1)%s.folds, 'valid', 'train'))
         learn,threshold,predictions = fit_knee(store, manifest.assign(split=split), s, show)
@@ -207,7 +243,8 @@ def _fit_folds(store, manifest, s, copies, out, show):
 
 def _save(learn, store, manifest, s, threshold, path):
     "The bundle of one fit."
-    save_bundle(learn, path, recipe=store.recipe, vocab=list(range(int(manifest[s.label].max())+1)), task='knee', arch=s.arch, threshold=threshold,
+    save_bundle(learn, path, recipe=store.recipe, vocab=list(range(int(manifest[s.label].max())+1)),
+        task='knee', arch=s.arch, threshold=threshold,
         card={'label': s.label, 'images': len(manifest), 'patients': int(manifest.patient_id.nunique())})
 
 # %% ../../nbs/70_tasks.knee.ipynb #40359e55
@@ -217,9 +254,12 @@ def read_run(
     "The record, the manifest and the predictions of a run. Raises `DataError` where something is missing."
     run = Path(run)
     missing = [n for n in ('run.json','manifest.csv','predictions.csv') if not (run/n).exists()]
-    if missing: raise DataError(f"{run} is not a run: {missing[0]} is missing", "Give a folder that radiology_ai train has written")
+    if missing:
+        raise DataError(f"{run} is not a run: {missing[0]} is missing",
+            "Give a folder that radiology_ai train has written")
     text = {c: str for c in ('image_id','patient_id','study_id','path','PatientAge','PatientSex')}
-    manifest,predictions = (pd.read_csv(run/f'{n}.csv', dtype=text, keep_default_na=False, na_values={'split': ['']}) for n in ('manifest','predictions'))
+    manifest,predictions = (pd.read_csv(run/f'{n}.csv', dtype=text, keep_default_na=False,
+        na_values={'split': ['']}) for n in ('manifest','predictions'))
     return json.loads((run/'run.json').read_text()),manifest,predictions
 
 @dataclass
@@ -236,36 +276,55 @@ class KneeEvaluation:
 
     def lines(self) -> list[str]:
         "The figures as a few lines of text."
-        f,one,said = self.figures,self.figures['labels'][0],lambda d: f"{d['value']:.3f} (95 % CI {d['low']:.3f} to {d['high']:.3f})" if not d['reason'] else f"n/a, {d['reason']}"
-        out = [f"{f['images']} test images of {f['patients']} patients, {one['positives']} positive", f"AUROC {said(one['auroc'])}", f"average precision {said(one['average_precision'])}"]
-        out += [f"{k} at threshold {one['threshold']:.3f}: {said(one['operating'][k])}" for k in ('sensitivity','specificity')]
-        return out + ([f"quadratic kappa of the grade {said(f['grades']['quadratic kappa'])}"] if f['grades'] else [])
+        f = self.figures
+        one = self.figures['labels'][0]
+        said = lambda d: f"{d['value']:.3f} (95 % CI {d['low']:.3f} to {d['high']:.3f})" if not d['reason'] else f"n/a, {d['reason']}"
+        out = [f"{f['images']} test images of {f['patients']} patients, {one['positives']} positive",
+            f"AUROC {said(one['auroc'])}", f"average precision {said(one['average_precision'])}"]
+        out += [f"{k} at threshold {one['threshold']:.3f}: {said(one['operating'][k])}"
+            for k in ('sensitivity','specificity')]
+        return out + ([f"quadratic kappa of the grade {said(f['grades']['quadratic kappa'])}"] if f['grades']
+            else [])
 
 def evaluate_run(
     run,         # a folder written by `train_knee`
     store=None,  # another `ImageStore` or its folder, to evaluate there
     labels=None, # its labels
 ) -> KneeEvaluation:
-    "The figures of a run on its own test patients, or on another store without any patient it was trained on."
+    """The figures of a run on its own test patients, or on another store without any patient it was trained
+    on."""
     record,manifest,predictions = read_run(run)
     label = record['settings']['label']
-    if not record['settings']['folds']: assert_no_leakage(manifest, duplicates=pd.DataFrame(record.get('copies', []))) # somebody may have edited the table
-    table = predictions[predictions.split=='test'].reset_index(drop=True) if store is None else _score_elsewhere(run, store, labels, label, manifest)
+    if not record['settings']['folds']:
+        # somebody may have edited the table
+        assert_no_leakage(manifest, duplicates=pd.DataFrame(record.get('copies', [])))
+    table = (predictions[predictions.split=='test'].reset_index(drop=True) if store is None
+        else _score_elsewhere(run, store, labels, label, manifest))
     table = table.rename(columns=SUBGROUPS)
-    return KneeEvaluation(label, table, evaluate_table(table, subgroups=[c for c in SUBGROUPS.values() if c in table], grade_names=list(range(int(table.filter(like='p_').shape[1])))))
+    return KneeEvaluation(label, table, evaluate_table(table,
+        subgroups=[c for c in SUBGROUPS.values() if c in table],
+        grade_names=list(range(int(table.filter(like='p_').shape[1])))))
 
 def _score_elsewhere(run, store, labels, label, manifest):
-    "The table of scores on another store, averaged over the run's models. Raises `DataError` where it holds patients or images of the training."
+    """The table of scores on another store, averaged over the run's models. Raises `DataError` where it holds
+    patients or images of the training."""
     store = store if isinstance(store, ImageStore) else ImageStore(store)
     other = knee_manifest(store, labels, label)[0].assign(split='test')
     learnt = manifest[manifest.split!='test'].assign(split='train')
-    try: copies = find_copies(ImageStore(read_run(run)[0]['store']), store, learnt.image_id.tolist(), other.image_id.tolist(), SAME, show=False)
-    except StoreError: copies = warnings.warn("The store of the training is gone: its images cannot be compared with these, only their identifiers", stacklevel=3)
+    try:
+        copies = find_copies(ImageStore(read_run(run)[0]['store']), store, learnt.image_id.tolist(),
+            other.image_id.tolist(), SAME, show=False)
+    except StoreError:
+        copies = warnings.warn("The store of the training is gone: its images cannot be compared with these, "
+            "only their identifiers", stacklevel=3)
     assert_no_leakage(pd.concat([learnt, other], ignore_index=True), duplicates=copies)
     tables = []
     for folder in model_folders(run):
         bundle = load_bundle(folder)
-        if bundle.recipe!=store.recipe: raise StoreError(f"The store was made by another recipe ({store.recipe.name}, {store.recipe.size} pixels) than the model's ({bundle.recipe.name}, {bundle.recipe.size})", "Preprocess the images by the model's recipe")
+        if bundle.recipe!=store.recipe:
+            raise StoreError(f"The store was made by another recipe ({store.recipe.name}, "
+                f"{store.recipe.size} pixels) than the model's ({bundle.recipe.name}, {bundle.recipe.size})",
+                "Preprocess the images by the model's recipe")
         tables.append(score_knees(bundle.model, store, other, label).assign(threshold=bundle.threshold))
     averaged = [c for c in tables[0] if c.startswith('p_') or c in ('score','threshold')]
     out = tables[0].assign(**{c: np.mean([t[c] for t in tables], axis=0) for c in averaged})
@@ -276,7 +335,8 @@ def model_folders(
 ) -> list[Path]:
     "The bundles of a run: `model`, or `fold_0/model`, `fold_1/model`, ...; a bundle itself."
     run = Path(run)
-    return [run] if (run/'bundle.json').exists() else [p for p in (run/'model', *sorted(run.glob('fold_*/model'))) if p.exists()] or [run]
+    return ([run] if (run/'bundle.json').exists()
+        else [p for p in (run/'model', *sorted(run.glob('fold_*/model'))) if p.exists()] or [run])
 
 # %% ../../nbs/70_tasks.knee.ipynb #d2da2e6d
 def fracture_logit(
@@ -309,11 +369,18 @@ def report_run(
     record,manifest,_ = read_run(run)
     s = record['settings']
     store = record['store'] if store is None and (Path(record['store'])/'index.parquet').exists() else store
-    facts = {'task': 'knee', 'architecture': s['arch'], 'seed': s['seed'], 'split hash': record['split_hash'], 'settings': s, 'recipe': record['recipe'], 'versions': record['fits'][0]['versions']}
-    d = ReportData(title='Fractures of the knee', table=evaluation.table, task='Does this frontal knee radiograph show a fracture of the tibial plateau?' if s['label'] in ('fractured','schatzker') else f"Is {s['label']} above 0?",
-        positive='fractured' if s['label'] in ('fractured','schatzker') else s['label'], negative='not', subgroups=tuple(c for c in SUBGROUPS.values() if c in evaluation.table),
-        grade_names=[str(k) for k in range(evaluation.table.filter(like='p_').shape[1])], manifest=manifest, flow={f'- {k}' if k in DROPPED else k: v for k,v in record['flow'].items()}, unreadable=record['unreadable'],
-        curves=[_curves(r) for r in record['fits']], examples=examples_of(run, evaluation, store) if store is not None else [], facts=facts)
+    facts = {'task': 'knee', 'architecture': s['arch'], 'seed': s['seed'], 'split hash': record['split_hash'],
+        'settings': s, 'recipe': record['recipe'], 'versions': record['fits'][0]['versions']}
+    d = ReportData(title='Fractures of the knee', table=evaluation.table,
+        task='Does this frontal knee radiograph show a fracture of the tibial plateau?'
+        if s['label'] in ('fractured','schatzker') else f"Is {s['label']} above 0?",
+        positive='fractured' if s['label'] in ('fractured','schatzker') else s['label'], negative='not',
+        subgroups=tuple(c for c in SUBGROUPS.values() if c in evaluation.table),
+        grade_names=[str(k) for k in range(evaluation.table.filter(like='p_').shape[1])], manifest=manifest,
+        flow={f'- {k}' if k in DROPPED else k: v for k,v in record['flow'].items()},
+        unreadable=record['unreadable'],
+        curves=[_curves(r) for r in record['fits']],
+        examples=examples_of(run, evaluation, store) if store is not None else [], facts=facts)
     return write_report(Path(out or run), replace(d, **more))
 
 def _curves(record: dict) -> list[dict]:
@@ -324,5 +391,7 @@ def examples_of(run, evaluation: KneeEvaluation, store) -> list[Example]:
     "True positives and the worst errors with their heat maps."
     store = store if isinstance(store, ImageStore) else ImageStore(store)
     rows = choose_examples(evaluation.table)
-    heat = heat_maps(load_bundle(model_folders(run)[0]).model, store, [store.position(i) for i in rows.image_id])
-    return [Example(r.kind, np.asarray(store[store.position(r.image_id)]), h, r.image_id, r.score, f'{evaluation.label} {r.grade}') for r,h in zip(rows.itertuples(), heat)]
+    heat = heat_maps(load_bundle(model_folders(run)[0]).model, store,
+        [store.position(i) for i in rows.image_id])
+    return [Example(r.kind, np.asarray(store[store.position(r.image_id)]), h, r.image_id, r.score,
+        f'{evaluation.label} {r.grade}') for r,h in zip(rows.itertuples(), heat)]

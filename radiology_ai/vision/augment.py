@@ -22,8 +22,28 @@ from kornia.geometry.transform import get_perspective_transform
 
 # %% ../../nbs/41_vision.augment.ipynb #6fa7fdcb
 from ..core import DataError, rng
-from .exposure import blur_, collimate_, erase_, expose_, expose_image, kernel_width, mark_, noise_, salt_pepper_, to_pixels
-from .geometry import BOX_FROM, by_image, clip_boxes, in_threads, move_boxes, move_points, read_images, warp
+from radiology_ai.vision.exposure import (
+    blur_,
+    collimate_,
+    erase_,
+    expose_,
+    expose_image,
+    kernel_width,
+    mark_,
+    noise_,
+    salt_pepper_,
+    to_pixels,
+)
+from radiology_ai.vision.geometry import (
+    BOX_FROM,
+    by_image,
+    clip_boxes,
+    in_threads,
+    move_boxes,
+    move_points,
+    read_images,
+    warp,
+)
 
 # %% ../../nbs/41_vision.augment.ipynb #1eb75412
 @dataclass
@@ -50,12 +70,15 @@ class Draw:
     marker: torch.Tensor|None=None  # (B, 5) x, y, height as fractions, letter (0: L, 1: R), brightness; NaN for none
 
     def __len__(self): return len(self.angle)
-    def __getitem__(self, index): return Draw(**{f.name: v[index] if torch.is_tensor(v:=getattr(self, f.name)) else v for f in fields(self)})
+    def __getitem__(self, index):
+        return Draw(**{f.name: v[index] if torch.is_tensor(v:=getattr(self, f.name)) else v
+            for f in fields(self)})
     def moved(self) -> torch.Tensor:
         "(B,) bool, whether the image moves at all."
         still = torch.tensor([0., 0, 1, 1], dtype=torch.float64)
         any_of = lambda v: torch.zeros(len(self), dtype=torch.bool) if v is None else (v!=0).flatten(1).any(1)
-        return ((self.angle!=0) | (self.dx!=0) | (self.dy!=0) | (self.zoom!=1) | self.flip | any_of(self.shear) | any_of(self.corners) | any_of(self.bend)
+        return ((self.angle!=0) | (self.dx!=0) | (self.dy!=0) | (self.zoom!=1) | self.flip
+            | any_of(self.shear) | any_of(self.corners) | any_of(self.bend)
                 | any_of(None if self.crop is None else self.crop-still))
 
 # %% ../../nbs/41_vision.augment.ipynb #e71cd97e
@@ -69,7 +92,8 @@ def matrix(self:Draw,
     a = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
     if self.shear is not None:
         tx,ty = self.shear.tan().T
-        a = a @ torch.stack([torch.stack([torch.ones_like(tx), tx], 1), torch.stack([ty, torch.ones_like(ty)], 1)], 1)
+        a = a @ torch.stack([torch.stack([torch.ones_like(tx), tx], 1),
+            torch.stack([ty, torch.ones_like(ty)], 1)], 1)
     m = torch.zeros(len(self), 3, 3, dtype=torch.float64)
     m[:,:2,0],m[:,:2,1],m[:,2,2] = a[:,:,0]*torch.where(self.flip, -1., 1.).to(a)[:,None],a[:,:,1],1
     m[:,0,2] = w/2 - m[:,0,0]*w/2 - m[:,0,1]*h/2 + self.dx*w
@@ -88,7 +112,8 @@ def matrix(self:Draw,
 def _span(name: str, value, neutral: float) -> tuple[float, float]:
     "A number v as (neutral - v, neutral + v); a pair as it is."
     lo,hi = (neutral-value, neutral+value) if np.ndim(value)==0 else value
-    if not (np.isfinite([lo, hi]).all() and lo<=hi): raise DataError(f"{name} is {value}", "Give a number, or a low and a high one")
+    if not (np.isfinite([lo, hi]).all() and lo<=hi):
+        raise DataError(f"{name} is {value}", "Give a number, or a low and a high one")
     if neutral==1 and lo<=0: raise DataError(f"{name} is {value}", "A factor must be above 0")
     return float(lo),float(hi)
 
@@ -96,7 +121,8 @@ SIDED = ('CHEST', 'ABDOMEN', 'HEART', 'THORAX') # a mirror image shows another p
 CELLS = 4 # of the elastic lattice along each side
 
 class BatchAugment(Transform):
-    "Random movement and exposure of a batch in [0, 1]; in fastai's `after_batch` it acts on the training set only."
+    """Random movement and exposure of a batch in [0, 1]; in fastai's `after_batch` it acts on the training
+    set only."""
     order,split_idx = 20,0
     def __init__(self,
         rotation=10.,         # degrees: +- this, or (low, high)
@@ -126,27 +152,57 @@ class BatchAugment(Transform):
         anatomy: str='',      # DICOM's BodyPartExamined, to refuse a flip where sides matter
     ):
         super().__init__()
-        for name,v in dict(flip=flip, erase=erase, p=p, min_visible=min_visible, collimate=collimate, marker=marker).items():
+        for name,v in dict(flip=flip, erase=erase, p=p, min_visible=min_visible, collimate=collimate,
+                marker=marker).items():
             if not 0<=v<=1: raise DataError(f"{name} is {v}", "Give a share between 0 and 1")
-        for name,v,most in (('perspective', perspective, .6), ('elastic', elastic, .2/CELLS), ('salt', salt, 1), ('blur', blur, .1)):
-            if not 0<=v<=most: raise DataError(f"{name} is {v}", f"Give a number from 0 to {most:g}; more would fold or ruin the image")
-        if box_from not in BOX_FROM: raise DataError(f"box_from is {box_from!r}", f"Give one of {', '.join(BOX_FROM)}")
-        if padding not in ('zeros','border','reflection'): raise DataError(f"padding is {padding!r}", "Give 'zeros', 'border' or 'reflection'")
+        for name,v,most in (('perspective', perspective, .6), ('elastic', elastic, .2/CELLS),
+                ('salt', salt, 1), ('blur', blur, .1)):
+            if not 0<=v<=most:
+                raise DataError(f"{name} is {v}",
+                    f"Give a number from 0 to {most:g}; more would fold or ruin the image")
+        if box_from not in BOX_FROM:
+            raise DataError(f"box_from is {box_from!r}", f"Give one of {', '.join(BOX_FROM)}")
+        if padding not in ('zeros','border','reflection'):
+            raise DataError(f"padding is {padding!r}", "Give 'zeros', 'border' or 'reflection'")
         if noise<0: raise DataError(f"noise is {noise}", "A standard deviation is not negative")
-        if flip and anatomy.upper() in SIDED: raise DataError(f"flip is {flip} for {anatomy}", "Left and right differ there: leave flip at 0")
-        if crop is not None and not 0<crop[0]<=crop[1]<=1: raise DataError(f"crop is {crop}", "Give the lowest and the highest share of the area, above 0 and at most 1")
-        self.rotation,self.translation,self.brightness = _span('rotation', rotation, 0),_span('translation', translation, 0),_span('brightness', brightness, 0)
-        self.scale,self.contrast,self.gamma = _span('scale', scale, 1),_span('contrast', contrast, 1),_span('gamma', gamma, 1)
+        if flip and anatomy.upper() in SIDED:
+            raise DataError(f"flip is {flip} for {anatomy}", "Left and right differ there: leave flip at 0")
+        if crop is not None and not 0<crop[0]<=crop[1]<=1:
+            raise DataError(f"crop is {crop}",
+                "Give the lowest and the highest share of the area, above 0 and at most 1")
+        self.rotation = _span('rotation', rotation, 0)
+        self.translation = _span('translation', translation, 0)
+        self.brightness = _span('brightness', brightness, 0)
+        self.scale = _span('scale', scale, 1)
+        self.contrast = _span('contrast', contrast, 1)
+        self.gamma = _span('gamma', gamma, 1)
         self.shear,self.aspect = _span('shear', shear, 0),_span('aspect', aspect, 1)
         if max(map(abs, self.shear))>=45: raise DataError(f"shear is {shear}", "Give less than 45 degrees")
-        self.flip,self.noise,self.erase,self.p,self.box_from,self.min_visible,self.padding,self.seed = flip,noise,erase,p,box_from,min_visible,padding,seed
-        self.perspective,self.elastic,self.crop,self.blur,self.salt,self.collimate,self.marker,self.anatomy = perspective,elastic,crop,blur,salt,collimate,marker,anatomy
+        self.flip = flip
+        self.noise = noise
+        self.erase = erase
+        self.p = p
+        self.box_from = box_from
+        self.min_visible = min_visible
+        self.padding = padding
+        self.seed = seed
+        self.perspective = perspective
+        self.elastic = elastic
+        self.crop = crop
+        self.blur = blur
+        self.salt = salt
+        self.collimate = collimate
+        self.marker = marker
+        self.anatomy = anatomy
         self.n_ops,self.calls = n_ops,0
-        if n_ops is not None and not 0<=n_ops<=len(self.ops()): raise DataError(f"n_ops is {n_ops} of {len(self.ops())} operations in use", "Give no more than there are")
+        if n_ops is not None and not 0<=n_ops<=len(self.ops()):
+            raise DataError(f"n_ops is {n_ops} of {len(self.ops())} operations in use",
+                "Give no more than there are")
 
     def ops(self) -> list[str]:
         "The operations in use."
-        neutral = dict(rotation=(0, 0), translation=(0, 0), scale=(1, 1), shear=(0, 0), perspective=0, elastic=0, crop=None, flip=0, brightness=(0, 0), contrast=(1, 1),
+        neutral = dict(rotation=(0, 0), translation=(0, 0), scale=(1, 1), shear=(0, 0), perspective=0,
+            elastic=0, crop=None, flip=0, brightness=(0, 0), contrast=(1, 1),
                        gamma=(1, 1), noise=0, blur=0, salt=0, erase=0, collimate=0, marker=0)
         return [k for k,v in neutral.items() if getattr(self, k)!=v]
 
@@ -154,9 +210,12 @@ class BatchAugment(Transform):
         k: int|None=None, # number of the batch; None: the next one
     ) -> torch.Generator:
         "The generator of the k-th batch."
-        return torch.Generator().manual_seed(int(rng(self.seed, 'augment', self.calls if k is None else k).integers(2**62)))
+        return torch.Generator().manual_seed(int(rng(self.seed, 'augment',
+            self.calls if k is None else k).integers(2**62)))
 
-    def __repr__(self): return 'BatchAugment(' + ', '.join(f'{k}={getattr(self, k)}' for k in [*self.ops(), 'p', 'n_ops', 'seed'] if getattr(self, k) is not None) + ')'
+    def __repr__(self):
+        return 'BatchAugment(' + ', '.join(f'{k}={getattr(self, k)}'
+            for k in [*self.ops(), 'p', 'n_ops', 'seed'] if getattr(self, k) is not None) + ')'
 
 # %% ../../nbs/41_vision.augment.ipynb #8b174a95
 def rand_augment(
@@ -170,8 +229,10 @@ def rand_augment(
     if level<1e-3: return BatchAugment(p=0)
     s = level/10
     spread = lambda most: (1/(1+s*(most-1)), 1+s*(most-1))
-    settings = dict(rotation=30*s, translation=.2*s, scale=spread(1.5), shear=20*s, perspective=.4*s, elastic=.05*s, crop=(1-.6*s, 1), brightness=.4*s, contrast=spread(2.5),
-                    gamma=spread(2.5), noise=.1*s, blur=.015*s, salt=.03*s, erase=.8*s, collimate=.8*s, marker=.8*s, flip=flip, n_ops=n_ops, p=1.)
+    settings = dict(rotation=30*s, translation=.2*s, scale=spread(1.5), shear=20*s, perspective=.4*s,
+        elastic=.05*s, crop=(1-.6*s, 1), brightness=.4*s, contrast=spread(2.5),
+                    gamma=spread(2.5), noise=.1*s, blur=.015*s, salt=.03*s, erase=.8*s, collimate=.8*s,
+                    marker=.8*s, flip=flip, n_ops=n_ops, p=1.)
     return BatchAugment(**{**settings, **changes})
 
 # %% ../../nbs/41_vision.augment.ipynb #e7cf5a0e
@@ -180,7 +241,8 @@ def _gates(self:BatchAugment, b, g):
     "Which operation acts on which image: name -> (B,) bool."
     ops = self.ops()
     move,light = (torch.rand(b, generator=g, dtype=torch.float64)<self.p for _ in range(2))
-    gates = {k: light if k in ('brightness','contrast','gamma','noise','blur','salt') else torch.full((b,), self.p>0) if k in ('flip','erase','collimate','marker') else move for k in ops}
+    gates = {k: light if k in ('brightness','contrast','gamma','noise','blur','salt')
+        else torch.full((b,), self.p>0) if k in ('flip','erase','collimate','marker') else move for k in ops}
     if self.n_ops is None: return gates
     rank = torch.rand(b, len(ops), generator=g).argsort(1).argsort(1)
     return {k: gate & (rank[:,i]<self.n_ops) for i,(k,gate) in enumerate(gates.items())}
@@ -199,24 +261,35 @@ def draw(self:BatchAugment,
     def gated(op, v, neutral):
         gate = gates.get(op, torch.zeros(b, dtype=torch.bool))
         return torch.where(gate.reshape(-1, *[1]*(v.ndim-1)), v, torch.as_tensor(neutral, dtype=v.dtype))
-    def chance(op, v): return torch.where(gated(op, (even(0, 1)<getattr(self, op)), False)[:,None], v, math.nan)
+    def chance(op, v):
+        return torch.where(gated(op, (even(0, 1)<getattr(self, op)), False)[:,None], v, math.nan)
     flip = gated('flip', even(0, 1)<self.flip, False)
     if flippable is not None: flip = flip & torch.as_tensor(flippable, dtype=torch.bool).cpu()
     rectangle = self._rectangle(even, log, (.02, .15), (.5, 2))
-    out = Draw(gated('rotation', even(*self.rotation)*math.pi/180, 0), gated('translation', even(*self.translation), 0), gated('translation', even(*self.translation), 0),
-        gated('scale', log(*self.scale), 1), flip, gated('brightness', even(*self.brightness), 0), gated('contrast', log(*self.contrast), 1), gated('gamma', log(*self.gamma), 1),
-        gated('noise', even(0, self.noise), 0), chance('erase', rectangle), int(torch.randint(2**62, (1,), generator=g)))
+    out = Draw(gated('rotation', even(*self.rotation)*math.pi/180, 0),
+        gated('translation', even(*self.translation), 0), gated('translation', even(*self.translation), 0),
+        gated('scale', log(*self.scale), 1), flip, gated('brightness', even(*self.brightness), 0),
+        gated('contrast', log(*self.contrast), 1), gated('gamma', log(*self.gamma), 1),
+        gated('noise', even(0, self.noise), 0), chance('erase', rectangle),
+        int(torch.randint(2**62, (1,), generator=g)))
     if 'shear' in gates: out.shear = gated('shear', even(*self.shear, 2)*math.pi/180, 0)
-    if 'perspective' in gates: out.corners = gated('perspective', even(0, self.perspective/2, 4, 2)*torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]]), 0)
-    if 'crop' in gates: out.crop = gated('crop', self._rectangle(even, log, self.crop, self.aspect), [0, 0, 1, 1])
-    if 'elastic' in gates: out.bend = gated('elastic', even(-self.elastic, self.elastic, 2, CELLS+3, CELLS+3), 0)
+    if 'perspective' in gates:
+        out.corners = gated('perspective', even(0, self.perspective/2, 4,
+            2)*torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]]), 0)
+    if 'crop' in gates:
+        out.crop = gated('crop', self._rectangle(even, log, self.crop, self.aspect), [0, 0, 1, 1])
+    if 'elastic' in gates:
+        out.bend = gated('elastic', even(-self.elastic, self.elastic, 2, CELLS+3, CELLS+3), 0)
     if 'blur' in gates: out.blur = gated('blur', even(0, self.blur), 0)
     if 'salt' in gates: out.salt = gated('salt', even(0, self.salt), 0)
-    if 'collimate' in gates: out.field = chance('collimate', torch.cat([even(0, .15, 2), 1-even(0, .15, 2), (even(0, 1, 1)>.8).double()*.95], 1))
+    if 'collimate' in gates:
+        out.field = chance('collimate', torch.cat([even(0, .15, 2), 1-even(0, .15, 2),
+            (even(0, 1, 1)>.8).double()*.95], 1))
     if 'marker' in gates:
         where,side = even(.05, .95),even(.04, .12) # along a border, and how far from it
         place = torch.stack([torch.where(even(0, 1)<.5, side, 1-side), where], 1)
-        out.marker = chance('marker', torch.stack([*place.T, even(.05, .1), (even(0, 1)<.5).double(), even(.85, 1)], 1))
+        out.marker = chance('marker', torch.stack([*place.T, even(.05, .1), (even(0, 1)<.5).double(),
+            even(.85, 1)], 1))
     return out
 
 @patch
@@ -231,7 +304,8 @@ def _rectangle(self:BatchAugment, even, log, area, aspect):
 def _expose_each(draw, shape):
     "The exposure of `draw` for one image after the other: f(i, array)."
     sigma = torch.zeros(len(draw)) if draw.blur is None else draw.blur*shape[-1]
-    rows,width = torch.stack([draw.gamma, draw.contrast, draw.brightness, sigma], 1).tolist(),kernel_width(sigma, shape)
+    rows = torch.stack([draw.gamma, draw.contrast, draw.brightness, sigma], 1).tolist()
+    width = kernel_width(sigma, shape)
     noise = draw.noise.tolist()
     return lambda i,image: expose_image(image, *rows[i], width, noise[i], (draw.seed, i))
 
@@ -252,7 +326,8 @@ def expose_batch(
     x: torch.Tensor, # (B, C, H, W) in [0, 1]
     draw: Draw,
 ) -> torch.Tensor:
-    "Gamma, contrast, brightness, blur, noise, salt and pepper, erasing, collimator and marker, in this order; the result is in [0, 1]."
+    """Gamma, contrast, brightness, blur, noise, salt and pepper, erasing, collimator and marker, in this
+    order; the result is in [0, 1]."""
     x = x.detach().clone()
     if not by_image(x): return _stamp(_expose_all(x, draw), draw)
     each,images = _expose_each(draw, x.shape),x.numpy()
@@ -270,13 +345,15 @@ class Augmented(NamedTuple):
 def _padded(x, k: int):
     "A list of (N_i, k) tensors as (B, N, k) with NaN."
     if torch.is_tensor(x): return x if x.is_floating_point() else x.float()
-    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(v).float().reshape(-1, k) for v in x], batch_first=True, padding_value=math.nan)
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(v).float().reshape(-1, k) for v in x],
+        batch_first=True, padding_value=math.nan)
 
 def _read(x, draw, moved, mode, padding):
     "The images that move, moved; exactly `x` for the others, as a new tensor."
     if not moved.any(): return x.clone()
     some = draw if moved.all() else draw[moved]
-    new = warp(x if moved.all() else x[moved.to(x.device)], some.matrix(*x.shape[-2:]), mode, padding, some.bend)
+    new = warp(x if moved.all() else x[moved.to(x.device)], some.matrix(*x.shape[-2:]), mode, padding,
+        some.bend)
     return new if moved.all() else x.index_put((moved.to(x.device),), new)
 
 @patch
@@ -290,13 +367,17 @@ def move(self:BatchAugment,
     _check_parts(self, draw, size, mask, boxes, points)
     if mask is not None:
         old = mask.as_subclass(torch.Tensor)
-        new = _read(old if mask.ndim==4 else old[:,None], draw, moved, 'nearest', 'reflection' if self.padding=='reflection' else 'zeros')
+        new = _read(old if mask.ndim==4 else old[:,None], draw, moved, 'nearest',
+            'reflection' if self.padding=='reflection' else 'zeros')
         if draw.field is not None: collimate_(new, draw.field, 0)
         mask = new.reshape(mask.shape).as_subclass(type(mask))
     if boxes is not None:
         old,given = _padded(boxes, 4),boxes
-        new = torch.where(moved[:,None,None].to(old.device), move_boxes(old, m, size, self.box_from, self.min_visible, draw.bend), old)
-        if draw.field is not None: new = clip_boxes(new, to_pixels(torch.where(draw.field.isnan(), torch.tensor([0., 0, 1, 1, 0]), draw.field)[:,:4], *size).to(new)[:,None], self.min_visible)
+        new = torch.where(moved[:,None,None].to(old.device),
+            move_boxes(old, m, size, self.box_from, self.min_visible, draw.bend), old)
+        if draw.field is not None:
+            new = clip_boxes(new, to_pixels(torch.where(draw.field.isnan(), torch.tensor([0., 0, 1, 1, 0]),
+                draw.field)[:,:4], *size).to(new)[:,None], self.min_visible)
         boxes,kept = new,torch.isfinite(new[...,0])
         if not torch.is_tensor(given):
             kept = [k[:len(b)] for k,b in zip(kept, given)]
@@ -314,13 +395,16 @@ def apply(self:BatchAugment,
     boxes=None,          # (B, N, 4) or a list of (N_i, 4), x1, y1, x2, y2 in pixels
     points=None,         # (B, N, 2) or a list of (N_i, 2), x, y in pixels
 ) -> Augmented:
-    "Carry out `draw`. Of several channels a black one is a view that was not taken and stays black. Raises `DataError` for pixels outside [0, 1] and for parts that do not belong together."
+    """Carry out `draw`. Of several channels a black one is a view that was not taken and stays black. Raises
+    `DataError` for pixels outside [0, 1] and for parts that do not belong together."""
     x = image.as_subclass(torch.Tensor)
     taken = x.amax((2, 3), keepdim=True)>0 if x.ndim==4 and x.shape[1]>1 else None
     _check_images(draw, x)
     parts = self.move(draw, x.shape[-2:], mask, boxes, points)
     moved,matrix = draw.moved(),draw.matrix(*x.shape[-2:])
-    if by_image(x): x = read_images(x, matrix, padding=self.padding, bend=draw.bend, moved=moved.tolist(), after=_expose_each(draw, x.shape))
+    if by_image(x):
+        x = read_images(x, matrix, padding=self.padding, bend=draw.bend, moved=moved.tolist(),
+            after=_expose_each(draw, x.shape))
     else: x = _expose_all(_read(x, draw, moved, 'bilinear', self.padding), draw)
     x = _stamp(x, draw)
     if taken is not None and not taken.all(): x = x*taken
@@ -328,20 +412,34 @@ def apply(self:BatchAugment,
 
 def _check_images(draw, x):
     "Raises `DataError` for what is no batch of images in [0, 1]."
-    if x.ndim!=4 or not x.is_floating_point() or len(x)!=len(draw): raise DataError(f"The batch is {tuple(x.shape)} of {x.dtype} for a draw of {len(draw)}", "Give float images (B, C, H, W), one for each entry of the draw")
+    if x.ndim!=4 or not x.is_floating_point() or len(x)!=len(draw):
+        raise DataError(f"The batch is {tuple(x.shape)} of {x.dtype} for a draw of {len(draw)}",
+            "Give float images (B, C, H, W), one for each entry of the draw")
     lo,hi = (float(v) for v in torch.aminmax(x)) if x.numel() else (0., 1.)
-    if not (lo>=-1e-3 and hi<=1+1e-3): raise DataError(f"The pixels reach from {lo:.4g} to {hi:.4g}", "Give pixels in [0, 1], before any normalisation")
+    if not (lo>=-1e-3 and hi<=1+1e-3):
+        raise DataError(f"The pixels reach from {lo:.4g} to {hi:.4g}",
+            "Give pixels in [0, 1], before any normalisation")
 
 def _check_parts(aug, draw, size, mask, boxes, points):
     "Raises `DataError` where masks, boxes or points do not belong to the images."
-    if mask is not None and (mask.ndim not in (3, 4) or tuple(mask.shape[-2:])!=tuple(size)): raise DataError(f"The mask is {tuple(mask.shape)} for images of {tuple(size)}", "Give masks of the images' height and width")
+    if mask is not None and (mask.ndim not in (3, 4) or tuple(mask.shape[-2:])!=tuple(size)):
+        raise DataError(f"The mask is {tuple(mask.shape)} for images of {tuple(size)}",
+            "Give masks of the images' height and width")
     for name,v in (('mask', mask), ('boxes', boxes), ('points', points)):
-        if v is not None and len(v)!=len(draw): raise DataError(f"There are {name} for {len(v)} images in a batch of {len(draw)}", "Give one entry for each image")
+        if v is not None and len(v)!=len(draw):
+            raise DataError(f"There are {name} for {len(v)} images in a batch of {len(draw)}",
+                "Give one entry for each image")
     for name,v,k in (('boxes', boxes, 4), ('points', points, 2)):
         for part in () if v is None else [v] if torch.is_tensor(v) else v:
-            if len(part) and (torch.as_tensor(part).shape[-1]!=k): raise DataError(f"The {name} are {tuple(torch.as_tensor(part).shape)}", f"Give {k} numbers each")
-            if name=='boxes' and len(part) and (torch.as_tensor(part)[...,2:]<torch.as_tensor(part)[...,:2]).any(): raise DataError("A box ends before it begins", "Give x1, y1, x2, y2 in pixels")
-    if aug.padding=='reflection' and draw.moved().any() and (boxes is not None or points is not None): raise DataError("padding='reflection' mirrors findings at the border, and boxes and points cannot follow", "Use 'zeros' or 'border'")
+            if len(part) and (torch.as_tensor(part).shape[-1]!=k):
+                raise DataError(f"The {name} are {tuple(torch.as_tensor(part).shape)}",
+                    f"Give {k} numbers each")
+            if (name=='boxes' and len(part) and (torch.as_tensor(part)[...,2:]<torch.as_tensor(part)[...,
+                    :2]).any()):
+                raise DataError("A box ends before it begins", "Give x1, y1, x2, y2 in pixels")
+    if aug.padding=='reflection' and draw.moved().any() and (boxes is not None or points is not None):
+        raise DataError("padding='reflection' mirrors findings at the border, and boxes and points cannot "
+            "follow", "Use 'zeros' or 'border'")
 
 # %% ../../nbs/41_vision.augment.ipynb #51bda4c1
 @patch
@@ -350,27 +448,36 @@ def augment(self:BatchAugment,
 ):
     "The next draw on a batch."
     images,targets = (b, ()) if torch.is_tensor(b) else (b[0], tuple(b[1:]))
-    draw = self.draw(len(images), flippable=next((t['flippable'] for t in targets if isinstance(t, dict) and 'flippable' in t), None))
+    draw = self.draw(len(images), flippable=next((t['flippable'] for t in targets if isinstance(t, dict)
+        and 'flippable' in t), None))
     self.calls += 1
     moved = tuple(self._move_target(draw, images.shape[-2:], t) for t in targets)
     image = self.apply(draw, images).image
     return image if torch.is_tensor(b) else (image, *moved)
 
-_ALONG = ('labels','flippable','image_id','image_ids','weight') # entries of a target that have no place in the image
+# entries of a target that have no place in the image
+_ALONG = ('labels','flippable','image_id','image_ids','weight')
 
 @patch
 def _move_target(self:BatchAugment, draw, size, t):
     "A mask, or a dict with `mask`, `boxes`, `points`, `labels`; classes and labels stay as they are."
-    if isinstance(t, (TensorPoint, TensorBBox)): raise DataError(f"BatchAugment got a {type(t).__name__}", "Give {'points': (B, N, 2), 'boxes': [(N_i, 4), ...]} in pixels")
+    if isinstance(t, (TensorPoint, TensorBBox)):
+        raise DataError(f"BatchAugment got a {type(t).__name__}",
+            "Give {'points': (B, N, 2), 'boxes': [(N_i, 4), ...]} in pixels")
     if isinstance(t, TensorMask): return self.move(draw, size, mask=t)[0]
-    if torch.is_tensor(t) and t.ndim>=3 and tuple(t.shape[-2:])==tuple(size): raise DataError(f"A target is a {type(t).__name__} {tuple(t.shape)} of the images' size", "Give masks as TensorMask or {'mask': ...}")
+    if torch.is_tensor(t) and t.ndim>=3 and tuple(t.shape[-2:])==tuple(size):
+        raise DataError(f"A target is a {type(t).__name__} {tuple(t.shape)} of the images' size",
+            "Give masks as TensorMask or {'mask': ...}")
     if not isinstance(t, dict): return t
-    if other := set(t)-{'mask','boxes','points',*_ALONG}: raise DataError(f"The target has {sorted(other)[0]!r}, which BatchAugment cannot move", f"It knows mask, boxes, points and {', '.join(_ALONG)}")
+    if other := set(t)-{'mask','boxes','points',*_ALONG}:
+        raise DataError(f"The target has {sorted(other)[0]!r}, which BatchAugment cannot move",
+            f"It knows mask, boxes, points and {', '.join(_ALONG)}")
     given = {k: t[k] for k in ('mask','boxes','points') if k in t}
     mask,boxes,points,kept = self.move(draw, size, **given)
     t = {**t, **{k: v for k,v in dict(mask=mask, boxes=boxes, points=points).items() if k in given}}
     if isinstance(kept, list) and 'labels' in t:
-        if [len(l) for l in t['labels']]!=[len(k) for k in kept]: raise DataError("There are not as many labels as boxes", "Give each box a label")
+        if [len(l) for l in t['labels']]!=[len(k) for k in kept]:
+            raise DataError("There are not as many labels as boxes", "Give each box a label")
         t['labels'] = [l[k.to(l.device)] for l,k in zip(t['labels'], kept)]
     return t
 

@@ -9,7 +9,8 @@ __all__ = ['expose_', 'kernel_width', 'blur_', 'noise_', 'salt_pepper_', 'normal
            'collimate_', 'mark_']
 
 # %% ../../nbs/40_vision.exposure.ipynb #b83f1937
-import functools, math
+import functools
+import math
 
 import cv2
 import numpy as np
@@ -40,7 +41,8 @@ def blur_(
     on = (sigma>.05).nonzero()[:,0]
     if not len(on): return x
     width,s = kernel_width(sigma, x.shape),sigma[on].to(x.device, x.dtype)
-    x[on.to(x.device)] = gaussian_blur2d(x[on.to(x.device)], (width, width), torch.stack([s, s], 1), border_type='reflect')
+    x[on.to(x.device)] = gaussian_blur2d(x[on.to(x.device)], (width, width), torch.stack([s, s], 1),
+        border_type='reflect')
     return x
 
 def noise_(
@@ -50,7 +52,8 @@ def noise_(
 ) -> torch.Tensor:
     "Normal noise added; one seed, one noise on one kind of device."
     if not (sd>0).any(): return x
-    return x.addcmul_(torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device, dtype=x.dtype), _each(sd, x))
+    return x.addcmul_(torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(seed),
+        device=x.device, dtype=x.dtype), _each(sd, x))
 
 def salt_pepper_(
     x: torch.Tensor,     # (B, C, H, W), changed
@@ -62,7 +65,8 @@ def salt_pepper_(
     count = (share*h*w).round().long()
     if not count.any(): return x
     g = torch.Generator().manual_seed(seed)
-    place,white = torch.randint(h*w, (int(count.sum()),), generator=g),torch.rand(int(count.sum()), generator=g)<.5
+    place = torch.randint(h*w, (int(count.sum()),), generator=g)
+    white = torch.rand(int(count.sum()), generator=g)<.5
     image = torch.arange(b).repeat_interleave(count)
     for value in (0, 1):
         chosen = white if value else ~white
@@ -72,7 +76,8 @@ def salt_pepper_(
 
 # %% ../../nbs/40_vision.exposure.ipynb #be5899d0
 @functools.cache
-def _quantiles() -> np.ndarray: return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64)+.5)/2**16).float().numpy()
+def _quantiles() -> np.ndarray:
+    return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64)+.5)/2**16).float().numpy()
 
 def normal(
     bits: np.random.BitGenerator, # fast ones are SFC64 and PCG64
@@ -94,7 +99,8 @@ def expose_image(
         x *= np.float32(contrast)
         x += np.float32(add)
     if sigma>.05:
-        for plane in x: cv2.GaussianBlur(plane, (width, width), sigma, dst=plane, borderType=cv2.BORDER_REFLECT_101)
+        for plane in x:
+            cv2.GaussianBlur(plane, (width, width), sigma, dst=plane, borderType=cv2.BORDER_REFLECT_101)
     if noise: x += normal(np.random.SFC64(seed), x.size).reshape(x.shape)*np.float32(noise)
     np.clip(x, 0, 1, out=x)
 
@@ -136,7 +142,8 @@ def collimate_(
 def _letters() -> np.ndarray:
     "(2, 64, 64) the letters L and R, 0 to 1."
     out = np.zeros((2, 64, 64), np.uint8)
-    for k,letter in enumerate('LR'): cv2.putText(out[k], letter, (8, 56), cv2.FONT_HERSHEY_SIMPLEX, 2.2, 255, 7, cv2.LINE_AA)
+    for k,letter in enumerate('LR'):
+        cv2.putText(out[k], letter, (8, 56), cv2.FONT_HERSHEY_SIMPLEX, 2.2, 255, 7, cv2.LINE_AA)
     return out.astype(np.float32)/255
 
 def mark_(
@@ -149,7 +156,8 @@ def mark_(
         cx,cy,size,letter,bright = marker[i].tolist()
         n = max(round(size*h), 4)
         x1,y1 = (int(min(max(round(c*s-n/2), 0), max(s-n, 0))) for c,s in ((cx, w), (cy, h)))
-        glyph = torch.from_numpy(cv2.resize(_letters()[int(letter)], (n, n), interpolation=cv2.INTER_AREA)*bright).to(x.device, x.dtype)
+        glyph = torch.from_numpy(cv2.resize(_letters()[int(letter)], (n, n),
+            interpolation=cv2.INTER_AREA)*bright).to(x.device, x.dtype)
         part = x[i,:,y1:y1+n,x1:x1+n]
         part.copy_(torch.maximum(part, glyph[:part.shape[1],:part.shape[2]]))
     return x

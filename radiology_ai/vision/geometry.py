@@ -9,7 +9,8 @@ __all__ = ['BOX_FROM', 'bending', 'bend_at', 'by_image', 'in_threads', 'read_ima
            'clip_boxes', 'move_boxes', 'unmove_boxes']
 
 # %% ../../nbs/40_vision.geometry.ipynb #a209d579
-import functools, math
+import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 
 # %% ../../nbs/40_vision.geometry.ipynb #4e74dcc1
 def _spline(t, k: int):
-    "(..., k) weights of k control values at `t`, 0 at one border and 1 at the other; beyond them the border's."
+    """(..., k) weights of k control values at `t`, 0 at one border and 1 at the other; beyond them the
+    border's."""
     s = (t.clamp(0, 1)*(k-3))[...,None] - torch.arange(-1, k-1, device=t.device, dtype=t.dtype)
     s = s.abs()
     return torch.where(s<1, 2/3 - s**2 + s**3/2, (2-s).clamp(min=0)**3/6)
@@ -43,7 +45,8 @@ def bend_at(
 
 # %% ../../nbs/40_vision.geometry.ipynb #a56a3f6a
 def _source(inverse, x, y, shift=None):
-    "Where new pixels were: (B, H, W) old x and y from (B, 3, 3), x (W,) and y (H,) and the bending in pixels; NumPy or PyTorch."
+    """Where new pixels were: (B, H, W) old x and y from (B, 3, 3), x (W,) and y (H,) and the bending in
+    pixels; NumPy or PyTorch."""
     a = inverse[...,None,None]
     x,y = x[None,None,:],y[None,:,None]
     if shift is not None: x,y = x+shift[:,0],y+shift[:,1]
@@ -57,7 +60,8 @@ _CENTER = np.array([[1, 0, .5], [0, 1, .5], [0, 0, 1]]) # OpenCV's origin is the
 
 def by_image(x: torch.Tensor) -> bool:
     "Whether OpenCV reads a batch, image by image: float32 on a CPU."
-    return x.device.type=='cpu' and x.dtype==torch.float32 and not x.requires_grad and 0<x.numel() and max(x.shape[-2:])<2**15
+    return (x.device.type=='cpu' and x.dtype==torch.float32 and not x.requires_grad and 0<x.numel()
+        and max(x.shape[-2:])<2**15)
 
 def in_threads(
     f,      # f(0), f(1), ..., f(n-1): no PyTorch inside, which has threads of its own
@@ -66,7 +70,8 @@ def in_threads(
     "The calls in as many threads as PyTorch uses."
     threads = min(torch.get_num_threads(), n)
     if threads<2: return [f(i) for i in range(n)]
-    with ThreadPoolExecutor(threads) as pool: list(pool.map(lambda k: [f(i) for i in range(k, n, threads)], range(threads)))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda k: [f(i) for i in range(k, n, threads)], range(threads)))
 
 def read_images(
     x: torch.Tensor,       # (B, C, H, W), see `by_image`
@@ -77,20 +82,28 @@ def read_images(
 ) -> torch.Tensor:
     "A new batch, read image by image in threads."
     h,w = x.shape[-2:]
-    out,old,inverse = torch.empty(x.shape),x.contiguous().numpy(),torch.linalg.inv(matrix.double().cpu()).numpy()
-    new,px,py = out.numpy(),np.arange(w, dtype=np.float32)+np.float32(.5),np.arange(h, dtype=np.float32)+np.float32(.5)
+    out = torch.empty(x.shape)
+    old = x.contiguous().numpy()
+    inverse = torch.linalg.inv(matrix.double().cpu()).numpy()
+    new = out.numpy()
+    px = np.arange(w, dtype=np.float32)+np.float32(.5)
+    py = np.arange(h, dtype=np.float32)+np.float32(.5)
     corners = np.array([[0, 0, 1], [w, 0, 1], [0, h, 1], [w, h, 1]], float)
     ahead = ((inverse[:,2] @ corners.T)>1e-3).all(1) # no horizon in the image
-    if bend is not None: (by,bx),bend = ((_spline((torch.arange(n)+.5)/n, bend.shape[-1]).numpy() for n in (h, w))),bend.float().numpy()*np.float32([[[w]], [[h]]])
+    if bend is not None:
+        (by,bx),bend = ((_spline((torch.arange(n)+.5)/n, bend.shape[-1]).numpy()
+            for n in (h, w))),bend.float().numpy()*np.float32([[[w]], [[h]]])
     flags,border = cv2.INTER_LINEAR if mode=='bilinear' else cv2.INTER_NEAREST,_BORDER[padding]
     def one(i):
         if moved is not None and not moved[i]: new[i] = old[i]
         elif bend is None and ahead[i]:
             m = np.linalg.inv(_CENTER) @ inverse[i] @ _CENTER
-            for a,b in zip(old[i], new[i]): cv2.warpPerspective(a, m, (w, h), dst=b, flags=flags|cv2.WARP_INVERSE_MAP, borderMode=border)
+            for a,b in zip(old[i], new[i]):
+                cv2.warpPerspective(a, m, (w, h), dst=b, flags=flags|cv2.WARP_INVERSE_MAP, borderMode=border)
         else:
             shift = None if bend is None else (by @ bend[i] @ bx.T)[None]
-            mx,my = (np.subtract(v[0], np.float32(.5)) for v in _source(inverse[i:i+1].astype(np.float32), px, py, shift))
+            mx,my = (np.subtract(v[0], np.float32(.5))
+                for v in _source(inverse[i:i+1].astype(np.float32), px, py, shift))
             for a,b in zip(old[i], new[i]): cv2.remap(a, mx, my, flags, dst=b, borderMode=border)
         if after is not None: after(i, new[i])
     in_threads(one, len(old))
@@ -101,7 +114,8 @@ def _read_grid(x, matrix, mode, padding, bend):
     (h,w),inverse = x.shape[-2:],torch.linalg.inv(matrix.double().cpu())
     dtype = torch.float64 if x.dtype==torch.float64 else torch.float32
     at = lambda n: torch.arange(n, device=x.device, dtype=dtype)+.5
-    shift = None if bend is None else bending(bend.to(x.device, dtype), h, w)*torch.tensor([w, h], device=x.device, dtype=dtype)[:,None,None]
+    shift = (None if bend is None else bending(bend.to(x.device, dtype), h, w)*torch.tensor([w, h],
+        device=x.device, dtype=dtype)[:,None,None])
     sx,sy = _source(inverse.to(x.device, dtype), at(w), at(h), shift)
     grid = torch.stack([(sx*(2/w)-1).expand(len(x), h, w), (sy*(2/h)-1).expand(len(x), h, w)], -1)
     return F.grid_sample(x, grid.to(x.dtype), mode=mode, padding_mode=padding, align_corners=False)
@@ -162,7 +176,8 @@ def _contour(box_from: str) -> torch.Tensor:
         a = torch.arange(240, dtype=torch.float64)*(math.pi/120)
         return torch.stack([a.cos(), a.sin()], 1)
     t = 1/3
-    turns = [(t, 1), (-t, 1), (-1, t), (-1, -t), (-t, -1), (t, -1), (1, -t), (1, t)] if box_from=='edges' else [(1, 1), (-1, 1), (-1, -1), (1, -1)]
+    turns = ([(t, 1), (-t, 1), (-1, t), (-1, -t), (-t, -1), (t, -1), (1, -t), (1, t)] if box_from=='edges'
+        else [(1, 1), (-1, 1), (-1, -1), (1, -1)])
     v,n = torch.tensor(turns, dtype=torch.float64),96//len(turns)
     share = torch.arange(n, dtype=torch.float64)[:,None]/n
     return torch.cat([a*(1-share) + b*share for a,b in zip(v, v.roll(-1, 0))])
@@ -181,8 +196,10 @@ def clip_boxes(
 ) -> torch.Tensor:
     "Boxes cut off at the field; NaN where too little is left."
     area = lambda b: (b[...,2:] - b[...,:2]).clamp(min=0).prod(-1)
-    inside = torch.cat([torch.maximum(boxes[...,:2], field[...,:2]), torch.minimum(boxes[...,2:], field[...,2:])], -1)
-    return torch.where(((area(inside)>0) & (area(inside)>=area(boxes)*min_visible))[...,None], inside, math.nan)
+    inside = torch.cat([torch.maximum(boxes[...,:2], field[...,:2]),
+        torch.minimum(boxes[...,2:], field[...,2:])], -1)
+    return torch.where(((area(inside)>0) & (area(inside)>=area(boxes)*min_visible))[...,None], inside,
+        math.nan)
 
 def move_boxes(
     boxes: torch.Tensor,    # (B, N, 4) x1, y1, x2, y2 in pixels; NaN rows stay NaN

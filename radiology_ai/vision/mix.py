@@ -33,7 +33,9 @@ class MixedLoss(nn.Module):
     def forward(self, pred, target, other=None, share=None):
         loss = self.loss(pred, target)
         if other is None: return loss
-        if loss.ndim: raise ModelError(f"The loss under MixedLoss has the shape {tuple(loss.shape)}", "Give it reduction='mean'")
+        if loss.ndim:
+            raise ModelError(f"The loss under MixedLoss has the shape {tuple(loss.shape)}",
+                "Give it reduction='mean'")
         return share*loss + (1-share)*self.loss(pred, other)
 
 class _Mix(Transform):
@@ -50,7 +52,9 @@ class _Mix(Transform):
 
     def mix(self, b):
         "The next draw on a batch."
-        if torch.is_tensor(b) or len(b)!=2 or isinstance(b[1], dict): raise DataError(f"{type(self).__name__} mixes images with one target each, not boxes or points", "Leave it out for detection and for several targets")
+        if torch.is_tensor(b) or len(b)!=2 or isinstance(b[1], dict):
+            raise DataError(f"{type(self).__name__} mixes images with one target each, not boxes or points",
+                "Leave it out for detection and for several targets")
         x,target = b
         gen = rng(self.seed, type(self).__name__, self.calls)
         self.calls += 1
@@ -64,7 +68,8 @@ class _Mix(Transform):
 class MixUp(_Mix):
     "Adds another film of the batch: (images, targets) become (images, targets, other targets, share)."
     def combine(self, x, target, partner, share, gen):
-        return torch.lerp(x[partner], x, share),target,target[partner],torch.tensor(share, device=x.device, dtype=x.dtype)
+        return torch.lerp(x[partner], x, share),target,target[partner],torch.tensor(share, device=x.device,
+            dtype=x.dtype)
 
 class CutMix(_Mix):
     "Pastes a rectangle of another film of the batch; the share is what is left of the area."

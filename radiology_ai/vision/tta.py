@@ -22,11 +22,14 @@ def undo_maps(
     maps: torch.Tensor,  # (B, C, h, w) maps of the moved images, at any resolution
     mode: str='bilinear',# or 'nearest', for masks
 ) -> tuple:
-    "(B, C, h, w) the maps laid back on the original images, 0 where the view did not show them, and (B, 1, h, w) what it showed (1 or 0)."
+    """(B, C, h, w) the maps laid back on the original images, 0 where the view did not show them, and (B, 1,
+    h, w) what it showed (1 or 0)."""
     h,w = maps.shape[-2:]
     x,y = ((torch.arange(n, device=maps.device, dtype=torch.float32)+.5) for n in (w, h))
-    pixels = torch.stack([x.expand(h, w), y[:,None].expand(h, w)], -1).reshape(1, -1, 2).expand(len(maps), -1, 2)
-    at = move_points(pixels, draw.matrix(h, w), draw.bend, (h, w), steps=20)*(2/torch.tensor([w, h], device=maps.device)) - 1
+    pixels = torch.stack([x.expand(h, w), y[:,None].expand(h, w)], -1).reshape(1, -1, 2).expand(len(maps), -1,
+        2)
+    at = move_points(pixels, draw.matrix(h, w), draw.bend, (h, w),
+        steps=20)*(2/torch.tensor([w, h], device=maps.device)) - 1
     at = torch.nan_to_num(at, nan=9).reshape(len(maps), h, w, 2)
     seen = (at.abs()<=1).all(-1)[:,None]
     values = maps if maps.is_floating_point() else maps.float()
@@ -61,7 +64,9 @@ def predict_tta(
     if n<0: raise DataError(f"n is {n}", "Give the number of views, 0 or more")
     total = f(x)
     maps = total.ndim==4
-    if not total.is_floating_point() or len(total)!=len(x): raise ModelError(f"The prediction is {tuple(total.shape)} of {total.dtype} for {len(x)} images", "Return probabilities, one entry for each image")
+    if not total.is_floating_point() or len(total)!=len(x):
+        raise ModelError(f"The prediction is {tuple(total.shape)} of {total.dtype} for {len(x)} images",
+            "Return probabilities, one entry for each image")
     seen = torch.ones_like(total[:,:1])
     for k in range(n):
         draw = aug.draw(len(x), aug.generator(k))
