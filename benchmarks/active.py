@@ -41,11 +41,11 @@ def run(job):
     import torch
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
-    from radiology_ai.active import simulate_active
     from radiology_ai.data.load import xray_dataloaders, xray_test_dl
-    from radiology_ai.learner import predict_scores, xray_learner
     from radiology_ai.metrics.ranking import auroc
     from radiology_ai.preprocess.store import ImageStore
+    from radiology_ai.train.learner import predict_scores, xray_learner
+    from radiology_ai.weak.active import simulate_active
     store = ImageStore(store)
     df = manifest_of(Path(data), store)
     test = df[df.split=='test']
@@ -63,9 +63,9 @@ def run(job):
 
 
 def main():
-    from radiology_ai.active import STRATEGIES, labels_needed
     from radiology_ai.preprocess.scale import preprocess_folder
     from radiology_ai.preprocess.store import recipe
+    from radiology_ai.weak.active import STRATEGIES, labels_needed
     parser = argparse.ArgumentParser(description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=5)

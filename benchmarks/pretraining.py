@@ -23,7 +23,6 @@ from fastai.callback.core import Callback
 from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders, xray_test_dl
 from radiology_ai.data.split import patient_split
-from radiology_ai.learner import predict_scores, xray_learner
 from radiology_ai.metrics.classification import macro_auroc
 from radiology_ai.models.backbone import create_model
 from radiology_ai.phantom.chest import simulate_chest
@@ -34,6 +33,7 @@ from radiology_ai.pretrain.methods import METHODS
 from radiology_ai.pretrain.monitor import embed, linear_probe
 from radiology_ai.pretrain.ssl import ssl_learner, task_model
 from radiology_ai.pretrain.views import Views, radiograph_views
+from radiology_ai.train.learner import predict_scores, xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
 NARROW = dict(channels=(32, 64, 128, 256)) # half the width of resnet10t

@@ -17,9 +17,9 @@ import pandas as pd
 
 from radiology_ai.core import rng
 from radiology_ai.data.chest import chestxray14
-from radiology_ai.evaluation import choose_thresholds
-from radiology_ai.modelcard import ReportData
-from radiology_ai.report import write_report
+from radiology_ai.report.card import ReportData
+from radiology_ai.report.figures import choose_thresholds
+from radiology_ai.report.page import write_report
 
 DATA = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])
 

@@ -176,8 +176,8 @@ def stores(work, size, workers):
 
 def learn_filter(setting, seed, truth, index, store, args):
     "A filter learnt from the headers of the films of a setting."
-    from radiology_ai.pretrain.metadata import metadata_labels
-    from radiology_ai.pretrain.scope import OutOfScope, scope_learner, scope_manifest
+    from radiology_ai.weak.headers import metadata_labels
+    from radiology_ai.weak.scope import OutOfScope, scope_learner, scope_manifest
     leave = {'no_hips': 'HIP', 'no_hands': 'HAND', 'no_chests': 'CHEST'}.get(setting)
     use = truth[(truth.part!=leave) & ((truth.source=='simulated') | (setting!='simulated'))
         & ~((setting=='no_real_chests') & truth.source.str.startswith('chest'))]

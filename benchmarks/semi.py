@@ -27,12 +27,12 @@ from torch import nn
 from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders, xray_test_dl
 from radiology_ai.data.split import patient_split
-from radiology_ai.learner import predict_scores, xray_learner
 from radiology_ai.metrics.ranking import auroc
 from radiology_ai.models.backbone import XrayModel, create_model
 from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
 from radiology_ai.semi.mixmatch import MixMatch
 from radiology_ai.semi.step import gentle, harsh, semi_dataloaders
+from radiology_ai.train.learner import predict_scores, xray_learner
 
 
 class Store:

@@ -8,10 +8,6 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 __all__ = []
 
 # %% ../nbs/89_all.ipynb #c4318b65
-from .active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
-from .bundle import Bundle, export_onnx, load_bundle, save_bundle
-from .callbacks import EMA, LogMLflow, LogTensorBoard, Plateau, ValidAUROC
-from .checkpoint import Checkpoint
 from radiology_ai.core import (
     BundleError,
     DataError,
@@ -81,10 +77,8 @@ from .dicom.deidentify import deidentify
 from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
 from .dicom.index import index_dicoms, read_index, write_index
 from .dicom.read import read_header, read_radiograph
-from .evaluation import Thresholds, choose_thresholds, evaluate_table
 from .explain import gradcam, heat_overlay, heat_to_stored, hottest
-from .learner import predict_scores, run_record, xray_learner
-from radiology_ai.losses import (
+from radiology_ai.losses.labels import (
     AsymmetricLoss,
     BCEWithNaN,
     BinaryFocalLoss,
@@ -95,6 +89,10 @@ from radiology_ai.losses import (
     class_weights,
     default_loss,
 )
+from .losses.regions import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
+from .losses.robust import DMILoss, RobustLoss
+from .losses.structured import CORN, TreeLoss
+from .losses.teacher import DistillationLoss, SuppressedConsistency
 from .metrics.calibration import brier_parts, calibration, calibration_ci, decision_curve, reliability_curve
 from radiology_ai.metrics.classification import (
     auroc_table,
@@ -126,14 +124,13 @@ from radiology_ai.metrics.recalibration import (
     VennAbers,
     recalibration_from,
 )
-from .modelcard import Example, ReportData
 from .models.backbone import create_backbone, create_model, list_backbones
+from .models.bundle import Bundle, export_onnx, load_bundle, save_bundle
 from .phantom.chest import simulate_chest
 from .phantom.hospital import simulate_hospital, write_dicom
 from .phantom.knee import simulate_knee
 from .phantom.limbs import simulate_hand, simulate_hip
 from .phantom.xray import Exposure, Phantom, expose
-from .predict import explain_files, load_models, predict
 from .preprocess.background import clean_background, find_field
 from radiology_ai.preprocess.intensity import (
     Clahe,
@@ -152,30 +149,27 @@ from radiology_ai.preprocess.intensity import (
 from .preprocess.knee import Knee, locate_knees
 from .preprocess.scale import preprocess_folder
 from .preprocess.store import ImageStore, Preprocess, recipe
-from radiology_ai.pretrain.metadata import (
-    HeaderRules,
-    metadata_labels,
-    metadata_learner,
-    metadata_report,
-    metadata_targets,
-)
 from .pretrain.monitor import embed, knn_probe, linear_probe
-from .pretrain.scope import OutOfScope, scope_learner, scope_manifest
 from .pretrain.ssl import SelfSupervised, pretrained_body, save_body, ssl_learner, task_model
 from .pretrain.views import Views, radiograph_views, ssl_dataloaders
-from .region_losses import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
-from .report import write_report
-from .robust_losses import DMILoss, RobustLoss
+from .report.card import Example, ReportData
+from .report.figures import Thresholds, choose_thresholds, evaluate_table
+from .report.page import write_report
 from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
 from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
 from .semi.mixmatch import MixMatch
 from .semi.step import gentle, harsh, semi_dataloaders
-from .structured_losses import CORN, TreeLoss
+from .serve.predict import explain_files, load_models, predict
 from .tasks.knee import GradedLoss, evaluate_run, heat_maps, report_run, train_knee
-from .teacher_losses import DistillationLoss, SuppressedConsistency
+from .train.callbacks import EMA, LogMLflow, LogTensorBoard, Plateau, ValidAUROC
+from .train.checkpoint import Checkpoint
+from .train.learner import predict_scores, run_record, xray_learner
 from .vision.augment import BatchAugment, rand_augment
 from .vision.mix import CutMix, MixedLoss, MixUp
 from .vision.tta import predict_tta
+from .weak.active import STRATEGIES, ActiveLearning, labels_needed, pick, simulate_active
+from .weak.headers import HeaderRules, metadata_labels, metadata_learner, metadata_report, metadata_targets
+from .weak.scope import OutOfScope, scope_learner, scope_manifest
 
 # %% ../nbs/89_all.ipynb #2a9ef50d
 __all__ = [name for name in dir() if not name.startswith('_')]

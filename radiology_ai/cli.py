@@ -207,7 +207,7 @@ def predict(
     workers: Workers=None,
 ):
     "Predict single files or whole folders; files that cannot be read are rows with their cause."
-    from radiology_ai.predict import predict as run_prediction
+    from radiology_ai.serve.predict import predict as run_prediction
     table = run_prediction(model, paths, out=out, workers=workers)
     _errors(table[table.error!=''].rename(columns=dict(error='cause')),
         paths[0] if paths[0].is_dir() else None)
@@ -222,7 +222,7 @@ def explain(
     workers: Workers=None,
 ):
     "Draw where the network looked (GradCAM), laid back onto the original radiographs."
-    from radiology_ai.predict import explain_files
+    from radiology_ai.serve.predict import explain_files
     table = explain_files(model, paths, out, workers=workers)
     _errors(table[table.error!=''].rename(columns=dict(error='cause')),
         paths[0] if paths[0].is_dir() else None)

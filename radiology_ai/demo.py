@@ -19,15 +19,15 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/84_demo.ipynb #bb5897e3
-from .bundle import load_bundle
 from .core import RadiologyError, atomic_path
 from .dicom.index import image_files, index_dicoms, write_index
 from .explain import hottest
 from .metrics.intervals import wilson_ci
+from .models.bundle import load_bundle
 from .phantom.hospital import simulate_hospital
-from .predict import predict
 from .preprocess.scale import preprocess_folder
 from .preprocess.store import ImageStore, recipe
+from .serve.predict import predict
 from .tasks.knee import KneeEvaluation, evaluate_run, heat_maps, read_run, report_run, train_knee
 
 # %% ../nbs/84_demo.ipynb #3ff25368

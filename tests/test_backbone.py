@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from radiology_ai.bundle import export_onnx, load_bundle, save_bundle
 from radiology_ai.core import ModelError
 from radiology_ai.data.tree import chest_tree
+from radiology_ai.losses.structured import CORN, TreeLoss
 from radiology_ai.models.backbone import (
     CHEST,
     Head,
@@ -26,9 +26,9 @@ from radiology_ai.models.backbone import (
     log_prior,
     tree_parents,
 )
+from radiology_ai.models.bundle import export_onnx, load_bundle, save_bundle
 from radiology_ai.models.weights import fit_weights, read_weights
 from radiology_ai.preprocess.store import Preprocess
-from radiology_ai.structured_losses import CORN, TreeLoss
 
 CHEST_NAME = 'torchxrayvision/densenet121-res224-nih'
 

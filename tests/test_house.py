@@ -68,7 +68,7 @@ def test_notebook_imports_only_from_lower_floors(notebook):
 
 
 def test_floor_check_sees_a_breach():
-    assert library_imports('from radiology_ai.learner import xray_learner') >= {'learner'}
+    assert library_imports('from radiology_ai.train.learner import xray_learner') >= {'learner'}
     assert library_imports('import radiology_ai.models.backbone as b')=={'models.backbone'}
     assert library_imports('from radiology_ai.models import backbone') >= {'models.backbone'}
 

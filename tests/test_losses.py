@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from radiology_ai.core import ModelError
 from radiology_ai.data.tree import LabelTree, chest_tree
-from radiology_ai.losses import (
+from radiology_ai.losses.labels import (
     AsymmetricLoss,
     BCEWithNaN,
     BinaryFocalLoss,
@@ -20,10 +20,10 @@ from radiology_ai.losses import (
     WeightedCrossEntropy,
     default_loss,
 )
-from radiology_ai.region_losses import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
-from radiology_ai.robust_losses import TERMS, DMILoss, RobustLoss
-from radiology_ai.structured_losses import CORN, TreeLoss, grade_log_probabilities
-from radiology_ai.teacher_losses import DistillationLoss, SuppressedConsistency
+from radiology_ai.losses.regions import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
+from radiology_ai.losses.robust import TERMS, DMILoss, RobustLoss
+from radiology_ai.losses.structured import CORN, TreeLoss, grade_log_probabilities
+from radiology_ai.losses.teacher import DistillationLoss, SuppressedConsistency
 
 NAN = float('nan')
 TREE = LabelTree(('a', 'b', 'c', 'd', 'e'), ('', 'a', 'b', 'b', ''), ('',)*5)

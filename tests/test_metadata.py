@@ -9,13 +9,12 @@ import torch
 from fastai.torch_core import TensorCategory
 from fastai.vision.core import TensorImage
 
-from radiology_ai.bundle import load_bundle
 from radiology_ai.core import BundleError, DataError, ModelError, rng
 from radiology_ai.data.annotate import read_templates
 from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.dicom.index import index_dicoms
-from radiology_ai.learner import xray_learner
 from radiology_ai.metrics.recalibration import TemperatureScaling
+from radiology_ai.models.bundle import load_bundle
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.hospital import break_file, made_up_uid, write_dicom
 from radiology_ai.phantom.knee import simulate_knee
@@ -23,7 +22,8 @@ from radiology_ai.phantom.limbs import simulate_hand, simulate_hip
 from radiology_ai.phantom.xray import expose
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import recipe
-from radiology_ai.pretrain.metadata import (
+from radiology_ai.train.learner import xray_learner
+from radiology_ai.weak.headers import (
     OTHER,
     PARTS,
     UNSURE,
@@ -36,7 +36,7 @@ from radiology_ai.pretrain.metadata import (
     metadata_values,
     parts_in,
 )
-from radiology_ai.pretrain.scope import (
+from radiology_ai.weak.scope import (
     OUTLIERS,
     SORTED,
     Neighbours,

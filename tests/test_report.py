@@ -12,9 +12,9 @@ import pytest
 
 from radiology_ai.core import DataError, rng
 from radiology_ai.data.chest import chestxray14
-from radiology_ai.evaluation import choose_thresholds, evaluate_table
-from radiology_ai.modelcard import ReportData
-from radiology_ai.report import write_report
+from radiology_ai.report.card import ReportData
+from radiology_ai.report.figures import choose_thresholds, evaluate_table
+from radiology_ai.report.page import write_report
 
 LABELS = ['effusion', 'mass', 'hernia']
 

@@ -14,9 +14,10 @@ from fastai.learner import Learner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radiology_ai.callbacks import KeepBest, Plateau, ValidAUROC
 from radiology_ai.core import DataError, ModelError
-from radiology_ai.losses import BCEWithNaN, WeightedCrossEntropy
+from radiology_ai.losses.labels import BCEWithNaN, WeightedCrossEntropy
+from radiology_ai.losses.regions import DiceLoss
+from radiology_ai.losses.structured import CORN
 from radiology_ai.metrics.calibration import calibration
 from radiology_ai.metrics.classification import balanced_accuracy, f_beta, macro_auroc, mcc, quadratic_kappa
 from radiology_ai.metrics.masks import dice
@@ -37,8 +38,7 @@ from radiology_ai.metrics.running import (
     Specificity,
     scores_auroc,
 )
-from radiology_ai.region_losses import DiceLoss
-from radiology_ai.structured_losses import CORN
+from radiology_ai.train.callbacks import KeepBest, Plateau, ValidAUROC
 
 
 def run(metrics, loss, logits, targets, sizes, vocab=None):
@@ -287,7 +287,7 @@ def test_validation_after_a_fit_leaves_the_best_weights():
 
 
 def test_in_an_xray_learner():
-    from radiology_ai.learner import predict_scores, xray_learner
+    from radiology_ai.train.learner import predict_scores, xray_learner
     gen = np.random.default_rng(4)
     y = gen.integers(0, 4, 48)
     x = np.clip(gen.normal(.3, .05, (48, 1, 32, 32)) + y[:,None,None,None]*.1, 0, 1).astype(np.float32)

@@ -11,7 +11,6 @@ from torch import nn
 
 from radiology_ai.core import DataError, ModelError, rng
 from radiology_ai.data.load import xray_dataloaders
-from radiology_ai.learner import predict_scores, run_record, xray_learner
 from radiology_ai.models.backbone import XrayModel
 from radiology_ai.semi.audit import audit, audit_curve, pseudo_labels
 from radiology_ai.semi.fixmatch import (
@@ -40,6 +39,7 @@ from radiology_ai.semi.step import (
     ramp_up,
     semi_dataloaders,
 )
+from radiology_ai.train.learner import predict_scores, run_record, xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
 # ---------------------------------------------------------------- the oracle: NumPy, float64, from the papers

@@ -17,13 +17,13 @@ from torch import nn
 pytest.importorskip('lightly')
 from radiology_ai.core import DataError, MissingPackageError, ModelError, rng
 from radiology_ai.data.load import xray_dataloaders
-from radiology_ai.learner import xray_learner
 from radiology_ai.models.backbone import Head, XrayModel, create_backbone, create_model
 from radiology_ai.pretrain.collapse import Collapse, effective_rank, embedding_spread
 from radiology_ai.pretrain.methods import METHODS, MaskedModel, Prototypes, SiameseModel, SSLLoss, method_settings
 from radiology_ai.pretrain.monitor import KNN, embed, knn_probe
 from radiology_ai.pretrain.ssl import SelfSupervised, pretrained_body, save_body, ssl_learner, task_model
 from radiology_ai.pretrain.views import PatientBatchSampler, Views, radiograph_views, ssl_dataloaders
+from radiology_ai.train.learner import xray_learner
 
 SIDE = 32
 SMALL = dict(hidden=24, dim=12, predictor=10, prototypes=9, queue=40, width=24, depth=1, heads=2)

@@ -23,8 +23,8 @@ from torch import nn
 
 # %% ../../nbs/44_models.backbone.ipynb #a83869e0
 from ..core import ModelError
+from ..losses.structured import TreeLoss, grade_log_probabilities
 from .weights import _hub_file, _url_file, fit_weights, read_weights
-from ..structured_losses import TreeLoss, grade_log_probabilities
 
 # %% ../../nbs/44_models.backbone.ipynb #0f6d0fa3
 EFFICIENTNETS = tuple(f'efficientnet_pytorch/efficientnet-b{i}' for i in range(9))

@@ -15,9 +15,9 @@ from fastai.learner import Learner, Metric
 
 # %% ../../nbs/52_pretrain.monitor.ipynb #d7a1e335
 from ..core import DataError
-from ..learner import predict_scores
 from ..metrics.classification import macro_auroc
 from ..metrics.ranking import auroc
+from ..train.learner import predict_scores
 
 # %% ../../nbs/52_pretrain.monitor.ipynb #3a48a0a1
 def _features(body, x):

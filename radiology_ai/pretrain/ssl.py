@@ -17,11 +17,11 @@ from fastai.torch_core import TensorCategory
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #0906362d
 from ..core import DataError, ModelError, atomic_path
-from ..learner import XrayLearner, body_and_head, train_prior, xray_learner
 from ..models.backbone import _OWN, Head, XrayModel, create_model
 from .collapse import Collapse
 from .methods import METHODS, MaskedModel, SiameseModel, SSLLoss, method_settings
 from .views import Views, radiograph_views, ssl_dataloaders
+from ..train.learner import XrayLearner, body_and_head, train_prior, xray_learner
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #f63c0961
 class SelfSupervised(Callback):

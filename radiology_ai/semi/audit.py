@@ -13,8 +13,8 @@ import pandas as pd
 
 # %% ../../nbs/54_semi.audit.ipynb #77ad30f1
 from ..core import DataError
-from ..learner import predict_scores
 from ..metrics.intervals import wilson_ci
+from ..train.learner import predict_scores
 
 # %% ../../nbs/54_semi.audit.ipynb #2f9ee913
 def pseudo_labels(

@@ -18,9 +18,9 @@ from fastcore.basics import patch
 
 # %% ../../nbs/53_semi.fixmatch.ipynb #efae8c9c
 from ..core import ModelError
+from ..losses.teacher import SuppressedConsistency
 from .mixmatch import distance, sharpen
 from .step import SemiSupervised, harsh, log_probabilities
-from ..teacher_losses import SuppressedConsistency
 
 # %% ../../nbs/53_semi.fixmatch.ipynb #0a137ad3
 class FixedThreshold:

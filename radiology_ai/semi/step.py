@@ -25,11 +25,11 @@ from fastcore.basics import patch
 from torch.nn.modules.batchnorm import _NormBase
 
 # %% ../../nbs/50_semi.step.ipynb #41fbe379
-from ..callbacks import Precision
 from ..core import DataError, ModelError, rng
 from ..data.load import XrayDataLoaders, XrayDataset, XrayDL, _after_batch, category_codes, label_matrix
 from ..data.sampler import PairedBatchSampler
 from ..data.split import assert_no_leakage
+from ..train.callbacks import Precision
 from ..vision.augment import BatchAugment, rand_augment
 from ..vision.mix import CutMix, MixUp
 

@@ -25,21 +25,21 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/70_tasks.knee.ipynb #6c45b56b
-from ..bundle import load_bundle, save_bundle
-from ..callbacks import ValidAUROC
 from ..core import DataError, RadiologyError, StoreError
 from ..data.duplicates import find_copies
 from ..data.labels import make_manifest, read_labels
 from ..data.load import xray_dataloaders, xray_test_dl
 from ..data.split import assert_no_leakage, patient_folds, patient_split, save_split, split_hash
-from ..evaluation import evaluate_table
 from ..explain import gradcam
-from ..learner import predict_scores, run_record, xray_learner
 from ..metrics.intervals import Interval
 from ..metrics.operating import youden_threshold
-from ..modelcard import Example, ReportData
+from ..models.bundle import load_bundle, save_bundle
 from ..preprocess.store import ImageStore
-from ..report import choose_examples, write_report
+from ..report.card import Example, ReportData
+from ..report.figures import evaluate_table
+from ..report.page import choose_examples, write_report
+from ..train.callbacks import ValidAUROC
+from ..train.learner import predict_scores, run_record, xray_learner
 from ..vision.augment import BatchAugment
 
 # %% ../../nbs/70_tasks.knee.ipynb #3a1a6d38
