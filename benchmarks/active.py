@@ -59,7 +59,7 @@ def run(job):
     if strategy=='all':
         return pd.DataFrame([('all', seed, int((df.split=='train').sum()), evaluate(train(df, seed)))],
             columns=['strategy', 'seed', 'labels', 'value'])
-    return simulate_active(df, 'pneumonia', train, evaluate, strategy, start, step, rounds, seed)
+    return simulate_active(df, 'pneumonia', train, evaluate, strategy, start=start, step=step, rounds=rounds, seed=seed)
 
 
 def main():

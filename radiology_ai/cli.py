@@ -93,6 +93,7 @@ def deidentify(
     "institution, patient, descriptions or safe_private. May be given several times.")]=None,
     burned_in: Annotated[str,
     typer.Option(help="Text in the picture: black, hold (the file back) or keep.")]='black',
+    *,
     link: Annotated[Optional[Path],
     typer.Option(help="A table of original and new names, to be kept secret; by default none.")]=None,
     workers: Workers=None,
@@ -115,6 +116,7 @@ def preprocess(
     recipe: Annotated[str, typer.Option(help="knee, chest or plain.")]='knee',
     size: Annotated[Optional[int], typer.Option(help="Side of the stored images in pixels.", min=16)]=None,
     workers: Workers=None,
+    *,
     scheduler: Annotated[Optional[str],
     typer.Option(help="Address of a Dask scheduler, such as tcp://10.0.0.1:8786.")]=None,
     update: Annotated[bool, typer.Option('--update',
@@ -158,6 +160,7 @@ def train(
     labels: Annotated[Path, typer.Option(help="A table (CSV or parquet) with image_id or path, and the label; optionally split.")],
     out: Annotated[Path, typer.Option(help="The run to write (a folder): model, split, predictions, curves.")],
     label: Annotated[str, typer.Option(help="The label column: 1, 0 or empty, or a grade such as schatzker 0 to 6.")]='fractured',
+    *,
     arch: Annotated[str, typer.Option(help="A timm or efficientnet_pytorch architecture.")]='resnet18',
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)]=12,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")]=2e-3,
@@ -237,6 +240,7 @@ def demo(
     patients: Annotated[Optional[int],
     typer.Option(help="Simulated patients; fewer is faster and less accurate.", min=30)]=None,
     epochs: Annotated[Optional[int], typer.Option(help="Passes over the training images.", min=1)]=None,
+    *,
     workers: Workers=None,
 ):
     "Simulate a hospital folder, then index, preprocess, train, evaluate, explain and predict."

@@ -91,6 +91,7 @@ def run_demo(
     patients: int=500,      # simulated patients, about 1.3 images each
     epochs: int=16,         # passes over the training images
     size: int=128,          # pixels of the stored images
+    *,
     arch: str='resnet10t',  # the network
     workers: int|None=None, # processes that simulate and prepare
     say=print,              # is told what happens
@@ -115,9 +116,9 @@ def run_demo(
     say(f"training {arch} on {size} x {size} pixels for {epochs} epochs: {out/'run'}")
     run = train_knee(store, out/'labels.csv', out/'run', label='schatzker', arch=arch, pretrained=False,
         epochs=epochs, lr=4e-3, bs=16, seed=seed)
-    return _judge(run, store, knees, out, workers, say)
+    return _judge(run, store, knees, out, workers, say=say)
 
-def _judge(run, store, knees, out, workers, say):
+def _judge(run, store, knees, out, workers, *, say):
     "Evaluate, explain, report and predict."
     say("evaluating, explaining and predicting the files of the test patients")
     evaluation = evaluate_run(run)

@@ -212,6 +212,7 @@ def deletion_check(
     heat: np.ndarray,  # (B, H, W) of `gradcam`
     target,            # as in `gradcam`, but not None
     share: float=.06,  # area of the square as a share of the image
+    *,
     n: int=8,          # random squares for each image
     seed: int=0,       # of their places
 ) -> pd.DataFrame:

@@ -83,7 +83,7 @@ class _Worker:
 # %% ../nbs/01_parallel.ipynb #c179d774
 class _CannotStart(Exception): "No worker process came up."
 
-def _supervise(context, fn, items, n, chunk, lost, seconds):
+def _supervise(context, fn, items, n, chunk, *, lost, seconds):
     "Yields lists of (number, fine, result) as they come."
     every = list(enumerate(items))
     todo,left,workers = [every[i:i + chunk] for i in range(0, len(every), chunk)][::-1],len(every),[]
@@ -116,6 +116,7 @@ def run_parallel(
     workers: int|None=None,    # processes; 0 or 1: in this process; None: as many as there are cores
     chunk: int=1,              # items handed over at once
     desc: str='',              # what the progress bar says
+    *,
     show: bool|None=None,      # True, False, or None: a bar only on a terminal
     few: int=8,                # with fewer items than this no process is started
     lost=None,                 # lost(item, cause) gives the result of an item whose worker died or hung; None: an error
@@ -132,7 +133,7 @@ def run_parallel(
     context = multiprocessing.get_context(method)
     if method=='forkserver': context.set_forkserver_preload(['radiology_ai.core', fn.__module__])
     try:
-        yield from progress(_in_order(_supervise(context, fn, items, n, chunk, lost, seconds)), desc,
+        yield from progress(_in_order(_supervise(context, fn, items, n, chunk, lost=lost, seconds=seconds)), desc,
             len(items), show)
     except _CannotStart:
         warnings.warn("Worker processes cannot start here (a script needs `if __name__ == '__main__':`); working in this process")

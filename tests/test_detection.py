@@ -482,7 +482,7 @@ def test_weighted_figures_are_those_of_repeated_images(monkeypatch):
                              froc(*x[:3], n=20).cpm.value]),
                              ('coco', lambda: coco_map_ci(b, s, t, groups=patients, n=20),
                              lambda *x: coco_map(*x[:3])[:3]),
-                             ('coco, 2 classes', lambda: coco_map_ci(b, s, t, c, tc, patients, n=20),
+                             ('coco, 2 classes', lambda: coco_map_ci(b, s, t, c, tc, groups=patients, n=20),
                              lambda *x: coco_map(*x)[:3])):
         seen.clear()
         run()

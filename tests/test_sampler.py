@@ -77,7 +77,7 @@ def test_unknown_labels_make_no_class(y, epoch):
 def test_shuffled(n, bs, world, epoch, drop_last):
     assume(n>=world*-(-n//bs//world))
     try:
-        parts = [list(ShuffledBatchSampler(n, bs, 1, drop_last, r, world).set_epoch(epoch))
+        parts = [list(ShuffledBatchSampler(n, bs, 1, drop_last, r, world=world).set_epoch(epoch))
             for r in range(world)]
     except DataError as e:
         assert 'Use fewer processes' in str(e) and n<-(-(-(-n//bs))//world)*world
@@ -87,7 +87,7 @@ def test_shuffled(n, bs, world, epoch, drop_last):
         for b in o)
     if not drop_last: assert sorted(rows)==list(range(n))
     elif n//bs>=world: assert all(len(b)==bs for o in parts for b in o) and n-len(rows)<bs*world
-    assert all(len(o)==len(ShuffledBatchSampler(n, bs, 1, drop_last, r, world)) for r,o in enumerate(parts))
+    assert all(len(o)==len(ShuffledBatchSampler(n, bs, 1, drop_last, r, world=world)) for r,o in enumerate(parts))
 
 
 @quick

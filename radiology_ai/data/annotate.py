@@ -26,6 +26,7 @@ def assign_readers(
     n: int=2,           # readers of an image in the overlap
     overlap: float=1.,  # share of the images that `n` readers read; the others have one
     block: int=20,      # images in a block of a reader
+    *,
     seed: int=0,        # another seed, other assignments
 ) -> pd.DataFrame:
     "One row for each image and reader: `image_id`, `reader`, `block` (from 0). Loads differ by one at most."
@@ -366,6 +367,7 @@ def add_labels(
     label: str,       # name of the label
     source: str,      # who or what says so, such as 'majority of 3 readers'
     why: str='',      # the reason of a change
+    *,
     when=None,        # a date; None: now, in UTC
 ) -> pd.DataFrame:
     "`history` with rows for the labels that are new or have changed."

@@ -42,7 +42,7 @@ def _inside(boxes, images, found, file) -> pd.DataFrame:
     found += wrong
     return boxes.drop(index={p.row for p in wrong})
 
-def _unknown(df, wrong, column, known, found, file):
+def _unknown(df, wrong, column, known, found, *, file):
     "Problems for cells that hold a word which is not `known`."
     def why(v):
         return f"{v!r} is not known" + (f"; did you mean {near[0]!r}?"
@@ -65,6 +65,7 @@ def chestxray14(
     adjudicated=None,     # the labels of Google Health: adds columns such as 'Fracture_adjudicated'
     train_val=None,       # train_val_list.txt: `split` becomes 'train' for its images and 'test' for all others
     tree: LabelTree|None=None, # `chest_tree()`: its categories instead of the 14 findings
+    *,
     images=None,          # the folder of the images
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
@@ -90,7 +91,7 @@ def _nih_labels(df, tree, found, file) -> pd.DataFrame:
     known = {t.lower(): t for t in (*NIH14, 'No Finding')}
     odd = terms[~terms.str.lower().isin(known)]
     rows = df.loc[odd.index].assign(findings=odd.to_numpy())
-    _unknown(rows, pd.Series(True, rows.index), 'findings', [*known.values()], found, file)
+    _unknown(rows, pd.Series(True, rows.index), 'findings', [*known.values()], found, file=file)
     none = terms[terms.str.lower()=='no finding'].index
     both = terms.index.isin(none) & (terms.str.lower()!='no finding')
     found += name_rows(df, df.index.isin(terms.index[both]) & pd.Series(True, df.index), 'findings',
@@ -115,7 +116,7 @@ def _nih_boxes(path, df, found) -> pd.DataFrame:
     b = _numbers(read_table(path, dict(image_id='Image Index', label='Finding Label', x='Bbox [x', y='y',
         w='w', h='h]'), found), 'xywh', found, file)
     b['label'] = b.label.replace('Infiltrate', 'Infiltration')
-    _unknown(b, ~b.label.isin(NIH14), 'label', NIH14, found, file)
+    _unknown(b, ~b.label.isin(NIH14), 'label', NIH14, found, file=file)
     b = b.assign(x1=b.x, y1=b.y, x2=b.x+b.w, y2=b.y+b.h)[b.label.isin(NIH14)]
     return _inside(b[['image_id', 'label', *XYXY]], df, found, file)
 
@@ -124,7 +125,7 @@ def _adjudicated(path, df, found) -> pd.DataFrame:
     t = read_table(path, dict(image_id='Image Index', adjudicated_set='Set Id?',
         **{c: c for c in _ADJUDICATED}), found)
     for c in _ADJUDICATED:
-        _unknown(t, ~t[c].isin(['YES', 'NO']) & t[c].notna(), c, ['YES', 'NO'], found, file)
+        _unknown(t, ~t[c].isin(['YES', 'NO']) & t[c].notna(), c, ['YES', 'NO'], found, file=file)
     found += name_rows(t, ~t.image_id.isin(df.image_id), 'image_id', 'there is no such image', file)
     found += name_rows(t, t.image_id.duplicated(), 'image_id', 'this image was there before', file)
     return t.assign(**{f'{c}_adjudicated': t[c].map({'YES': 1., 'NO': 0.})
@@ -148,7 +149,7 @@ def padchest(
     file,found,notes,tree = Path(labels).name,[],[],tree or chest_tree()
     df = read_table(labels, _PADCHEST, found)
     _unknown(df, df.projection.notna() & ~df.projection.isin(_PROJECTIONS), 'projection', list(_PROJECTIONS),
-        found, file)
+        found, file=file)
     found += name_rows(df, df.terms.notna() & ~df.terms.fillna('').str.match(r'^\[.*\]$'), 'terms',
         lambda v: f"{v!r} is no list of terms", file)
     terms = df.terms.str.findall(r"""'([^']*)'|"([^"]*)\"""").explode().dropna().map(
@@ -187,6 +188,7 @@ def chexpert(
     soft=(.55, .85),       # for the policy 'soft'
     seed: int=0,           # for the policy 'soft'
     unmentioned: str='unknown', # an empty cell: 'unknown' (NaN) or 'zeros'
+    *,
     images=None,           # the folder of the images
     errors: str='raise',   # or 'list', as for `make_dataset`
 ) -> Dataset:
@@ -202,7 +204,7 @@ def chexpert(
     if 'side' not in df:
         # the file of the test set has no such column
         df['side'] = part[3].str.extract('_(frontal|lateral)')[0].str.title()
-    _unknown(df, ~df.side.isin(['Frontal', 'Lateral']), 'side', ['Frontal', 'Lateral'], found, file)
+    _unknown(df, ~df.side.isin(['Frontal', 'Lateral']), 'side', ['Frontal', 'Lateral'], found, file=file)
     df = df.assign(split=part[0], patient_id=part[1], study_id=part[1] + '/' + part[2],
         image_id=part[1] + '/' + part[2] + '/' + part[3])[part[1].notna()]
     frontal = df.projection.where(df.projection.isin(['AP', 'PA']), '') if 'projection' in df else ''
@@ -225,6 +227,7 @@ def rsna_pneumonia(
     headers=None,         # stage_2_train_images_dicom_headers.csv: adds age, sex and view
     match=None,           # the table pid, nih, mse: adds `nih_image_id`, `nih_mse` and the true patients
     images=None,          # the folder of the images
+    *,
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
     """RSNA pneumonia: labels `RSNA` (only the first without `classes`), boxes of 'Lung Opacity' on images of
@@ -261,7 +264,7 @@ def _rsna_classes(path, df, found, labels) -> pd.DataFrame:
     "`df`, which comes from the file `labels`, with the classes."
     file = Path(path).name
     c = read_table(path, {'image_id': 'patientId', 'class': 'class'}, found).drop_duplicates()
-    _unknown(c, ~c['class'].isin(RSNA), 'class', RSNA, found, file)
+    _unknown(c, ~c['class'].isin(RSNA), 'class', RSNA, found, file=file)
     found += name_rows(c, c.image_id.duplicated(), 'class', 'the image has another class above', file)
     c = c.drop_duplicates('image_id')
     one = df.merge(c, on='image_id', how='left').set_axis(df.index)
@@ -326,7 +329,7 @@ def vinbig(
         y1='y_min', x2='x_max', y2='y_max'), found)
     t = _numbers(t, XYXY, found, file)
     vocab = [*VINBIG, 'No finding']
-    _unknown(t, ~t.label.isin(vocab), 'label', vocab, found, file)
+    _unknown(t, ~t.label.isin(vocab), 'label', vocab, found, file=file)
     found += name_rows(t, t.reader.isna(), 'reader', 'is missing', file)
     found += name_rows(t, (t.label=='No finding')
         & t.groupby(['image_id', 'reader']).label.transform('nunique').gt(1), 'label',

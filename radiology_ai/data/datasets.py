@@ -68,6 +68,7 @@ def from_folders(
     patient: str|None=None,  # a regular expression, searched in the relative path; its first group is the patient
     no_patient: str='raise', # images without patient: 'raise', 'drop' them, or 'image': each is a patient of its own
     classes=None,            # the allowed classes; None: the folders that are there
+    *,
     suffixes=SUFFIXES,       # endings of image files; () for all files
     errors: str='raise',     # or 'list', as for `make_dataset`
 ) -> Dataset:
@@ -137,6 +138,7 @@ def from_csv(
     labels=(),               # columns of labels, or {our name: column}
     findings: str|None=None, # a column of words such as 'Mass|Nodule': one label a word; an empty cell is unknown
     sep: str='|',            # between these words
+    *,
     nothing=('No Finding',), # words that say that there is none
     vocab=None,              # the allowed words; None: those that are there
     keep=(),                 # further columns to keep
@@ -159,7 +161,7 @@ def from_csv(
         patient_id=t.get('patient_id', pd.Series(np.nan, t.index, dtype=object)))
     for c in labels:
         t[c] = _or_text(pd.to_numeric(t[c], errors='coerce').fillna(t[c].str.lower().map(_WORDS)), t[c])
-    vocab = _split_words(t, findings, sep, nothing, vocab, found, file) if findings else []
+    vocab = _split_words(t, findings, sep, nothing, vocab, found=found, file=file) if findings else []
     if findings: t = t.join(vocab)
     for c in (set(t) & {*XYXY, 'w', 'h', 'height', 'width'}):
         v = pd.to_numeric(t[c], errors='coerce')
@@ -178,7 +180,7 @@ def from_csv(
     return make_dataset(df, names, images=images, boxes=boxes, masks=masks, found=found, errors=errors,
         file=file)
 
-def _split_words(t, column, sep, nothing, vocab, found, file) -> pd.DataFrame:
+def _split_words(t, column, sep, nothing, vocab, *, found, file) -> pd.DataFrame:
     "One column of 1, 0, NaN for each word."
     words = t.findings.dropna().str.split(sep, regex=False).explode().str.strip().loc[lambda s: s!='']
     none = words.isin(nothing)

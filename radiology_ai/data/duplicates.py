@@ -30,7 +30,7 @@ def _grey(image) -> np.ndarray:
     return (a if a.dtype==np.uint8 else np.clip(np.nan_to_num(a.astype(np.float32))*255 + .5, 0,
         255).astype(np.uint8))
 
-def _in_threads(fn, n: int, chunk: int, workers, desc, show) -> list:
+def _in_threads(fn, n: int, chunk: int, workers, desc, *, show) -> list:
     "`fn(range)` for the ranges that make up 0 .. n-1, in order."
     ranges = [range(i, min(i+chunk, n)) for i in range(0, n, chunk)]
     with ThreadPoolExecutor(n_workers(workers)) as pool:
@@ -47,7 +47,7 @@ def thumbnails(
     out = np.empty((len(rows), SIDE, SIDE), np.uint8)
     def read(part):
         for k in part: out[k] = cv2.resize(_grey(images[rows[k]]), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    _in_threads(read, len(rows), 64, workers, 'thumbnails', show)
+    _in_threads(read, len(rows), 64, workers, 'thumbnails', show=show)
     return out
 
 # %% ../../nbs/31_data.duplicates.ipynb #38f1773f
@@ -87,6 +87,7 @@ def near_pairs(
     least: float=.6,       # smallest product
     k: int=3,              # nearest neighbours of each image that are kept
     workers: int|None=None,# threads
+    *,
     show: bool|None=None,  # a progress bar
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Numbers (P,) into `a`, numbers (P,) into `b`, and products (P,); each pair once, no image with itself."
@@ -104,7 +105,7 @@ def near_pairs(
         return tuple(np.concatenate(o) for o in zip(*out))
     with threadpool_limits(1):
         # the threads are ours
-        found = _in_threads(search, len(a) if len(other) else 0, 512, workers, 'near pairs', show)
+        found = _in_threads(search, len(a) if len(other) else 0, 512, workers, 'near pairs', show=show)
     if not found: return np.zeros(0, int),np.zeros(0, int),np.zeros(0, np.float32)
     i,j,v = (np.concatenate(o) for o in zip(*found))
     one,two = (np.concatenate([i, j]),np.concatenate([j, i])) if b is None else (i, j)
@@ -175,6 +176,7 @@ def find_copies(
     ids=None,              # `image_id` of the images (of a store: those to look at, such as those of a manifest); None: the store's, the path, or the number
     other_ids=None,        # the same for `others`
     least: float=.85,      # smallest correlation after registration
+    *,
     workers: int|None=None,# threads
     show: bool|None=None,  # a progress bar
 ) -> pd.DataFrame:
@@ -190,7 +192,7 @@ def find_copies(
         else near_pairs(f[:n], f[n:], workers=workers, show=show))
     second,at = (names,j) if others is None else (other_names,j+n)
     scores = _in_threads(lambda part: [registered_correlation(thumbs[i[k]], thumbs[at[k]]) for k in part],
-        len(i), 64, workers, 'pairs', show)
+        len(i), 64, workers, 'pairs', show=show)
     out = pd.DataFrame({'image_a': [names[k] for k in i], 'image_b': [second[k] for k in j], 'similarity': v,
         'correlation': np.array([s for part in scores for s in part], float)})
     return out[out.correlation>=least].sort_values('correlation', ascending=False, ignore_index=True,

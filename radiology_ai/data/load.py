@@ -177,6 +177,7 @@ class XrayDataset:
         targets=None,        # (N,) class numbers or (N, C) floats; None: no such target
         vocab=None,          # names of the classes or labels
         split_idx: int=1,    # 0: training, 1: validation
+        *,
         regions=None,        # `BoxTargets` or `MaskTargets`: the first target
     ):
         self.store = store
@@ -319,6 +320,7 @@ def xray_test_dl(
     bs: int=64,             # images in a batch
     labels=None,            # label column, or several, to have targets
     vocab: list|None=None,  # the classes in order (one label column)
+    *,
     channels: int|None=None,# 1 or 3; None: those of the `DataLoaders`, or 1
     n_workers: int=0,       # processes that read; 0: this one
     device=None,            # None: that of the `DataLoaders`, or fastai's default
@@ -405,6 +407,7 @@ def xray_dataloaders(
     labels=None,                 # one column: category; a list of columns: several labels of 1, 0 and NaN
     bs: int=32,                  # images in a batch
     valid: str='valid',          # the split to validate on
+    *,
     train: str='train',          # the split to train on
     channels: int=1,             # 1 or 3
     sampler='balanced',          # 'balanced', None (shuffled), or an iterable of row lists with `set_epoch` over the training rows
@@ -440,7 +443,7 @@ def xray_dataloaders(
     if targets is not None: _check_classes(targets[is_train], vocab, labels)
     if is_train.all(): raise DataError(f"No image of the split {valid!r} has a known label", "Add labels")
     train_ds,valid_ds = (XrayDataset(store, rows[m], None if targets is None else targets[m], vocab, i,
-        regions) for i,m in enumerate((is_train, ~is_train)))
+        regions=regions) for i,m in enumerate((is_train, ~is_train)))
     if isinstance(sampler, str) and sampler!='balanced':
         raise DataError(f"sampler is {sampler!r}", "Choose 'balanced', None, or give a sampler")
     if sampler is None: sampler = ShuffledBatchSampler(len(train_ds), bs, seed, drop_last=True)

@@ -90,6 +90,7 @@ class BalancedBatchSampler(BatchSampler):
         min_per_class: int=1, # images of each class in every batch
         seed: int=0,          # another seed, another order
         rank: int=0,          # this process
+        *,
         world: int=1,         # number of processes
     ):
         self.positive,self.classes = _positives(labels)
@@ -125,7 +126,7 @@ class BalancedBatchSampler(BatchSampler):
         return f"{type(self).__name__}({len(self.owner)} images, {len(self.classes)} classes, {self.n_batches} batches of {self.bs}, at least {self.min_per_class} of each class)"
 
 # %% ../../nbs/33_data.sampler.ipynb #be147c56
-def _fill(batches, used, rows, items, choices, gen):
+def _fill(batches, used, rows, items, choices, *, gen):
     """Append `items` to the batches `rows` (all different); an item that is there already is replaced from
     `choices`."""
     here = batches[rows]
@@ -154,7 +155,7 @@ def _deal_class(self, c, batches, used, gen):
     for k in range(self.min_per_class):
         rows = at[have[at]<=k]
         items = stream[(taken + np.arange(len(rows)))%len(stream)]
-        _fill(batches, used, rows, items, positive, gen)
+        _fill(batches, used, rows, items, positive, gen=gen)
         taken += len(rows)
 
 # %% ../../nbs/33_data.sampler.ipynb #4f7b9ef0
@@ -178,7 +179,7 @@ def batches(self:BalancedBatchSampler,
     used += np.bincount(places, minlength=b)
     everything = np.arange(n)
     while len(rows := np.flatnonzero(used<self.bs)):
-        _fill(batches, used, rows, gen.integers(n, size=len(rows)), everything, gen)
+        _fill(batches, used, rows, gen.integers(n, size=len(rows)), everything, gen=gen)
     return gen.permuted(batches, axis=1)
 
 # %% ../../nbs/33_data.sampler.ipynb #c987693c
@@ -191,6 +192,7 @@ class ShuffledBatchSampler(BatchSampler):
         seed: int=0,           # another seed, another order
         drop_last: bool=False, # only whole batches; another part of the images is left out in every epoch
         rank: int=0,           # this process
+        *,
         world: int=1,          # number of processes
     ):
         self._prepare(n, bs, seed, rank, world)
@@ -249,6 +251,7 @@ class WeightedBatchSampler(BatchSampler):
         n: int|None=None,   # draws in an epoch, rounded up to whole batches; None: the number of images
         seed: int=0,        # another seed, another order
         rank: int=0,        # this process
+        *,
         world: int=1,       # number of processes
     ):
         w = np.asarray(weights, float)
@@ -280,6 +283,7 @@ class PositiveShareSampler(BatchSampler):
         start: float=.8,   # share of positives in epoch 0
         end: float=.3,     # in epoch `epochs - 1` and later
         epochs: int=10,    # number of epochs
+        *,
         seed: int=0,       # another seed, another order
         rank: int=0,       # this process
         world: int=1,      # number of processes
@@ -324,6 +328,7 @@ class RepeatedBatchSampler(BatchSampler):
         m: int=3,       # how often an image is repeated
         seed: int=0,    # another seed, another order
         rank: int=0,    # this process
+        *,
         world: int=1,   # number of processes
     ):
         self._prepare(n, bs, seed, rank, world)
@@ -346,6 +351,7 @@ class PairedBatchSampler(BatchSampler):
         mu: float=7,              # unlabelled images for each labelled one
         min_per_class: int=0,     # labelled images of each class in every batch; 0: shuffled
         n_batches: int|None=None, # batches in an epoch, all processes together; None: each unlabelled image comes once (a few again in the last batch)
+        *,
         seed: int=0,              # another seed, another order
         rank: int=0,              # this process
         world: int=1,             # number of processes

@@ -176,7 +176,7 @@ def _largest(total, a=None, b=None, d=None):
     return np.maximum(one.max(1), two.max(1)).clip(rest.max(initial=0)) + (one.sum(1) + two.sum(1)
         + rest.sum())/now.size - now.max() - now.mean()
 
-def _exchange(split, x, sizes, least: int, gen, gain, patience: int=30, rounds: int=20_000):
+def _exchange(split, x, sizes, least: int, gen, *, gain, patience: int=30, rounds: int=20_000):
     "Exchange patients between splits, in place, as long as one of many random pairs has a negative `gain`."
     total = np.stack([x[split==s].sum(0) for s in range(len(sizes))])
     members,n = [np.flatnonzero(split==s) for s in range(len(sizes))],2*((x.shape[1]+2)//3)
@@ -205,13 +205,13 @@ def _best_deal(x, sizes, least: int, gen) -> np.ndarray:
     w = np.divide(1, chance**2, out=np.zeros_like(chance), where=chance>1e-9)
     for _ in range(6 if len(x)<=200 else 1):
         split = _deal(x[:,2*c:]>0, sizes, least, gen)
-        _exchange(split, x, sizes, least, gen, lambda *o: _squares(*o, w))
-        worth = _exchange(split, x, sizes, least, gen, _largest)
+        _exchange(split, x, sizes, least, gen, gain=lambda *o: _squares(*o, w))
+        worth = _exchange(split, x, sizes, least, gen, gain=_largest)
         if best is None or worth<best[0]-1e-9: best = worth,split
     return best[1]
 
 # %% ../../nbs/32_data.split.ipynb #476e7c7c
-def _spread(df, fractions, names, label, seed, min_positives, duplicates) -> pd.Series:
+def _spread(df, fractions, names, label, seed, *, min_positives, duplicates) -> pd.Series:
     """The number of the split of each row; a class with too few patients in a split is an error or (None) a
     warning."""
     if not len(df): raise DataError("The table is empty", "Give a manifest with at least one image")
@@ -241,6 +241,7 @@ def patient_split(
     label=None,                    # label column, or several, that is spread evenly over the splits
     seed: int=0,                   # another seed, another split
     min_positives: int|None=None,  # patients of each class that every split must have; None: only warn where a split has none
+    *,
     duplicates=None,               # pairs of equal images, whose patients stay together: see `patient_groups`
 ) -> pd.DataFrame:
     """A copy of `df` with the column `split`. No patient crosses, and labels are as frequent in each split as
@@ -250,7 +251,7 @@ def patient_split(
         raise DataError(f"The sizes are {sizes}",
             "Give positive shares that sum to 1, such as {'train': 0.8, 'valid': 0.2}")
     df = df.reset_index(drop=True) if not df.index.is_unique else df.copy()
-    number = _spread(df, list(sizes.values()), list(sizes), label, seed, min_positives, duplicates)
+    number = _spread(df, list(sizes.values()), list(sizes), label, seed, min_positives=min_positives, duplicates=duplicates)
     df['split'] = number.map(dict(enumerate(sizes))).astype(object)
     return df
 
@@ -291,12 +292,13 @@ def patient_folds(
     label=None,                    # label column, or several, that is spread evenly over the folds
     seed: int=0,                   # another seed, another division
     min_positives: int|None=None,  # patients of each class that every fold must have; None: only warn where a fold has none
+    *,
     duplicates=None,               # pairs of equal images, whose patients stay together: see `patient_groups`
 ) -> pd.Series:
     "The fold 0 .. k-1 of each row, by patient; the index is that of `df`."
     if k<2: raise DataError(f"k is {k}", "Give at least 2 folds")
     out = _spread(df.reset_index(drop=True), [1/k]*k, [f'fold {i}' for i in range(k)], label, seed,
-        min_positives, duplicates)
+        min_positives=min_positives, duplicates=duplicates)
     return pd.Series(out.to_numpy(), index=df.index, name='fold')
 
 # %% ../../nbs/32_data.split.ipynb #993d86ab

@@ -106,7 +106,7 @@ def _marks(ink, height):
         | (len(ink)<height + 2*(height//3)))
     return x[like],(x + w)[like]
 
-def _grown(top, grey, stored, box, value, tolerance):
+def _grown(top, grey, stored, box, value, *, tolerance):
     """The box with what continues its line, with less contrast too or of the same stored value, after gaps of
     up to 1.6 times its height; with a margin."""
     x1,y1,x2,y2 = (int(v) for v in box)
@@ -146,7 +146,7 @@ def find_text(
                     turn = np.transpose if upright else np.asarray
                     b = _grown(turn(top), turn(g), turn(stored),
                         (q['x'][s].min(), q['y'][s].min(), (q['x'] + q['w'])[s].max(),
-                        (q['y'] + q['h'])[s].max()), np.median(q['v'][s]), .005*np.ptp(stored[::4, ::4]))
+                        (q['y'] + q['h'])[s].max()), np.median(q['v'][s]), tolerance=.005*np.ptp(stored[::4, ::4]))
                     boxes.append((b[1], b[0], b[3], b[2]) if upright else b)
     return _merged(np.array(boxes).reshape(-1, 4), stored.shape)
 

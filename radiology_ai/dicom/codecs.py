@@ -306,7 +306,7 @@ def _apart(one, two, bits):
     d = np.abs((one.astype(np.int64) - two + half)%(2*half) - half)
     return int((d>0).sum()),int(d.max()) if d.size else 0
 
-def _verified(one, codec, data, info, ds, dtype, shape, path):
+def _verified(one, codec, data, info, ds, *, dtype, shape, path):
     "The frame, if a second decoder agrees."
     try: two,second = second_opinion(data, info, ds, dtype, shape)
     except ValueError as e:
@@ -325,6 +325,7 @@ def decode_frame(
     dtype,            # of the stored samples as the header declares
     shape: tuple,     # (rows, columns) or (rows, columns, samples)
     path='',          # names the file in errors
+    *,
     verify: bool=False, # decode twice and compare
     least: tuple|None=None, # (height, width) that must remain: JPEG 2000 is decoded at a reduced resolution
 ) -> Decoded:
@@ -353,5 +354,5 @@ def decode_frame(
         raise DicomError(path, f"the compressed pixel data is damaged: values beyond {info['bits']} bits",
             _copy)
     flat = len(data)>4096 + a.size//256 and a.min()==a.max()
-    if (verify or flat) and codec!='gdcm': codec = _verified(a, codec, data, info, ds, dtype, shape, path)
+    if (verify or flat) and codec!='gdcm': codec = _verified(a, codec, data, info, ds, dtype=dtype, shape=shape, path=path)
     return Decoded(a, codec, 1, exact, info.get('bits', 0))

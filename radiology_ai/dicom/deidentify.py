@@ -399,6 +399,7 @@ def deidentify(
     profile: str='basic',  # the Basic Application Confidentiality Profile of PS3.15
     retain=(),             # of dates_full, dates_modified, uids, device, institution, patient, descriptions, safe_private
     key=None,              # secret: bytes, passphrase or Path of a key file (written if absent); None: drawn and forgotten, so a later run makes other pseudonyms
+    *,
     burned_in: str='black',# text in the picture: 'black' out, 'hold' the file back, 'keep' it
     link=None,             # where to write the table of original paths and patient IDs, outside of dst; None: nowhere
     workers: int|None=None,# processes; None: as many as cores

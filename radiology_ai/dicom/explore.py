@@ -222,6 +222,7 @@ def explore_dicoms(
     columns=None,           # its label columns; None: those of 0 and 1
     pixels: bool|str=False, # True: compare the pixels of files of the same rows and columns; 'all': decode every file, which also finds damaged and blank ones
     examples: int=15,       # at most so many radiographs on the contact sheet
+    *,
     workers: int|None=None, # processes; None: as many as cores
     show: bool|None=None,   # progress bars; None: on a terminal
     previous=None,          # an earlier index, see `index_dicoms`
@@ -264,7 +265,7 @@ _DPI = 50 # of the figures; notebooks double it
 
 def _short(text, n=24): return text if len(text)<=n else text[:n-1] + '…'
 
-def _bars(ax, names, counts, title, color=_BLUE, most=24):
+def _bars(ax, names, counts, title, color=_BLUE, *, most=24):
     "Horizontal bars, longest on top, with the numbers at their ends."
     names,counts = [_short(str(o), most) for o in names],np.asarray(counts, float)
     ax.barh(range(len(counts)), counts, color=[_GREY if n in (_NONE, 'others') else color for n in names],

@@ -188,7 +188,7 @@ def _inflate(f, path, pixels, max_pixels):
 
 def _at_pixels(tag, vr, length): return tag>=0x7FE00000
 
-def _parse(f, path, tags, syntax, start, pixels, max_pixels):
+def _parse(f, path, tags, syntax, start, *, pixels, max_pixels):
     "The header of the open file `f` and the stream behind it, positioned at the pixel data."
     if syntax!=DeflatedExplicitVRLittleEndian:
         return pydicom.dcmread(f, force=True, stop_before_pixels=True, specific_tags=tags, defer_size=2**22),f
@@ -226,7 +226,7 @@ def open_parts(
     try:
         with warnings.catch_warnings(), disable_value_validation(), open(path, 'rb') as f:
             warnings.simplefilter('ignore')
-            ds,stream = _parse(f, path, tags, *transfer_syntax(head), pixels, max_pixels)
+            ds,stream = _parse(f, path, tags, *transfer_syntax(head), pixels=pixels, max_pixels=max_pixels)
             ds.get('Rows') # converts early what must be right
             if stream is f and f.tell()>os.path.getsize(path):
                 raise DicomError(path, 'an element claims more bytes than the file has', _copy)

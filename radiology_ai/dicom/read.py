@@ -98,7 +98,7 @@ def _inside_border(stored, lo, hi):
         if abs(v - near)>.25*(hi - lo) and abs(ends[1-i] - near)>=4: ends[i] = near
     return ends
 
-def _used_range(stored, ends, x, pad, small, u):
+def _used_range(stored, ends, x, pad, small, *, u):
     "Smallest and largest modality value that occurs outside of padding."
     if pad is None or not pad.any():
         if not small: return x.min(),x.max()
@@ -119,7 +119,7 @@ def _grey_values(stored, ds, path, which):
     values = np.arange(n, dtype=u).view(stored.dtype) if small else stored
     x = _modality(values.astype(float), ds, little)
     pad = _padding(values, ds)
-    lo,hi = _used_range(stored, ends, x, pad, small, u)
+    lo,hi = _used_range(stored, ends, x, pad, small, u=u)
     y = _voi(x, ds, little, which)
     if y is not None and lo<hi:
         shown = y[(x>=lo) & (x<=hi)]
@@ -251,7 +251,7 @@ def read_header(
         return tags_of(open_dicom(path, pixels=False, tags=list(keywords)), keywords)
     with _open_still(path) as im: return dict(Rows=im.height, Columns=im.width)
 
-def _read_dicom(path, size, crop, frame, max_pixels, verify, voi):
+def _read_dicom(path, size, crop, frame, max_pixels, *, verify, voi):
     "A DICOM file as a Radiograph before cropping, and already of the wanted size where nothing is cropped."
     ds,value = open_parts(path, max_pixels=max_pixels)
     try:
@@ -259,7 +259,7 @@ def _read_dicom(path, size, crop, frame, max_pixels, verify, voi):
             warnings.filterwarnings('ignore', module='pydicom')
             full = int(ds.get('Rows') or 0),int(ds.get('Columns') or 0)
             wanted = fit_size(full, size) if size is not None and crop is None and all(full) else None
-            stored,codec,step = decode(ds, value, frame, path, max_pixels, verify, wanted)[:3]
+            stored,codec,step = decode(ds, value, frame, path, max_pixels, verify=verify, least=wanted)[:3]
             colour = stored.ndim==3 or ds.get('PhotometricInterpretation')=='PALETTE COLOR'
             pixels = _colour_grey(stored, ds, path) if colour else to_grey(stored, ds, path, voi, wanted)
     except DicomError: raise
@@ -279,6 +279,7 @@ def read_radiograph(
     crop=None,             # x1, y1, x2, y2 in stored pixels, before resizing
     frame: int|None=None,  # which frame of several, from 0
     max_pixels: int=MAX_PIXELS, # refuse pictures that declare more samples, before memory is taken
+    *,
     verify: bool=False,    # decode twice, by two decoders, and refuse what they disagree on
     voi: int=0,            # which of several windows or VOI tables of the header
 ) -> Radiograph:
@@ -289,7 +290,7 @@ def read_radiograph(
         pixels = _read_still(path, frame, max_pixels)
         r = Radiograph(pixels, None, dict(Rows=pixels.shape[0], Columns=pixels.shape[1]), codec='pillow',
             path=str(path))
-    else: r = _read_dicom(path, size, crop, frame, max_pixels, verify, voi)
+    else: r = _read_dicom(path, size, crop, frame, max_pixels, verify=verify, voi=voi)
     if crop is not None: r = r.crop(crop)
     return (r if size is None else r.resize(fit_size(r.shape if crop is not None
         else (r.tags['Rows'], r.tags['Columns']), size)))

@@ -46,6 +46,7 @@ def compressed_frame(
     frame: int=0,
     n_frames: int=1,
     limit: int=2**28,  # more bytes than this are not read
+    *,
     path='',           # names the file in errors
 ) -> bytes:
     "The stream of one frame."
@@ -99,7 +100,7 @@ def encapsulated(value: PixelValue, ds: Dataset) -> bool:
         and not syntax.is_deflated and value.read(0, 4)==b'\xfe\xff\0\xe0')
 
 # %% ../../nbs/13_dicom.stored.ipynb #c5b938e7
-def _raw_frame(path, value, ds, frame, dtype, shape, n_frames):
+def _raw_frame(path, value, ds, frame, dtype, *, shape, n_frames):
     "One uncompressed frame; only its own bytes are read."
     big = ds.original_encoding[1] is False
     ybr422 = ds.get('PhotometricInterpretation')=='YBR_FULL_422' and shape[2:]
@@ -135,7 +136,7 @@ def _raw_twice(a, path, value, ds, frame):
         raise DicomError(path, 'two decoders disagree (raw and pydicom)', 'Ask the source for another copy')
 
 # %% ../../nbs/13_dicom.stored.ipynb #8b5bdd75
-def _fit_bits(a, ds, raw, exact, depth, path):
+def _fit_bits(a, ds, raw, exact, depth, *, path):
     "`a` reduced to BitsStored bits with the sign of PixelRepresentation."
     alloc,signed = a.dtype.itemsize*8,bool(ds.get('PixelRepresentation', 0))
     bits = min(int(ds.get('BitsStored') or alloc), alloc)
@@ -166,6 +167,7 @@ def decode(
     frame: int|None=None,     # which frame, from 0; a file of several needs it
     path='',                  # names the file in errors
     max_pixels: int=MAX_PIXELS, # refuse pictures that declare more
+    *,
     verify: bool=False,       # decode by two decoders and compare
     least: tuple|None=None,   # (height, width) that must remain where a stream can be decoded at a reduced resolution
 ) -> Decoded:
@@ -182,18 +184,18 @@ def decode(
                 syntax_of(
                 ds)) in pydicom.uid.JPEGTransferSyntaxes + pydicom.uid.JPEG2000TransferSyntaxes + pydicom.uid.RLETransferSyntaxes:
             raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
-        a,codec,step,exact,depth = _raw_frame(path, value, ds, frame, dtype, shape, n_frames),'raw',1,True,0
+        a,codec,step,exact,depth = _raw_frame(path, value, ds, frame, dtype, shape=shape, n_frames=n_frames),'raw',1,True,0
         if verify: _raw_twice(a, path, value, ds, frame); codec = 'raw + pydicom'
     else:
         limit = 4*int(np.prod(shape))*dtype.itemsize + 2**20
-        a,codec,step,exact,depth = decode_frame(compressed_frame(value, ds, frame, n_frames, limit, path), ds,
-            dtype, shape, path, verify, least)
+        a,codec,step,exact,depth = decode_frame(compressed_frame(value, ds, frame, n_frames, limit, path=path), ds,
+            dtype, shape, path, verify=verify, least=least)
     if a.ndim==3 and a.shape[2]==1: a = a[..., 0]
     if (a.ndim==3 and str(ds.get('PhotometricInterpretation', '')).startswith('YBR_FULL')
             and codec.split()[0] in ('raw', 'imagecodecs.packbits')):
         from pydicom.pixels import convert_color_space
         a = convert_color_space(np.ascontiguousarray(a), 'YBR_FULL', 'RGB')
-    return Decoded(_fit_bits(np.ascontiguousarray(a), ds, raw, exact, depth, path), codec, step, exact, depth)
+    return Decoded(_fit_bits(np.ascontiguousarray(a), ds, raw, exact, depth, path=path), codec, step, exact, depth)
 
 def pixel_value(ds: Dataset) -> PixelValue|None:
     "The pixel data of a data set in memory."
@@ -214,4 +216,4 @@ def decode_stored(
     them."""
     name = getattr(ds, 'filename', None)
     return tuple(decode(ds, pixel_value(ds), frame, path or (name if isinstance(name, (str, Path)) else ''),
-        max_pixels, verify))[:2]
+        max_pixels, verify=verify))[:2]

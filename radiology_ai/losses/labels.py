@@ -208,6 +208,7 @@ class AsymmetricLoss(LabelLoss):
         clip: float=.05,       # negatives with a probability up to it cost nothing
         pos_weight=None,       # (C,) weight of the positives of each label
         smoothing: float=0.,   # targets become smoothing/2 and 1 - smoothing/2
+        *,
         reduction: str='mean', # 'mean' over known entries, 'sum' or 'none'
     ):
         super().__init__(pos_weight, min(gamma_neg, gamma_pos), smoothing, reduction)
@@ -273,6 +274,7 @@ def default_loss(
     weight=None,          # class weights, or positive weights of labels
     smoothing: float=0.,  # label smoothing
     kind: str='ce',       # 'ce', 'focal', 'asymmetric' (labels only) or 'logit_adjusted'
+    *,
     prior=None,           # (C,) share of each class or label, for 'logit_adjusted'
 ) -> nn.Module:
     "The loss for class numbers (integers) or for labels 1 / 0 / NaN (floats). Raises `ModelError`."

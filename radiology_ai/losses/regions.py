@@ -60,6 +60,7 @@ class TverskyLoss(RegionLoss):
         gamma: float=1.,       # 0.75: focal Tversky
         smooth: float=1.,      # pixels added to both sides of the ratio
         empty: str='skip',     # masks without the finding: 'skip' or 'count'
+        *,
         batch: bool=False,     # one region out of all images of the batch
         reduction: str='mean', # 'mean', 'sum' or 'none': (B, C)
     ):
@@ -79,7 +80,7 @@ class TverskyLoss(RegionLoss):
 class DiceLoss(TverskyLoss):
     "1 minus the soft Dice of logits and masks of one shape; NaN is unknown."
     def __init__(self, smooth: float=1., empty: str='skip', batch: bool=False, reduction: str='mean'):
-        super().__init__(.5, .5, 1., smooth/2, empty, batch, reduction)
+        super().__init__(.5, .5, 1., smooth/2, empty, batch=batch, reduction=reduction)
 
 # %% ../../nbs/42_losses.regions.ipynb #ac9e0a22
 def _jaccard_steps(target):
@@ -139,6 +140,7 @@ class DiceBCE(nn.Module):
         pos_weight=None,       # weight of the positive pixels in BCE
         smooth: float=1.,      # pixels added to both sides of Dice's ratio
         empty: str='skip',     # masks without the finding: 'skip' or 'count', in Dice
+        *,
         batch: bool=False,     # Dice over all images of the batch together
         reduction: str='mean', # 'mean' or 'none': (B, C), not with `batch`
     ):

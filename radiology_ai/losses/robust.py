@@ -40,6 +40,7 @@ class RobustLoss(ClassLoss):
         gamma: float=.5,       # of 'fl'
         q: float=.7,           # of 'gce', in (0, 1]
         weight=None,           # (C,) weight of each class
+        *,
         smoothing: float=0.,   # share of the target spread over all classes
         reduction: str='mean', # 'mean', 'sum' or 'none'
     ):

@@ -24,6 +24,7 @@ def show_boxes(
     boxes=(),            # (N, 4) predicted boxes
     scores=None,         # (N,) written beside them
     ax=None,             # matplotlib axes
+    *,
     title: str='',
 ):
     "The film with the true boxes (solid, green) and the predicted ones (dashed, orange) with their scores."
@@ -135,7 +136,7 @@ def _near(p, t, image, truths, least):
     near = np.flatnonzero(iou>=least)
     return box[near],true[near],iou[near]
 
-def _choose(box, column, iou, image, score, ious, reached):
+def _choose(box, column, iou, image, score, *, ious, reached):
     """Boxes that choose, and (B, K) which of them hit: by falling score, each takes the best column of its
     image that is still free, the first of equals."""
     order = np.unique(box)
@@ -169,9 +170,9 @@ def match_boxes(
     ious = np.atleast_1d(np.asarray(ious, float))
     if ious.ndim!=1 or not len(ious) or not ((ious>0)&(ious<1)).all():
         raise DataError(f"ious are {ious.tolist()}", "Give IoU thresholds between 0 and 1")
-    return match_flat(*check_detections(boxes, scores, truths), ious, strict)
+    return match_flat(*check_detections(boxes, scores, truths), ious=ious, strict=strict)
 
-def match_flat(p, s, t, n_boxes, n_truths, ious, strict: bool=True) -> Matches:
+def match_flat(p, s, t, n_boxes, n_truths, *, ious, strict: bool=True) -> Matches:
     "`match_boxes` of what `check_detections` gives."
     image,reached = image_of(n_boxes),np.greater if strict else np.greater_equal
     box,true,iou = _near(p, t, image, n_truths, ious.min())
@@ -181,7 +182,7 @@ def match_flat(p, s, t, n_boxes, n_truths, ious, strict: bool=True) -> Matches:
     if not alone.all():
         box,true,iou = box[~alone],true[~alone],iou[~alone]
         column = true - (np.cumsum(n_truths)-n_truths)[image[box]]
-        order,chosen = _choose(box, column if strict else column.max()-column, iou, image, s, ious, reached)
+        order,chosen = _choose(box, column if strict else column.max()-column, iou, image, s, ious=ious, reached=reached)
         hit[order] = chosen
     return Matches(image, s, hit, n_boxes, n_truths)
 

@@ -164,6 +164,7 @@ def calibration_ci(
     groups=None,       # (N,) patient of each image; None: each image on its own
     bins: int=10,      # of the ECE, as in `calibration`
     by: str='width',   # as in `calibration`
+    *,
     n: int=1000, seed: int=0, # of the bootstrap
     level: float=.95,  # confidence
 ) -> pd.DataFrame:
@@ -224,7 +225,7 @@ def reliability_curve(
     scores,            # (N,) probabilities in [0, 1]
     groups=None,       # (N,) patient of each image; None: each image on its own
     grid: int=101,     # points between 0 and 1
-    n: int=400, seed: int=0, # of the bootstrap
+    n: int=400, *, seed: int=0, # of the bootstrap
     level: float=.95,  # confidence, at each point by itself
 ) -> pd.DataFrame:
     """Columns score, rate (local linear share of positives), low, high and the n images of the window; NaN
@@ -260,7 +261,7 @@ def decision_curve(
     scores,             # (N,) probabilities in [0, 1]
     groups=None,        # (N,) patient of each image; None: each image on its own
     thresholds=None,    # (T,) between 0 and 1; None: 0.01 to 0.99
-    n: int=400, seed: int=0, # of the bootstrap
+    n: int=400, *, seed: int=0, # of the bootstrap
     level: float=.95,   # confidence, at each threshold by itself
     prevalence: float|None=None, # share of positives where the model is to be used; None: that of the targets
 ) -> pd.DataFrame:

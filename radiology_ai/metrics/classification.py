@@ -130,7 +130,7 @@ class _Label:
                 **self.kwargs).items()}
         return out
 
-def _row(name, figures: dict, intervals: dict, reason: str, t, g, threshold) -> dict:
+def _row(name, figures: dict, intervals: dict, reason: str, t, *, g, threshold) -> dict:
     "A row of the table; `t` (N,) or (N, C), `g` (N,)."
     seen = ~np.isnan(t) if t.ndim==1 else ~np.isnan(t).all(1)
     cells = {f'{k}{end}': v for k in figures for end,v in zip(('','_low','_high'), intervals.get(k, NA))}
@@ -138,13 +138,13 @@ def _row(name, figures: dict, intervals: dict, reason: str, t, g, threshold) -> 
     return dict(label=name) | cells | at | dict(n=int(seen.sum()), patients=len(np.unique(g[seen])),
         positives=int((t==1).sum()), negatives=int((t==0).sum()), reason=reason)
 
-def _mean_row(there, lost, names, drawn, t, g, level, missing, figures, cut) -> dict:
+def _mean_row(there, lost, names, drawn, t, *, g, level, missing, figures, cut) -> dict:
     "The row of the mean over the labels `there` (number -> `_Label`)."
     reason = 'without ' + '; '.join(f'{names[c]}: {why}' for c,why in lost.items()) if lost else ''
     if not there or (lost and missing!='skip'):
         return _row('mean', figures, {},
             f"{'; '.join(f'{names[c]}: {why}' for c,why in lost.items())}: a mean would hide it "
-            "(missing='skip' leaves them out)", t, g, cut)
+            "(missing='skip' leaves them out)", t, g=g, threshold=cut)
     out = {}
     for k in figures:
         value = np.mean([o.value[k] for o in there.values()])
@@ -152,7 +152,7 @@ def _mean_row(there, lost, names, drawn, t, g, level, missing, figures, cut) -> 
             out[k] = (NA if math.isnan(value) else percentile_ci(value,
                 np.mean([d[k] for d in drawn.values()], 0), level, len(np.unique(g))))
         except DataError as e: reason = reason or e.what
-    return _row('mean', figures, out, reason, t[:,list(there)], g, cut)
+    return _row('mean', figures, out, reason, t[:,list(there)], g=g, threshold=cut)
 
 def label_table(
     targets,              # (N,) class numbers (one class against the rest) or (N, C) of 1, 0 or NaN
@@ -160,6 +160,7 @@ def label_table(
     names=None,           # (C,) names of the labels
     groups=None,          # (N,) patient of each image
     thresholds=None,      # one number or (C,): adds the figures of `operating_point`
+    *,
     n: int=1000,          # draws
     seed: int=0,          # of the draws
     level: float=.95,     # confidence
@@ -171,10 +172,10 @@ def label_table(
     """A row a label: `auroc`, `ap` and at thresholds `PROPORTIONS` and the rest, each with _low and _high; n,
     patients, positives, negatives, reason."""
     if missing not in ('n/a','skip'): raise DataError(f"missing is {missing!r}", "Choose 'n/a' or 'skip'")
-    return _table(*columns_of(targets, scores, names, groups), thresholds, n, seed, level, mean, missing,
-        ('auroc','ap'), beta=beta, prevalence=prevalence)
+    return _table(*columns_of(targets, scores, names, groups), thresholds, n=n, seed=seed, level=level,
+        mean=mean, missing=missing, aucs=('auroc','ap'), beta=beta, prevalence=prevalence)
 
-def _table(t, s, names, g, thresholds, n, seed, level, mean, missing, aucs, **kwargs) -> pd.DataFrame:
+def _table(t, s, names, g, thresholds, *, n, seed, level, mean, missing, aucs, **kwargs) -> pd.DataFrame:
     check_repetitions(n)
     cuts = ([None]*len(names) if thresholds is None
         else np.broadcast_to(np.asarray(thresholds, float), len(names)).tolist())
@@ -195,10 +196,10 @@ def _table(t, s, names, g, thresholds, n, seed, level, mean, missing, aucs, **kw
         if c in there:
             try: out = there[c].intervals(drawn[c], level)
             except DataError as e: why = e.what
-        rows.append(_row(name, figures, out, why, t[:,c], g, cuts[c]))
+        rows.append(_row(name, figures, out, why, t[:,c], g=g, threshold=cuts[c]))
     if mean:
-        rows.append(_mean_row(there, lost, names, drawn, t, g, level, missing, figures,
-            None if thresholds is None else math.nan))
+        rows.append(_mean_row(there, lost, names, drawn, t, g=g, level=level, missing=missing, figures=figures,
+            cut=None if thresholds is None else math.nan))
     return pd.DataFrame(rows).set_index('label')
 
 # %% ../../nbs/42_metrics.classification.ipynb #a9ef220e
@@ -208,6 +209,7 @@ def auroc_table(
     names=None,           # (C,) names of the classes or labels
     groups=None,          # (N,) patient of each image
     method: str='delong', # as in `auroc_ci`; 'bootstrap' uses the same draws for all labels
+    *,
     level: float=.95,     # confidence
     n: int=1000,          # draws of the bootstrap
     seed: int=0,          # of the draws
@@ -216,7 +218,7 @@ def auroc_table(
     t,s,names,g = columns_of(targets, scores, names, groups)
     columns = ['value','low','high','positives','negatives','reason']
     if method=='bootstrap':
-        table = _table(t, s, names, g, None, n, seed, level, False, 'n/a', ('auroc',))
+        table = _table(t, s, names, g, None, n=n, seed=seed, level=level, mean=False, missing='n/a', aucs=('auroc',))
         return table.rename(columns=dict(auroc='value', auroc_low='low', auroc_high='high'))[columns]
     rows = []
     for c in range(len(names)):

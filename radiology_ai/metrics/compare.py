@@ -60,6 +60,7 @@ def paired_bootstrap(
     a,                # (N,) scores of the first model, or (N, C)
     b,                # (N,) scores of the second model
     groups=None,      # (N,) patient of each image
+    *,
     n: int=1000,      # draws
     seed: int=0,      # of the draws
     level: float=.95, # confidence
@@ -156,7 +157,7 @@ def holm(
     return out
 
 # %% ../../nbs/43_metrics.compare.ipynb #546fa07b
-def _mean_draws(t, models, there, g, n, seed) -> np.ndarray:
+def _mean_draws(t, models, there, g, n, *, seed) -> np.ndarray:
     "(n, M) mean AUROCs over the labels `there` of M models in the same draws of patients."
     ranked = [[Ranked(t[:,c], s[:,c]) for c in there] for s in models]
     return bootstrap(lambda w: np.stack([np.mean([r.auroc(w) for r in rs], 0) for rs in ranked]), g, None, n,
@@ -168,6 +169,7 @@ def compare_models(
     names=None,       # (C,) names of the labels
     groups=None,      # (N,) patient of each image
     n: int=1000,      # draws for the mean
+    *,
     seed: int=0,      # of the draws
     level: float=.95, # confidence
 ) -> pd.DataFrame:
@@ -184,25 +186,25 @@ def compare_models(
     if wrong:
         raise DataError(f"{wrong[0]} has {given[wrong[0]][0].shape[1]} columns of scores, the first model "
             f"{t.shape[1]}", "Give the same labels for all")
-    rows = [_label_row(names[c], a, b, t[:,c], given[a][1][:,c], given[b][1][:,c], g, level)
+    rows = [_label_row(names[c], a, b, t[:,c], given[a][1][:,c], sb=given[b][1][:,c], g=g, level=level)
         for a,b in combinations(given, 2) for c in range(len(names))]
     table = pd.DataFrame(rows)
     table['p_holm'] = holm(table.p)
-    means = pd.DataFrame(_mean_rows(table, t, given, names, g, n, seed, level)) if len(names)>1 else table[:0]
+    means = pd.DataFrame(_mean_rows(table, t, given, names, g, n=n, seed=seed, level=level)) if len(names)>1 else table[:0]
     if len(means): table = pd.concat([table, means.assign(p_holm=holm(means.p))], ignore_index=True)
     return table[['label','a','b','auroc_a','auroc_b','difference','low','high','p','p_holm','n','reason']]
 
-def _compared(label, a, b, ci, p, va, vb, n, reason) -> dict:
+def _compared(label, a, b, ci, p, *, va, vb, n, reason) -> dict:
     return dict(label=label, a=a, b=b, auroc_a=va, auroc_b=vb, difference=ci.value, low=ci.low, high=ci.high,
         p=p, n=n, reason=reason)
 
-def _label_row(label, a, b, t, sa, sb, g, level) -> dict:
+def _label_row(label, a, b, t, sa, *, sb, g, level) -> dict:
     n = int((~np.isnan(t)).sum())
     try: r = delong_test(t, sa, sb, g, level)
-    except DataError as e: return _compared(label, a, b, NA, math.nan, math.nan, math.nan, n, e.what)
-    return _compared(label, a, b, r.difference, r.p, r.a, r.b, n, '')
+    except DataError as e: return _compared(label, a, b, NA, math.nan, va=math.nan, vb=math.nan, n=n, reason=e.what)
+    return _compared(label, a, b, r.difference, r.p, va=r.a, vb=r.b, n=n, reason='')
 
-def _mean_rows(table, t, given, names, g, n, seed, level) -> list[dict]:
+def _mean_rows(table, t, given, names, g, *, n, seed, level) -> list[dict]:
     "A row a pair of models for the mean over the labels that could be tested."
     lost = set(table.label[table.reason!=''])
     there = [c for c,name in enumerate(names) if name not in lost]
@@ -210,9 +212,9 @@ def _mean_rows(table, t, given, names, g, n, seed, level) -> list[dict]:
     left_out = f"without {', '.join(str(o) for o in names if o in lost)}" if lost else ''
     try:
         if not there: raise DataError("No label could be tested")
-        drawn = _mean_draws(t, [v[1] for v in given.values()], there, g, n, seed)
+        drawn = _mean_draws(t, [v[1] for v in given.values()], there, g, n, seed=seed)
     except DataError as e:
-        return [_compared('mean', a, b, NA, math.nan, math.nan, math.nan, seen, e.what)
+        return [_compared('mean', a, b, NA, math.nan, va=math.nan, vb=math.nan, n=seen, reason=e.what)
             for a,b in combinations(given, 2)]
     value = {k: np.mean([auroc(t[:,c], v[1][:,c]) for c in there]) for k,v in given.items()}
     place,rows,m = {k: i for i,k in enumerate(given)},[],len(np.unique(g))
@@ -220,7 +222,7 @@ def _mean_rows(table, t, given, names, g, n, seed, level) -> list[dict]:
         d = drawn[:,place[a]] - drawn[:,place[b]]
         try:
             rows.append(_compared('mean', a, b, percentile_ci(value[a]-value[b], d, level, m),
-                bootstrap_p(d, m), value[a], value[b], seen, left_out))
+                bootstrap_p(d, m), va=value[a], vb=value[b], n=seen, reason=left_out))
         except DataError as e:
-            rows.append(_compared('mean', a, b, NA, math.nan, math.nan, math.nan, seen, e.what))
+            rows.append(_compared('mean', a, b, NA, math.nan, va=math.nan, vb=math.nan, n=seen, reason=e.what))
     return rows

@@ -69,6 +69,7 @@ def rsna_map_ci(
     truths,           # true boxes (M, 4) of each image
     groups=None,      # (I,) patient of each image; None: each image on its own
     n: int=1000,      # draws
+    *,
     seed: int=0,      # of the draws
     level: float=.95, # confidence
     ious=RSNA_IOUS,   # IoU thresholds
@@ -96,7 +97,7 @@ def _kept(m: Matches, which, thresholds) -> np.ndarray:
     counts = np.bincount(m.image[which]*t + passed, minlength=n*t).reshape(n, t)
     return counts[:,::-1].cumsum(1)[:,::-1][:,1:]
 
-def _band(evaluate, groups, images: int, n: int, seed: int, level: float):
+def _band(evaluate, groups, images: int, n: int, seed: int, *, level: float):
     """Low and high end (K,) of the K figures of `evaluate` (weights (N, R) -> (K, R)) over draws of patients,
     and why there is none."""
     check_repetitions(n)
@@ -116,6 +117,7 @@ def threshold_sweep(
     truths,               # true boxes (M, 4) of each image
     thresholds=None,      # (T,) a box counts if score >= threshold; None: 50 quantiles of the scores
     groups=None,          # (I,) patient of each image; None: each image on its own
+    *,
     iou: float=.5,        # a hit for TP, FP and FN has a greater IoU
     ious=RSNA_IOUS,       # thresholds of the RSNA score
     n: int=1000,          # draws
@@ -137,7 +139,7 @@ def threshold_sweep(
     tp = _kept(m, m.hit[:,0], thresholds).sum(0)
     counting = (all_>0).sum(0)
     with np.errstate(invalid='ignore'): score = np.nansum(values, 0)/counting
-    low,high,reason = _band(_column_means(values), groups, len(values), n, seed, level)
+    low,high,reason = _band(_column_means(values), groups, len(values), n, seed, level=level)
     reason = np.where(counting>0, reason, 'no image has a true box or a box of this score')
     called = (every>0).sum(0)
     return pd.DataFrame(dict(score=score, low=low, high=high, n=counting, tp=tp, fp=every.sum(0)-tp,
@@ -157,6 +159,7 @@ def detection_table(
     truths,               # true boxes (M, 4) of each image
     threshold: float,     # a box counts if score >= threshold
     groups=None,          # (I,) patient of each image; None: each image on its own
+    *,
     iou: float=.5,        # a hit has a greater IoU
     level: float=.95,     # confidence
     n: int=1000,          # draws for the false boxes an image
@@ -183,7 +186,7 @@ def detection_table(
         out[name] = (*(proportion_ci(hit, of, who, level) if size else (np.nan,)*3), size,
             '' if size else why)
     mean,(low,),(high,),(reason,) = (marks-tp).mean(),*_band(_column_means((marks-tp)[:,None].astype(float)),
-        g, len(g), n, seed, level)
+        g, len(g), n, seed, level=level)
     out['false boxes an image'] = (mean, low, high, len(g), reason)
     return pd.DataFrame.from_dict(out, orient='index', columns=['value','low','high','n','reason'])
 
@@ -225,6 +228,7 @@ def froc(
     truths,               # true boxes (M, 4) of each image
     groups=None,          # (I,) patient of each image; None: each image on its own
     iou: float=.5,        # a hit has a greater IoU
+    *,
     false_positives=RATES,# (F,) false positives an image at which the CPM is read
     n: int=1000,          # draws
     seed: int=0,          # of the draws
@@ -246,7 +250,7 @@ def froc(
         values = sensitivity(w)
         return np.vstack([values, values[asked].mean(0)])
     value = figures(np.ones((len(m.truths), 1)))[:,0]
-    low,high,reason = _band(figures, groups, len(m.truths), n, seed, level)
+    low,high,reason = _band(figures, groups, len(m.truths), n, seed, level=level)
     curve = pd.DataFrame(dict(sensitivity=value[:-1], low=low[:-1], high=high[:-1], threshold=thresholds,
         reason=reason[:-1]),
         index=pd.Index(grid, name='false_positives'))
@@ -352,6 +356,7 @@ def coco_map_ci(
     truths,             # true boxes (M, 4) of each image
     classes=None,       # class numbers (N,) of the predicted boxes of each image; None: one class
     truth_classes=None, # class numbers (M,) of the true boxes
+    *,
     groups=None,        # (I,) patient of each image; None: each image on its own
     n: int=1000,        # draws
     seed: int=0,        # of the draws
@@ -365,12 +370,12 @@ def coco_map_ci(
     for k in np.unique(tc):
         of,true = c==k,tc==k
         counts = (np.bincount(i, minlength=len(n_boxes)) for i in (image[of], there[true]))
-        each.append(_weighted_ap(match_flat(p[of], s[of], t[true], *counts, COCO_IOUS, strict=False)))
+        each.append(_weighted_ap(match_flat(p[of], s[of], t[true], *counts, ious=COCO_IOUS, strict=False)))
     def figures(w):
         ap = np.stack([f(w) for f in each])
         known = ~np.isnan(ap)
         with np.errstate(invalid='ignore'): ap = np.nansum(ap, 0)/known.sum(0)
         return np.stack([ap.mean(0), ap[0], ap[5]])
-    low,high,reason = _band(figures, groups, len(n_boxes), n, seed, level)
+    low,high,reason = _band(figures, groups, len(n_boxes), n, seed, level=level)
     return pd.DataFrame(dict(value=value[:3], low=low, high=high, n=len(n_boxes), reason=reason),
         index=['AP','AP50','AP75'])

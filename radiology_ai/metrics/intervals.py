@@ -306,6 +306,7 @@ def bootstrap_ci(
     scores,            # (N,) scores or predictions, or (N, C)
     groups=None,       # (N,) patient of each image; None: each image on its own
     n: int=1000,       # repetitions
+    *,
     seed: int=0,       # of the draws
     level: float=.95,  # confidence
     stratify: bool|None=None, # draw within classes; None: if the metric has `by_class`

@@ -136,6 +136,7 @@ def mask_table(
     groups=None,                 # (N,) patient of each image
     spacing=None,                # mm of a pixel for all images, or a sequence of N; None: distances in pixels
     tolerance: float|None=None,  # of `surface_dice`; None leaves it out
+    *,
     n: int=1000, seed: int=0, level: float=.95, # of the intervals, as in `mean_ci` and `proportion_ci`
 ) -> pd.DataFrame:
     """A row a figure: value, low, high, the n images and patients it rests on, and, where it is not defined,

@@ -171,6 +171,7 @@ def operating_point(
     threshold: float,            # positive if score >= threshold
     groups=None,                 # (N,) patient of each image
     level: float=.95,            # confidence
+    *,
     beta: float=1.,              # of F-beta
     prevalence: float|None=None, # PPV and NPV at this share of positives; None: at that of the targets
     n: int=1000,                 # draws of the bootstrap

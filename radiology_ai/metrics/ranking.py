@@ -147,6 +147,7 @@ def auroc_ci(
     groups=None,            # (N,) patient of each image; None: each image on its own
     method: str='delong',   # 'delong' (with groups: Obuchowski's clustered form) or 'bootstrap'
     level: float=.95,       # confidence
+    *,
     n: int=1000,            # repetitions of the bootstrap
     seed: int=0,            # of the bootstrap
 ) -> Interval:
@@ -160,7 +161,7 @@ def auroc_ci(
     parts = delong_components(t, s)
     value = parts[0].mean()
     if ci := perfect_auroc(value, t, g, level): return ci
-    if method=='bootstrap': return bootstrap_ci(auroc, t, s, g, n, seed, level)
+    if method=='bootstrap': return bootstrap_ci(auroc, t, s, g, n, seed=seed, level=level)
     half = z*math.sqrt(_covariance(t, [parts], g)[1].item())
     return Interval(float(value), float(max(0., value-half)), float(min(1., value+half)))
 

@@ -243,7 +243,7 @@ class VennAbers(Recalibration):
         if any(a>b for a,b in zip(y, n)):
             raise DataError("positives are more than images", "They are counts at each score")
         left,right = _pools(y, n),_pools([b-a for a,b in zip(y[::-1], n[::-1])], n[::-1])
-        self.answers = np.array([[_joined(k, label, y, n, left, right) for k in range(2*len(y)+1)]
+        self.answers = np.array([[_joined(k, label, y, n, left, right=right) for k in range(2*len(y)+1)]
             for label in (0, 1)])
 
     def interval(self, scores) -> tuple[np.ndarray, np.ndarray]:
@@ -257,7 +257,7 @@ class VennAbers(Recalibration):
         low,high = self.interval(scores)
         return high/(1-low+high)
 
-def _joined(k: int, label: int, y, n, left, right) -> float:
+def _joined(k: int, label: int, y, n, left, *, right) -> float:
     """Rate of the step that holds an image of this label added at place `k`: even between two known scores,
     odd at one."""
     m,at = len(y),k//2

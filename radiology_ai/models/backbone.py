@@ -94,6 +94,7 @@ def create_backbone(
     pretrained: bool=True, # start from published weights
     strict: bool=False,    # raise `ModelError` if they cannot be had; otherwise warn and go on with random ones
     weights=None,          # a local weight file (safetensors, .pt) or the folder of a bundle, in place of published weights
+    *,
     seed: int=0,           # of random weights
     **kwargs,              # further arguments of the architecture, such as img_size
 ) -> tuple[Backbone, int]:
@@ -204,6 +205,7 @@ class Head(nn.Module):
         dropout: float=0.,       # share of features dropped in training
         pool: str='avg',         # 'avg', 'max' or 'both' (concatenated)
         batchnorm: bool=True,    # normalise the logits
+        *,
         prior=None,              # (n_out,) share of each class
         multi_label: bool=False, # labels that do not exclude one another
         ordinal: bool=False,     # classes are grades in their order
@@ -325,6 +327,7 @@ def create_model(
     n_in: int=1,             # channels of the images, of all views together
     pretrained: bool=True,   # start from published weights
     prior=None,              # (n_out,) share of each class: the head starts at its logarithm
+    *,
     strict: bool=False,      # an error in place of a warning where the weights cannot be had
     weights=None,            # a local weight file, or the folder of a bundle
     dropout: float=0.,       # share of features dropped in training
@@ -344,7 +347,7 @@ def create_model(
         raise ModelError(f"{n_in} channels are no {views} views",
             f"n_in counts the channels of all views: n_in={views}")
     name,weights,kwargs = _from_bundle(name, weights, kwargs)
-    body,n = create_backbone(name, n_in//views, pretrained, strict, weights, seed, **kwargs)
+    body,n = create_backbone(name, n_in//views, pretrained, strict, weights, seed=seed, **kwargs)
     own = dict(dropout=dropout, pool=pool, batchnorm=batchnorm, multi_label=multi_label)
     own |= {k: v for k,v in dict(ordinal=ordinal,
         parents=None if parents is None else [int(p) for p in parents]).items() if v}

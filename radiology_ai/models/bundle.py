@@ -39,6 +39,7 @@ def save_bundle(
     recipe: Preprocess,   # how the pixels were prepared
     vocab,                # names of the outputs, in their order
     task: str='',         # what the network is for, such as 'knee'
+    *,
     arch: str='',         # for the reader; the network itself tells
     threshold=None,       # a score from which on it counts as positive, or a list with one for each output
     card: dict|None=None, # anything else worth knowing: label, cohort, figures

@@ -232,7 +232,7 @@ def _steep(v, least=.03):
     "`v`, but at least `least` from 0: an edge along the ray is a ramp of about a pixel."
     return (1 if v>=0 else -1)*max(abs(v), least)
 
-def _cut(f, number, heights, e, low, high):
+def _cut(f, number, heights, e, low, *, high):
     "Bounds of y (in direction `e`) of what fragment `number` has of the interval from `low` to `high`."
     for j,side in f.fragments[number].sides:
         m = _steep(f.surfaces[j].slant, .015)*side*e
@@ -265,15 +265,15 @@ def tibia(
             tilt,high = _steep(-e*slope-.03),np.minimum(side, high)
             below = Z-surface[None]
             if dent is not None and not inner:
-                _mark(f, out, heights, e, low, high, (below>-dent-1)&(below<3)&(dent>.5))
+                _mark(f, out, heights, e, low, high=high, where=(below>-dent-1)&(below<3)&(dent>.5))
             if tilt>0: high = np.minimum(high, below*_F(1/tilt))
             else: low = np.maximum(low, below*_F(1/tilt))
             for i,piece in enumerate(out):
-                a,b = _cut(f, i, heights, e, low, high)
-                _add(piece, np.maximum(b-a, 0), inner, fill, below, dent)
+                a,b = _cut(f, i, heights, e, low, high=high)
+                _add(piece, np.maximum(b-a, 0), inner, fill, below, dent=dent)
     return out
 
-def _add(piece, t, inner, fill, below, dent):
+def _add(piece, t, inner, fill, below, *, dent):
     "Add lengths `t` of one layer to the maps of a fragment."
     if not inner: piece[...,0] += t
     else:
@@ -282,10 +282,10 @@ def _add(piece, t, inner, fill, below, dent):
         piece[...,1] += (t*fill if dent is None else t*fill*(1
             + np.clip(dent/5, 0, 1.5)[None]*np.exp(-np.maximum(below, 0)/5)))
 
-def _mark(f, out, heights, e, low, high, where):
+def _mark(f, out, heights, e, low, *, high, where):
     "Note in the last map of the fragments how much of the ray crosses the depressed part."
     for i,piece in enumerate(out):
-        a,b = _cut(f, i, heights, e, low, high)
+        a,b = _cut(f, i, heights, e, low, high=high)
         piece[...,3] += np.maximum(b-a, 0)*where
 
 def _tibia_fill(k, x, z):

@@ -163,6 +163,7 @@ def vessel_tree(
     angle: np.ndarray,        # (N,) directions in radians
     radius: np.ndarray,       # (N,) in mm
     length: np.ndarray,       # (N,) of the first pieces in mm
+    *,
     smallest: float=.5,       # radius in mm at which a vessel ends
 ) -> list:
     "Pieces of all vessels, generation by generation: a list of (points (N, 5, 2), radii (N,))."
@@ -352,6 +353,7 @@ def simulate_chest(
     size: int=512,          # side of the film in pixels
     pose=None,              # None: straight, 'random', or a (3, 3) matrix straight to actual pixels
     opacity_size: float|None=None,     # radius in mm; None: drawn
+    *,
     opacity_strength: float|None=None, # line integral in the middle; None: drawn
     **given,                # fields of `ChestBody` that are not drawn
 ) -> Phantom:
@@ -369,15 +371,15 @@ def simulate_chest(
         d = edge_distance(grid, lung_outline(body, s), 45)
         air += 2*(body.depth-14)*np.sqrt(1-(1-d/45)**2)
         masks[name] = (d>0)&(solid<40)
-    line = _compose(grid, body, seed, air, heart, solid)
+    line = _compose(grid, body, seed, air, heart, solid=solid)
     masks.update(lungs=masks['right_lung']|masks['left_lung'], heart=heart>0)
     line,masks['opacity'],boxes = _add_opacities(grid, line, masks, rng(seed, 'opacity'), opacities,
-        opacity_size, opacity_strength)
+        size=opacity_size, strength=opacity_strength)
     return Phantom(line, grid.spacing, 'CHEST', 'PA', '',
         dict(opacity=int(len(boxes)>0), opacities=len(boxes), female=int(body.sex=='F'), age=body.age),
                    _landmarks(grid, body), masks, boxes, pose, int(seed))
 
-def _compose(grid, body, seed, air, heart, solid):
+def _compose(grid, body, seed, air, heart, *, solid):
     "The line integral of the body without opacities."
     m = {t:mu(t, 70) for t in ('soft', 'lung', 'cortex', 'cancellous')}
     flesh = trunk(grid, body)
@@ -392,7 +394,7 @@ def _compose(grid, body, seed, air, heart, solid):
         line += weight*((m['cortex']-m['soft'])*cortex + (m['cancellous']-m['soft'])*core)*(flesh>1)
     return np.maximum(line, 0).astype(np.float32)
 
-def _add_opacities(grid, line, masks, gen, n, size, strength):
+def _add_opacities(grid, line, masks, gen, n, *, size, strength):
     "`line` with `n` opacities, their mask and their boxes."
     n = int(n) if n is not None else int(gen.random()<.5)*int(gen.integers(1, 4))
     boxes,seen = [],np.zeros(grid.shape, bool)

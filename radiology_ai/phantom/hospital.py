@@ -37,7 +37,7 @@ def _table(values, first, signed, little):
     item.add_new('LUTData', 'OW', np.round(values).astype('<u2' if little else '>u2').tobytes())
     return item
 
-def _modality_step(u, rescale, low, high, little, signed):
+def _modality_step(u, rescale, low, high, little, *, signed):
     "Modality values of stored values `u`, the inverse function, and the header elements."
     if rescale is None: return u,lambda x: x,{}
     if rescale!='lut':
@@ -50,7 +50,7 @@ def _modality_step(u, rescale, low, high, little, signed):
     item.ModalityLUTType = 'US'
     return f(u),lambda x: low + (high - low)*(x/top)**(1/p),dict(ModalityLUTSequence=[item])
 
-def _voi_step(q, window, a, b, gen_gamma, little):
+def _voi_step(q, window, a, b, gen_gamma, *, little):
     "Modality values in [a, b] which `window` shows as `q` in [0, 1], and the header elements (PS3.3 C.11.2)."
     span = b - a
     if window is None: return a + q*span,{}
@@ -84,6 +84,7 @@ def store_grey(
     bits: int=12,           # bits stored, 8 to 16
     window: str|None='linear', # None, linear, linear_exact, sigmoid, lut
     rescale=None,           # None, (slope, intercept) or 'lut'
+    *,
     signed: bool=False,     # stored as two's complement
     little: bool=True,      # byte order of tables
     gamma: float=.7,        # how much a VOI table bends
@@ -97,8 +98,8 @@ def store_grey(
     if photometric=='MONOCHROME1': q = 1 - q
     low = -2**(bits-1) if signed else 0
     high = low + 2**bits - 1
-    ends,inverse,tags = _modality_step(np.array([low, high], float), rescale, low, high, little, signed)
-    x,voi = _voi_step(q, window, ends.min(), ends.max(), gamma, little)
+    ends,inverse,tags = _modality_step(np.array([low, high], float), rescale, low, high, little, signed=signed)
+    x,voi = _voi_step(q, window, ends.min(), ends.max(), gamma, little=little)
     dtype = np.dtype(f"{'i' if signed else 'u'}{1 if bits==8 else 2}")
     stored = np.clip(np.round(inverse(x)), low, high).astype(dtype)
     return stored,tags | voi | dict(PhotometricInterpretation=photometric, BitsAllocated=8*dtype.itemsize,
@@ -172,7 +173,7 @@ def write_dicom(
     if syntax not in SYNTAXES:
         raise RadiologyError(f"The transfer syntax is {syntax!r}", f"Use one of {', '.join(SYNTAXES)}")
     bits = {'jpeg': 8, 'jpeg12': 12}.get(syntax, bits)
-    stored,tags = store_grey(pixels, photometric, bits, window, rescale, signed, little=syntax!='big_endian')
+    stored,tags = store_grey(pixels, photometric, bits, window, rescale, signed=signed, little=syntax!='big_endian')
     ds = Dataset()
     base = _base_header(modality, phantom, stored.shape, spacing or getattr(phantom, 'spacing', None),
         lossy=syntax in ('jpeg', 'jpeg12', 'jpeg2000_lossy'))
@@ -350,7 +351,7 @@ def _plan(n, seed, task, fractured):
     return [dict(index=i, other=bool(kinds[i]=='other'), grade=int(grades[i]), broken=broken[i])
         for i in range(n)]
 
-def _simulate(part, seed, grade, side, size, gen):
+def _simulate(part, seed, grade, side, size, *, gen):
     "A phantom of one body part; what varies is drawn from `gen`."
     if part=='KNEE':
         bilateral,hardware = bool(gen.random()<.05),bool(gen.random()<.04)
@@ -399,13 +400,14 @@ def _write_patient(job):
     room = _room(gen)
     images = [(*o, '') for o in _images(p, task, seed)]
     if p['broken']: images.append((*images[0][:4], p['broken']))
-    return [_write_image(folder, p, seed, size, header, room, k, *o) for k,o in enumerate(images)]
+    return [_write_image(folder, p, seed, size, header, room=room, k=k, image=o) for k,o in enumerate(images)]
 
-def _write_image(folder, p, seed, size, header, room, k, part, key, grade, side, broken):
+def _write_image(folder, p, seed, size, header, *, room, k, image):
     "Simulates, exposes and writes image `k` of a patient; returns its row of the truth."
+    part,key,grade,side,broken = image
     gen = rng(seed, 'image', p['index'], k)
     (how,station,habits),size = room,int(size*gen.choice([1, 1, .95, .9, .85, .8]))//2*2
-    phantom = _simulate(part, key, grade, side, size, rng(seed, 'body', key))
+    phantom = _simulate(part, key, grade, side, size, gen=rng(seed, 'body', key))
     pixels,corner = _frame(expose(phantom, gen).pixels, gen)
     uids = {n: made_up_uid(seed, n, p['index'], k) for n in ('series', 'image')}
     number = dict(SeriesNumber=str(k+1), InstanceNumber='1', SeriesInstanceUID=uids['series'],
@@ -437,6 +439,7 @@ def simulate_hospital(
     seed: int=0,            # decides everything
     size: int=512,          # longest side in pixels; images have 0.8 to 1 of it
     task: str='knee',       # knee or chest: what 9 of 10 patients come for
+    *,
     workers: int|None=None, # processes; changes the time only
     show: bool|None=None,   # a progress bar; None: on a terminal
     fractured: float=.3,    # share of the task's patients with a fracture (or opacity)

@@ -166,6 +166,7 @@ def simulate_knee(
     side: str='R',         # R or L
     size: int=512,         # longer side of the image in pixels
     bilateral: bool=False, # both knees on one film
+    *,
     hardware: bool=False,  # screws or a plate in the tibia
     **variation,           # fields of `KneeShape` that are not drawn, such as `fov=180`
 ) -> Phantom:

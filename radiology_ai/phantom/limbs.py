@@ -23,6 +23,7 @@ def long_bone(
     head,             # x, y in mm of the head's end
     radii,            # radius of base, shaft and head in mm
     wall: float,      # cortex in the middle of the shaft, mm
+    *,
     onto: tuple,      # (cortex, core) to which it is added
     bow: float=0.,    # sideways bend of the shaft, mm
 ):
@@ -131,7 +132,7 @@ def hand_bones(
     "Chords (H, W) in mm in cortex and core of fingers, wrist and forearm."
     acc = grid.zeros(),grid.zeros()
     for f,i,base,head,radii in plan:
-        long_bone(grid, base, head, radii, wall*(1.9, 1.5, 1.2, .9)[i], acc, bow=gen.normal(0, .3))
+        long_bone(grid, base, head, radii, wall*(1.9, 1.5, 1.2, .9)[i], onto=acc, bow=gen.normal(0, .3))
     thumb = next(b for b in plan if b[:2]==(1, 0))
     for d in (-3.2, 3.4): ellipsoid(grid, thumb[3]+[d+2, 2.5], (2.3, 2.6, 2.3), onto=acc[0])       # sesamoids
     for name,(center,half,angle) in _CARPAL.items():
@@ -149,7 +150,7 @@ def hand_bones(
     return acc
 
 # %% ../../nbs/08_phantom.limbs.ipynb #7df95e00
-def _place(gen, size, film, center, turn, zoom=.06):
+def _place(gen, size, film, center, turn, *, zoom=.06):
     """Spacing and a matrix from body mm to pixels: `center` in the middle of the film, turned by about `turn`
     degrees."""
     a,s,t = np.radians(gen.normal(0, turn)),float(np.exp(gen.normal(0, zoom))),gen.normal(0, .02, 2)*film

@@ -44,6 +44,7 @@ def draw_surface(
     top, bottom,              # two points x, z in mm on the surface
     far,                      # a direction x, z towards its far side
     slant: float=.13,         # largest lean
+    *,
     rough: float=.5,          # standard deviation of the roughness in mm
 ) -> Surface:
     "A surface through two points."

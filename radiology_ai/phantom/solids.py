@@ -86,6 +86,7 @@ def ellipsoid(
     radii,           # a, b in the film's plane and c along the ray, in mm
     angle: float=0., # degrees from the x axis towards the y axis
     power: float=2., # 2 is an ellipsoid; more is fuller
+    *,
     onto: np.ndarray|None=None, # (H, W) to which the chord is added; None: zeros
 ) -> np.ndarray:
     "Chord (H, W) in mm through an ellipsoid."
@@ -120,6 +121,7 @@ def tube(
     radii,               # radius in mm, one or (N,)
     depth=None,          # half thickness along the ray in mm, one or (N,); None: the radius
     wall=None,           # thickness of the wall in mm, one or (N,); None: solid
+    *,
     power: float=2.,     # 2 is round; more is boxier
     ends: str='round',   # round, or flat: cut square at both ends
     onto=None,           # array, or pair of arrays with `wall`, to which the chords are added; None: zeros
@@ -132,16 +134,16 @@ def tube(
     size = (win[0].stop-win[0].start, win[1].stop-win[1].start)
     parts = tuple(np.zeros(size, np.float32) for _ in range(1 if wall is None else 2))
     rows = np.column_stack([p, r, t, w]).tolist()
-    for a,b in zip(rows[:-1], rows[1:]): _segment(grid, win, a, b, power, parts)
+    for a,b in zip(rows[:-1], rows[1:]): _segment(grid, win, a, b, power, parts=parts)
     if ends=='flat':
-        for end,near in ((p[0], p[1]), (p[-1], p[-2])): _cut(grid, win, end, near, 2*r.max(), parts)
+        for end,near in ((p[0], p[1]), (p[-1], p[-2])): _cut(grid, win, end, near, 2*r.max(), parts=parts)
     if wall is not None: parts = (parts[0]-parts[1], parts[1])
     onto = (tuple(grid.zeros() for _ in parts) if onto is None else onto if isinstance(onto, tuple)
         else (onto,))
     for whole,part in zip(onto, parts): whole[win] += part
     return onto[0] if wall is None else onto
 
-def _segment(grid, outside, a, b, power, parts):
+def _segment(grid, outside, a, b, power, *, parts):
     """Lay the chords of one straight piece into `parts` (whole, core); where pieces meet, the longer chord
     counts."""
     (ax,ay,ar,at,aw),(bx,by,br,bt,bw) = a,b
@@ -163,7 +165,7 @@ def _segment(grid, outside, a, b, power, parts):
         chord = _profile(d2/(rr*rr), power)*(f(2*t0) if t0==t1 else f(2*t0)+s*f(2*(t1-t0)))
         np.maximum(out[here], chord, out=out[here])
 
-def _cut(grid, win, end, near, reach, parts):
+def _cut(grid, win, end, near, reach, *, parts):
     "Remove from `parts` what lies beyond the flat `end` of a tube."
     x,y = grid.x[win]-np.float32(end[0]),grid.y[win]-np.float32(end[1])
     beyond = (x*np.float32(near[0]-end[0])+y*np.float32(near[1]-end[1])<0)&(x*x+y*y<reach*reach)
@@ -200,6 +202,7 @@ def plate(
     depth: float,     # half thickness along the ray in the middle, mm
     edge: float,      # distance over which the thickness is reached, mm
     wall: float|None=None, # thickness of the cortex in mm; None: solid
+    *,
     power: float=2.,  # 2 is a round edge; more is boxier
     onto=None,        # array, or pair of arrays with `wall`, to which the chords are added; None: zeros
 ):

@@ -56,7 +56,7 @@ def _steps(p, d):
     return box[:, :p.shape[1]]-box[:, d:d+p.shape[1]]
 
 @lru_cache(16)
-def _places(slopes, n, tall, pad, first, width, stride):
+def _places(slopes, n, tall, pad, first, *, width, stride):
     """(slopes, n, width) places in an array of `n` rows of `stride`: column x of the line `slope`, for rows
     `tall` pixels apart."""
     y = (np.arange(n)-(n-1)/2)*tall
@@ -70,7 +70,7 @@ def _along(a, slopes, tall, first, width):
     pad = 1+int(np.ceil(max(map(abs, slopes))*n*tall/2))
     a = cv2.copyMakeBorder(a, 0, 0, pad, pad, cv2.BORDER_CONSTANT, value=(0, 0, 0, 0))
     a = cv2.resize(a, (a.shape[1]*_REACH, n), interpolation=cv2.INTER_LINEAR)
-    at = _places(slopes, n, tall, pad, first, width, a.shape[1])
+    at = _places(slopes, n, tall, pad, first, width=width, stride=a.shape[1])
     # 16 bytes are fetched at once
     return a.view(np.complex128).take(at).view(np.float32).reshape(*at.shape, 4).sum(1)
 
@@ -99,7 +99,7 @@ def _quantiles(v, *q):
     v = np.sort(v.ravel()[::1+v.size//4096]) if v.size else np.zeros(1)
     return [float(v[round(k*(len(v)-1))]) for k in q]
 
-def _doubt(p, inside, ground, slope, x, sign, vote):
+def _doubt(p, inside, ground, slope, x, *, sign, vote):
     """Why what lies left of the line is no border; empty if it is one. `ground`: the 3rd and the 85th
     percentile of the field."""
     n = max(1, x-2 if x>4 else x-1)
@@ -127,7 +127,7 @@ def _doubt(p, inside, ground, slope, x, sign, vote):
     if soft and not flat and not sure and _crooked(P, W, x): return 'soft'
     low,high,top = _quantiles(inner, .25, .75, .8)
     if mid<low or not steady and mid<(high if flat else max(top, ground[1])): return 'not brighter'
-    return '' if flat else 'faint' if typical<.05 else _features(P[:, :x+6], W[:, :x+6], n, x, typical, sure)
+    return '' if flat else 'faint' if typical<.05 else _features(P[:, :x+6], W[:, :x+6], n, x, typical, sure=sure)
 
 def _uneven(p, inside, slope, n):
     "A quick look: whether grey values left of column `n` are plainly not one."
@@ -142,7 +142,7 @@ def _crooked(P, W, x):
     at = np.argmax(steep, 1)[W[:, x] & (steep.max(1)>.02)]
     return len(at)<20 or np.subtract(*_quantiles(at, .9, .1))>2
 
-def _features(P, W, n, x, step, sure):
+def _features(P, W, n, x, step, *, sure):
     """Whether grey values change along the line in the `n` columns outside of it, or change as they do
     inside; empty if not."""
     S,e = cv2.blur(P, (3, 3), borderType=cv2.BORDER_REPLICATE),4
@@ -174,7 +174,7 @@ def _side_line(p, votes, inside, ground, least):
         for _ in range(4):
             j,x = np.unravel_index(np.argmax(v[i]), v[i].shape)
             if (vote := float(v[i, j, x]))<least: break
-            if not _doubt(p, inside, ground, _SLOPES[j], int(x), sign, vote):
+            if not _doubt(p, inside, ground, _SLOPES[j], int(x), sign=sign, vote=vote):
                 best.append((vote, (_SLOPES[j], int(x), sign))); break
             v[i, :, max(0, x-4):x+5] = -1
     return max(best)[1] if best else None

@@ -318,7 +318,7 @@ def _results(items, note, workers, scheduler, show):
     n = 1 if workers is None and len(items)<8 else n_workers(workers, len(items))
     return _here(items, note, show) if n==1 else _in_processes(items, n, show)
 
-def _run(store, recipe, plan, workers, scheduler, show):
+def _run(store, recipe, plan, workers, scheduler, *, show):
     "Write the shards that are to be done."
     items,note = [_Item(s, recipe) for _,shard in plan.todo for s in shard],store/'shards'/'now.txt'
     with closing(_results(items, note, workers, scheduler, show)) as results:
@@ -341,6 +341,7 @@ def preprocess_folder(
     recipe: Preprocess|str,   # a recipe or its name
     workers: int|None=None,   # processes; 1: in this process; None: one a core
     scheduler: str|None=None, # address of a Dask scheduler, such as 'tcp://10.0.0.1:8786', instead of `workers`
+    *,
     show: bool|None=None,     # a progress bar; None: on a terminal
     shard_size: int|None=None,# files in a shard; None: 8 to 256, by their number
     allow_empty: bool=False,  # give a store without images, rather than an error, where no file could be used
@@ -352,23 +353,24 @@ def preprocess_folder(
     recipe,store = _by_name(recipe),Path(store)
     sources,known = _sources(src)
     if scheduler: optional('distributed', 'cluster')
-    job = store,recipe,shard_size,sources,workers,content
+    job = store,recipe,shard_size,sources,workers
     try:
-        if not ((store/'index.parquet').exists() and _nothing_to_do(*job)):
-            with _alone(store): return _whole(*job, known, scheduler, show, allow_empty, update)
+        if not ((store/'index.parquet').exists() and _nothing_to_do(*job, content=content)):
+            with _alone(store): return _whole(*job, content=content, known=known, scheduler=scheduler, show=show,
+                allow_empty=allow_empty, update=update)
     except OSError as e:
         raise StoreError(f"The store {store} cannot be written ({e.strerror or e})",
             "Free some space, or choose another folder, or check its permissions; the same call then resumes") from e
     return _checked(ImageStore(store), False, allow_empty)
 
-def _nothing_to_do(store, recipe, shard_size, sources, workers, content):
+def _nothing_to_do(store, recipe, shard_size, sources, workers, *, content):
     """Is the store whole and its files as they were? Asked without writing: a store may lie in a folder that
     can only be read."""
     if not (store/'recipe.json').exists(): return False
     plan = _plan(store, sources, _claim(store, recipe, shard_size, len(sources))[1], workers, content)
     return plan.whole and not (plan or plan.todo or plan.touched)
 
-def _whole(store, recipe, shard_size, sources, workers, content, known, scheduler, show, allow_empty, update):
+def _whole(store, recipe, shard_size, sources, workers, *, content, known, scheduler, show, allow_empty, update):
     "Make the store whole, by whoever holds its lock."
     new,n = _claim(store, recipe, shard_size, len(sources))
     plan = _plan(store, sources, n, workers, content)
@@ -378,7 +380,7 @@ def _whole(store, recipe, shard_size, sources, workers, content, known, schedule
     if plan.todo and not new: _same_library(store)
     if plan: _restart(store, plan)
     for k,shard in plan.touched: _touch(store, k, shard)
-    if plan.todo: _run(store, recipe, plan, workers, scheduler, show)
+    if plan.todo: _run(store, recipe, plan, workers, scheduler, show=show)
     if plan.todo or not plan.whole: join_shards(store, plan.n_shards, known)
     return _checked(ImageStore(store), new, allow_empty)
 

@@ -116,6 +116,7 @@ def ssl_learner(
     backbone='resnet18',      # a name of `list_backbones` (a vision transformer for 'mae'), or a model with `.body` and `.head`
     method: str='simclr',     # of `METHODS`
     bs: int=64,               # images in a batch
+    *,
     partners: bool=False,     # two images of one patient are a pair
     views: Views|None=None,   # None: those of the method
     labels: str|None=None,    # a column for probes; the training ignores it

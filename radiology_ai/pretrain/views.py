@@ -56,6 +56,7 @@ class Views:
         big: BatchAugment|None=None,   # how a whole view is drawn; None: `radiograph_views()`
         little: BatchAugment|None=None,# how a small crop is drawn; None: like `big`, with 8 to 40 % of the area
         side: int|None=None,  # of the small crops in pixels; None: 3/7 of the image's, in steps of 16
+        *,
         partners: bool=False, # the second half of a batch holds another image of each patient: every other view is of that
         seed: int=0,
     ):
@@ -125,6 +126,7 @@ def ssl_dataloaders(
     bs: int=64,               # images in a batch; with partners: patients
     labels: str|None=None,    # a column of classes for probes, unknown where it is empty; the training ignores it
     partners: bool=False,     # batches of `PatientBatchSampler`
+    *,
     train: str='train',       # the split to learn from
     valid: str='valid',       # the split to measure on
     channels: int=1,          # 1 or 3

@@ -43,6 +43,7 @@ class Chart:
         x: tuple=(0, 1),      # range of the horizontal axis
         y: tuple=(0, 1),      # range of the vertical axis
         xlabel: str='',
+        *,
         ylabel: str='',
         width: int=440,       # of the drawing, in CSS pixels
         height: int=360,
@@ -88,7 +89,7 @@ def band(self:Chart, x, low, high, cls: str='a', label: str='') -> Chart:
         f'<rect class="bd {cls}" width="22" height="10"/>')
 
 @patch
-def points(self:Chart, x, y, low=None, high=None, cls: str='a', label: str='', titles=None) -> Chart:
+def points(self:Chart, x, y, low=None, high=None, cls: str='a', *, label: str='', titles=None) -> Chart:
     "Dots, with vertical error bars from `low` to `high` and a text for each on hovering."
     out,px,py = [],self.px(x),self.py(y)
     if low is not None:

@@ -188,6 +188,7 @@ def calibration_figures(
     groups,      # (N,) patients
     bins: int=10,
     n: int=400,  # draws
+    *,
     seed: int=0,
 ) -> dict:
     """`ece`, `brier`, `slope` and `intercept` as figures, `bins`: the reliability table with Wilson
@@ -256,7 +257,7 @@ def label_figures(
                 'confusion': [[int(((t>0)==a)[calls==b].sum()) for b in (False, True)]
                 for a in (False, True)]}
     return out | {'auroc': figure(len(k), auroc_ci, t, s, g),
-        'average_precision': figure(len(k), bootstrap_ci, average_precision, t, s, g, n, seed),
+        'average_precision': figure(len(k), bootstrap_ci, average_precision, t, s, g, n, seed=seed),
                   'calibration': calibration_figures(t, s, g, n=n, seed=seed),
                   'curves': _curves(t, s, g, n, seed), 'histogram': _histogram(t, s)}
 
@@ -295,7 +296,7 @@ def grade_figures(
     hits = table.grade==table.grade_predicted
     out = {'names': names, 'confusion': confusion(table.grade, table.grade_predicted, k).to_numpy().tolist(),
            'quadratic kappa': figure(len(table), bootstrap_ci, quadratic_kappa, table.grade,
-           table.grade_predicted, g, n, seed),
+           table.grade_predicted, g, n, seed=seed),
            'accuracy': figure(len(table), proportion_ci, hits, None, g), 'found': []}
     for i in range(k) if calls is not None else ():
         m = (table.grade==i).to_numpy()
@@ -415,6 +416,7 @@ def evaluate_table(
     subgroups=(),               # columns to break the figures down by
     grade_names=None,           # names of the grades, where there are columns `grade` and `grade_predicted`
     n: int=400,                 # draws
+    *,
     seed: int=0,
     labels=None,                # as in `check_predictions`
     others=None,                # other models to compare with: name to table

@@ -112,7 +112,7 @@ def _decision(o: dict, size: dict, keys: bool) -> dict:
         for k,v in ((k, v[c['threshold']<=end]) for k,v in c.items())}
     x,above = c['threshold'],c['all']>bottom
     d = Chart(f"Net benefit, {o['label']}", f"Prevalence {o['prevalence']:.3f}, n = {o['images']:,}",
-        (0, end), (bottom, top), 'threshold probability', 'net benefit', **size)
+        (0, end), (bottom, top), 'threshold probability', ylabel='net benefit', **size)
     d.band(x, c['low'], c['high'], label=name('95 % band')).line(x[above], c['all'][above], 'c',
         name('all called positive'), dash=True)
     return {'decision': d.line(x, c['none'], 'm', name('none called positive'), dash=True).line(x,
@@ -124,7 +124,7 @@ def _scores(o: dict, size: dict, positive: str, negative: str) -> dict:
     both = np.add(h['negative'], h['positive'])
     c = Chart(f"Histogram of scores, {o['label']}",
         f"{o['negatives']} {negative}, {o['positives']} {positive} images", (h['edges'][0], h['edges'][-1]),
-        (0, 1.05*max(1, both.max())), 'score', 'images', **size)
+        (0, 1.05*max(1, both.max())), 'score', ylabel='images', **size)
     c.bars(h['edges'], h['negative'], 'a', f"{negative}, n = {o['negatives']:,}").bars(h['edges'],
         h['positive'], 'b', f"{positive}, n = {o['positives']:,} (on top)",
         base=np.array(h['negative'], float))
@@ -171,7 +171,7 @@ def _epochs(fits: list, names: list, title: str, from_zero: bool) -> str:
     values = values[np.isfinite(values)]
     top = float(values.max()) if len(values) else 1.
     c = Chart(f'Training: {title}', ', '.join(names), (1, max(2, max(len(t) for t in fits))),
-        (0, 1.05*top if top>0 else 1.) if from_zero else (0, 1), 'epoch', title)
+        (0, 1.05*top if top>0 else 1.) if from_zero else (0, 1), 'epoch', ylabel=title)
     for i,name in enumerate(names[:4]):
         for k,t in enumerate(t for t in fits if name in t):
             c.line(np.arange(1, len(t)+1), t[name].to_numpy(float), 'abcd'[i],
@@ -228,6 +228,7 @@ def render(
     split: dict|None=None,        # of `split_facts`
     counts: list=(),              # of `split_facts`
     draws: int=400,               # behind the bands
+    *,
     json_name: str='report.json', # the file with the numbers
 ) -> str:
     "The HTML of a report."
@@ -274,8 +275,8 @@ def write_report(
     same bytes. Raises `DataError`."""
     d,path = data or ReportData(**kwargs),Path(path)
     page = path if path.suffix.lower() in ('.html','.htm') else path/'report.html'
-    e = evaluate_table(d.table, d.threshold, d.subgroups, d.grade_names, draws, seed, d.labels, d.others,
-        d.name, d.missing)
+    e = evaluate_table(d.table, d.threshold, d.subgroups, d.grade_names, draws, seed=seed, labels=d.labels, others=d.others,
+        name=d.name, missing=d.missing)
     split,counts = ((None, []) if d.manifest is None
         else split_facts(d.manifest, check_predictions(d.table, d.labels).table))
     numbers = {'title': d.title, 'task': d.task, **e,
@@ -284,7 +285,7 @@ def write_report(
                'warnings': warnings_of(d, e, split), 'training': [t.to_dict('list') for t in _fits(d.curves)],
                'facts': d.facts, 'card': dict(model_card(d, e, counts)),
                'claim': claim_answers(d, e, split, counts), 'versions': versions()}
-    html = render(d, e, split, counts, draws, page.with_suffix('.json').name)
+    html = render(d, e, split, counts, draws, json_name=page.with_suffix('.json').name)
     with atomic_path(page.with_suffix('.json')) as tmp:
         tmp.write_text(json.dumps(plain(numbers), indent=1), encoding='utf-8')
     with atomic_path(page) as tmp: tmp.write_text(html, encoding='utf-8')

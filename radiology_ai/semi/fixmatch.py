@@ -149,6 +149,7 @@ class FixMatch(SemiSupervised):
         weak=None,                    # the weak view; None: `gentle()`
         strong=None,                  # the strong view; None: `harsh()`
         ramp: float=0,                # steps until the full weight; below 1 a share of the fit's
+        *,
         align=None,                   # 'labels', 'uniform', or (C,) shares: distribution alignment
         threshold='fixed',            # 'fixed', 'flex', 'free', 'soft', or a threshold
         suppress: float|None=None,    # weight of the rarest class's guesses: beta of `SuppressedConsistency`
@@ -228,6 +229,7 @@ class MeanTeacher(SemiSupervised):
         ramp: float=.4,       # steps until the full weight; below 1 a share of the fit's
         weak=None,            # the view of the teacher; None: `gentle()`
         strong=None,          # that of the student; None: as `weak`
+        *,
         align=None,           # distribution alignment of the teacher's answers
         in_scope: str|None=None, # column of the manifest: weight of an unlabelled image
         ramp_kind: str='sigmoid', # or 'linear'

@@ -65,6 +65,7 @@ class MixMatch(SemiSupervised):
         alpha: float=.75,       # of the mixing's Beta distribution
         lambda_u: float=75.,    # weight of the unlabelled term
         ramp: float=.4,         # steps until the full weight; below 1 a share of the fit's
+        *,
         weak=None,              # the view; None: `gentle()`
         align=None,             # 'labels', 'uniform', or (C,) shares: distribution alignment of the guesses
         in_scope: str|None=None,# column of the manifest: weight of an unlabelled image

@@ -101,6 +101,7 @@ def semi_dataloaders(
     labels,                      # one column: category; a list of columns: several labels of 1, 0 and NaN
     bs: int=16,                  # labelled images in a batch
     mu: float=7,                 # unlabelled images for each labelled one: 7 for FixMatch, 1 for MixMatch
+    *,
     among: bool=True,            # labelled images come among the unlabelled ones too
     min_per_class: int=0,        # labelled images of each class in every batch; 0: shuffled
     n_batches: int|None=None,    # batches in an epoch; None: one walk through the unlabelled images
@@ -137,7 +138,7 @@ def semi_dataloaders(
     valid_ds = XrayDataset(store, held[k], y_held[k], vocab, 1)
     train_ds.bs = int(bs)
     codes = np.where(y>=0, y, np.nan) if y.ndim==1 else y
-    sampler = PairedBatchSampler(codes, bs, mu, min_per_class, n_batches, seed, among=among)
+    sampler = PairedBatchSampler(codes, bs, mu, min_per_class, n_batches, seed=seed, among=among)
     loader = lambda ds, n, s: XrayDL(ds, n, s, num_workers=n_workers, after_batch=_after_batch(channels))
     dls = XrayDataLoaders(loader(train_ds, sampler.bs+sampler.n_unlabelled, sampler),
         loader(valid_ds, valid_bs, None), store=store, labels=labels, channels=channels)
@@ -253,6 +254,7 @@ class SemiSupervised(Callback):
         weak=None,               # `BatchAugment`, or a function of images (B, C, H, W); None: `gentle()`
         align=None,              # 'labels', 'uniform', or (C,) shares: distribution alignment
         in_scope: str|None=None, # column of the manifest: weight 0 .. 1 of an unlabelled image, 0 for one out of scope
+        *,
         truth: str|None=None,    # column of the manifest with the true class, for an audit alone
         collapse: str='warn',    # 'warn', 'stop' or '': when nearly all guesses of an epoch are one class
         seed: int|None=None,     # of the views; None: the Learner's

@@ -218,17 +218,17 @@ def train_knee(
         tmp.rename(out)
     return out
 
-def _fit_once(store, manifest, s, copies, out, show):
+def _fit_once(store, manifest, s, copies, out, *, show):
     "One split: the given one, or one drawn by patients."
     if 'split' not in manifest or manifest.split.isna().any() or (manifest.split=='').any():
         manifest = patient_split(manifest, {'train': s.train, 'valid': s.valid, 'test': 1-s.train-s.valid},
             label=s.label, seed=s.seed, duplicates=copies)
     save_split(manifest, out/'split.csv', duplicates=copies)
     learn,threshold,predictions = fit_knee(store, manifest, s, show)
-    _save(learn, store, manifest, s, threshold, out/'model')
+    _save(learn, store, manifest, s, threshold, path=out/'model')
     return manifest,predictions.assign(fold=0),[run_record(learn)]
 
-def _fit_folds(store, manifest, s, copies, out, show):
+def _fit_folds(store, manifest, s, copies, out, *, show):
     "Cross-validation: each fold is the test once, and the next one the validation."
     folds = patient_folds(manifest, s.folds, label=s.label, seed=s.seed, duplicates=copies)
     tables = []
@@ -236,12 +236,12 @@ def _fit_folds(store, manifest, s, copies, out, show):
     for k in range(s.folds):
         split = np.where(folds==k, 'test', np.where(folds==(k+1)%s.folds, 'valid', 'train'))
         learn,threshold,predictions = fit_knee(store, manifest.assign(split=split), s, show)
-        _save(learn, store, manifest, s, threshold, out/f'fold_{k}'/'model')
+        _save(learn, store, manifest, s, threshold, path=out/f'fold_{k}'/'model')
         tables.append(predictions.assign(fold=k))
         records.append(run_record(learn))
     return manifest.assign(split='fold', fold=np.asarray(folds)),pd.concat(tables, ignore_index=True),records
 
-def _save(learn, store, manifest, s, threshold, path):
+def _save(learn, store, manifest, s, threshold, *, path):
     "The bundle of one fit."
     save_bundle(learn, path, recipe=store.recipe, vocab=list(range(int(manifest[s.label].max())+1)),
         task='knee', arch=s.arch, threshold=threshold,

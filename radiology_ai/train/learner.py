@@ -129,7 +129,7 @@ def compile_model(
     model.compile()
     return True
 
-def _own_callbacks(dls, seed, monitor, patience, ema, clip, accumulate, precision, show) -> list:
+def _own_callbacks(dls, seed, monitor, patience, ema, *, clip, accumulate, precision, show) -> list:
     "The callbacks of these settings."
     if precision not in ('fp32','bf16','fp16'):
         raise ModelError(f"precision is {precision!r}", "Give 'fp32', 'bf16' or 'fp16'")
@@ -145,7 +145,7 @@ def _own_callbacks(dls, seed, monitor, patience, ema, clip, accumulate, precisio
     return cbs + ([TrainingBar()] if show else [])
 
 # %% ../../nbs/48_train.learner.ipynb #55ae4fde
-def _network(dls, arch, pretrained, n_in, seed, model_args):
+def _network(dls, arch, pretrained, n_in, seed, *, model_args):
     "The model, made by name or checked, with the images and the first targets of a batch."
     with torch.random.fork_rng(devices=[]): x,y = dls.one_batch()[:2]
     if isinstance(arch, str):
@@ -164,6 +164,7 @@ def xray_learner(
     loss_func=None,          # None: cross-entropy for class numbers, BCE for 1 / 0 / NaN labels
     metrics=None,            # None: `ValidAUROC()`; for masks and boxes none
     pretrained: bool=True,   # start from published weights where they can be had
+    *,
     n_in: int|None=None,     # channels; None: those of a batch
     lr: float=2e-3,          # learning rate
     wd: float=.05,           # decoupled weight decay
@@ -184,15 +185,16 @@ def xray_learner(
     compile: bool=False,     # torch.compile, where it works
 ) -> XrayLearner:
     "A fastai Learner. Raises `ModelError` or `DataError`."
-    model,x,y = _network(dls, arch, pretrained, n_in, seed, model_args)
+    model,x,y = _network(dls, arch, pretrained, n_in, seed, model_args=model_args)
     region = isinstance(y, (dict, TensorMask))
     if loss_func is None and isinstance(y, dict):
         raise ModelError("The targets are boxes, and there is no loss for them",
             "Give the loss_func of your detector")
     if region and metrics is None: metrics,monitor = [],'valid_loss' if monitor=='auroc' else monitor
     loss_func = loss_func if loss_func is not None else default_loss(y)
-    own = _own_callbacks(dls, seed, monitor, patience, ema, clip, accumulate,
-        precision := 'fp16' if fp16 else precision, show)
+    precision = 'fp16' if fp16 else precision
+    own = _own_callbacks(dls, seed, monitor, patience, ema, clip=clip, accumulate=accumulate,
+        precision=precision, show=show)
     metrics = [ValidAUROC()] if metrics is None else metrics
     learn = XrayLearner(dls, model, loss_func, opt_func=opt_func, lr=lr, splitter=body_and_head,
         metrics=metrics, path=path, wd=wd, moms=(.95,.85,.95), cbs=own + list(L(cbs)))
@@ -215,6 +217,7 @@ def fit_two_phase(self:Learner,
     lr: float|None=None,          # the highest rate; None: the Learner's
     body_div: float|None=None,    # the body's rate is divided by it; None: 10 for a pretrained body, else 1
     schedule: str='one_cycle',    # 'flat_cos' or 'plateau'
+    *,
     checkpoint=None,              # a folder for this run: written every `every` batches and each epoch; found there, the run goes on
     every: int=200,               # batches between two checkpoints
     plateau: dict|None=None,      # arguments of `Plateau` for that schedule
@@ -234,7 +237,7 @@ def fit_two_phase(self:Learner,
     with self.added_cbs(saver):
         first = saver[0].open(run_identity(self), _versions() | _machine(self)) if saver else 0
         for k,(phase,n) in list(enumerate(phases))[first:]:
-            self._fit_phase(phase, n, lr, div, schedule, plateau)
+            self._fit_phase(phase, n, lr, div, schedule, plateau=plateau)
             self._remember(phase)
             self.seconds,self.started = self.seconds + time.perf_counter()-self.started,time.perf_counter()
             if saver:
@@ -245,7 +248,7 @@ def fit_two_phase(self:Learner,
 _SCHEDULES = ('one_cycle','flat_cos','plateau')
 
 @patch
-def _fit_phase(self:Learner, phase, n, lr, div, schedule, plateau):
+def _fit_phase(self:Learner, phase, n, lr, div, schedule, *, plateau):
     if phase=='head':
         self.freeze()
         return self.fit_flat_cos(n, lr)

@@ -22,6 +22,7 @@ class AdamW(Optimizer):
         mom: float=.9,       # of the mean gradient (beta 1)
         sqr_mom: float=.99,  # of the mean squared gradient (beta 2)
         eps: float=1e-5,     # added to the root of the mean squared gradient
+        *,
         wd: float=.01,       # weight decay: a weight shrinks by lr*wd in each step
     ): super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 

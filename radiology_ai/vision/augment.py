@@ -130,6 +130,7 @@ class BatchAugment(Transform):
         scale=(.9, 1.1),      # factor of the size
         flip: float=0.,       # chance of a mirror image: only where left and right do not matter
         brightness=.1,        # added to the pixels, +- this
+        *,
         contrast=.2,          # factor 1 +- this, or (low, high)
         gamma=(.8, 1.25),     # exponent
         noise: float=.02,     # largest standard deviation of the noise
@@ -307,7 +308,7 @@ def _expose_each(draw, shape):
     rows = torch.stack([draw.gamma, draw.contrast, draw.brightness, sigma], 1).tolist()
     width = kernel_width(sigma, shape)
     noise = draw.noise.tolist()
-    return lambda i,image: expose_image(image, *rows[i], width, noise[i], (draw.seed, i))
+    return lambda i,image: expose_image(image, *rows[i], width=width, noise=noise[i], seed=(draw.seed, i))
 
 def _expose_all(x, draw):
     "The exposure of `draw` for the whole batch, in place."
@@ -364,7 +365,7 @@ def move(self:BatchAugment,
 ) -> tuple:
     "Mask, boxes, points and the boxes kept, after the movement of `draw`."
     m,moved,kept = draw.matrix(*size),draw.moved(),None
-    _check_parts(self, draw, size, mask, boxes, points)
+    _check_parts(self, draw, size, mask, boxes, points=points)
     if mask is not None:
         old = mask.as_subclass(torch.Tensor)
         new = _read(old if mask.ndim==4 else old[:,None], draw, moved, 'nearest',
@@ -374,7 +375,7 @@ def move(self:BatchAugment,
     if boxes is not None:
         old,given = _padded(boxes, 4),boxes
         new = torch.where(moved[:,None,None].to(old.device),
-            move_boxes(old, m, size, self.box_from, self.min_visible, draw.bend), old)
+            move_boxes(old, m, size, self.box_from, self.min_visible, bend=draw.bend), old)
         if draw.field is not None:
             new = clip_boxes(new, to_pixels(torch.where(draw.field.isnan(), torch.tensor([0., 0, 1, 1, 0]),
                 draw.field)[:,:4], *size).to(new)[:,None], self.min_visible)
@@ -420,7 +421,7 @@ def _check_images(draw, x):
         raise DataError(f"The pixels reach from {lo:.4g} to {hi:.4g}",
             "Give pixels in [0, 1], before any normalisation")
 
-def _check_parts(aug, draw, size, mask, boxes, points):
+def _check_parts(aug, draw, size, mask, boxes, *, points):
     "Raises `DataError` where masks, boxes or points do not belong to the images."
     if mask is not None and (mask.ndim not in (3, 4) or tuple(mask.shape[-2:])!=tuple(size)):
         raise DataError(f"The mask is {tuple(mask.shape)} for images of {tuple(size)}",

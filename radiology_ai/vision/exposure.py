@@ -89,7 +89,7 @@ def normal(
 def expose_image(
     x: np.ndarray,  # (C, H, W) float32, changed
     gamma: float=1., contrast: float=1., brightness: float=0., # as in `expose_`
-    sigma: float=0., width: int=1, # of the blur, in pixels; of its kernel
+    sigma: float=0., *, width: int=1, # of the blur, in pixels; of its kernel
     noise: float=0., seed=0,       # standard deviation; one seed, one noise
 ):
     "Gamma, contrast, brightness, blur and noise of one image; the result is in [0, 1]."

@@ -77,6 +77,7 @@ def read_images(
     x: torch.Tensor,       # (B, C, H, W), see `by_image`
     matrix: torch.Tensor,  # (B, 3, 3)
     mode: str='bilinear', padding: str='zeros', bend: torch.Tensor|None=None, # as in `warp`
+    *,
     moved=None,            # (B,) bool: the others are copied; None: all move
     after=None,            # what is done to each image at once: f(i, array (C, H, W)), which it changes
 ) -> torch.Tensor:
@@ -207,6 +208,7 @@ def move_boxes(
     size: tuple,            # height and width of the image
     box_from: str='edges',  # 'edges', 'ellipse' or 'corners'
     min_visible: float=.3,  # share of the area that must be left inside
+    *,
     bend: torch.Tensor|None=None, # (B, 2, k, k)
 ) -> torch.Tensor:
     "(B, N, 4) upright boxes of the moved content, clipped to the image; NaN where too little is left."

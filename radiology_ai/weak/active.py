@@ -115,6 +115,7 @@ def pick(
     p=None,            # (N, C) probabilities of the images to choose from
     features=None,     # (N, D): coreset, badge
     labelled=None,     # (M, D) features of the labelled images: coreset
+    *,
     draws=None,        # (T, N, C): bald
     counts=None,       # (C,) labels of each class so far: balanced
     multi_label: bool=False,
@@ -194,6 +195,7 @@ def pick_rows(
     n: int,                 # images to pick
     pool: pd.DataFrame,     # rows without a label
     labelled: pd.DataFrame, # rows of the training split with one
+    *,
     label: str,             # the label column
     seed: int=0,
 ) -> np.ndarray:
@@ -214,6 +216,7 @@ class ActiveLearning:
         question: Question,      # its name is the label column
         train,                   # function of a manifest that gives a trained Learner
         folder,                  # where tables and history are kept
+        *,
         strategy: str='badge',   # one of `STRATEGIES`
         seed: int=0,
     ):
@@ -249,8 +252,8 @@ class ActiveLearning:
         known = self.manifest[self.manifest[self.question.name].notna()]
         self.learn = self.train(known)
         pool,labelled = self.pool,known[known.split=='train']
-        return pool.iloc[pick_rows(self.learn, self.strategy, n, pool, labelled, self.question.name,
-            self.seed+self.round)]
+        return pool.iloc[pick_rows(self.learn, self.strategy, n, pool, labelled, label=self.question.name,
+            seed=self.seed+self.round)]
 
     def ask(self, rows: pd.DataFrame, readers, n: int=1, kind: str='xlsx') -> list[Path]:
         "Write the tables for `rows`, each to be read by `n` readers."
@@ -284,6 +287,7 @@ def simulate_active(
     train,                  # function of a manifest and a seed that gives a trained Learner
     evaluate,               # function of a Learner that gives its figure on the test split
     strategy: str,
+    *,
     start: int,             # labels at the beginning, picked at random, two of each class at least
     step: int,              # labels a round
     rounds: int,
@@ -302,8 +306,8 @@ def simulate_active(
         rows.append((strategy, seed, int(have.sum()), evaluate(learn)))
         if k==rounds: break
         rest = np.setdiff1d(pool, np.flatnonzero(have))
-        have[rest[pick_rows(learn, strategy, min(step, len(rest)), manifest.iloc[rest], manifest[have], label,
-            seed*1000+k)]] = True
+        have[rest[pick_rows(learn, strategy, min(step, len(rest)), manifest.iloc[rest], manifest[have], label=label,
+            seed=seed*1000+k)]] = True
     return pd.DataFrame(rows, columns=['strategy', 'seed', 'labels', 'value'])
 
 def labels_needed(

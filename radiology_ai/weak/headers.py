@@ -250,6 +250,7 @@ def metadata_learner(
     arch='resnet18',           # as for `xray_learner`
     tasks=TASKS,               # what to learn
     least: int=10,             # patients that a value must have
+    *,
     bs: int=32,                # images in a batch
     aug=None,                  # of the training images; None: a `BatchAugment` without mirror images, since sides are learnt
     sizes=None,                # of the splits of patients; None: 85 % train, 15 % valid

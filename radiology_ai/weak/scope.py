@@ -50,6 +50,7 @@ def scope_manifest(
     labels=None,       # of `metadata_labels`, with `path`; None: those of the store's own header values
     least: int=20,     # images of a class; a rarer one that is not wanted becomes OTHER
     sizes=None,        # of the splits of patients; None: 75 % train, 25 % valid
+    *,
     seed: int=0,
 ) -> pd.DataFrame:
     """A manifest with the column `scope`, rows with a weak label only. `DataError` where the rules gave too
@@ -168,6 +169,7 @@ def scope_learner(
     arch='resnet18',           # as for `xray_learner`
     bs: int=32,                # images in a batch
     mixup: float=.2,           # alpha of `MixUp`; 0: none
+    *,
     outliers: float=.2,        # share of `Outliers`
     aug=None,                  # of the training images; None: a `BatchAugment` with mirror images
     label: str='scope',        # the column of classes
@@ -239,6 +241,7 @@ class Neighbours:
         center,         # (F,) mean features of all films that were learnt
         slack: float=2.,# the limit is so many times the distance of the farthest of `valid`
         most: int=1000, # films that are kept
+        *,
         k: int=3,
         seed: int=0,
     ):
@@ -354,6 +357,7 @@ def sort(self:OutOfScope,
     rules=None,             # `HeaderRules` of the columns header and rule
     workers: int|None=None, # processes that read
     bs: int=64,             # films in a batch
+    *,
     show: bool|None=None,   # a progress bar; None: on a terminal
 ) -> pd.DataFrame:
     """A row a file (columns `SORTED`), sorted by path: `confidence` that it is wanted, `distance` in units of
@@ -396,6 +400,7 @@ def ask(self:OutOfScope,
     folder,              # where the templates go
     n: int=1,            # readers of each film
     kind: str='xlsx',    # or csv
+    *,
     seed: int=0,
 ) -> list:
     "Templates for the readers (see `data.annotate`) with the unsure films; [] where there are none."
