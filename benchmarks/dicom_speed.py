@@ -93,6 +93,7 @@ def plain_pydicom():
 
 def fastai_medical(way: str):
     import torch
+    from fastai.medical.imaging import dcmread  # noqa: F401 (patches pathlib.Path)
     shrink = lambda t: torch.nn.functional.interpolate(t[None, None].float(), SIZE, mode='area')[0, 0].numpy()
     def read(path):
         ds = Path(path).dcmread()
@@ -103,7 +104,7 @@ def fastai_medical(way: str):
 
 def monai(reader: str):
     from monai.transforms import Compose, LoadImage, Resize, ScaleIntensity
-    if reader=='ITKReader': pass
+    if reader=='ITKReader': import itk  # noqa: F401
     steps = Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True), ScaleIntensity(),
         Resize(SIZE, mode='area')])
     def read(path):

@@ -3,6 +3,7 @@ every bad input by name."""
 import gzip
 import warnings
 
+import fastai.vision.all  # noqa: F401 (it changes PIL's `size`, in whatever order the tests run)
 import numpy as np
 import pandas as pd
 import pytest

@@ -572,6 +572,7 @@ def learner(loss, targets, n_out, **kwargs):
     dls = DataLoaders.from_dsets(list(zip(x, targets)), list(zip(x, targets)), bs=8, num_workers=0,
         device=torch.device('cpu'))
     torch.manual_seed(0)
+    import fastai.callback.progress  # noqa: F401 (gives Learner no_bar)
     return Learner(dls, torch.nn.Linear(6, n_out), loss_func=loss, **kwargs)
 
 K = torch.arange(32)%4

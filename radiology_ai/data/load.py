@@ -11,6 +11,7 @@ __all__ = ['category_codes', 'label_matrix', 'BoxTargets', 'MaskTargets', 'study
 # %% ../../nbs/35_data.load.ipynb #871dd68b
 import warnings
 
+import fastai.vision.data  # noqa: F401 (how batches of images are drawn)
 import numpy as np
 import pandas as pd
 import torch
