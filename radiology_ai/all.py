@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89_all.ipynb #c4318b65
+# %% ../nbs/89_all.ipynb #e0c3210e
 from radiology_ai.core import (
     BundleError,
     DataError,
@@ -78,6 +78,7 @@ from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
 from .dicom.index import index_dicoms, read_index, write_index
 from .dicom.read import read_header, read_radiograph
 from .explain import gradcam, heat_overlay, heat_to_stored, hottest
+from .findings import Finding, Reading
 from radiology_ai.losses.labels import (
     AsymmetricLoss,
     BCEWithNaN,
@@ -159,8 +160,13 @@ from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
 from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
 from .semi.mixmatch import MixMatch
 from .semi.step import gentle, harsh, semi_dataloaders
-from .serve.predict import explain_files, load_models, predict
-from .tasks.knee import GradedLoss, evaluate_run, heat_maps, report_run, train_knee
+from .serve.outputs import OUTPUTS
+from .serve.predict import explain, predict
+from .tasks.base import Demo, Settings, Stage, Task
+from .tasks.judge import Evaluation, heat_maps
+from .tasks.kinds import Classes, GradedLoss, Grades, Labels
+from .tasks.registry import TASKS, evaluate, report, train
+from .tasks.run import load_models, read_run
 from .train.callbacks import EMA, LogMLflow, LogTensorBoard, Plateau, ValidAUROC
 from .train.checkpoint import Checkpoint
 from .train.learner import predict_scores, run_record, xray_learner
