@@ -17,8 +17,8 @@ def test_demo_reaches_its_figures(demo):
     figures = json.loads((out/'demo.json').read_text())
     value, low, high = figures['auroc']
     assert value>=.95 and low<=value<=high
-    assert figures['heat_in_joint']['share']>=.8
-    assert figures['heat_in_joint']['n']>=10
+    assert figures['heat']['share']>=.8
+    assert figures['heat']['n']>=10
     assert 'AUROC' in said and '95 % CI' in said
 
 

@@ -8,8 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.run.html.md"""
 __all__ = ['FORMAT', 'write_record', 'read_record', 'run_state', 'alone_in', 'replace_run', 'Run', 'read_exactly', 'read_run',
            'model_folders', 'load_models', 'stages_of', 'known_task']
 
-# %% ../../nbs/66_tasks.run.ipynb #a8952692
+# %% ../../nbs/66_tasks.run.ipynb #19ca4239
 import json
+import math
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def replace_run(
     out.rename(aside)
     shutil.rmtree(aside)
 
-# %% ../../nbs/66_tasks.run.ipynb #3c943a28
+# %% ../../nbs/66_tasks.run.ipynb #cb68ce74
 @dataclass(frozen=True)
 class Run:
     "A run that is whole. `run/'model'` is a path in its folder."
@@ -111,20 +112,24 @@ class Run:
     @property
     def settings(self) -> dict: return self.record['settings']
 
-_TEXT = {c: str for c in ('image_id','patient_id','study_id','path','PatientAge','PatientSex')}
+_TEXT = ('image_id','patient_id','study_id','path','split','PatientAge','PatientSex') # columns that are never numbers
 
 def read_exactly(
     path, # a CSV file that this library has written
 ) -> pd.DataFrame:
-    "A table as it was written: identifiers as text, numbers to the last bit."
-    return pd.read_csv(path, dtype=_TEXT, keep_default_na=False, float_precision='round_trip',
-        na_values={c: [''] for c in _numbers(path)})
+    "A table as it was written: identifiers as text, numbers to the last bit, an empty cell among numbers as NaN."
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return table.assign(**{c: _numbers(table[c]) for c in table if c not in _TEXT})
 
-def _numbers(path) -> list:
-    "The columns in which an empty cell is an unknown number."
-    head = pd.read_csv(path, dtype=str, keep_default_na=False)
-    def numeric(v): return (v!='').any() and pd.to_numeric(v[v!=''], errors='coerce').notna().all()
-    return [c for c in head if c not in _TEXT and (c=='split' or numeric(head[c]))]
+def _numbers(column: pd.Series):
+    "A column of text as whole numbers, numbers or truth values where all its cells are such."
+    values,there = column.tolist(),[v for v in column if v!='']
+    if not there: return column
+    if set(there)<={'True','False'}: return column=='True' if len(there)==len(values) else column
+    try: numbers = [float(v) if v!='' else math.nan for v in values]
+    except ValueError: return column
+    whole = len(there)==len(values) and all(v.lstrip('-').isdigit() for v in values)
+    return pd.Series([int(v) for v in values] if whole else numbers, index=column.index)
 
 def read_run(
     run, # a `Run`, or its folder

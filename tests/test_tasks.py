@@ -1,0 +1,216 @@
+"""The contract of a task: every task of the registry, on a tiny simulated hospital and one epoch, keeps to it.
+
+Trained, killed anywhere and called again it ends with the same bytes; called once more it says so; other arguments, another process and a foreign
+folder are refused; a film of the training is recognised elsewhere; what is predicted is what was evaluated; a bundle of another task is refused."""
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import fails, run_cli
+
+from radiology_ai.core import BundleError, DataError, RadiologyError
+from radiology_ai.preprocess.scale import preprocess_folder
+from radiology_ai.preprocess.store import ImageStore
+from radiology_ai.serve.predict import predict
+from radiology_ai.tasks.registry import TASKS, evaluate, report, train
+from radiology_ai.tasks.run import alone_in, read_run, run_state
+
+TINY = dict(epochs=1, bs=16)
+
+
+class Hospital:
+    "A task with its simulated store, labels and run."
+    def __init__(self, task, folder: Path):
+        self.task, self.folder = task, folder
+        self.truth = task.demo.simulate(folder/'dicom', 60, 5, 1)
+        self.settings = task.demo.settings | TINY | ({'pretrained': False})
+        self.columns = task.settings(**self.settings).labels
+        self.labels = folder/'labels.csv'
+        self.truth[['image_id', *self.columns]].to_csv(self.labels, index=False)
+        self.store = preprocess_folder(folder/'dicom', folder/'store', replace(task.recipe, size=64), workers=1)
+        self.run = train(task.name, self.store, self.labels, folder/'run', **self.settings)
+
+    def words(self, out, **more):
+        "The command line that trains the same run at `out`."
+        given = self.settings | more
+        settings = [w for k, v in given.items() for w in ('--set', f'{k}={v}')]
+        return ['train', self.task.name, '--data', self.store.path, '--labels', self.labels, '--out', out, *settings]
+
+
+@pytest.fixture(scope='module', params=list(TASKS))
+def hospital(request, tmp_path_factory):
+    return Hospital(TASKS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def digests(run: Path) -> dict:
+    "What must be the same to the byte in two runs of the same arguments."
+    names = [*run.rglob('model.safetensors'), *run.glob('*.csv')]
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
+
+
+def killed(words, ready, seconds: float=120):
+    "Start a command and kill it (SIGKILL) as soon as `ready()`; whether it was still running then."
+    code = 'from radiology_ai.cli import main; main()'
+    process = subprocess.Popen([sys.executable, '-c', code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + seconds
+    while process.poll() is None and not ready() and time.monotonic()<end: time.sleep(.002)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return alive
+
+
+def test_a_run_is_whole_and_clean(hospital):
+    names = {p.name for p in hospital.run.path.iterdir()}
+    assert {'run.json', 'run.toml', 'manifest.csv', 'predictions.csv', 'model'} <= names
+    assert not names & {'plan.json', 'fits', 'checkpoint', '.lock'} and run_state(hospital.run.path)=='whole'
+    assert hospital.run.manifest.groupby('patient_id').split.nunique().max()==1
+    assert not list(hospital.run.path.rglob('.*'))
+
+
+MOMENTS = {'the plan': lambda out: (out/'plan.json').exists(), 'a checkpoint': lambda out: any(out.glob('fits/*/*/checkpoint/*.safetensors')),
+    'a bundle': lambda out: any(out.rglob('bundle.json')), 'the scores': lambda out: any(out.rglob('scores.csv')),
+    'the predictions': lambda out: (out/'predictions.csv').exists()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_killed_and_called_again_it_ends_the_same(hospital, tmp_path, moment):
+    words = hospital.words(tmp_path/'run')
+    killed(words, lambda: MOMENTS[moment](tmp_path/'run'))
+    done = run_cli(*words)
+    assert digests(tmp_path/'run')==digests(hospital.run.path)
+    assert not list((tmp_path/'run').rglob('.*')) and not (tmp_path/'run'/'fits').exists(), done.stdout
+    assert [p.name for p in tmp_path.iterdir()]==['run']
+
+
+@pytest.mark.slow
+def test_killed_folds_go_on(hospital, tmp_path):
+    whole = train(hospital.task.name, hospital.store, hospital.labels, tmp_path/'whole', **hospital.settings, folds=3)
+    words = hospital.words(tmp_path/'run', folds=3)
+    assert killed(words, lambda: (tmp_path/'run'/'fold_0'/'model'/'bundle.json').exists()), 'it ended before it was killed'
+    assert run_state(tmp_path/'run')=='begun' and 'not finished' in fails('evaluate', tmp_path/'run')
+    run_cli(*words)
+    assert digests(tmp_path/'run')==digests(whole.path) and len(list((tmp_path/'run').glob('fold_*')))==3
+    tested = whole.predictions[whole.predictions.split=='test']
+    assert tested.image_id.is_unique and set(tested.image_id)==set(whole.manifest.image_id)
+
+
+def test_called_again_when_finished_it_says_so(hospital):
+    before = {p: p.stat().st_mtime_ns for p in hospital.run.path.rglob('*') if p.is_file()}
+    said = []
+    again = train(hospital.task.name, hospital.store, hospital.labels, hospital.run.path, **hospital.settings, say=said.append)
+    assert said==[f'{hospital.run.path} is finished'] and again.predictions.equals(hospital.run.predictions)
+    assert before=={p: p.stat().st_mtime_ns for p in hospital.run.path.rglob('*') if p.is_file()}
+
+
+def test_other_arguments_are_refused_with_the_remedy(hospital, tmp_path):
+    h = hospital
+    with pytest.raises(RadiologyError, match='the setting epochs was 1 and is 2.*--overwrite'):
+        train(h.task.name, h.store, h.labels, h.run.path, **h.settings | {'epochs': 2})
+    table = pd.read_csv(h.labels)
+    with pytest.raises(RadiologyError, match='the labels are others'):
+        train(h.task.name, h.store, table.iloc[:-5], h.run.path, **h.settings)
+    with pytest.raises(DataError, match="Did you mean 'epochs'"): train(h.task.name, h.store, h.labels, tmp_path/'r', epoch=3)
+    with pytest.raises(DataError, match='Give an int'): train(h.task.name, h.store, h.labels, tmp_path/'r', epochs='many')
+    with pytest.raises(DataError, match='Did you mean'): train(h.task.name + 's', h.store, h.labels, tmp_path/'r')
+    assert not (tmp_path/'r').exists()
+
+
+def test_a_folder_in_use_a_newer_run_and_a_foreign_folder_are_refused(hospital, tmp_path):
+    h = hospital
+    with alone_in(tmp_path/'busy'):
+        with pytest.raises(RadiologyError, match='in use by another process'):
+            train(h.task.name, h.store, h.labels, tmp_path/'busy', **h.settings)
+    newer = tmp_path/'newer'
+    newer.mkdir()
+    (newer/'run.json').write_text(json.dumps(h.run.record | {'format': 99}))
+    for call in (lambda: evaluate(newer), lambda: train(h.task.name, h.store, h.labels, newer, **h.settings)):
+        with pytest.raises(DataError, match='newer version'): call()
+    mine = tmp_path/'mine'
+    mine.mkdir()
+    (mine/'thesis.txt').write_text('mine')
+    (mine/'run.json').write_text('{"task": "knee"}')
+    for overwrite in (False, True):
+        with pytest.raises(RadiologyError, match='is no run'):
+            train(h.task.name, h.store, h.labels, mine, overwrite=overwrite, **h.settings)
+    assert (mine/'thesis.txt').read_text()=='mine'
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_from_its_folder_alone(hospital, tmp_path):
+    run_cli('train', '--settings', hospital.run.path/'run.toml', '--out', tmp_path/'again')
+    again = read_run(tmp_path/'again')
+    assert again.predictions.drop(columns='path').equals(hospital.run.predictions.drop(columns='path'))
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path/'again').rglob('model.safetensors')}=={
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in hospital.run.path.rglob('model.safetensors')}
+
+
+def test_evaluation_and_report(hospital, tmp_path):
+    evaluation = evaluate(hospital.run)
+    assert set(evaluation.table.split)=={'test'} and len(evaluation.lines())>1
+    page = report(hospital.run, evaluation, out=tmp_path)
+    text = page.read_text()
+    assert hospital.task.question in text and 'data:image' in text and hospital.task.title in text
+
+
+def test_elsewhere_a_leak_is_refused(hospital):
+    with pytest.raises(DataError, match='in more than one split'): evaluate(hospital.run, hospital.store, hospital.labels)
+
+
+@pytest.mark.slow
+def test_elsewhere_other_patients_are_evaluated(hospital, tmp_path):
+    truth = hospital.task.demo.simulate(tmp_path/'dicom', 40, 6, 1)
+    store = preprocess_folder(tmp_path/'dicom', tmp_path/'store', hospital.store.recipe, workers=1)
+    other = evaluate(hospital.run, store, truth[['image_id', *hospital.columns]])
+    assert 0<len(other.table)<=len(truth) and not set(other.table.image_id) & set(hospital.run.manifest.image_id)
+
+
+def numbers(table, columns) -> np.ndarray: return table[columns].to_numpy(float)
+
+
+def test_what_is_predicted_is_what_was_evaluated(hospital, tmp_path):
+    evaluated = evaluate(hospital.run).table.set_index('image_id')
+    table = predict(hospital.run, [Path(p) for p in evaluated.path], out=tmp_path/'p.csv', to=('csv', 'json'), workers=1)
+    told = table.set_index('image_id').loc[evaluated.index]
+    scores = [c for c in told if c.startswith('p_') or c=='score' and 'score' in evaluated]
+    assert scores and np.abs(numbers(told, scores) - numbers(evaluated, scores)).max()<=1e-6
+    readings = json.loads((tmp_path/'p.json').read_text())['readings']
+    assert len(readings)==len(evaluated) and all(r['findings'] for r in readings)
+
+
+def test_a_foreign_bundle_is_refused(hospital, tmp_path):
+    files = [hospital.folder/'dicom']
+    for name, text in (('elbow', "'elbow', which this version does not know"), ('', 'no task')):
+        bundle = tmp_path/f'bundle_{name}'
+        shutil.copytree(hospital.run.path/'model', bundle)
+        for meta in bundle.rglob('bundle.json'): meta.write_text(json.dumps(json.loads(meta.read_text()) | {'task': name}))
+        with pytest.raises(BundleError, match=text): predict(bundle, files)
+        with pytest.raises(BundleError, match='not of'): predict(bundle, files, task=hospital.task)
+    other = replace(hospital.task, name='another')
+    with pytest.raises(BundleError, match="not of 'another'"): predict(hospital.run, files, task=other)
+    with pytest.raises(BundleError, match="not of 'another'"): evaluate(hospital.run, task=other)
+
+
+def test_prediction_loads_no_training():
+    code = ("import sys, radiology_ai.serve.predict; "
+        "print([m for m in ('fastai', 'kornia', 'fasttransform', 'sklearn') if m in sys.modules])")
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ).stdout
+    assert out.strip()=='[]'
+
+
+def test_an_image_store_of_another_recipe_is_refused(hospital, tmp_path):
+    store = preprocess_folder(hospital.folder/'dicom', tmp_path/'store', replace(hospital.task.recipe, size=48), workers=1)
+    assert isinstance(store, ImageStore)
+    strangers = hospital.truth[['image_id', *hospital.columns]]
+    with pytest.raises((DataError, RadiologyError)): evaluate(hospital.run, store, strangers)
