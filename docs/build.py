@@ -1,10 +1,11 @@
-"""Build the site from the notebooks: stage them with nbdev, convert them for Sphinx, build with warnings as errors, check every link inside.
+"""Build the site from the notebooks: stage them with nbdev, convert them for Sphinx, build with warnings as errors,
+check every link inside.
 
     python docs/build.py [--force]      writes docs/_build/html; exits with 1 after a warning or a broken link
 
-The notebooks are the only source of prose, and nothing is executed but imports and exported cells (for the API's signatures): what a page shows is what
-was committed. `proc_nbs` of nbdev does the same for GitHub Pages, where Quarto renders its result; here Sphinx and MyST-NB do, as Quarto cannot be
-installed everywhere.
+The notebooks are the only source of prose, and nothing is executed but imports and exported cells (for the API's
+signatures): what a page shows is what was committed. `proc_nbs` of nbdev does the same for GitHub Pages, where Quarto
+renders its result; here Sphinx and MyST-NB do, as Quarto cannot be installed everywhere.
 """
 import argparse
 import ast
@@ -23,8 +24,7 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 NBS, STAGE, HTML = ROOT/'nbs', ROOT/'docs/_stage', ROOT/'docs/_build/html'
 FLOORS = {'0': 'Ground', '1': 'DICOM', '2': 'Preprocessing', '3': 'Data', '4': 'Vision', '5': 'Few labels',
-    '6': 'Understanding', '7': 'Tasks', '8': 'Running',
-          '9': 'Everything'}
+    '6': 'Understanding', '7': 'Tasks', '8': 'Running', '9': 'Everything'}
 URL = re.compile(
     r'https?://[^\s)"\'>]*?/radiology_ai/((?:[\w-]+/)*[\w.-]+?)\.html(?:\.md)?(#[\w.%-]+)?(?=[\s)"\'>])')
 

@@ -1,11 +1,19 @@
-"""What the system tests share: the command line as a user runs it, and one small simulated hospital."""
+"""What the system tests share: the command line as a user runs it, and one small simulated hospital, its store and a
+run, which are made once for all workers of pytest-xdist. Who changes them works on a copy."""
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+os.environ.setdefault('OMP_NUM_THREADS', '1') # two workers on two cores: each computes with one thread, its children too
+
+# The files with the longest tests: a worker that begins with them is not still at it when the other has finished.
+LONGEST = ['test_cli.py', 'test_docs.py', 'test_demo.py', 'test_augment.py', 'test_house.py', 'test_metadata.py',
+    'test_store.py', 'test_metrics.py', 'test_semi.py']
 COMMAND = Path(sys.executable).parent/'radiology_ai'
 
 
@@ -35,28 +43,47 @@ def real_data() -> Path:
     return Path(folder)
 
 
+def pytest_collection_modifyitems(items):
+    "The longest files first."
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope='session')
-def hospital(tmp_path_factory) -> Path:
+def made_once(tmp_path_factory) -> Callable:
+    "`made_once(name, make)`: the folder `name` of this session, which the first worker that asks for it makes with `make(folder)`."
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: root = root.parent # the workers' folders lie beside one another
+
+    def made(name: str, make: Callable) -> Path:
+        with FileLock(root/f'{name}.lock'):
+            if not (root/f'{name}.made').exists():
+                make(root/name)
+                (root/f'{name}.made').touch()
+        return root/name
+
+    return made
+
+
+@pytest.fixture(scope='session')
+def hospital(made_once) -> Path:
     "A small hospital folder with its labels.csv beside it."
     from radiology_ai.phantom.hospital import simulate_hospital
-    root = tmp_path_factory.mktemp('hospital')
-    truth = simulate_hospital(root/'dicom', n=60, seed=5, size=256)
-    knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
-    knees[['image_id','path','fractured','schatzker']].to_csv(root/'labels.csv', index=False)
-    return root
+    def make(root):
+        truth = simulate_hospital(root/'dicom', n=60, seed=5, size=256)
+        knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
+        knees[['image_id','path','fractured','schatzker']].to_csv(root/'labels.csv', index=False)
+    return made_once('hospital', make)
 
 
 @pytest.fixture(scope='session')
-def store(hospital) -> Path:
+def store(made_once, hospital) -> Path:
     "The image store of that hospital."
-    run_cli('preprocess', hospital/'dicom', '--recipe', 'knee', '--size', 64, '--out', hospital/'store')
-    return hospital/'store'
+    return made_once('store', lambda out: run_cli('preprocess', hospital/'dicom', '--recipe', 'knee', '--size', 64,
+        '--out', out))
 
 
 @pytest.fixture(scope='session')
-def run(hospital, store) -> Path:
+def run(made_once, hospital, store) -> Path:
     "A run that was trained on that store for one epoch."
-    run_cli('train', 'knee', '--data', store, '--labels', hospital/'labels.csv', '--out', hospital/'run',
-        '--arch', 'resnet10t',
-        '--epochs', 1, '--bs', 16, '--no-pretrained')
-    return hospital/'run'
+    return made_once('run', lambda out: run_cli('train', 'knee', '--data', store, '--labels', hospital/'labels.csv',
+        '--out', out, '--arch', 'resnet10t', '--epochs', 1, '--bs', 16, '--no-pretrained'))

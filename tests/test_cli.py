@@ -154,7 +154,7 @@ def test_cross_validation_predicts_every_image_once(hospital, store, tmp_path):
     assert set(tested.image_id)==set(pd.read_csv(tmp_path/'cv/manifest.csv').image_id)
 
 
-def test_a_killed_preprocessing_resumes(hospital, tmp_path):
+def test_a_killed_preprocessing_resumes(hospital, store, tmp_path):
     words = [COMMAND, 'preprocess', hospital/'dicom', '--recipe', 'knee', '--size', '64', '--workers', '1',
         '--out', tmp_path/'store']
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -166,7 +166,7 @@ def test_a_killed_preprocessing_resumes(hospital, tmp_path):
     process.wait()
     run_cli(*words[1:])
     from radiology_ai.preprocess.store import ImageStore
-    killed, whole = ImageStore(tmp_path/'store'), ImageStore(hospital/'store')
+    killed, whole = ImageStore(tmp_path/'store'), ImageStore(store)
     assert list(killed.index.image_id)==list(whole.index.image_id)
     assert all((killed[i]==whole[i]).all() for i in range(len(whole)))
 

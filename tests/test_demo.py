@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 from conftest import fails, run_cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
