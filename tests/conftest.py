@@ -1,10 +1,14 @@
 """What the system tests share: the command line as a user runs it, and one small simulated hospital, its store and a
 run, which are made once for all workers of pytest-xdist. Who changes them works on a copy."""
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
@@ -28,9 +32,24 @@ def run_cli(*words, check: bool=True, **env) -> subprocess.CompletedProcess:
 def fails(*words) -> str:
     "The one line with which a command refuses: exit code 2, no traceback."
     done = run_cli(*words, check=False)
-    assert done.returncode==2, f'exit code {done.returncode}: {done.stdout}{done.stderr}'
-    lines = done.stderr.strip().splitlines()
-    assert len(lines)==1, done.stderr
+    return one_line(done.returncode, done.stderr, done.stdout)
+
+
+def refuses(*words) -> str:
+    """The same of the function behind the command, in this process: for the further ways in which a command is wrong,
+    without the seconds in which a process imports everything."""
+    from radiology_ai.cli import main
+    out, err = io.StringIO(), io.StringIO()
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(),
+            patch('warnings.formatwarning', warnings.formatwarning), pytest.raises(SystemExit) as end):
+        main(list(map(str, words)))
+    return one_line(end.value.code, err.getvalue(), out.getvalue())
+
+
+def one_line(code: int, err: str, out: str) -> str:
+    assert code==2, f'exit code {code}: {out}{err}'
+    lines = err.strip().splitlines()
+    assert len(lines)==1, err
     return lines[0]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import COMMAND, fails, run_cli
+from conftest import COMMAND, fails, refuses, run_cli
 
 # The steps
 
@@ -197,7 +197,7 @@ def test_a_single_bad_file(hospital, run, tmp_path, kind, cause):
             & (truth.body_part=='KNEE')].path.iloc[0])
         del ds.PixelData
         ds.save_as(bad)
-    line = fails('predict', run, bad, '--out', tmp_path/'p.csv')
+    line = refuses('predict', run, bad, '--out', tmp_path/'p.csv')
     assert bad.name in line and cause in line.lower()
     assert not (tmp_path/'p.csv').exists()
 
@@ -219,23 +219,23 @@ def test_bad_labels(hospital, store, tmp_path):
                                   ('twice', pd.concat([labels, labels]), '2 times')]:
         table.to_csv(tmp_path/f'{name}.csv', index=False)
         again = [tmp_path/f'{name}.csv' if w==hospital/'labels.csv' else w for w in words]
-        assert re.search(expected, fails(*again)), name
-    assert 'no_labels.csv' in fails(*[tmp_path/'no_labels.csv' if w==hospital/'labels.csv' else w
+        assert re.search(expected, refuses(*again)), name
+    assert 'no_labels.csv' in refuses(*[tmp_path/'no_labels.csv' if w==hospital/'labels.csv' else w
         for w in words])
     assert not (tmp_path/'run').exists()
 
 
 def test_bad_store_model_and_output(hospital, store, run, tmp_path):
     words = train_words(hospital, store, run)
-    assert '--overwrite' in fails(*words)
-    assert 'no_store' in fails(*train_words(hospital, tmp_path/'no_store', tmp_path/'r'))
-    assert 'resnet10t' in fails(*[w if w!='resnet10t' else 'resnet10tt'
+    assert '--overwrite' in refuses(*words)
+    assert 'no_store' in refuses(*train_words(hospital, tmp_path/'no_store', tmp_path/'r'))
+    assert 'resnet10t' in refuses(*[w if w!='resnet10t' else 'resnet10tt'
         for w in train_words(hospital, store, tmp_path/'r')])
     shutil.copytree(run/'model', tmp_path/'model')
     with open(tmp_path/'model/model.safetensors', 'r+b') as f: f.truncate(1000)
-    assert 'model' in fails('predict', tmp_path/'model', hospital/'dicom', '--out', tmp_path/'p.csv')
+    assert 'model' in refuses('predict', tmp_path/'model', hospital/'dicom', '--out', tmp_path/'p.csv')
     (tmp_path/'model/bundle.json').write_text('{')
-    assert 'bundle.json' in fails('predict', tmp_path/'model', hospital/'dicom', '--out', tmp_path/'p.csv')
+    assert 'bundle.json' in refuses('predict', tmp_path/'model', hospital/'dicom', '--out', tmp_path/'p.csv')
     assert 'nothing_here' in fails('predict', tmp_path/'nothing_here', hospital/'dicom', '--out',
         tmp_path/'p.csv')
     assert not (tmp_path/'p.csv').exists() and not (tmp_path/'r').exists()
