@@ -222,6 +222,9 @@ def test_lower_floors_load_no_torch():
     assert len(names)>30 and done.returncode==0, done.stderr
 
 
+BUILT = ('.last_checked', '.ipynb_checkpoints', 'sidebar.yml') # the site's build, which may run beside, writes them into nbs
+
+
 def differences(a: Path, b: Path) -> list[str]:
     compared = filecmp.dircmp(a, b, ignore=['__pycache__'])
     found = [f'{a.name}/{f}' for f in compared.left_only + compared.right_only + compared.diff_files]
@@ -232,15 +235,14 @@ def differences(a: Path, b: Path) -> list[str]:
 def test_export_and_clean_leave_no_difference(tmp_path):
     for name in ('nbs','radiology_ai'):
         shutil.copytree(ROOT/name, tmp_path/name,
-            ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints','.last_checked'))
+            ignore=shutil.ignore_patterns('__pycache__', *BUILT))
     for name in ('pyproject.toml','README.md'): shutil.copy(ROOT/name, tmp_path/name)
     tools = Path(sys.executable).parent
     for tool in ('nbdev-export','nbdev-clean'):
         subprocess.run([tools/tool], cwd=tmp_path, check=True, capture_output=True,
             env={**os.environ, 'PYTHONPATH': ''})
     assert differences(tmp_path/'radiology_ai', ROOT/'radiology_ai')==[]
-    assert [d for d in differences(tmp_path/'nbs', ROOT/'nbs')
-        if not d.endswith(('.last_checked','.ipynb_checkpoints'))]==[]
+    assert [d for d in differences(tmp_path/'nbs', ROOT/'nbs') if not d.endswith(BUILT)]==[]
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
@@ -282,6 +284,17 @@ def test_hooks_before_a_commit_are_local():
     hooks = {h['id']: h for r in repos for h in r['hooks']}
     assert [r['repo'] for r in repos]==['local'] and set(hooks)=={'nbdev-clean', 'nbdev-export', 'ruff'}
     assert all(h['language']=='system' for h in hooks.values())
+
+
+def test_workflows_cancel_and_cover_both_ends():
+    yaml = pytest.importorskip('yaml')
+    flows = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')) for p in (ROOT/'.github/workflows').glob('*.yml')}
+    assert set(flows)=={'site', 'test'} and all(f['concurrency']['cancel-in-progress'] is True for f in flows.values())
+    job = flows['test']['jobs']['test']
+    ends = job['strategy']['matrix']['include']
+    assert ends[0]['python']==tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['requires-python'][2:]
+    assert ends[0]['torch'].startswith('torch==') and '=' not in ends[1]['torch']
+    assert job['steps'][-1]['run'] in (ROOT/'README.md').read_text(encoding='utf-8')
 
 
 def test_quick_finds_the_tests_of_a_change():
