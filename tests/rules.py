@@ -94,13 +94,19 @@ def private_imports(source: str) -> list[str]:
         and isinstance(n.value, ast.Name) and n.value.id in modules and n.value.id.islower() and is_private(n.attr)]
 
 
+def inside(node: ast.AST) -> list[ast.AST]:
+    "A node and all in it but the conditions of comprehensions, where `if (x := f(y))` is the plain way."
+    parts = [p for p in ast.iter_child_nodes(node) if not (isinstance(node, ast.comprehension) and p in node.ifs)]
+    return [node, *(n for p in parts for n in inside(p))]
+
+
 def walruses(source: str) -> list[str]:
     "Assignments inside an argument list."
     found = set()
     for call in ast.walk(parsed(source)):
         if not isinstance(call, ast.Call): continue
         given = [*call.args, *(k.value for k in call.keywords)]
-        found |= {(n.lineno, n.target.id) for a in given for n in ast.walk(a) if isinstance(n, ast.NamedExpr)}
+        found |= {(n.lineno, n.target.id) for a in given for n in inside(a) if isinstance(n, ast.NamedExpr)}
     return [f'line {line}: {name} := in an argument list' for line, name in sorted(found)]
 
 

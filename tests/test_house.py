@@ -140,6 +140,7 @@ WORDS = 'a message that is long enough to speak to a person'
     (rules.private_imports, 'import radiology_ai.core as core\ncore._x', 'import radiology_ai.core as core\ncore.x'),
     (rules.walruses, 'f(1, (x := 2))', 'if (x := f(2)): pass'),
     (rules.walruses, 'f(key=max(x := 1, 2))', '(x := f(2))'),
+    (rules.walruses, 'f([y for y in z if len(x := g(y))])', 'f(x for y in z if (x := g(y)))'),
     (rules.collections_as_statements, 'f(), g()', 'x = f(), g()'),
     (rules.collections_as_statements, '[f(x) for x in y]', 'for x in y: f(x)'),
     (rules.many_targets, 'a, b, c, d, e = f()', 'a, b, c, d = f()')])
