@@ -1,8 +1,11 @@
-"""Where a finding goes under a draw, by another way than the library's: a mask without pixels (a formula), carried along step by step, and its extent.
+"""Where a finding goes under a draw, by another way than the library's: a mask without pixels (a formula),
+carried along step by step, and its extent.
 
-`BatchAugment` multiplies matrices (kornia's for the perspective) and moves contours forward. Here each new place is traced back to its old one, one operation after the other, with
-OpenCV's perspective matrix and SciPy's B-splines, and asked whether it lies in the shape: the octagon, ellipse or rectangle that the box stands for. The extent of the places that
-do is found on a coarse grid over three times the frame, then on two finer ones along each side, to a few hundredths of a pixel.
+`BatchAugment` multiplies matrices (kornia's for the perspective) and moves contours forward. Here each new
+place is traced back to its old one, one operation after the other, with OpenCV's perspective matrix and
+SciPy's B-splines, and asked whether it lies in the shape: the octagon, ellipse or rectangle that the box
+stands for. The extent of the places that do is found on a coarse grid over three times the frame, then on two
+finer ones along each side, to a few hundredths of a pixel.
 """
 from typing import NamedTuple
 

@@ -10,25 +10,25 @@ from torch.autograd import gradcheck
 
 from radiology_ai.core import ModelError
 from radiology_ai.data.tree import LabelTree, chest_tree
+from radiology_ai.losses.base import BCEWithNaN, WeightedCrossEntropy, grade_log_probabilities
 from radiology_ai.losses.labels import (
     AsymmetricLoss,
-    BCEWithNaN,
     BinaryFocalLoss,
     FocalLoss,
     LogitAdjustedBCE,
     LogitAdjustedLoss,
-    WeightedCrossEntropy,
     default_loss,
 )
 from radiology_ai.losses.regions import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, TverskyLoss
 from radiology_ai.losses.robust import TERMS, DMILoss, RobustLoss
-from radiology_ai.losses.structured import CORN, TreeLoss, grade_log_probabilities
+from radiology_ai.losses.structured import CORN, TreeLoss
 from radiology_ai.losses.teacher import DistillationLoss, SuppressedConsistency
 
 NAN = float('nan')
 TREE = LabelTree(('a', 'b', 'c', 'd', 'e'), ('', 'a', 'b', 'b', ''), ('',)*5)
 PRIOR = np.array([.6, .25, .1, .05])
 W = np.array([.5, 1, 2, 4])
+ONES,ZEROS,FIVE = np.ones(4),np.zeros(4),np.ones(5)
 
 
 def sigmoid(z): return 1/(1+np.exp(-z))
@@ -89,7 +89,7 @@ def teacher(seed):
 
 # ---- second implementations --------------------------------------------------------------------------------------
 
-def second_classes(gamma=0., smoothing=0., weight=np.ones(4), shift=0.):
+def second_classes(gamma=0., smoothing=0., weight=ONES, shift=0.):
     def loss(z, t):
         terms,norm = [],[]
         for zi,ti in zip(z, t):
@@ -102,7 +102,7 @@ def second_classes(gamma=0., smoothing=0., weight=np.ones(4), shift=0.):
         return mean(terms, norm)
     return loss
 
-def second_labels(gamma=0., smoothing=0., pos=np.ones(4), shift=np.zeros(4)):
+def second_labels(gamma=0., smoothing=0., pos=ONES, shift=ZEROS):
     def loss(z, y):
         terms = []
         for (i,k),t in np.ndenumerate(y):
@@ -131,7 +131,7 @@ def one_robust(name, p, k, gamma=.5, q=.7):
     if name=='nl': return np.mean([-np.log(1-p[j]) for j in range(c) if j!=k])
     return one_robust(name[1:], p, k)/sum(one_robust(name[1:], p, j) for j in range(c))
 
-def second_robust(names, scale, weight=np.ones(4)):
+def second_robust(names, scale, weight=ONES):
     def loss(z, t):
         known = [(softmax(zi), ti) for zi,ti in zip(z, t) if ti!=-100]
         return mean([weight[k]*sum(s*one_robust(n, p, k) for n,s in zip(names, scale)) for p,k in known],
@@ -144,7 +144,7 @@ def second_dmi(z, t):
         if ti!=-100: u[:,ti] += softmax(zi)/n
     return -np.log(abs(np.linalg.det(u))+1e-3)
 
-def second_corn(weight=np.ones(4)):
+def second_corn(weight=ONES):
     def loss(z, t):
         terms,norm = [],[]
         for zi,ti in zip(z, t):
@@ -167,7 +167,7 @@ def closed(y):
         if any(y[j]==0 and k in BELOW[j] for j in range(5)): y[k] = 0
     return y
 
-def second_tree(pos=np.ones(5)):
+def second_tree(pos=FIVE):
     def loss(z, y):
         terms = []
         for zi,yi in zip(z, y):
