@@ -20,7 +20,8 @@ from radiology_ai.models.backbone import XrayModel
 from radiology_ai.models.bundle import load_bundle, save_bundle
 from radiology_ai.preprocess.store import recipe
 from radiology_ai.train.checkpoint import read_checkpoint, write_checkpoint
-from radiology_ai.train.learner import predict_scores, run_record, xray_learner
+from radiology_ai.train.learner import predict_logits, xray_learner
+from radiology_ai.train.record import run_record
 from radiology_ai.vision.augment import BatchAugment
 
 
@@ -248,11 +249,11 @@ def test_export_and_reload_predict_the_same(tmp_path):
     dls = xray_dataloaders(store, manifest, 'bar', bs=8, device='cpu')
     learn = xray_learner(dls, 'test_resnet', pretrained=False, lr=1e-2, ema=.9)
     learn.fit_two_phase(1, checkpoint=tmp_path/'run')
-    logits,_ = predict_scores(learn, dls.valid)
+    logits,_ = predict_logits(learn, dls.valid)
     bundle = load_bundle(save_bundle(learn, tmp_path/'bundle', recipe('knee', size=32), dls.vocab,
         task='bar'))
-    own = predict_scores(bundle.model, dls.valid)[0]
-    assert np.array_equal(own, logits) and np.array_equal(np.concatenate([bundle.scores(x)
+    own = predict_logits(bundle.model, dls.valid)[0]
+    assert np.array_equal(own, logits) and np.array_equal(np.concatenate([bundle.logits(x)
         for x,_ in dls.valid]), logits)
     record = run_record(learn, data='bars')
     assert record['split_hash']==run_record(learn)['split_hash'] and record['plan']['epochs']==1 and record[
@@ -320,7 +321,7 @@ def test_masks_and_boxes_train_with_a_loss(tmp_path, kind):
     learn = xray_learner(dls, Masks(), MaskLoss(), lr=1e-2)
     learn.fit_two_phase(2, checkpoint=tmp_path/'run')
     assert learn.history[-1]['valid_loss']<learn.history[0]['valid_loss'] or kind!='masks'
-    assert predict_scores(learn, dls.valid)[0].shape[0]==24
+    assert predict_logits(learn, dls.valid)[0].shape[0]==24
 
 
 def test_views_of_a_study_are_channels():
