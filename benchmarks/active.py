@@ -44,7 +44,7 @@ def run(job):
     from radiology_ai.data.load import xray_dataloaders, xray_test_dl
     from radiology_ai.metrics.ranking import auroc
     from radiology_ai.preprocess.store import ImageStore
-    from radiology_ai.train.learner import predict_scores, xray_learner
+    from radiology_ai.train.learner import predict_probabilities, xray_learner
     from radiology_ai.weak.active import simulate_active
     store = ImageStore(store)
     df = manifest_of(Path(data), store)
@@ -55,7 +55,7 @@ def run(job):
         return learn.fit_two_phase(max(1, round(steps/len(dls.train))))
     def evaluate(learn):
         return float(auroc(test.pneumonia.to_numpy(),
-            predict_scores(learn, xray_test_dl(learn.dls, test), activation=True)[0][:, 1]))
+            predict_probabilities(learn, xray_test_dl(learn.dls, test))[0][:, 1]))
     if strategy=='all':
         return pd.DataFrame([('all', seed, int((df.split=='train').sum()), evaluate(train(df, seed)))],
             columns=['strategy', 'seed', 'labels', 'value'])

@@ -37,7 +37,7 @@ from radiology_ai.data.split import patient_split
 from radiology_ai.metrics.ranking import auroc
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import recipe
-from radiology_ai.train.learner import predict_scores, xray_learner
+from radiology_ai.train.learner import predict_probabilities, xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
 DATA = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])
@@ -69,7 +69,7 @@ def ours(t, labels, folder, args, seed, store):
     start = time.perf_counter()
     learn.fit_two_phase(args.epochs)
     seconds = time.perf_counter()-start
-    p = predict_scores(learn, xray_test_dl(dls, t[t.split=='test']), activation=True)[0]
+    p = predict_probabilities(learn, xray_test_dl(dls, t[t.split=='test']))[0]
     return (p if len(labels)>1 else p[:, 1:]), seconds
 
 

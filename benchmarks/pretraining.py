@@ -33,7 +33,7 @@ from radiology_ai.pretrain.methods import METHODS
 from radiology_ai.pretrain.monitor import embed, linear_probe
 from radiology_ai.pretrain.ssl import ssl_learner, task_model
 from radiology_ai.pretrain.views import Views, radiograph_views
-from radiology_ai.train.learner import predict_scores, xray_learner
+from radiology_ai.train.learner import predict_probabilities, xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
 NARROW = dict(channels=(32, 64, 128, 256)) # half the width of resnet10t
@@ -123,7 +123,7 @@ def judge(name: str, learn, store, table, args) -> list:
         task = xray_learner(dls, model, pretrained=False, seed=seed, monitor=None, metrics=[],
             lr=args.tune_lr)
         task.fit_two_phase(args.tune_epochs, head_epochs=0, body_div=1)
-        tuned = predict_scores(task, xray_test_dl(dls, test), activation=True)[0]
+        tuned = predict_probabilities(task, xray_test_dl(dls, test))[0]
         out.append(dict(probe=probe, tuned=tuned, truth=truth))
     return out
 

@@ -32,7 +32,7 @@ from radiology_ai.models.backbone import XrayModel, create_model
 from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
 from radiology_ai.semi.mixmatch import MixMatch
 from radiology_ai.semi.step import gentle, harsh, semi_dataloaders
-from radiology_ai.train.learner import predict_scores, xray_learner
+from radiology_ai.train.learner import predict_probabilities, predict_scores, xray_learner
 
 
 class Store:
@@ -219,7 +219,7 @@ def chest_run(name: str, seed: int, store, args):
     model = create_model('resnet10t', len(vocab), pretrained=False, batchnorm=False, seed=seed, **WIDTH)
     learn = fit(dls, model, args.steps, seed, None if CHEST[name] is None else CHEST[name](args), args.lr,
         args.wd, args.ema)
-    return predict_scores(learn, xray_test_dl(dls, t[t.split==args.split]), activation=True)[0],learn.history
+    return predict_probabilities(learn, xray_test_dl(dls, t[t.split==args.split]))[0],learn.history
 
 def macro(truth, p, vocab) -> float:
     "AUROC, or the mean of each class against the rest."
