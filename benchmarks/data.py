@@ -2,16 +2,20 @@
 
     python benchmarks/data.py [split] [sample] [copies] [find] [--images 100000] [--size 224] [--rows 1000000]
 
-split:  patient_split on the labels of ChestX-ray14 (made up in the same shape without RADIOLOGY_AI_REAL_DATA) beside the best of 10,000 random divisions by patient.
+split:  patient_split on the labels of ChestX-ray14 (made up in the same shape without
+        RADIOLOGY_AI_REAL_DATA) beside the best of 10,000 random divisions by patient.
 sample: an epoch's batches over so many rows, as lists, beside torch's samplers; memory over 20 epochs.
-copies: thumbnails, fingerprints and near pairs of so many images from a memory map (mixtures of two chests, turned and shifted), beside a 64-bit perceptual hash with a search by Hamming distance.
-find:   altered copies of real chests hidden among others, and false pairs among 10,000 images (real ones and their mirror images): find_copies beside the same hash. Needs RADIOLOGY_AI_REAL_DATA.
+copies: thumbnails, fingerprints and near pairs of so many images from a memory map (mixtures of two chests, turned
+        and shifted), beside a 64-bit perceptual hash with a search by Hamming distance.
+find:   altered copies of real chests hidden among others, and false pairs among 10,000 images (real ones and their
+        mirror images): find_copies beside the same hash. Needs RADIOLOGY_AI_REAL_DATA.
 """
 import argparse
 import os
 import tempfile
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -105,7 +109,7 @@ def bench_sample(args):
             'PairedBatchSampler, balanced': PairedBatchSampler(half, 16, 7, min_per_class=1)}
     def whole(s): # each batch is let go, as in training
         for _ in s: pass
-    times = {k: seconds(lambda: whole(s)) for k,s in (peers|ours).items()}
+    times = {k: seconds(partial(whole, s)) for k,s in (peers|ours).items()}
     for k,t in times.items():
         peer = 'torch WeightedRandomSampler' if 'Weighted' in k else 'torch RandomSampler'
         print(f"{k:36s} {t:6.2f} s an epoch of {n} rows, {len((peers|ours)[k])} batches"
@@ -237,7 +241,8 @@ def bench_find(args):
         for most in (4, 8):
             near = np.bitwise_count(hashes[i] ^ there[j])<=most
             hit = near & (j-len(others[0])==i)
-            line += f"   hash within {most} bits {hit.sum()/len(nih):.2%}, {sum(owner[names[a]]!=owner[ids[b]] for a,b in zip(i[near & ~hit], j[near & ~hit]))} false"
+            false = sum(owner[names[a]]!=owner[ids[b]] for a,b in zip(i[near & ~hit], j[near & ~hit]))
+            line += f"   hash within {most} bits {hit.sum()/len(nih):.2%}, {false} false"
         print(line)
     twice = set(n.split('/')[-1][:12] for n in names)
     # the same films at 64 pixels are left out

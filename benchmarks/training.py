@@ -2,9 +2,11 @@
 
     python benchmarks/training.py [overhead] [loading] [--rounds 7] [--batches 12] [--bs 16] [--threads 2] [--device cpu]
 
-overhead: epochs of `xray_learner` (schedule, seeds, checks, recorder, best epoch; and once more with average, clipping and a checkpoint in each epoch) and of a bare loop take turns: the same loader, resnet18 at
+overhead: epochs of `xray_learner` (schedule, seeds, checks, recorder, best epoch; and once more with average, clipping and a
+          checkpoint in each epoch) and of a bare loop take turns: the same loader, resnet18 at
           128 px, weights, AdamW in the same groups. Seconds a batch, medians over the rounds, and their ratio within each round.
-loading:  images a second from an `ImageStore` through `BatchAugment` (its defaults) at 224 px, beside resnet18 training at 224 px on the same device; and the share of a training in which the network waits for its batch.
+loading:  images a second from an `ImageStore` through `BatchAugment` (its defaults) at 224 px, beside resnet18 training at 224 px on the
+          same device; and the share of a training in which the network waits for its batch.
 """
 import argparse
 import tempfile
@@ -114,7 +116,7 @@ def loop_alone(args, dls) -> float:
         monitor='valid_loss')
     learn.model.forward = lambda x: learn.model.head(learn.model.body(x.as_subclass(torch.Tensor)))
     model,opt = nn.Sequential(body, learn.model.head),torch.optim.AdamW(learn.model.parameters())
-    for k in range(2*args.rounds + 1):
+    for _ in range(2*args.rounds + 1):
         hand.append(bare_epoch(dls.train, model, learn.loss_func, opt))
         learn.fit_two_phase(1)
     return (np.median(clock.taken[1:]) - np.median(hand[1:]))/args.batches
@@ -130,11 +132,11 @@ def bench_loading(args, folder):
     model,opt = by_hand(learn)
     x,y = dls.one_batch()
     model.train()
-    train,waits = [],[]
+    train = []
     for _ in range(args.rounds):
         for name,d in sets.items():
             wait(args.device); start = time.perf_counter()
-            for b in d.train: pass
+            for _ in d.train: pass
             wait(args.device); seconds[name].append(time.perf_counter()-start)
         wait(args.device); start = time.perf_counter()
         for _ in range(2):

@@ -27,7 +27,8 @@ from radiology_ai.data.labels import find_images, manifest_problems, read_labels
 from radiology_ai.data.regions import XYXY, box_iou, fuse_boxes, image_mask, rle_area, rle_decode, rle_encode
 from radiology_ai.data.tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
 
-NIH_HEADER = 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]'
+NIH_HEADER = ('Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,'
+    'OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]')
 
 
 @pytest.fixture(scope='module')
@@ -343,7 +344,7 @@ def test_fused_boxes(seed):
     for (image,label),group in b.groupby(['image_id', 'label']):
         ours = fused[(fused.image_id==image) & (fused.label==label)]
         assert 1<=len(ours)<=len(group)
-        for c,edge in zip(XYXY, (np.min, np.min, np.max, np.max)):
+        for c in XYXY:
             assert group[c].min()<=ours[c].min() and ours[c].max()<=group[c].max()
     alone = fuse_boxes(b.assign(image_id=[f'i{k}' for k in range(n)]))
     assert len(alone)==n and np.allclose(alone.sort_values('x1')[XYXY], b.sort_values('x1')[XYXY])
@@ -539,10 +540,12 @@ def test_masks_of_another_size(tmp_path, errors):
             width='W'), errors=errors)
     if errors=='raise':
         with pytest.raises(DataError,
-                match=r"line 3 \(image b.png\), column 'mask': the mask has 6 x 8 pixels, its image 8 x 6.*line 4 .*there is no file gone.png.*line 5 .*cannot be read"):
+                match=r"line 3 \(image b.png\), column 'mask': the mask has 6 x 8 pixels, its image 8 x 6.*"
+                r"line 4 .*there is no file gone.png.*line 5 .*cannot be read"):
             files()
         with pytest.raises(DataError,
-                match=r"line 3 \(image b.png\), column 'rle': the mask ends at pixel 49, the image of 6 x 8 has 48.*line 4 .*are not pairs"):
+                match=r"line 3 \(image b.png\), column 'rle': the mask ends at pixel 49, the image of 6 x 8 has 48.*"
+                r"line 4 .*are not pairs"):
             runs()
     else:
         assert files().masks.image_id.tolist()==['a.png'] and files().problems.line.tolist()==[3, 4, 5]

@@ -208,7 +208,7 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, gradient):
     state = torch.get_rng_state()
     with pytest.raises(ModelError,
             match='no longer finite after epoch 1, batch [0-9]+; .* holds the last good state' if gradient
-            else r'^The loss became .* in epoch 1, batch 4 \(images im') as e:
+            else r'^The loss became .* in epoch 1, batch 4 \(images im'):
         bad.fit_two_phase(3, checkpoint=tmp_path/'bad', every=1)
     assert torch.equal(state, torch.get_rng_state())
     kept = read_checkpoint(tmp_path/'bad/checkpoint.safetensors')

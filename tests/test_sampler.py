@@ -1,5 +1,6 @@
 """Samplers keep their promises for any labels: every batch its minimum, every image seen, NaN never counted,
 nothing doubled in validation."""
+import math
 import tracemalloc
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_shuffled(n, bs, world, epoch, drop_last):
         parts = [list(ShuffledBatchSampler(n, bs, 1, drop_last, r, world=world).set_epoch(epoch))
             for r in range(world)]
     except DataError as e:
-        assert 'Use fewer processes' in str(e) and n<-(-(-(-n//bs))//world)*world
+        assert 'Use fewer processes' in str(e) and n<math.ceil(math.ceil(n/bs)/world)*world
         return
     rows = sum((b for o in parts for b in o), [])
     assert len({len(o) for o in parts})==1 and len(set(rows))==len(rows) and all(1<=len(b)<=bs for o in parts

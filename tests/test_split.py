@@ -177,7 +177,8 @@ def test_what_does_not_fit_is_named(tmp_path):
         'The sizes are': lambda: patient_split(df, {'train': 1.2, 'valid': -.2}),
         'mixes numbers and text': lambda: patient_split(df.assign(label=['a', 1]*20), label='label'),
         'no known value': lambda: patient_split(df.assign(label=np.nan), label='label'),
-        r'label = 1.0 occurs in 1 patients: none of them in valid, test; min_positives is 1': lambda: patient_split(df.assign(label=1.*(df.index==0)), label='label', min_positives=1),
+        r'label = 1.0 occurs in 1 patients: none of them in valid, test; min_positives is 1':
+            lambda: patient_split(df.assign(label=1.*(df.index==0)), label='label', min_positives=1),
         '20 patients for 21 folds|20 patients for 21 splits': lambda: patient_folds(df, 21),
         r'1 patients cross the lists \(P0: in no list and test\)': lambda: official_split(df,
         {'test': ['i0']}, {'train': 1}),
