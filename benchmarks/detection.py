@@ -1,14 +1,17 @@
-"""Detection metrics on 3,000 images: the RSNA score beside a plain Python form, COCO's average precision beside pycocotools, and what sweeps and intervals cost.
+"""Detection metrics on 3,000 images: the RSNA score beside a plain Python form, COCO's average precision beside pycocotools, and what
+sweeps and intervals cost.
 
     python benchmarks/detection.py [--images 3000] [--repeats 7] [--labels stage_2_train_labels.csv]
 
-One core; the ways of one part take turns, the median counts, and the ratio comes from the same run (processor time; the clock beside it). Boxes: with `--labels` (or RADIOLOGY_AI_REAL_DATA) the true boxes of
-the RSNA challenge, once as they come (a quarter of the films has lesions) and once only the films with lesions; else simulated ones. The predictions are simulated: one lesion in five missed, boxes shifted
-and resized, false boxes added.
+One core; the ways of one part take turns, the median counts, and the ratio comes from the same run (processor time; the clock beside
+it). Boxes: with `--labels` (or RADIOLOGY_AI_REAL_DATA) the true boxes of the RSNA challenge, once as they come (a quarter of the films
+has lesions) and once only the films with lesions; else simulated ones. The predictions are simulated: one lesion in five missed, boxes
+shifted and resized, false boxes added.
 
-The RSNA score has two peers: the plain form follows the rules word by word on the arrays of each image, as the challenge's public kernels do (the IoU anew at each threshold); the tuned one is plain Python on
-lists, which computes each IoU once and skips what can't hit.
-pycocotools gets its dictionaries built inside its time, as `coco_map` does; it is timed with its usual settings and again with only what AP needs (all areas, 100 boxes an image).
+The RSNA score has two peers: the plain form follows the rules word by word on the arrays of each image, as the challenge's public
+kernels do (the IoU anew at each threshold); the tuned one is plain Python on lists, which computes each IoU once and skips what can't hit.
+pycocotools gets its dictionaries built inside its time, as `coco_map` does; it is timed with its usual settings and again with only what
+AP needs (all areas, 100 boxes an image).
 """
 import os
 
@@ -141,7 +144,7 @@ def pycoco(boxes, scores, truths, only_ap: bool=False) -> np.ndarray:
 def turns(ways: dict, repeats: int) -> dict:
     "Median (processor, clock) seconds of each way, which take turns."
     times = {name: [] for name in ways}
-    for name, f in ways.items(): f()
+    for f in ways.values(): f()
     for _ in range(repeats):
         for name, f in ways.items():
             clock, cpu = time.perf_counter(), time.process_time()
@@ -176,7 +179,7 @@ def compare(name: str, truths: list, repeats: int):
     except ImportError: note = 'pycocotools is not installed'
     table(f'COCO AP {coco_map(boxes, scores, truths).AP:.4f}, {note}', turns(ways, repeats), 'coco_map')
     ways = {'threshold_sweep, 50 thresholds, no new matching': lambda: threshold_sweep(boxes, scores, truths,
-        n=1000),
+        draws=1000),
         'rsna_map_ci, 1,000 draws': lambda: rsna_map_ci(boxes, scores, truths),
         'froc with its band, 1,000 draws': lambda: froc(boxes, scores, truths)}
     table('With intervals', turns(ways, max(2, repeats//3)), 'rsna_map_ci, 1,000 draws')

@@ -2,9 +2,12 @@
 
     python benchmarks/metrics.py [speed] [coverage] [--images 25596] [--sets 1000] [--peer 3] [--rounds 3]
 
-speed:    intervals of 25,596 x 14 AUROCs from 1,000 draws of patients (scores of three decimals, so that many tie), beside scikit-learn in a loop over labels and draws. The loop is measured on `--peer` draws and
-          scaled up. The AUROCs of those draws are compared. Then DeLong's intervals for all labels, and the whole `label_table` with operating points. Medians of `--rounds` rounds; clock and processor seconds.
-coverage: how often the 95 % intervals hold the truth in `--sets` simulated data sets, with one image a patient and with several that resemble each other.
+speed:    intervals of 25,596 x 14 AUROCs from 1,000 draws of patients (scores of three decimals, so that many tie), beside
+          scikit-learn in a loop over labels and draws. The loop is measured on `--peer` draws and scaled up. The AUROCs of those
+          draws are compared. Then DeLong's intervals for all labels, and the whole `label_table` with operating points. Medians of
+          `--rounds` rounds; clock and processor seconds.
+coverage: how often the 95 % intervals hold the truth in `--sets` simulated data sets, with one image a patient and with several
+          that resemble each other.
 """
 import argparse
 import time
@@ -18,7 +21,7 @@ from radiology_ai.core import rng
 from radiology_ai.metrics.classification import auroc_table, label_table
 from radiology_ai.metrics.compare import mcnemar_test, paired_bootstrap
 from radiology_ai.metrics.intervals import Draws, bootstrap_ci
-from radiology_ai.metrics.operating import operating_point
+from radiology_ai.metrics.operating import PROPORTIONS, operating_point
 from radiology_ai.metrics.ranking import Ranked, auroc, auroc_ci, average_precision, delong_test
 
 # positives among the test images of ChestX-ray14
@@ -47,7 +50,7 @@ def timed(run, rounds: int):
 def speed(args):
     t,s,patients = chest_scores(args.images)
     labels = range(t.shape[1])
-    draws = Draws(patients, n=1000)
+    draws = Draws(patients, draws=1000)
     w = next(iter(draws))[:,:args.peer]
     ours,cpu,table = timed(lambda: auroc_table(t, s, groups=patients, method='bootstrap'), args.rounds)
     rows = [np.repeat(np.arange(len(t)), o.astype(int)) for o in w.T]
@@ -98,19 +101,24 @@ def intervals(t, a, b, g) -> dict:
            'AUROC difference, DeLong': delong_test(y, s, b[:,0], g).difference[1:],
            'AUROC difference, bootstrap': paired_bootstrap(auroc, y, s, b[:,0], g).difference[1:],
            'accuracy difference (McNemar)': mcnemar_test(y, s>.7, b[:,0]>.7, g).difference[1:]}
-    return (out | {f"{k}, {'Wilson' if k in ('sensitivity','specificity','PPV','NPV','accuracy') else 'bootstrap'}": tuple(op.loc[k, ['low','high']]) for k in op.index})
+    return out | {of_method(k): tuple(op.loc[k, ['low','high']]) for k in op.index}
+
+
+def of_method(figure: str) -> str:
+    "The figure with the way its interval is made."
+    return f"{figure}, {'Wilson' if figure in PROPORTIONS else 'bootstrap'}"
 
 
 def truths(images: int) -> dict:
     "What the intervals should hold: the figures of a very large data set."
     t,a,_,g = data_set(10**6, 400_000, images, 3)
-    op = operating_point(t[:,0], a[:,0], .7, n=20).value
+    op = operating_point(t[:,0], a[:,0], .7, draws=20).value
     area = NormalDist().cdf(1.1/2**.5)
     out = {'AUROC, DeLong': area, 'AUROC, bootstrap': area,
         'AP, bootstrap': average_precision(t[:,0], a[:,0]), 'mean AUROC of 3 labels, bootstrap': area,
            'AUROC difference, DeLong': 0, 'AUROC difference, bootstrap': 0,
            'accuracy difference (McNemar)': 0}
-    return (out | {f"{k}, {'Wilson' if k in ('sensitivity','specificity','PPV','NPV','accuracy') else 'bootstrap'}": op[k] for k in op.index})
+    return out | {of_method(k): op[k] for k in op.index}
 
 
 def coverage(args):

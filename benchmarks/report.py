@@ -2,8 +2,9 @@
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/report.py [--out FOLDER] [--images 25000] [--draws 400]
 
-The AUCs stand beside the published ones. The second model of the comparison is made here: the first with noise on its logits. For the time, patients are repeated under new names until
-there are `--images` images. The page names image identifiers of ChestX-ray14: keep it out of repositories.
+The AUCs stand beside the published ones. The second model of the comparison is made here: the first with noise on its logits. For
+the time, patients are repeated under new names until there are `--images` images. The page names image identifiers of
+ChestX-ray14: keep it out of repositories.
 """
 import argparse
 import json
@@ -18,8 +19,8 @@ import pandas as pd
 from radiology_ai.core import rng
 from radiology_ai.data.chest import chestxray14
 from radiology_ai.report.card import ReportData
-from radiology_ai.report.figures import choose_thresholds
 from radiology_ai.report.page import write_report
+from radiology_ai.report.predictions import choose_thresholds
 
 DATA = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])
 

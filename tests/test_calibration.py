@@ -83,7 +83,7 @@ def test_slope_and_intercept_are_those_of_a_logistic_regression(slope, shift):
     t,s,g = simulated(800, 1, slope, shift)
     x = logit(s)[:,None]
     peer = LogisticRegression(C=np.inf, tol=1e-12, max_iter=1000).fit(x, t)
-    table = calibration_ci(t, s, g, n=50)
+    table = calibration_ci(t, s, g, draws=50)
     assert table.value['slope']==pytest.approx(peer.coef_.item(), abs=1e-5)
     assert table.value['intercept']==pytest.approx(peer.intercept_.item(), abs=1e-5)
     assert table.value['in the large']==pytest.approx(brentq(lambda b: (expit(x[:,0]+b)-t).sum(), -9, 9,
@@ -93,7 +93,7 @@ def test_slope_and_intercept_are_those_of_a_logistic_regression(slope, shift):
 def test_standard_errors_are_the_sandwich_over_patients():
     t,s,g = simulated(300, 2, 1.5)
     x = np.stack([logit(s), np.ones(len(t))], 1)
-    table = calibration_ci(t, s, g, n=50)
+    table = calibration_ci(t, s, g, draws=50)
     p = expit(x@table.value[['slope','intercept']].to_numpy(float))
     bread,meat = np.zeros((2, 2)),np.zeros((2, 2))
     for i in range(len(t)): bread += np.outer(x[i], x[i])*p[i]*(1-p[i])
@@ -113,10 +113,10 @@ def test_coverage_over_simulated_test_sets():
         'brier': calibration(*big[:2]).brier}
     for seed in range(100):
         t,s,g = simulated(300, seed, 1.5, .3)
-        table = calibration_ci(t, s, g, n=200)
+        table = calibration_ci(t, s, g, draws=200)
         inside.append([table.low[k]<=v<=table.high[k] for k,v in true.items()])
         t,s,g = simulated(300, seed) # calibrated: the true ECE is 0
-        low = calibration_ci(t, s, g, n=200).low['ece']
+        low = calibration_ci(t, s, g, draws=200).low['ece']
         gen = np.random.default_rng(seed)
         drawn = [calibration(t[i], s[i]).ece for i in ((gen.integers(300, size=300)[:,None]*2
             + [0, 1]).ravel() for _ in range(20))]
@@ -129,14 +129,14 @@ def test_coverage_over_simulated_test_sets():
 def test_copies_of_an_image_make_nothing_surer():
     t,s,g = simulated(200, 3, 1.5)
     for f in (calibration_ci, decision_curve, reliability_curve):
-        once,thrice = (f(*(np.repeat(o, k) for o in (t, s, g)), n=100) for k in (1, 3))
+        once,thrice = (f(*(np.repeat(o, k) for o in (t, s, g)), draws=100) for k in (1, 3))
         columns = (['value','low','high'] if f is calibration_ci
             else list(once.columns.drop('n', errors='ignore')))
         a,b = once[columns].to_numpy(float),thrice[columns].to_numpy(float)
         # quartiles of copies lie elsewhere
         assert a==pytest.approx(b, abs=2e-3 if f is reliability_curve else 1e-9, nan_ok=True)
-    assert calibration_ci(t, s, np.arange(400), n=200).high['slope']<calibration_ci(t, s, g,
-        n=200).high['slope']
+    assert calibration_ci(t, s, np.arange(400), draws=200).high['slope']<calibration_ci(t, s, g,
+        draws=200).high['slope']
 
 
 @pytest.mark.parametrize('targets,scores,row,words', [
@@ -146,7 +146,7 @@ def test_copies_of_an_image_make_nothing_surer():
     (np.arange(50)>24, np.linspace(.1, .9, 50), 'slope', 'separate'),
 ])
 def test_a_figure_that_is_not_defined_has_its_reason(targets, scores, row, words):
-    table = calibration_ci(targets, scores, n=50)
+    table = calibration_ci(targets, scores, draws=50)
     assert math.isnan(table.value[row]) and words in table.reason[row]
     assert (table.loc[['ece','brier'], 'reason']=='').all() and table.n[row]==50
     assert table.value['ece']==pytest.approx(calibration(targets, scores).ece)
@@ -154,7 +154,7 @@ def test_a_figure_that_is_not_defined_has_its_reason(targets, scores, row, words
 
 def test_one_patient_has_figures_without_intervals_named():
     t,s,_ = simulated(40)
-    table = calibration_ci(t, s, ['a']*80, n=50)
+    table = calibration_ci(t, s, ['a']*80, draws=50)
     assert table.value.isna().all() and table.reason.str.contains('one patient').all()
 
 
@@ -171,7 +171,7 @@ def test_curve_against_weighted_least_squares():
     t,s,g = simulated(1000, 4, 2.)
     u = np.arcsin(np.sqrt(s))
     width = 2.34*min(u.std(), np.subtract(*np.quantile(u, [.75, .25]))/1.34)*1000**-.2
-    curve = reliability_curve(t, s, g, grid=11, n=50)
+    curve = reliability_curve(t, s, g, grid=11, draws=50)
     hundred = math.ceil(len(u)*min(1/3, 100/len(set(g)))) # images of about a hundred patients
     far = [np.sort(np.abs(u-np.arcsin(np.sqrt(at))))[hundred-1] for at in curve.score]
     slow = np.array([np.clip(slow_curve(t, s, at, min(max(width, f), 4*width)), 0, 1)
@@ -185,7 +185,7 @@ def test_band_holds_the_true_curve():
         held = []
         for seed in range(12):
             t,s,g = simulated(1000, seed, slope, shift)
-            c = reliability_curve(t, s, g, n=100)[1:-1]
+            c = reliability_curve(t, s, g, draws=100)[1:-1]
             right = expit((logit(c.score)-shift)/slope) # but for the noise between images of one patient
             held.append(((c.low-.01<=right) & (right<=c.high+.01))[c.n>0].mean())
         assert np.mean(held)>.85
@@ -193,7 +193,7 @@ def test_band_holds_the_true_curve():
 
 def test_curve_of_one_class_has_wilsons_band_and_empty_places_none():
     s = np.r_[np.linspace(.1, .12, 40), np.full(5, .9)]
-    c = reliability_curve(np.zeros(45), s, n=50)
+    c = reliability_curve(np.zeros(45), s, draws=50)
     near = c[c.n==40].iloc[0]
     assert (near.rate, near.low)==(0, 0) and near.high==pytest.approx(wilson_ci(0, 40).high)
     assert c[c.score.between(.4, .6)].rate.isna().all() and (c[c.score.between(.4, .6)].n==0).all()
@@ -202,7 +202,7 @@ def test_curve_of_one_class_has_wilsons_band_and_empty_places_none():
 
 def test_curve_of_constant_scores():
     t = (np.arange(100)%4==0).astype(float)
-    c = reliability_curve(t, np.full(100, .3), n=100).dropna()
+    c = reliability_curve(t, np.full(100, .3), draws=100).dropna()
     assert len(c) and (c.score-.3).abs().max()<.05 and c.rate.to_numpy()==pytest.approx(np.full(len(c), .25))
     assert (c.low<.25).all() and (c.high>.25).all()
 
@@ -214,7 +214,7 @@ def test_net_benefit_against_a_plain_loop(prevalence):
     t,s,g = simulated(200, 5)
     s = s.round(2) # scores that are thresholds
     cuts = [.5, .07, .9, .25]
-    d = decision_curve(t, s, g, cuts, n=50, prevalence=prevalence)
+    d = decision_curve(t, s, g, cuts, draws=50, prevalence=prevalence)
     for i,p in enumerate(cuts):
         tp = sum(1 for a,b in zip(t, s) if a and b>=p)
         fp = sum(1 for a,b in zip(t, s) if not a and b>=p)
@@ -227,14 +227,14 @@ def test_net_benefit_against_a_plain_loop(prevalence):
 
 
 def test_net_benefit_interval_is_as_wide_as_its_spread_over_test_sets():
-    values = [decision_curve(*simulated(300, seed), [.3], n=20).net_benefit[0] for seed in range(150)]
-    d = decision_curve(*simulated(300, 7), [.3], n=1000)
+    values = [decision_curve(*simulated(300, seed), [.3], draws=20).net_benefit[0] for seed in range(150)]
+    d = decision_curve(*simulated(300, 7), [.3], draws=1000)
     assert (d.high-d.low)[0]==pytest.approx(2*1.96*np.std(values), rel=.25)
 
 
 def test_calling_everyone_and_no_one():
     t,_,g = simulated(100)
-    d = decision_curve(t, np.where(np.arange(200)<300, .95, 0), g, [.2, .95, .96], n=50)
+    d = decision_curve(t, np.where(np.arange(200)<300, .95, 0), g, [.2, .95, .96], draws=50)
     assert d.net_benefit[:2].to_numpy()==pytest.approx(d['all'][:2].to_numpy(),
         abs=1e-12) and d.net_benefit[2]==0
 
@@ -245,8 +245,8 @@ def test_unknown_targets_are_left_out():
     t,s,g = simulated(100, 6, 1.4)
     known = np.random.default_rng(0).random(200)<.7
     holes = np.where(known, t, np.nan)
-    for f in (lambda *a: calibration(*a[:2]).table, lambda *a: calibration_ci(*a, n=50),
-            lambda *a: reliability_curve(*a, n=50), lambda *a: decision_curve(*a, n=50)):
+    for f in (lambda *a: calibration(*a[:2]).table, lambda *a: calibration_ci(*a, draws=50),
+            lambda *a: reliability_curve(*a, draws=50), lambda *a: decision_curve(*a, draws=50)):
         pd.testing.assert_frame_equal(f(holes, s, g), f(t[known], s[known], g[known]))
     assert brier_parts(holes, s)==brier_parts(t[known], s[known])
     for kind in KINDS: assert (kind().fit(holes, s, g)(s)==kind().fit(t[known], s[known], g[known])(s)).all()
@@ -306,7 +306,8 @@ def test_planted_temperature_and_shift_are_recovered_within_their_errors():
         t,s,g = simulated(500, seed, 2.5)
         c = TemperatureScaling().fit(t, s, g)
         off['temperature'].append((c.temperature-2.5)/c.error)
-        c = PlattScaling().fit(*(o := simulated(500, seed, 1/.6, -.3/.6))[:2], o[2])
+        t,s,g = simulated(500, seed, 1/.6, -.3/.6)[:3]
+        c = PlattScaling().fit(t, s, g)
         off['slope'].append((c.slope-.6)/c.slope_error)
         off['intercept'].append((c.intercept-.3)/c.intercept_error)
     for name,z in off.items(): assert abs(np.mean(z))<.6 and .75<np.std(z)<1.3, (name, np.mean(z), np.std(z))
@@ -389,10 +390,10 @@ def test_the_ranking_stays():
 def test_recalibrated_scores_are_calibrated_on_new_images():
     t,s,g = simulated(3000, 11, 2., 1.)
     new = simulated(3000, 12, 2., 1.)
-    before = calibration_ci(new[0], new[1], new[2], n=100)
+    before = calibration_ci(new[0], new[1], new[2], draws=100)
     for kind in KINDS[1:]:
         c = kind().fit(t, s, g)
-        after = calibration_ci(new[0], c(new[1]), new[2], n=100)
+        after = calibration_ci(new[0], c(new[1]), new[2], draws=100)
         assert after.high['ece']<before.low['ece'] and after.value['brier']<before.value['brier']
         if kind is not PlattScaling: continue
         # of the new images and of the fit

@@ -1,5 +1,6 @@
-"""Metrics of detection against second implementations written out box by box: the RSNA score in exact fractions, COCO's average precision by its published rules, the free-response curve by re-matching at
-every score, and intervals by repeating images. pycocotools, where it is installed, is compared too; without it COCO's values come from the plain form below."""
+"""Metrics of detection against second implementations written out box by box: the RSNA score in exact fractions, COCO's average
+precision by its published rules, the free-response curve by re-matching at every score, and intervals by repeating images.
+pycocotools, where it is installed, is compared too; without it COCO's values come from the plain form below."""
 import importlib.metadata
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def score(boxes, truths, scores=None) -> float:
         [truths])[0])
 
 
-def films(seed, n, classes=1, most=4, false=1., size=800, tied=True):
+def films(seed, n, classes=1, most=4, false=1., *, size=800, tied=True):
     "Boxes, scores, truths, classes and true classes of `n` random images."
     gen, out = rng(seed, 'films'), ([], [], [], [], [])
     for _ in range(n):
@@ -251,7 +252,7 @@ def above(b, s, threshold): return [x[v>=threshold] for x, v in zip(b, s)], [v[v
 
 def test_each_row_of_the_sweep_is_a_new_evaluation_of_the_boxes_left():
     b, s, t, *_ = films(5, 60)
-    sweep = threshold_sweep(b, s, t, np.linspace(-.05, 1.05, 23), n=20)
+    sweep = threshold_sweep(b, s, t, np.linspace(-.05, 1.05, 23), draws=20)
     for threshold, row in sweep.iterrows():
         b2, s2 = above(b, s, threshold)
         assert row.score==pytest.approx(rsna_map(b2, s2, t), abs=1e-12)
@@ -266,42 +267,42 @@ def test_sweep_computes_the_overlaps_once(monkeypatch):
     calls, real = [], matching.pair_iou
     monkeypatch.setattr(matching, 'pair_iou', lambda *a: calls.append(1) or real(*a))
     b, s, t, *_ = films(6, 30)
-    threshold_sweep(b, s, t, np.linspace(0, 1, 200), n=20)
+    threshold_sweep(b, s, t, np.linspace(0, 1, 200), draws=20)
     assert len(calls)==1
 
 
 def test_sweep_interval_is_that_of_the_score_alone():
     b, s, t, *_ = films(7, 80)
     patients = [f'p{i//3}' for i in range(80)]
-    row = threshold_sweep(b, s, t, [.4], patients, n=300, seed=4).iloc[0]
-    ci = rsna_map_ci(*above(b, s, .4), t, patients, n=300, seed=4)
+    row = threshold_sweep(b, s, t, [.4], patients, draws=300, seed=4).iloc[0]
+    ci = rsna_map_ci(*above(b, s, .4), t, patients, draws=300, seed=4)
     assert (row.score, row.low, row.high)==pytest.approx(tuple(ci), abs=1e-6) and ci.low<ci.value<ci.high
 
 
 def test_sweep_names_the_reason_where_nothing_counts():
-    sweep = threshold_sweep([[A], []], [[.4], []], [[], []], [.3, .5], n=20)
+    sweep = threshold_sweep([[A], []], [[.4], []], [[], []], [.3, .5], draws=20)
     assert sweep.score.iloc[0]==0 and np.isnan(sweep.score.iloc[1]) and 'no image' in sweep.reason.iloc[1]
-    one = threshold_sweep([[A], [B]], [[.4], [.9]], [[A], [A]], [.3], groups=['p', 'p'], n=20).iloc[0]
+    one = threshold_sweep([[A], [B]], [[.4], [.9]], [[A], [A]], [.3], groups=['p', 'p'], draws=20).iloc[0]
     assert one.score==.5 and np.isnan(one.low) and 'one patient' in one.reason
 
 
 def test_sweep_without_thresholds_covers_the_scores():
     b, s, t, *_ = films(8, 30)
-    sweep = threshold_sweep(b, s, t, n=20)
+    sweep = threshold_sweep(b, s, t, draws=20)
     assert sweep.index[0]==min(v.min() for v in s if len(v)) and sweep.index[-1]==max(v.max() for v in s
         if len(v))
 
 
 def test_table_at_a_threshold_by_hand():
     b, s, t = [[A, C], [A], [], [B], [C]], [[.9, .8], [.7], [], [.9], [.2]], [[A, B], [B], [A], [], []]
-    table = detection_table(b, s, t, .5, n=50)
+    table = detection_table(b, s, t, .5, draws=50)
     assert table.value.to_dict()==pytest.approx({'sensitivity by lesion': 1/4,
         'sensitivity by image, any box': 2/3, 'sensitivity by image, a lesion hit': 1/3,
         'specificity by image': 1/2,
         'boxes that hit': 1/4, 'false boxes an image': 3/5})
     assert table.n.tolist()==[4, 3, 3, 2, 4,
         5] and (table.low<=table.value).all() and (table.value<=table.high).all()
-    empty = detection_table([[], []], [[], []], [[A], [B]], .5, n=50)
+    empty = detection_table([[], []], [[], []], [[A], [B]], .5, draws=50)
     assert np.isnan(empty.value['specificity by image']) and 'every image' in empty.reason[
         'specificity by image'] and 'no box' in empty.reason['boxes that hit']
 
@@ -322,27 +323,27 @@ def brute_froc(b, s, t, rates, iou=.5):
 @pytest.mark.parametrize('seed', range(4))
 def test_froc_equals_matching_anew_at_every_score(seed):
     b, s, t, *_ = films(seed, 50, false=[.3, 1, 3, 12][seed])
-    f = froc(b, s, t, n=20)
+    f = froc(b, s, t, draws=20)
     assert f.table.index.tolist()==list(RATES) and f.table.sensitivity.tolist()==pytest.approx(brute_froc(b,
         s, t, RATES), abs=1e-12)
     assert f.cpm.value==pytest.approx(np.mean(brute_froc(b, s, t, RATES)), abs=1e-12) and (f.images,
         f.lesions)==(50, sum(map(len, t)))
     assert f.curve.sensitivity.is_monotonic_increasing and f.cpm.low<=f.cpm.value<=f.cpm.high
     for rate, row in f.table.iterrows(): # the threshold gives what the row says
-        at = detection_table(b, s, t, min(row.threshold, 2), n=20)
+        at = detection_table(b, s, t, min(row.threshold, 2), draws=20)
         assert at.value['sensitivity by lesion']==pytest.approx(row.sensitivity) and at.value[
             'false boxes an image']<=rate+1e-12
 
 
 def test_froc_takes_equal_scores_as_one_step():
-    f = froc([[A, B, C]], [[.5, .5, .5]], [[A]], false_positives=(1, 2), groups=None, n=20)
+    f = froc([[A, B, C]], [[.5, .5, .5]], [[A]], false_positives=(1, 2), groups=None, draws=20)
     # one patient: no band
     assert f.table.sensitivity.tolist()==[0, 1] and f.table.threshold.tolist()==[np.inf, .5]
     assert 'one patient' in f.table.reason.iloc[0] and np.isnan(f.cpm.low)
 
 
 def test_froc_without_any_box_is_zero():
-    f = froc([[], []], [[], []], [[A], [B]], n=20)
+    f = froc([[], []], [[], []], [[A], [B]], draws=20)
     assert f.cpm.value==0 and (f.curve.threshold==np.inf).all()
 
 
@@ -383,8 +384,8 @@ def plain_coco(boxes, scores, truths, classes=None, truth_classes=None) -> np.nd
 
 @pytest.mark.parametrize('seed,classes', [(0, 1), (1, 1), (2, 3), (3, 5)])
 def test_coco_map_equals_its_published_rules(seed, classes):
-    b, s, t, c, tc = films(seed, 25, classes)
-    given = (b, s, t) if classes==1 else (b, s, t, c, tc)
+    flat = films(seed, 25, classes)
+    given = flat[:3] if classes==1 else flat
     got, expected = coco_map(*given), plain_coco(*given)
     np.testing.assert_allclose(got.by_iou, expected, rtol=0, atol=1e-9)
     assert (got.AP, got.AP50, got.AP75)==pytest.approx((expected.mean(), expected[0], expected[5]), abs=1e-9)
@@ -415,7 +416,7 @@ def test_interval_of_coco_takes_the_best_100_boxes_of_an_image():
     for false, ap in ((100, 0), (99, 1/100)): # the box that hits is the last, and only counts as one of 100
         b, s = [np.vstack([place[:false], [A]])]*2, [np.r_[np.full(false, .9), .1]]*2
         assert coco_map(b, s, [[A]]*2).AP==pytest.approx(ap)
-        assert coco_map_ci(b, s, [[A]]*2, n=20)[['low', 'high']].to_numpy()==pytest.approx(ap)
+        assert coco_map_ci(b, s, [[A]]*2, draws=20)[['low', 'high']].to_numpy()==pytest.approx(ap)
 
 
 def test_coco_intervals_match_by_coco_rules_on_ties():
@@ -427,7 +428,7 @@ def test_coco_intervals_match_by_coco_rules_on_ties():
         if not len(t): continue
         # the order of equal scores of different images is not COCO's in a draw
         s = s + rng(seed, 'order').permutation(len(s))*1e-6
-        table = coco_map_ci([b, NONE], [s, []], [t, NONE], n=20)
+        table = coco_map_ci([b, NONE], [s, []], [t, NONE], draws=20)
         some = table[table.high>0] # draws without the image are undefined, draws with it all alike
         assert table.high.tolist()==pytest.approx(coco_map([b], [s], [t])[:3], abs=1e-9)
         checked += len(some)
@@ -454,7 +455,10 @@ def test_faster_coco_eval_brings_nothing_else():
     library is loaded."""
     needs = [r for r in importlib.metadata.requires('faster-coco-eval') if 'extra ==' not in r]
     assert needs==['numpy']
-    code = "import sys, radiology_ai.metrics.detection as d; assert 'faster_coco_eval' not in sys.modules; d.coco_map([[[0,0,1,1]]], [[1]], [[[0,0,1,1]]]); print([m for m in ('plotly', 'torch', 'matplotlib') if m in sys.modules])"
+    code = """import sys, radiology_ai.metrics.detection as d
+assert 'faster_coco_eval' not in sys.modules
+d.coco_map([[[0,0,1,1]]], [[1]], [[[0,0,1,1]]])
+print([m for m in ('plotly', 'torch', 'matplotlib') if m in sys.modules])"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
         check=True).stdout.strip()=='[]'
 
@@ -473,22 +477,24 @@ def test_weighted_figures_are_those_of_repeated_images(monkeypatch):
     def watched(evaluate, *a, **k):
         return real(lambda w: seen.append((w, evaluate(w))) or seen[-1][1], *a, **k)
     monkeypatch.setattr(detection, 'bootstrap', watched)
-    b, s, t, c, tc = films(9, 30, 2, tied=False)
+    flat = films(9, 30, 2, tied=False)
+    b, s, t = flat[:3]
+    c, tc = flat[3:]
     patients = [i//2 for i in range(30)]
-    for name, run, again in (('rsna', lambda: rsna_map_ci(b, s, t, patients, n=20),
+    for name, run, again in (('rsna', lambda: rsna_map_ci(b, s, t, patients, draws=20),
             lambda *x: [rsna_map(*x[:3])]),
-                             ('froc', lambda: froc(b, s, t, patients, n=20),
-                             lambda *x: [*froc(*x[:3], n=20).curve.sensitivity,
-                             froc(*x[:3], n=20).cpm.value]),
-                             ('coco', lambda: coco_map_ci(b, s, t, groups=patients, n=20),
+                             ('froc', lambda: froc(b, s, t, patients, draws=20),
+                             lambda *x: [*froc(*x[:3], draws=20).curve.sensitivity,
+                             froc(*x[:3], draws=20).cpm.value]),
+                             ('coco', lambda: coco_map_ci(b, s, t, groups=patients, draws=20),
                              lambda *x: coco_map(*x[:3])[:3]),
-                             ('coco, 2 classes', lambda: coco_map_ci(b, s, t, c, tc, groups=patients, n=20),
+                             ('coco, 2 classes', lambda: coco_map_ci(b, s, t, c, tc, groups=patients, draws=20),
                              lambda *x: coco_map(*x)[:3])):
         seen.clear()
         run()
         w, values = seen[0]
         for r in range(3):
-            np.testing.assert_allclose(np.atleast_2d(values)[:,r], again(*repeated((b, s, t, c, tc), w[:,r])),
+            np.testing.assert_allclose(np.atleast_2d(values)[:,r], again(*repeated(flat, w[:,r])),
                 rtol=0, atol=1e-6, err_msg=name)
 
 
@@ -499,9 +505,9 @@ def test_patients_are_the_unit_of_the_intervals():
     width = lambda ci: ci.high-ci.low
     once, copies, naive = rsna_map_ci(b, s, t), rsna_map_ci(*five, patients), rsna_map_ci(*five)
     assert tuple(copies)==pytest.approx(tuple(once), abs=1e-6) and width(naive)<.6*width(once)
-    once, copies, naive = (froc(*o, n=200).cpm for o in ((b, s, t), (*five, patients), five))
+    once, copies, naive = (froc(*o, draws=200).cpm for o in ((b, s, t), (*five, patients), five))
     assert tuple(copies)==pytest.approx(tuple(once), abs=1e-6) and width(naive)<.6*width(once)
-    once, copies, naive = (coco_map_ci(*o, groups=g, n=100).loc['AP']
+    once, copies, naive = (coco_map_ci(*o, groups=g, draws=100).loc['AP']
         for o, g in (((b, s, t), None), (five, patients), (five, None)))
     assert copies.high-copies.low==pytest.approx(once.high-once.low,
         rel=.1) and naive.high-naive.low<.6*(once.high-once.low)
@@ -521,7 +527,7 @@ def test_the_same_seed_gives_the_same_interval():
     ids=['rsna_map_ci', 'froc', 'coco_map_ci', 'threshold_sweep'])
 def test_bad_groups_draws_and_levels_are_refused(f):
     b, s, t, *_ = films(12, 6)
-    for given in (dict(groups=[1, 2]), dict(groups=[1, 2, 3, None, 5, 6]), dict(n=3), dict(level=95)):
+    for given in (dict(groups=[1, 2]), dict(groups=[1, 2, 3, None, 5, 6]), dict(draws=3), dict(level=95)):
         with pytest.raises(DataError): f(b, s, t, **given)
 
 
@@ -536,7 +542,7 @@ def test_boxes_of_the_challenge(real_data):
     ones = [np.ones(len(t)) for t in true]
     assert rsna_map(true, ones, true)==1 and coco_map(true, ones, true).AP==pytest.approx(1)
     none = [NONE]*len(true)
-    table = threshold_sweep(none, [[]]*len(true), true, [.5], data.manifest.patient_id, n=20).iloc[0]
+    table = threshold_sweep(none, [[]]*len(true), true, [.5], data.manifest.patient_id, draws=20).iloc[0]
     assert (table.score, table.n, table.fn)==(0, ill, len(data.boxes))
     counts = Counter(map(len, true))
     # one false box more on every film

@@ -137,13 +137,13 @@ def hospital(n=40):
 
 def test_table_is_its_figures():
     truths,masks,patients = hospital()
-    table = mask_table(truths, masks, patients, spacing=.5, tolerance=1., n=200, seed=3)
+    table = mask_table(truths, masks, patients, spacing=.5, tolerance=1., draws=200, seed=3)
     known = [i for i in range(40) if i!=7]
     lesion,found = [i for i in known if truths[i].any()],[i for i in known if masks[i].any()]
     each = np.array([dice(truths[i], masks[i]) for i in range(40)])
     for name,which in (('dice', known), ('dice of lesions', lesion)):
         assert tuple(table.loc[name, ['value','low','high']])==tuple(mean_ci(each[which], patients[which],
-            n=200, seed=3))
+            draws=200, seed=3))
         assert table.n[name]==len(which) and table.patients[name]==len(set(patients[which]))
     both = sorted(set(lesion) & set(found))
     assert table.value['hausdorff95']==pytest.approx(np.mean([hausdorff95(truths[i], masks[i], .5)
@@ -161,14 +161,14 @@ def test_each_image_may_have_its_own_pixel_size():
     sizes = [(.2, .2) if i%2 else (.4, .1) for i in range(40)]
     each = [hausdorff95(t, m, s) for t,m,s in zip(truths, masks, sizes) if np.any(t>0) and m.any()]
     assert mask_table(truths, masks, patients, spacing=sizes,
-        n=50).value['hausdorff95']==pytest.approx(np.mean(each))
+        draws=50).value['hausdorff95']==pytest.approx(np.mean(each))
 
 
 def test_rows_that_are_not_defined_have_a_reason():
     healthy = [np.zeros((4, 4))]*6
-    table = mask_table(healthy, healthy, n=50)
+    table = mask_table(healthy, healthy, draws=50)
     assert table.value['dice']==1 and math.isnan(table.value['dice of lesions'])
     assert table.reason['dice of lesions'] and table.reason['hausdorff95'] and table.n['dice of lesions']==0
     assert tuple(table.loc['invented lesions', ['value','low','high']])==pytest.approx(tuple(wilson_ci(0, 6)))
-    one = mask_table(healthy, healthy, groups=['a']*6, n=50)
+    one = mask_table(healthy, healthy, groups=['a']*6, draws=50)
     assert 'one patient' in one.reason['dice'] and one.patients['dice']==1

@@ -1,5 +1,10 @@
 """The figures of classification against scikit-learn, scipy and brute force in float64; their intervals
 against simulated truth; every bad input."""
+import copy
+import doctest
+import inspect
+import pickle
+from dataclasses import FrozenInstanceError
 from itertools import product
 from statistics import NormalDist
 
@@ -25,6 +30,7 @@ from radiology_ai.metrics.classification import (
 from radiology_ai.metrics.compare import bootstrap_p, compare_models, holm, mcnemar_test, paired_bootstrap, sign_flip_p
 from radiology_ai.metrics.intervals import (
     Draws,
+    Metric,
     bootstrap,
     bootstrap_ci,
     mean_ci,
@@ -136,24 +142,25 @@ def test_ppv_at_a_stated_prevalence():
 
 @pytest.mark.parametrize('decimals', [1, 9])
 def test_thresholds_are_the_best_of_all(decimals):
+    def rates(t, s, c): return (s[t>0]>=c).mean(),(s[t==0]<c).mean()
+    def cost(t, s, c, pi):
+        se,sp = rates(t, s, c)
+        return -7*(1-se)*pi - (1-sp)*(1-pi)
     for seed in range(8):
         t,s,_ = scored(seed, 60, decimals)
         cuts = np.r_[np.unique(s), s.max()+1]
-        se,sp = (lambda c: (s[t>0]>=c).mean()),(lambda c: (s[t==0]<c).mean())
-        best = lambda f: max(map(f, cuts))
-        youden = lambda c: se(c)+sp(c)
-        close(youden(youden_threshold(t, s)), best(youden))
+        close(sum(rates(t, s, youden_threshold(t, s))), max(sum(rates(t, s, c)) for c in cuts))
         for beta in (.5, 2):
-            close(f_beta(t, s>=f_threshold(t, s, beta), beta), best(lambda c: f_beta(t, s>=c, beta)))
+            close(f_beta(t, s>=f_threshold(t, s, beta), beta), max(f_beta(t, s>=c, beta) for c in cuts))
         for pi in (None, .02):
-            cost = lambda c: -7*(1-se(c))*(pi or t.mean()) - (1-sp(c))*(1-(pi or t.mean()))
-            close(cost(cost_threshold(t, s, 7, 1, pi)), best(cost))
+            share = pi or t.mean()
+            close(cost(t, s, cost_threshold(t, s, 7, 1, pi), share), max(cost(t, s, c, share) for c in cuts))
         cut = threshold_for(t, s, sensitivity=.8)
-        assert se(cut)>=.8
-        close(sp(cut), max(sp(c) for c in cuts if se(c)>=.8))
+        assert rates(t, s, cut)[0]>=.8
+        close(rates(t, s, cut)[1], max(sp for se,sp in (rates(t, s, c) for c in cuts) if se>=.8))
         cut = threshold_for(t, s, specificity=.9)
-        assert sp(cut)>=.9
-        close(se(cut), max(se(c) for c in cuts if sp(c)>=.9))
+        assert rates(t, s, cut)[1]>=.9
+        close(rates(t, s, cut)[0], max(se for se,sp in (rates(t, s, c) for c in cuts) if sp>=.9))
 
 
 # ---- DeLong ------------------------------------------------------------------------------------------------------
@@ -215,52 +222,52 @@ def test_bootstrap_is_a_plain_loop_over_the_same_draws():
             (average_precision, skm.average_precision_score, None), (mcc, skm.matthews_corrcoef, None)):
         given_scores = s>.5 if metric is mcc else s
         rows = [np.repeat(np.arange(120), o.astype(int))
-            for o in np.concatenate(list(Draws(g, strata, n=60, seed=4)), 1).T]
+            for o in np.concatenate(list(Draws(g, strata, draws=60, seed=4)), 1).T]
         wanted = ends([theirs(t[i], given_scores[i]) for i in rows], few)
-        close(bootstrap_ci(metric, t, given_scores, g, n=60, seed=4)[1:], wanted, 1e-6)
-        close(bootstrap_ci(lambda a, b: theirs(a, b), t, given_scores, g, n=60, seed=4,
+        close(bootstrap_ci(metric, t, given_scores, g, draws=60, seed=4)[1:], wanted, 1e-6)
+        close(bootstrap_ci(theirs, t, given_scores, g, draws=60, seed=4,
             stratify=strata is not None)[1:], wanted)
-    close(mean_ci(s, g, n=60, seed=4)[1:], ends([s[i].mean() for i in rows], len(set(g))), 1e-6)
+    close(mean_ci(s, g, draws=60, seed=4)[1:], ends([s[i].mean() for i in rows], len(set(g))), 1e-6)
 
 def test_draws_are_of_patients_within_strata():
     t,_,g = scored(2, 200, patients=60)
     sick = np.isin(g, g[t>0]) if t.mean()<.5 else None
-    w = np.concatenate(list(Draws(g, t, n=300)), 1)
+    w = np.concatenate(list(Draws(g, t, draws=300)), 1)
     first = np.unique(g, return_index=True)[1]
     assert all((w[g==p]==w[i]).all() for p,i in zip(g[first], first))
     people = w[first]
     assert (people[sick[first]].sum(0)==sick[first].sum()).all() and (people.sum(0)==len(first)).all()
-    counts = np.concatenate(list(Draws(np.arange(12), n=4000)), 1)
+    counts = np.concatenate(list(Draws(np.arange(12), draws=4000)), 1)
     assert abs(counts.mean()-1)<1e-9 and abs(counts.var(1).mean() - 11/12)<.03 # multinomial
     assert np.abs(np.corrcoef(counts)[np.triu_indices(12, 1)] + 1/11).max()<.08
 
 def test_draws_do_not_depend_on_blocks_or_rows_or_the_kind_of_names():
     t,s,g = scored(3, 90, patients=30)
-    a = np.concatenate(list(Draws(g, t, n=50)), 1)
-    small = Draws(g, t, n=50); small.block = 3
+    a = np.concatenate(list(Draws(g, t, draws=50)), 1)
+    small = Draws(g, t, draws=50); small.block = 3
     np.testing.assert_array_equal(a, np.concatenate(list(small), 1))
     order = np.random.default_rng(0).permutation(90)
-    np.testing.assert_array_equal(a[order], np.concatenate(list(Draws(g[order], t[order], n=50)), 1))
-    np.testing.assert_array_equal(a, np.concatenate(list(Draws([f'p{k:03}' for k in g], t, n=50)), 1))
-    assert (np.concatenate(list(Draws(g, t, n=50, seed=1)), 1)!=a).any()
+    np.testing.assert_array_equal(a[order], np.concatenate(list(Draws(g[order], t[order], draws=50)), 1))
+    np.testing.assert_array_equal(a, np.concatenate(list(Draws([f'p{k:03}' for k in g], t, draws=50)), 1))
+    assert (np.concatenate(list(Draws(g, t, draws=50, seed=1)), 1)!=a).any()
 
 def test_undefined_draws_are_replaced_or_left_out():
     t = np.r_[1., np.zeros(9)] # a third of the draws has no positive
-    alone = bootstrap(lambda w: np.where(t@w>0, t@w, np.nan), np.arange(10), n=200)
+    alone = bootstrap(lambda w: np.where(t@w>0, t@w, np.nan), np.arange(10), draws=200)
     assert alone.shape==(200,) and (alone>=1).all()
-    both = bootstrap(lambda w: np.stack([np.where(t@w>0, t@w, np.nan), w[1]]), np.arange(10), n=200)
+    both = bootstrap(lambda w: np.stack([np.where(t@w>0, t@w, np.nan), w[1]]), np.arange(10), draws=200)
     assert both.shape==(200, 2) and .2<np.isnan(both[:,0]).mean()<.5 and not np.isnan(both[:,1]).any()
     assert percentile_ci(1, both[:,0]).low>=1
     with pytest.raises(DataError, match='bootstrap draws hold what'):
         percentile_ci(1, np.where(np.arange(100)<60, np.nan, 1))
     with pytest.raises(DataError, match='bootstrap draws hold what'):
-        bootstrap(lambda w: np.full(w.shape[1], np.nan), np.arange(10), n=20)
+        bootstrap(lambda w: np.full(w.shape[1], np.nan), np.arange(10), draws=20)
 
 @pytest.mark.parametrize('metric', [quadratic_kappa, balanced_accuracy, mcc])
 def test_counted_metrics_bootstrap_like_a_loop(metric):
     gen = np.random.default_rng(5)
     t = gen.integers(0, 3, 80); p = np.where(gen.random(80)<.6, t, gen.integers(0, 3, 80))
-    close(bootstrap_ci(metric, t, p, n=40), bootstrap_ci(lambda a, b: metric(a, b), t, p, n=40,
+    close(bootstrap_ci(metric, t, p, draws=40), bootstrap_ci(lambda a, b: metric(a, b), t, p, draws=40,
         stratify=metric is balanced_accuracy), 1e-9)
 
 
@@ -291,9 +298,9 @@ def test_bootstrap_covers_the_truth_by_patient():
     n,truth,hits = 1000,NormalDist().cdf(1.2/2**.5),np.zeros(3)
     for seed in range(n):
         t,a,b,g = simulated_study(seed)
-        one = auroc_ci(t, a, g, method='bootstrap', n=300)
-        pair = paired_bootstrap(auroc, t, a, b, g, n=300).difference
-        blind = auroc_ci(t, a, method='bootstrap', n=300)
+        one = auroc_ci(t, a, g, method='bootstrap', draws=300)
+        pair = paired_bootstrap(auroc, t, a, b, g, draws=300).difference
+        blind = auroc_ci(t, a, method='bootstrap', draws=300)
         hits += [one.low<=truth<=one.high, pair.low<=0<=pair.high, blind.low<=truth<=blind.high]
     assert ((.93<=hits[:2]/n) & (hits[:2]/n<=.97)).all(), hits
     assert hits[2]/n<.92, hits
@@ -357,8 +364,8 @@ def test_holm_is_its_definition(p):
 def test_paired_bootstrap_is_its_definition():
     t,a,g = scored(4, 100, 9, 40)
     b = a + np.random.default_rng(4).normal(size=100)
-    r = paired_bootstrap(average_precision, t, a, b, g, n=100, seed=2)
-    w = np.concatenate(list(Draws(g, n=100, seed=2)), 1)
+    r = paired_bootstrap(average_precision, t, a, b, g, draws=100, seed=2)
+    w = np.concatenate(list(Draws(g, draws=100, seed=2)), 1)
     d = [skm.average_precision_score(t, a, sample_weight=o)
         - skm.average_precision_score(t, b, sample_weight=o) for o in w.T]
     few = min(len(set(g[t>0])), len(set(g[t==0])))
@@ -366,7 +373,7 @@ def test_paired_bootstrap_is_its_definition():
     close(r.p, 2*stats.t.cdf(stats.norm.ppf((1 + min(np.sum(np.array(d)<=0),
         np.sum(np.array(d)>=0)))/101)/(few/(few-1))**.5, few-1))
     assert bootstrap_p(np.zeros(100))==1 and bootstrap_p(np.r_[np.full(999, .1), NAN])==2/1000
-    assert paired_bootstrap(auroc, t, a, a, g, n=20)[:2]==((0, 0, 0), 1)
+    assert paired_bootstrap(auroc, t, a, a, g, draws=20)[:2]==((0, 0, 0), 1)
 
 def labelled(seed=0, n=400, c=4):
     gen = np.random.default_rng(seed)
@@ -381,7 +388,7 @@ def test_compare_models_is_its_parts():
     t[:,3] = np.where(np.isnan(t[:,3]), NAN, 0) # nobody has it
     models = {'a': s, 'b': s + np.random.default_rng(1).normal(size=s.shape),
         'c': s + .3*np.random.default_rng(2).normal(size=s.shape)}
-    table = compare_models(t, models, list('wxyz'), g, n=200)
+    table = compare_models(t, models, list('wxyz'), g, draws=200)
     assert len(table)==3*5 and table.label.tolist().count('mean')==3
     for row in table[table.label.isin(list('wxy'))].itertuples():
         c = 'wxyz'.index(row.label)
@@ -403,8 +410,8 @@ def test_compare_models_is_its_parts():
 def test_label_table_is_its_parts():
     t,s,g = labelled(1)
     cuts = [.5, .6, .7, .8]
-    table = label_table(t, s, list('wxyz'), g, cuts, n=200, seed=3)
-    w = np.concatenate(list(Draws(g, n=200, seed=3)), 1).astype(float)
+    table = label_table(t, s, list('wxyz'), g, cuts, draws=200, seed=3)
+    w = np.concatenate(list(Draws(g, draws=200, seed=3)), 1).astype(float)
     drawn = []
     for c,name in enumerate('wxyz'):
         k,row = np.isfinite(t[:,c]),table.loc[name]
@@ -430,24 +437,24 @@ def test_label_table_is_its_parts():
 def test_a_label_without_positives_is_never_silently_left_out():
     t,s,g = labelled(2)
     t[:,1] = np.where(t[:,1]==1, NAN, t[:,1])
-    table = label_table(t, s, list('wxyz'), g, n=50)
+    table = label_table(t, s, list('wxyz'), g, draws=50)
     assert np.isnan(table.auroc[['x',
         'mean']]).all() and 'targets are 0' in table.reason['x'] and 'x' in table.reason[
         'mean'] and table.auroc[['w','y','z']].notna().all()
-    skipped = label_table(t, s, list('wxyz'), g, n=50, missing='skip')
+    skipped = label_table(t, s, list('wxyz'), g, draws=50, missing='skip')
     close(skipped.auroc['mean'], table.auroc[['w','y','z']].mean())
     assert skipped.reason['mean'].startswith('without x: All ')
     with pytest.raises(DataError, match=r'Classes \[1\] lack'): macro_auroc(t, s)
     with pytest.warns(UserWarning, match=r'leaves out the classes \[1\]'): macro_auroc(t, s, missing='skip')
-    nothing = label_table(np.zeros((5, 2)), np.random.default_rng(0).random((5, 2)), n=50)
+    nothing = label_table(np.zeros((5, 2)), np.random.default_rng(0).random((5, 2)), draws=50)
     assert nothing.auroc.isna().all() and nothing.reason.all()
     nobody = label_table(np.zeros((0, 2)), np.zeros((0, 2)), list('ab'), groups=[], thresholds=.5)
     assert nobody[['auroc','auroc_low',
         'auroc_high']].isna().all(axis=None) and (nobody.n==0).all() and nobody.reason[:2].str.contains(
         'no images').all()
-    one_patient = label_table(t[:,:1], s[:,:1], groups=np.zeros(len(t)), n=50)
+    one_patient = label_table(t[:,:1], s[:,:1], groups=np.zeros(len(t)), draws=50)
     assert one_patient.auroc.isna().all() and 'one patient' in one_patient.reason[0]
-    assert 'mean' not in label_table(t, s, n=50, mean=False).index
+    assert 'mean' not in label_table(t, s, draws=50, mean=False).index
 
 def test_unknown_targets_are_left_out_everywhere():
     t,s,g = scored(6, 100, 9, 50)
@@ -456,16 +463,16 @@ def test_unknown_targets_are_left_out_everywhere():
     more[-1] = NAN # a score that nobody asks for
     for f in (auroc, average_precision, youden_threshold, f_threshold): close(f(holes, more), f(t, s))
     close(auroc_ci(holes, more, mg), auroc_ci(t, s, g))
-    close(bootstrap_ci(auroc, holes, more, mg, n=50), bootstrap_ci(auroc, t, s, g, n=50))
+    close(bootstrap_ci(auroc, holes, more, mg, draws=50), bootstrap_ci(auroc, t, s, g, draws=50))
     close(operating_point(holes, more, .5, mg), operating_point(t, s, .5, g))
     close(delong_test(holes, more, -more, mg)[1:], delong_test(t, s, -s, g)[1:])
     close(cost_threshold(holes, more, 2, 1), cost_threshold(t, s, 2, 1))
-    close(mean_ci(np.r_[s, NAN], np.r_[g, 0], n=50), mean_ci(s, g, n=50))
+    close(mean_ci(np.r_[s, NAN], np.r_[g, 0], draws=50), mean_ci(s, g, draws=50))
     calls = np.r_[s>.5, [1]*20].astype(float)
     for f in (quadratic_kappa, mcc, balanced_accuracy, f_beta): close(f(holes, calls), f(t, s>.5))
     close(mcnemar_test(holes, calls, 1-calls, mg)[1:], mcnemar_test(t, (s>.5)*1., (s<=.5)*1., g)[1:])
-    close(paired_bootstrap(auroc, holes, more, -more, mg, n=50).difference,
-        paired_bootstrap(auroc, t, s, -s, g, n=50).difference)
+    close(paired_bootstrap(auroc, holes, more, -more, mg, draws=50).difference,
+        paired_bootstrap(auroc, t, s, -s, g, draws=50).difference)
 
 
 def test_order_of_rows_and_names_of_patients_do_not_matter():
@@ -476,15 +483,16 @@ def test_order_of_rows_and_names_of_patients_do_not_matter():
     close(delong_test(t[order], s[order], -s[order], renamed)[1:], delong_test(t, s, -s, g)[1:])
     close(operating_point(t[order], s[order], .5, renamed), operating_point(t, s, .5, g))
     close(mcnemar_test(t[order], s[order]>.5, s[order]>1, renamed)[1:], mcnemar_test(t, s>.5, s>1, g)[1:])
-    close(bootstrap_ci(auroc, t[order], s[order], g[order], n=100), bootstrap_ci(auroc, t, s, g, n=100), 1e-6)
+    close(bootstrap_ci(auroc, t[order], s[order], g[order], draws=100),
+        bootstrap_ci(auroc, t, s, g, draws=100), 1e-6)
     # other draws of the same patients
     close(bootstrap_ci(auroc, t[order], s[order], renamed), bootstrap_ci(auroc, t, s, g), .02)
 
 def test_order_of_labels_does_not_matter():
     t,s,g = labelled(3)
     order = [2, 0, 3, 1]
-    a = label_table(t, s, list('wxyz'), g, n=60)
-    b = label_table(t[:,order], s[:,order], list('ywzx'), g, n=60)
+    a = label_table(t, s, list('wxyz'), g, draws=60)
+    b = label_table(t[:,order], s[:,order], list('ywzx'), g, draws=60)
     pd.testing.assert_frame_equal(a.loc[b.index], b)
     grades = np.random.default_rng(0).integers(0, 4, 400)
     close(macro_auroc(grades, s), macro_auroc(np.argsort(order)[grades], s[:,order]))
@@ -517,7 +525,7 @@ REFUSED = {
     '1 patients have a positive'),
     'too few groups': (lambda: auroc_ci(T, S, ['a']*5), '6 targets but 5 groups'),
     'bootstrap of one patient': (lambda: bootstrap_ci(auroc, T, S, ['a']*6), 'one patient'),
-    'few draws': (lambda: bootstrap_ci(auroc, T, S, n=3), 'n is 3'),
+    'few draws': (lambda: bootstrap_ci(auroc, T, S, draws=3), 'draws is 3'),
     'a level in per cent': (lambda: auroc_ci(T, S, level=95), 'level is 95'),
     'an unknown method': (lambda: auroc_ci(T, S, method='hanley'), "'hanley'"),
     'a threshold of NaN': (lambda: operating_point(T, S, NAN), 'threshold is nan'),
@@ -529,7 +537,7 @@ REFUSED = {
     'scores as calls': (lambda: f_beta(T, S), 'not 1 and 0'),
     'calls that are no classes': (lambda: quadratic_kappa(T, S), 'not class numbers'),
     'one true class': (lambda: balanced_accuracy([1, 1], [0, 1]), 'All 2 targets are 1'),
-    'a class too many': (lambda: confusion([0, 3], [0, 1], n=2), 'outside the 2 classes'),
+    'a class too many': (lambda: confusion([0, 3], [0, 1], classes=2), 'outside the 2 classes'),
     'more hits than images': (lambda: wilson_ci(3, 2), 'not a proportion'),
     'one model': (lambda: compare_models(T, {'a': S}), '1 models'),
     'scores for McNemar': (lambda: mcnemar_test(T, S, T), 'threshold first'),
@@ -558,7 +566,7 @@ def test_chexnets_published_aurocs(real_data):
         'image_id').loc[scores['Image Index']]
     published = pd.read_csv(real_data/'predictions/aucs.csv', index_col=0).auc[list(NIH14)]
     t,s = truth[list(NIH14)].to_numpy(float),scores[[f'prob_{k}' for k in NIH14]].to_numpy()
-    table = label_table(t, s, NIH14, truth.patient_id, n=400)
+    table = label_table(t, s, NIH14, truth.patient_id, draws=400)
     delong = auroc_table(t, s, NIH14, truth.patient_id)
     close(table.auroc[:-1], published, 1e-12)
     close(delong.value, published, 1e-12); close(table.auroc['mean'], published.mean(), 1e-12)
@@ -570,3 +578,39 @@ def test_chexnets_published_aurocs(real_data):
     naive = auroc_table(t, s, NIH14)
     # several images of a patient tell less than as many patients
     assert ((delong.high-delong.low)/(naive.high-naive.low)).median()>1.03
+
+
+# ---- Metrics as records ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('metric', [auroc, average_precision, macro_auroc, quadratic_kappa, balanced_accuracy,
+    mcc],
+    ids=lambda m: m.__name__)
+def test_a_metric_is_called_helped_and_pickled_as_a_function(metric, capsys):
+    assert isinstance(metric, Metric) and metric.weighted is not None
+    names = list(inspect.signature(metric).parameters)
+    assert names==list(inspect.signature(metric.function).parameters) and metric.__name__ in repr(metric)
+    assert pickle.loads(pickle.dumps(metric)) is metric and copy.deepcopy(metric) is metric
+    help(metric)
+    text = capsys.readouterr().out
+    assert all(f'{n}:' in text for n in names), 'help() does not tell the parameters'
+    example = doctest.DocTestParser().get_doctest(metric.__doc__, {metric.__name__: metric}, metric.__name__,
+        '', 0)
+    assert len(example.examples)==1 and doctest.DocTestRunner().run(example).failed==0
+    with pytest.raises(FrozenInstanceError): metric.by_class = True
+
+
+def test_further_metrics_in_the_table_of_labels():
+    t,s,g = labelled(1)
+    def above(t, s): return float(np.mean(s[t>0]>.5))
+    share = Metric(above, weighted=lambda t, s: lambda w: ((t>0) & (s>.5))@w/((t>0)@w),
+        at_limit=lambda *a: None)
+    table = label_table(t, s, groups=g, draws=100, metrics={'above': share})
+    plain = label_table(t, s, groups=g, draws=100)
+    pd.testing.assert_frame_equal(table[plain.columns], plain)
+    for c in range(t.shape[1]):
+        k = ~np.isnan(t[:,c])
+        close(table['above'].iloc[c], above(t[k,c], s[k,c]))
+        assert table.above_low.iloc[c]<=table['above'].iloc[c]<=table.above_high.iloc[c]
+    close(table.above['mean'], table.above.iloc[:-1].mean())
+    lost = label_table(np.ones((5, 2)), np.zeros((5, 2)), draws=20, metrics={'above': share})
+    assert lost.above.isna().all()

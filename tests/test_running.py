@@ -41,7 +41,7 @@ from radiology_ai.metrics.running import (
 from radiology_ai.train.callbacks import KeepBest, Plateau, ValidAUROC
 
 
-def run(metrics, loss, logits, targets, sizes, vocab=None):
+def run(metrics, loss, logits, targets, sizes, *, vocab=None):
     "The values after batches of these sizes, as the recorder asks for them."
     for m in metrics: m.reset()
     assert sum(sizes)==len(logits)
@@ -148,7 +148,7 @@ def test_one_label_by_name():
     assert got['auroc_effusion']==got['auroc_1']==pytest.approx(auroc(LABELS[keep,1], LOGITS[keep,1]),
         abs=1e-9)
     with pytest.raises(ModelError, match="no label 'mass'"):
-        run([AUROC(label='mass')], BCEWithNaN(), LOGITS, LABELS, [60], names)
+        run([AUROC(label='mass')], BCEWithNaN(), LOGITS, LABELS, [60], vocab=names)
     with pytest.raises(ModelError, match='no label 7'):
         run([AUROC(label=7)], BCEWithNaN(), LOGITS, LABELS, [60])
 
