@@ -143,7 +143,7 @@ def test_two_classes_and_one_output_are_one_finding():
 def test_one_label_by_name():
     names = ['opacity','effusion','nodule']
     got = run([AUROC(label='effusion'), AUROC(label=1), Brier(label='nodule')], BCEWithNaN(), LOGITS, LABELS,
-        [30, 30], names)
+        [30, 30], vocab=names)
     keep = ~np.isnan(LABELS[:,1])
     assert got['auroc_effusion']==got['auroc_1']==pytest.approx(auroc(LABELS[keep,1], LOGITS[keep,1]),
         abs=1e-9)
