@@ -32,7 +32,7 @@ from radiology_ai.models.backbone import XrayModel, create_model
 from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
 from radiology_ai.semi.mixmatch import MixMatch
 from radiology_ai.semi.step import gentle, harsh, semi_dataloaders
-from radiology_ai.train.learner import predict_probabilities, predict_scores, xray_learner
+from radiology_ai.train.learner import predict_logits, predict_probabilities, xray_learner
 
 
 class Store:
@@ -114,7 +114,7 @@ def digit_run(name: str, seed: int, args) -> tuple[float, float]:
         dls = semi_dataloaders(store, t, 'digit', bs=16, mu=1 if name=='mixmatch' else args.mu,
             n_batches=args.epoch, seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, DIGITS[name](weak, strong), lr=args.lr)
-    p,y = predict_scores(learn, dls.valid)
+    p,y = predict_logits(learn, dls.valid)
     return float((p.argmax(1)!=y).mean()),time.perf_counter()-start
 
 class Endless:

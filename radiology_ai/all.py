@@ -36,6 +36,7 @@ from radiology_ai.data.annotate import (
     write_templates,
 )
 from .data.chest import chestxray14, chexpert, padchest, rsna_pneumonia, siim_pneumothorax, vinbig
+from .data.dataset import study_rows
 from .data.datasets import from_csv, from_folders, link, oai_knees
 from .data.duplicates import find_copies, same_images
 from radiology_ai.data.labels import (
@@ -46,7 +47,7 @@ from radiology_ai.data.labels import (
     read_labels,
     validate_manifest,
 )
-from .data.load import study_rows, xray_dataloaders, xray_test_dl
+from .data.load import xray_dataloaders, xray_test_dl
 from .data.regions import fuse_boxes, image_mask, rle_decode, rle_encode
 from radiology_ai.data.sampler import (
     BalancedBatchSampler,
@@ -79,14 +80,13 @@ from .dicom.index import index_dicoms, read_index, write_index
 from .dicom.read import read_header, read_radiograph
 from .explain import gradcam, heat_overlay, heat_to_stored, hottest
 from .findings import Finding, Reading
+from .losses.base import BCEWithNaN, WeightedCrossEntropy
 from radiology_ai.losses.labels import (
     AsymmetricLoss,
-    BCEWithNaN,
     BinaryFocalLoss,
     FocalLoss,
     LogitAdjustedBCE,
     LogitAdjustedLoss,
-    WeightedCrossEntropy,
     class_weights,
     default_loss,
 )
@@ -154,8 +154,9 @@ from .pretrain.monitor import embed, knn_probe, linear_probe
 from .pretrain.ssl import SelfSupervised, pretrained_body, save_body, ssl_learner, task_model
 from .pretrain.views import Views, radiograph_views, ssl_dataloaders
 from .report.card import Example, ReportData
-from .report.figures import Thresholds, choose_thresholds, evaluate_table
+from .report.evaluation import evaluate_table
 from .report.page import write_report
+from .report.predictions import Thresholds, choose_thresholds
 from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
 from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
 from .semi.mixmatch import MixMatch
@@ -167,9 +168,11 @@ from .tasks.judge import Evaluation, heat_maps
 from .tasks.kinds import Classes, GradedLoss, Grades, Labels
 from .tasks.registry import TASKS, evaluate, report, train
 from .tasks.run import load_models, read_run
-from .train.callbacks import EMA, LogMLflow, LogTensorBoard, Plateau, ValidAUROC
+from .train.callbacks import EMA, Plateau, ValidAUROC
 from .train.checkpoint import Checkpoint
-from .train.learner import predict_scores, run_record, xray_learner
+from .train.learner import Training, predict_logits, predict_probabilities, xray_learner
+from .train.record import run_record
+from .train.trackers import LogMLflow, LogTensorBoard
 from .vision.augment import BatchAugment, rand_augment
 from .vision.mix import CutMix, MixedLoss, MixUp
 from .vision.tta import predict_tta

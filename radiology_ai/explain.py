@@ -100,8 +100,8 @@ def _forward(model: nn.Module, layer: nn.Module, x) -> tuple:
     return kept[0],out
 
 # %% ../nbs/60_explain.ipynb #2e64e124
-def _scores(out: torch.Tensor, target) -> torch.Tensor:
-    "(B,) scores to be explained from the model's output."
+def _explained(out: torch.Tensor, target) -> torch.Tensor:
+    "(B,) numbers to be explained: logits, or what `target` makes of them."
     if callable(target): return target(out)
     out = out.reshape(len(out), -1)
     if target is None: target = out.argmax(1)
@@ -114,7 +114,9 @@ def _scores(out: torch.Tensor, target) -> torch.Tensor:
 def gradcam(
     model: nn.Module, # any network from images to logits
     x,                # (B, C, H, W) images as the model takes them
-    target=None,      # a class number, one for each image, a function from logits (B, K) to scores (B,); None: the class with the highest logit
+    # a class number, one for each image, or a function from logits (B, K) to what is to be explained (B,); None: the class
+    # of the highest logit
+    target=None,
     layer=None,       # a module or its name; None: `model.body`, or the last module with a map
 ) -> np.ndarray:
     """(B, H, W) float32 heat in [0, 1], the hottest place of each image 1; all 0 where nothing speaks for the
@@ -128,7 +130,7 @@ def gradcam(
         if p is not None: x = x.to(p.device, p.dtype)
         module = _find_layer(model, x, layer)
         a,out = _forward(model, module, x)
-        grad, = torch.autograd.grad(_scores(out, target).sum(), a, allow_unused=True)
+        grad, = torch.autograd.grad(_explained(out, target).sum(), a, allow_unused=True)
         return _heat(module, a.detach(), torch.zeros_like(a) if grad is None else grad, _prefix(model),
             x.shape[-2:])
 
@@ -139,7 +141,7 @@ def _heat(module: nn.Module, a, grad, prefix: int, size) -> np.ndarray:
         raise ModelError(f"The layer {type(module).__name__} gives {tuple(a.shape)}, which is no spatial map",
             "Choose a layer before the pooling")
     if a.ndim==3 and not slopes.any():
-        raise ModelError("The score does not depend on the image tokens of this layer, only on the class "
+        raise ModelError("The output does not depend on the image tokens of this layer, only on the class "
             "token", "Choose an earlier layer, such as 'blocks.11.norm1'")
     cam = (maps*slopes.mean((2, 3), keepdim=True)).sum(1, keepdim=True).clamp(min=0).float()
     cam = F.interpolate(cam, size=tuple(size), mode='bilinear', align_corners=False)[:,0]
@@ -149,13 +151,13 @@ def _heat(module: nn.Module, a, grad, prefix: int, size) -> np.ndarray:
 def hottest(
     heat: np.ndarray, # (H, W)
 ) -> tuple[float, float]:
-    """(row, column) of the hottest point, continuous with pixel centres at .5; (NaN, NaN) where the heat is
-    the same everywhere."""
+    """(x, y) of the hottest point in pixels of the map, continuous with pixel centres at .5; (NaN, NaN) where the heat
+    is the same everywhere."""
     h = np.asarray(heat, float)
     if h.ndim!=2: raise RadiologyError(f"The heat has shape {h.shape}", "Give one map (H, W)")
     if not h.size or not h.max()>h.min(): return math.nan,math.nan
     r,c = np.unravel_index(h.argmax(), h.shape)
-    return float(r + .5 + _vertex(h[:,c], r)), float(c + .5 + _vertex(h[r], c))
+    return float(c + .5 + _vertex(h[r], c)), float(r + .5 + _vertex(h[:,c], r))
 
 def _vertex(v: np.ndarray, i: int) -> float:
     "How far beside the highest sample `i` the parabola through its neighbours peaks, in [-0.5, 0.5]."
@@ -199,7 +201,7 @@ def heat_to_stored(
     return _only_seen(out, to_heat, heat.shape)
 
 def _only_seen(out: np.ndarray, to_heat: np.ndarray, size: tuple) -> np.ndarray:
-    "`out` with 0 at the pixels whose centre lies outside of the network's view."
+    "`out` with 0 at the pixels whose centre lies outside of what the network saw."
     y,x = (np.arange(n) + .5 for n in out.shape)
     u = to_heat[0,0]*x[None] + to_heat[0,1]*y[:,None] + to_heat[0,2]
     v = to_heat[1,0]*x[None] + to_heat[1,1]*y[:,None] + to_heat[1,2]
@@ -213,25 +215,25 @@ def deletion_check(
     target,            # as in `gradcam`, but not None
     share: float=.06,  # area of the square as a share of the image
     *,
-    n: int=8,          # random squares for each image
+    squares: int=8,    # at random places, for each image
     seed: int=0,       # of their places
 ) -> pd.DataFrame:
-    """One row an image: `hot`, the fall of the score when the hottest square is erased, and `random`, the
-    mean fall for random squares."""
+    """One row an image: `hot`, the fall of the logit (or of what `target` gives) when the hottest square is erased, and
+    `random`, the mean fall for random squares."""
     side = max(1, round(math.sqrt(share*x.shape[-2]*x.shape[-1])))
     high,wide = x.shape[-2]-side+1, x.shape[-1]-side+1
     if min(high, wide)<1:
         raise RadiologyError(f"A square of {share} of the area does not fit", "Give a smaller share")
     gen = rng(seed, 'deletion')
     def corner(h):
-        r,c = hottest(h)
-        return ((0, 0) if math.isnan(r) else (int(np.clip(r-side/2, 0, high-1)),
-            int(np.clip(c-side/2, 0, wide-1))))
+        x,y = hottest(h)
+        if math.isnan(x): return 0,0
+        return int(np.clip(y-side/2, 0, high-1)),int(np.clip(x-side/2, 0, wide-1))
     places = [np.array([corner(h) for h in heat])] + [np.stack([gen.integers(high, size=len(x)),
-        gen.integers(wide, size=len(x))], 1) for _ in range(n)]
+        gen.integers(wide, size=len(x))], 1) for _ in range(squares)]
     with torch.no_grad(), _evaluating(model):
-        full = _scores(model(x), target)
-        falls = [(full - _scores(model(_erased(x, p, side)), target)).cpu().numpy() for p in places]
+        full = _explained(model(x), target)
+        falls = [(full - _explained(model(_erased(x, p, side)), target)).cpu().numpy() for p in places]
     return pd.DataFrame({'hot': falls[0], 'random': np.mean(falls[1:], axis=0)})
 
 def _erased(x: torch.Tensor, corners: np.ndarray, side: int) -> torch.Tensor:

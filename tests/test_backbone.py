@@ -253,7 +253,7 @@ def test_every_head_survives_a_bundle(tmp_path, args):
     path = save_bundle(model, tmp_path/'b', Preprocess(size=64), [str(i) for i in range(args['n_out'])])
     bundle = load_bundle(path)
     with torch.no_grad(): aim = model.eval()(x)
-    np.testing.assert_allclose(bundle.scores(x.numpy()), aim.numpy(), atol=1e-5)
+    np.testing.assert_allclose(bundle.logits(x.numpy()), aim.numpy(), atol=1e-5)
     p = bundle.probabilities(x.numpy())
     if args.get('ordinal'): np.testing.assert_allclose(p, aim.exp().numpy(), atol=1e-5)
     if args.get('parents'): assert (p[:,2]<=p[:,1]+1e-6).all() and (p[:,1]<=p[:,0]+1e-6).all()
@@ -267,7 +267,7 @@ def test_views_export_to_onnx(tmp_path):
         providers=['CPUExecutionProvider'])
     x = pixels(3, 2, 64, 64)
     x[1,0] = 0 # a missing view
-    np.testing.assert_allclose(session.run(None, {'pixels': x.numpy()})[0], bundle.scores(x.numpy()),
+    np.testing.assert_allclose(session.run(None, {'pixels': x.numpy()})[0], bundle.logits(x.numpy()),
         atol=1e-3)
 
 

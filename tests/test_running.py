@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radiology_ai.core import DataError, ModelError
-from radiology_ai.losses.labels import BCEWithNaN, WeightedCrossEntropy
+from radiology_ai.losses.base import BCEWithNaN, WeightedCrossEntropy
 from radiology_ai.losses.regions import DiceLoss
 from radiology_ai.losses.structured import CORN
 from radiology_ai.metrics.calibration import calibration
@@ -287,7 +287,7 @@ def test_validation_after_a_fit_leaves_the_best_weights():
 
 
 def test_in_an_xray_learner():
-    from radiology_ai.train.learner import predict_scores, xray_learner
+    from radiology_ai.train.learner import predict_logits, xray_learner
     gen = np.random.default_rng(4)
     y = gen.integers(0, 4, 48)
     x = np.clip(gen.normal(.3, .05, (48, 1, 32, 32)) + y[:,None,None,None]*.1, 0, 1).astype(np.float32)
@@ -299,7 +299,7 @@ def test_in_an_xray_learner():
     learn = xray_learner(dls, 'resnet10t', WeightedCrossEntropy(), metrics=metrics, pretrained=False,
         monitor='quadratic_kappa')
     learn.fit_two_phase(2)
-    logits,targets = predict_scores(learn, dls.valid)
+    logits,targets = predict_logits(learn, dls.valid)
     best = max(learn.history, key=lambda row: row['quadratic_kappa'])
     assert quadratic_kappa(targets, logits.argmax(1))==pytest.approx(best['quadratic_kappa'], abs=1e-6)
     p = torch.tensor(logits).softmax(1).numpy()

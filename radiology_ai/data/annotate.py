@@ -97,7 +97,7 @@ def _write_excel(path, table, questions):
     book.save(path)
 
 def write_templates(
-    assignment: pd.DataFrame,  # of `assign_readers`, or any table with `image_id` and `reader`; its other columns are shown to the reader
+    assignment: pd.DataFrame,  # of `assign_readers`, or any with `image_id` and `reader`; other columns are shown
     questions,                 # `Question`s, or (name, answers)
     folder,                    # where the tables go, one a reader and block
     kind: str='xlsx',          # xlsx or csv
@@ -119,8 +119,8 @@ def write_templates(
         jobs[path] = shown.assign(**{q.name: '' for q in questions}, comment='')
     for path,table in jobs.items():
         with atomic_path(path) as tmp:
-            table.to_csv(tmp, index=False, encoding='utf-8-sig') if kind=='csv' else _write_excel(tmp, table,
-                questions)
+            if kind=='csv': table.to_csv(tmp, index=False, encoding='utf-8-sig')
+            else: _write_excel(tmp, table, questions)
     return list(jobs)
 
 # %% ../../nbs/36_data.annotate.ipynb #0298eb8d
@@ -156,13 +156,15 @@ def _file_votes(path, questions, given):
         answers = {q.name: row[q.name] for q in questions if row[q.name]!=''}
         if not answers: continue
         if given is not None and (row['image_id'], row['reader']) not in given:
-            problems.append(f"{path.name}, row {i}, column 'image_id': {row['image_id']!r} was not given to reader {row['reader']!r}")
+            problems.append(f"{path.name}, row {i}, column 'image_id': {row['image_id']!r} was not given to "
+                f"reader {row['reader']!r}")
             continue
         for q in questions:
             if (v := answers.get(q.name)) is None: continue
             known = {str(a).casefold(): a for a in q.answers}
             if q.answers and v.casefold() not in known:
-                problems.append(f"{path.name}, row {i}, column {q.name!r}: {v!r} is not one of {', '.join(map(str, q.answers))}")
+                allowed = ', '.join(map(str, q.answers))
+                problems.append(f"{path.name}, row {i}, column {q.name!r}: {v!r} is not one of {allowed}")
             else:
                 votes.append((row['image_id'], row['reader'], q.name, known.get(v.casefold(), v),
                     row.get('comment', ''), path.name, i))
@@ -363,7 +365,7 @@ HISTORY = ['image_id', 'label', 'value', 'source', 'when', 'why'] # the columns 
 
 def add_labels(
     history,          # a table of `HISTORY`, or None to begin one
-    labels,           # values by image_id: a Series, a dict, or a table with the column `value`; missing ones are left out
+    labels,           # values by image_id: a Series, a dict, or a table with `value`; missing ones are left out
     label: str,       # name of the label
     source: str,      # who or what says so, such as 'majority of 3 readers'
     why: str='',      # the reason of a change

@@ -223,7 +223,7 @@ RSNA = ('Lung Opacity', 'Normal', 'No Lung Opacity / Not Normal')
 
 def rsna_pneumonia(
     labels,               # stage_2_train_labels.csv
-    classes=None,         # stage_2_detailed_class_info.csv: adds `class` and the labels 'Normal' and 'No Lung Opacity / Not Normal'
+    classes=None,         # stage_2_detailed_class_info.csv: adds `class` and all labels of `RSNA`
     headers=None,         # stage_2_train_images_dicom_headers.csv: adds age, sex and view
     match=None,           # the table pid, nih, mse: adds `nih_image_id`, `nih_mse` and the true patients
     images=None,          # the folder of the images

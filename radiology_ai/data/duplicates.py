@@ -172,16 +172,17 @@ def _named(images, ids) -> tuple[list, list]:
 
 def find_copies(
     images,                # an `ImageStore`, or a list of arrays (H, W) or of files
-    others=None,           # a second one, whose images are compared with those of the first; None: the first with itself
-    ids=None,              # `image_id` of the images (of a store: those to look at, such as those of a manifest); None: the store's, the path, or the number
+    others=None,           # a second one, to be compared with the first; None: the first with itself
+    ids=None,              # `image_id` of each, of a store those to look at; None: the store's, path, or number
     other_ids=None,        # the same for `others`
     least: float=.85,      # smallest correlation after registration
     *,
     workers: int|None=None,# threads
     show: bool|None=None,  # a progress bar
 ) -> pd.DataFrame:
-    """Pairs of images that are the same film: `image_a`, `image_b`, `similarity` of their fingerprints, `correlation` after registration (best first).
-    Finds copies of another size, proportion, brightness, gamma or compression, and cropped by a few per cent; not turned, mirrored or inverted ones."""
+    """Pairs of images that are the same film: `image_a`, `image_b`, `similarity` of their fingerprints, `correlation`
+    after registration (best first). Finds copies of another size, proportion, brightness, gamma or compression, and
+    cropped by a few per cent; not turned, mirrored or inverted ones."""
     names,rows = _named(images, ids)
     thumbs,n = thumbnails(images, rows, workers, show),len(names)
     if others is not None:
@@ -220,7 +221,7 @@ def same_images(
     a: pd.DataFrame,     # a manifest with `image_id` and `patient_id`
     b: pd.DataFrame,     # another one
     match: pd.DataFrame, # a table of identities, one row an image
-    on: tuple|None=None, # its columns that name images (or patients with one image) of `a` and of `b`; None: its first two
+    on: tuple|None=None, # its columns that name images (or patients of one image) of `a` and `b`; None: its first two
 ) -> pd.DataFrame:
     """Pairs `image_a`, `image_b`, `patient_a`, `patient_b` of images that are in both manifests, for
     `patient_groups`, `patient_split` and `assert_no_leakage`. Names are compared without folder and

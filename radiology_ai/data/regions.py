@@ -65,7 +65,7 @@ def _clusters(xyxy, weight, iou) -> np.ndarray:
 def fuse_boxes(
     boxes: pd.DataFrame,    # image_id, label, x1, y1, x2, y2, reader and, if boxes weigh differently, weight > 0
     iou: float=.4,          # boxes of one label that overlap by more than this are one finding
-    readers=None,           # how many read each image: a number or a Series by image_id; None: as many as drew a box on it
+    readers=None,           # how many read each image: a number, or a Series by image_id; None: who drew a box on it
 ) -> pd.DataFrame:
     """One row a finding: image_id, label, x1, y1, x2, y2, readers ('R8|R9'), votes and score = votes /
     readers of the image."""

@@ -82,8 +82,9 @@ def _walk(n: int, start: int, count: int, seed: int, *keys) -> np.ndarray:
 class BalancedBatchSampler(BatchSampler):
     """Iterates over batches of row numbers with at least `min_per_class` images of each class in each batch.
 
-    Each epoch shows every image at least once; images of rare classes are repeated evenly. Every batch has exactly `bs` entries, without
-    repetition inside a batch where the data allow it. For labels (N, C) a class is the positives of a column. The batches depend on `seed` and the epoch only."""
+    Each epoch shows every image at least once; images of rare classes are repeated evenly. Every batch has exactly
+    `bs` entries, without repetition inside a batch where the data allow it. For labels (N, C) a class is the positives
+    of a column. The batches depend on `seed` and the epoch only."""
     def __init__(self,
         labels,               # (N,) class of each image, or (N, C) of 1 / 0; NaN is unknown in both
         bs: int=32,           # images in a batch
@@ -123,7 +124,8 @@ class BalancedBatchSampler(BatchSampler):
         return high
 
     def __repr__(self):
-        return f"{type(self).__name__}({len(self.owner)} images, {len(self.classes)} classes, {self.n_batches} batches of {self.bs}, at least {self.min_per_class} of each class)"
+        return (f"{type(self).__name__}({len(self.owner)} images, {len(self.classes)} classes, {self.n_batches} "
+            f"batches of {self.bs}, at least {self.min_per_class} of each class)")
 
 # %% ../../nbs/33_data.sampler.ipynb #be147c56
 def _fill(batches, used, rows, items, choices, *, gen):
@@ -131,7 +133,7 @@ def _fill(batches, used, rows, items, choices, *, gen):
     `choices`."""
     here = batches[rows]
     items = items.copy()
-    for attempt in range(8):
+    for _ in range(8):
         clash = np.flatnonzero((here==items[:,None]).any(1))
         if not len(clash): break
         items[clash] = choices[gen.integers(len(choices), size=len(clash))]
@@ -178,8 +180,10 @@ def batches(self:BalancedBatchSampler,
     batches[places, used[places]+rank] = left
     used += np.bincount(places, minlength=b)
     everything = np.arange(n)
-    while len(rows := np.flatnonzero(used<self.bs)):
+    rows = np.flatnonzero(used<self.bs)
+    while len(rows):
         _fill(batches, used, rows, gen.integers(n, size=len(rows)), everything, gen=gen)
+        rows = np.flatnonzero(used<self.bs)
     return gen.permuted(batches, axis=1)
 
 # %% ../../nbs/33_data.sampler.ipynb #c987693c
@@ -231,8 +235,9 @@ def inverse_frequency(
     labels,          # (N,) class of each image, or (N, C) of 1 / 0; NaN is unknown in both
     power: float=1., # 1: all classes weigh the same together; 0: all images weigh the same; 0.5: between
 ) -> np.ndarray:
-    """Weight of each image (N,) with mean 1: one over the number of images of its class. With labels (N, C) the class of an image is its rarest positive, and images without a positive
-    are a class. An image with no known label has weight 0 and counts in no class."""
+    """Weight of each image (N,) with mean 1: one over the number of images of its class. With labels (N, C) the class
+    of an image is its rarest positive, and images without a positive are a class. An image with no known label has
+    weight 0 and counts in no class."""
     positive,_ = _positives(labels)
     known = ~pd.isna(np.asarray(labels))
     known = known.any(1) if known.ndim==2 else known
@@ -258,8 +263,8 @@ class WeightedBatchSampler(BatchSampler):
         self._prepare(w.size, bs, seed, rank, world)
         if w.ndim!=1 or not np.isfinite(w).all() or (w<0).any() or not w.any():
             bad = np.flatnonzero(~(w>=0)) if w.ndim==1 else []
-            raise DataError("weights have shape "
-                f"{w.shape}{f' and {w[bad[0]]} in row {bad[0]}' if len(bad) else ''}",
+            where = f' and {w[bad[0]]} in row {bad[0]}' if len(bad) else ''
+            raise DataError(f"weights have shape {w.shape}{where}",
                 "Give one weight of at least 0 for each image, not all 0")
         self.n_batches = self._whole(-(-(self.n if n is None else int(n))//self.bs))
         self.order = rng(self.seed, 'order').permutation(self.n)
@@ -278,7 +283,7 @@ class PositiveShareSampler(BatchSampler):
     """Iterates over batches of row numbers whose share of positives moves evenly from `start` in the first
     epoch to `end` in the last, and stays there."""
     def __init__(self,
-        labels,            # (N,) of 1, 0 and NaN, or (N, C): positive if any is 1, negative if all are 0; others are left out
+        labels,            # (N,) of 1, 0, NaN, or (N, C): positive if any is 1, negative if all are 0, or left out
         bs: int=32,        # images in a batch
         start: float=.8,   # share of positives in epoch 0
         end: float=.3,     # in epoch `epochs - 1` and later
@@ -350,7 +355,7 @@ class PairedBatchSampler(BatchSampler):
         bs: int=16,               # labelled images in a batch
         mu: float=7,              # unlabelled images for each labelled one
         min_per_class: int=0,     # labelled images of each class in every batch; 0: shuffled
-        n_batches: int|None=None, # batches in an epoch, all processes together; None: each unlabelled image comes once (a few again in the last batch)
+        n_batches: int|None=None, # in an epoch, all processes together; None: each unlabelled image comes once
         *,
         seed: int=0,              # another seed, another order
         rank: int=0,              # this process

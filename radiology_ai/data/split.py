@@ -66,7 +66,7 @@ def _image_ids(df) -> pd.Series:
 # %% ../../nbs/32_data.split.ipynb #3c02c2a2
 def patient_groups(
     df: pd.DataFrame,  # a manifest with `image_id` and `patient_id`
-    duplicates=None,   # table of equal images `image_a`, `image_b` (of `find_copies` or `same_images`, which adds `patient_a`, `patient_b`)
+    duplicates=None,   # equal images `image_a`, `image_b` (of `find_copies`), or with their patients (of `same_images`)
 ) -> pd.Series:
     "The patient of each row; patients who share an image have one name, the first of theirs in the alphabet."
     keys = patient_keys(df)
@@ -95,7 +95,8 @@ def patient_groups(
 def _classes(df, units, labels) -> tuple[np.ndarray, list]:
     """Residuals (U, C+1), known images (U, C+1) and presence (U, C) of each patient side by side, and the C
     classes as (column, value)."""
-    residuals,known,presence,names,n = [],[],[],[],np.bincount(units)
+    residuals,known,presence,names = [],[],[],[]
+    n = np.bincount(units)
     for column in [labels] if isinstance(labels, str) else list(labels or []):
         values = _column(df, column, 'label column')
         here = values.notna().to_numpy()
@@ -228,7 +229,8 @@ def _spread(df, fractions, names, label, seed, *, min_positives, duplicates) -> 
         if got.min()>=least or min_positives==0: continue
         lost = [n for n,g in zip(names, got) if not g]
         few = [f"{g} of them in {n}" for n,g in zip(names, got) if 0<g<least]
-        what = f"{column} = {value} occurs in {got.sum()} patients: {', '.join((['none of them in ' + ', '.join(lost)] if lost else []) + few)}"
+        if lost: few.insert(0, f"none of them in {', '.join(lost)}")
+        what = f"{column} = {value} occurs in {got.sum()} patients: {', '.join(few)}"
         if min_positives is not None:
             raise DataError(f"{what}; min_positives is {min_positives}",
                 "Give larger shares to these splits, fewer splits, or a smaller min_positives")
@@ -240,7 +242,7 @@ def patient_split(
     sizes: dict|None=None,         # share of the patients in each split; None: 60 % train, 20 % valid, 20 % test
     label=None,                    # label column, or several, that is spread evenly over the splits
     seed: int=0,                   # another seed, another split
-    min_positives: int|None=None,  # patients of each class that every split must have; None: only warn where a split has none
+    min_positives: int|None=None,  # patients of each class in every split; None: only warn where a split has none
     *,
     duplicates=None,               # pairs of equal images, whose patients stay together: see `patient_groups`
 ) -> pd.DataFrame:
@@ -251,7 +253,8 @@ def patient_split(
         raise DataError(f"The sizes are {sizes}",
             "Give positive shares that sum to 1, such as {'train': 0.8, 'valid': 0.2}")
     df = df.reset_index(drop=True) if not df.index.is_unique else df.copy()
-    number = _spread(df, list(sizes.values()), list(sizes), label, seed, min_positives=min_positives, duplicates=duplicates)
+    number = _spread(df, list(sizes.values()), list(sizes), label, seed, min_positives=min_positives,
+        duplicates=duplicates)
     df['split'] = number.map(dict(enumerate(sizes))).astype(object)
     return df
 
@@ -291,7 +294,7 @@ def patient_folds(
     k: int=5,                      # number of folds
     label=None,                    # label column, or several, that is spread evenly over the folds
     seed: int=0,                   # another seed, another division
-    min_positives: int|None=None,  # patients of each class that every fold must have; None: only warn where a fold has none
+    min_positives: int|None=None,  # patients of each class in every fold; None: only warn where a fold has none
     *,
     duplicates=None,               # pairs of equal images, whose patients stay together: see `patient_groups`
 ) -> pd.Series:
@@ -304,7 +307,7 @@ def patient_folds(
 # %% ../../nbs/32_data.split.ipynb #993d86ab
 def official_split(
     df: pd.DataFrame,       # a manifest with `image_id` and `patient_id`
-    lists: dict,            # for each split its images or its patients, such as `{'test': [...]}`; names that are not in `df` do not matter
+    lists: dict,            # of each split its images or patients: `{'test': [...]}`; others than in `df` do no harm
     sizes: dict|None=None,  # share in each split of the patients that are in no list; None: such a patient is an error
     by: str='image_id',     # what the lists name: 'image_id' or 'patient_id'
     **kwargs                # label, seed, min_positives, duplicates as in `patient_split`
@@ -315,7 +318,8 @@ def official_split(
     own,where = patient_keys(df, by),pd.Series(dtype=object)
     for name,ids in lists.items():
         ids = pd.Index(patient_keys(pd.DataFrame({by: list(ids)}), by)).unique()
-        if len(both := where.index.intersection(ids)):
+        both = where.index.intersection(ids)
+        if len(both):
             raise DataError(f"{len(both)} of {by} are in two lists "
                 f"({_some(f'{i}: {where[i]} and {name}' for i in both)})", "Each belongs to one split")
         if not own.isin(ids).any():
@@ -325,8 +329,11 @@ def official_split(
         where = pd.concat([where, pd.Series(name, index=ids, dtype=object)])
     split,groups = own.map(where),patient_groups(df, kwargs.get('duplicates'))
     seen = pd.DataFrame({'patient': groups, 'split': split.fillna('in no list')}).drop_duplicates()
-    if (len(torn := seen[seen.patient.duplicated(keep=False)].groupby('patient').split.agg(lambda o: ' and '.join(sorted(o))))):
-        raise DataError(f"{len(torn)} patients cross the lists ({_some(f'{p}: {s}' for p,s in torn.items())})", "Put all images of a patient into one list")
+    seen = seen[seen.patient.duplicated(keep=False)]
+    torn = [f"{p}: {' and '.join(sorted(s))}" for p,s in seen.groupby('patient').split]
+    if torn:
+        raise DataError(f"{len(torn)} patients cross the lists ({_some(torn)})",
+            "Put all images of a patient into one list")
     if (free := split.isna()).any():
         if sizes is None:
             raise DataError(f"{int(free.sum())} of {len(df)} images are in no list "

@@ -45,7 +45,8 @@ def stored_boxes(
     area = lambda b: np.prod(np.maximum(b[:, 2:]-b[:, :2], 0), 1)
     keep = area(inside)>=min_visible*area(moved)
     if not keep.all():
-        warnings.warn(f"{int((~keep).sum())} of {len(keep)} boxes lie outside the stored images and are dropped", stacklevel=2)
+        warnings.warn(f"{int((~keep).sum())} of {len(keep)} boxes lie outside the stored images and are dropped",
+            stacklevel=2)
     return boxes[keep].assign(**dict(zip(XYXY, inside[keep].T))).reset_index(drop=True)
 
 # %% ../../nbs/33_data.targets.ipynb #70a53bdc
@@ -65,7 +66,8 @@ class MaskStore:
     def __len__(self): return len(self.pixels)
     def __getitem__(self, i) -> np.ndarray: return self.pixels[i]
     def __repr__(self):
-        return f"MaskStore({int(self.known.sum())} of {len(self)} images, {self.pixels.shape[1]} x {self.pixels.shape[2]})"
+        h,w = self.pixels.shape[1:]
+        return f"MaskStore({int(self.known.sum())} of {len(self)} images, {h} x {w})"
     def check(self, store):
         "`StoreError` if these are not the masks of `store`."
         if self.meta['store']!=store.fingerprint:
@@ -74,7 +76,7 @@ class MaskStore:
 
 def write_masks(
     store,              # an `ImageStore`
-    masks,              # a table of run lengths (image_id, rle, height, width), or a dict from image_id to (H, W) arrays or files
+    masks,              # run lengths (image_id, rle, height, width), or {image_id: an array (H, W), or a file}
     folder,             # where they go
     show: bool|None=None,
 ) -> MaskStore:

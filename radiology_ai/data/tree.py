@@ -192,7 +192,7 @@ def triage(self:LabelTree,
 # %% ../../nbs/30_data.tree.ipynb #684c7141
 def resolve_uncertain(
     values,                # Series, DataFrame or array with `mark` where a label is uncertain
-    policy='ignore',       # 'ignore' (NaN), 'ones', 'zeros', 'soft'; for a DataFrame also {column: policy}, the others are then ignored
+    policy='ignore',       # 'ignore' (NaN), 'ones', 'zeros', 'soft'; of a DataFrame also {column: policy}, else 'ignore'
     soft=(.55, .85),       # for 'soft': a value, or a range from which each cell draws one
     seed: int=0,           # of these draws
     mark: float=-1,        # how uncertain is written

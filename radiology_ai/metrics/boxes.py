@@ -25,7 +25,7 @@ def show_boxes(
     scores=None,         # (N,) written beside them
     ax=None,             # matplotlib axes
     *,
-    title: str='',
+    title: str='',       # of the axes
 ):
     "The film with the true boxes (solid, green) and the predicted ones (dashed, orange) with their scores."
     import matplotlib.pyplot as plt
@@ -94,10 +94,12 @@ def check_detections(
     (I,). `DataError` for other shapes, unequal lengths, NaN, and boxes without a positive area."""
     lengths = [len(x) for x in (boxes, scores, truths)]
     if len(set(lengths))>1:
-        raise DataError("There are entries for {} images in boxes, {} in scores and {} in truths".format(*lengths), "Give one entry an image in each list, [] where there is none")
+        raise DataError("There are entries for {} images in boxes, {} in scores and {} in truths".format(*lengths),
+            "Give one entry an image in each list, [] where there is none")
     if not lengths[0]: raise DataError("There are no images", "Give one entry an image")
-    (p,np_),(s,ns),(t,nt) = stack_boxes(boxes, (4,), 'boxes'),stack_boxes(scores, (),
-        'scores'),stack_boxes(truths, (4,), 'truths')
+    p,np_ = stack_boxes(boxes, (4,), 'boxes')
+    s,ns = stack_boxes(scores, (), 'scores')
+    t,nt = stack_boxes(truths, (4,), 'truths')
     if (np_!=ns).any():
         i = int((np_!=ns).argmax())
         raise DataError(f"Image {i} has {np_[i]} boxes but {ns[i]} scores", "Give one score a box")
@@ -163,7 +165,9 @@ def match_boxes(
     scores,             # their scores (N,)
     truths,             # true boxes (M, 4) of each image
     ious=(.5,),         # (K,) IoU thresholds
-    strict: bool=True,  # a hit needs an IoU above the threshold; False: COCO's rules (at the threshold is enough, the last of equally good truths is taken)
+    # a hit needs an IoU above the threshold; False: COCO's rules (at the threshold is enough, the last of equally good
+    # truths is taken)
+    strict: bool=True,
 ) -> Matches:
     """Which boxes hit: by falling score each takes the best true box of its image that is still free; equal
     scores keep the given order, of equally good truths the first is taken."""
@@ -172,7 +176,16 @@ def match_boxes(
         raise DataError(f"ious are {ious.tolist()}", "Give IoU thresholds between 0 and 1")
     return match_flat(*check_detections(boxes, scores, truths), ious=ious, strict=strict)
 
-def match_flat(p, s, t, n_boxes, n_truths, *, ious, strict: bool=True) -> Matches:
+def match_flat(
+    p,                 # (P, 4) predicted boxes of all images
+    s,                 # (P,) their scores
+    t,                 # (T, 4) true boxes of all images
+    n_boxes,           # (I,) predicted boxes an image
+    n_truths,          # (I,) true boxes an image
+    *,
+    ious: np.ndarray,  # (K,) IoU thresholds
+    strict: bool=True, # as in `match_boxes`
+) -> Matches:
     "`match_boxes` of what `check_detections` gives."
     image,reached = image_of(n_boxes),np.greater if strict else np.greater_equal
     box,true,iou = _near(p, t, image, n_truths, ious.min())
@@ -182,7 +195,8 @@ def match_flat(p, s, t, n_boxes, n_truths, *, ious, strict: bool=True) -> Matche
     if not alone.all():
         box,true,iou = box[~alone],true[~alone],iou[~alone]
         column = true - (np.cumsum(n_truths)-n_truths)[image[box]]
-        order,chosen = _choose(box, column if strict else column.max()-column, iou, image, s, ious=ious, reached=reached)
+        column = column if strict else column.max()-column
+        order,chosen = _choose(box, column, iou, image, s, ious=ious, reached=reached)
         hit[order] = chosen
     return Matches(image, s, hit, n_boxes, n_truths)
 

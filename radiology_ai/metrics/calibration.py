@@ -14,31 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
-from scipy.special import expit
 
 # %% ../../nbs/41_metrics.calibration.ipynb #5898e077
 from ..core import DataError
-from .intervals import Interval, binary, bootstrap, normal_quantile, vector, wilson_ci
+from .intervals import Interval, binary_probabilities, bootstrap, normal_quantile, vector, wilson_ci
+from .logistic import log_odds, logistic_fit
 
 # %% ../../nbs/41_metrics.calibration.ipynb #6293c5e1
-def _probabilities(targets, scores, groups=None, both: bool=False):
-    """Checked (targets (N,) of 1. and 0., scores (N,) in [0, 1], group numbers (N,)), rows with NaN targets
-    left out."""
-    t,(s,),g = binary(targets, scores, groups=groups, both=both)
-    _in_range(s)
-    return t.astype(float),s,g
-
-def _in_range(s):
-    if s.size and (s.min()<0 or s.max()>1):
-        raise DataError(f"Scores reach from {s.min():.3g} to {s.max():.3g}",
-            "Give probabilities in [0, 1]: apply a sigmoid or softmax to logits first")
-
-def _quantiles(draws, level: float) -> tuple[np.ndarray, np.ndarray]:
-    "Low and high ends (K,) of (n, K) draws; NaN where fewer than half of the draws are defined."
+def _quantiles(drawn, level: float) -> tuple[np.ndarray, np.ndarray]:
+    "Low and high ends (K,) of (draws, K) values; NaN where fewer than half of the draws are defined."
     normal_quantile(level)
-    ok = np.isfinite(draws).sum(0)*2>=len(draws)
-    ends = np.full((2, draws.shape[1]), np.nan)
-    if ok.any(): ends[:,ok] = np.nanquantile(draws[:,ok], [.5-level/2, .5+level/2], axis=0)
+    ok = np.isfinite(drawn).sum(0)*2>=len(drawn)
+    ends = np.full((2, drawn.shape[1]), np.nan)
+    if ok.any(): ends[:,ok] = np.nanquantile(drawn[:,ok], [.5-level/2, .5+level/2], axis=0)
     return ends[0],ends[1]
 
 # %% ../../nbs/41_metrics.calibration.ipynb #59ca21a7
@@ -63,7 +51,7 @@ def calibration(
     level: float=.95,      # confidence of the share of positives (Wilson)
 ) -> Calibration:
     "How well scores work as probabilities."
-    t,s,_ = _probabilities(targets, scores)
+    t,s,_ = binary_probabilities(targets, scores)
     edges,which = _bins(s, bins, by)
     rows = [(edges[b], edges[min(b+1, len(edges)-1)], int(m.sum()), s[m].mean(),
         *wilson_ci(int(t[m].sum()), int(m.sum()), level))
@@ -92,7 +80,7 @@ def brier_parts(
 ) -> BrierParts:
     """Murphy's decomposition of the Brier score with the two terms inside the bins (Stephenson et al.,
     Weather and Forecasting 2008)."""
-    t,s,_ = _probabilities(targets, scores)
+    t,s,_ = binary_probabilities(targets, scores)
     _,which = np.unique(s if bins is None else _bins(s, bins, by)[1], return_inverse=True)
     n,share = np.bincount(which),t.mean()
     score,rate = np.bincount(which, s)/n,np.bincount(which, t)/n
@@ -100,53 +88,15 @@ def brier_parts(
     return BrierParts(*map(float, (n@(score-rate)**2/len(t), n@(rate-share)**2/len(t), share*(1-share),
         ds@ds/len(t), 2*(ds@dt)/len(t))))
 
-# %% ../../nbs/41_metrics.calibration.ipynb #d851adfe
-def _logit(p): return (lambda c: np.log(c) - np.log1p(-c))(np.clip(p, 1e-7, 1-1e-7))
-
-def _newton(f, beta, undefined: str) -> tuple[np.ndarray, np.ndarray]:
-    """The (K,) minimum of a convex function `f(beta) -> (loss, gradient, hessian)` and the hessian there;
-    `DataError(undefined)` where there is none."""
-    loss,gradient,hessian = f(beta)
-    for _ in range(60):
-        try: step = np.linalg.solve(hessian, gradient)
-        except np.linalg.LinAlgError: break
-        while f(beta-step)[0]>loss*(1+1e-12) and np.abs(step).max()>1e-12: step = step/2
-        beta = beta-step
-        if np.abs(step).max()<1e-9*(1+np.abs(beta).max()): return beta,f(beta)[2]
-        loss,gradient,hessian = f(beta)
-    raise DataError(undefined, "Give more images of both classes, with scores that differ and overlap")
-
-def _logistic(x, t, g, offset=0.) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients (K,) of a logistic regression of `t` on `x` (N, K) and their covariance (K, K) over the
-    groups `g`."""
-    if len(x.T)>1 and np.ptp(x[:,0])<1e-12:
-        raise DataError(f"All scores are {expit(x[0,0]):.3g}", "Give scores that differ")
-    def f(beta):
-        eta = x@beta + offset
-        p = expit(eta)
-        return (np.logaddexp(0, eta) - t*eta).sum(), x.T@(p-t), (x*(p*(1-p))[:,None]).T@x
-    beta,hessian = _newton(f, np.zeros(x.shape[1]),
-        "The scores separate the two classes: the regression has no finite answer")
-    return beta,_sandwich(x*(t - expit(x@beta + offset))[:,None], hessian, g)
-
-def _sandwich(scores, hessian, g) -> np.ndarray:
-    "Covariance (K, K) from the (N, K) derivatives of each image's likelihood, added up by group."
-    g = np.unique(g, return_inverse=True)[1]
-    m = g.max()+1
-    if m<2: raise DataError("All images belong to one patient", "Give at least two patients")
-    u = np.stack([np.bincount(g, c) for c in scores.T], 1)
-    inverse = np.linalg.inv(hessian)
-    return inverse@(u.T@u)@inverse*m/(m-1)
-
 # %% ../../nbs/41_metrics.calibration.ipynb #c16f107b
-def _ece_interval(gap, draws, level: float) -> Interval:
+def _ece_interval(gap, drawn, level: float) -> Interval:
     """ECE of the signed gaps (K,) with the interval of the true one, by test inversion with the noise of
-    bootstrap `draws` (n, K)."""
-    noise,var,seen,tail = draws-gap,draws.var(0),np.abs(gap).sum(),.5-level/2
+    the bootstrap values `drawn` (draws, K)."""
+    noise,var,seen,tail = drawn-gap,drawn.var(0),np.abs(gap).sum(),.5-level/2
     def chance(m): # ECE of the gaps reduced by m variances, and the chances of at least and at most the observed one
         true = np.sign(gap)*np.maximum(np.abs(gap)-m*var, 0)
-        drawn = np.abs(true+noise).sum(1)
-        return np.abs(true).sum(),np.mean(drawn>=seen*(1-1e-9)),np.mean(drawn<=seen*(1+1e-9))
+        again = np.abs(true+noise).sum(1)
+        return np.abs(true).sum(),np.mean(again>=seen*(1-1e-9)),np.mean(again<=seen*(1+1e-9))
     def end(inside, outside, side): # the last ECE that the observed one does not contradict
         for _ in range(50):
             mid = (inside+outside)/2
@@ -165,29 +115,28 @@ def calibration_ci(
     bins: int=10,      # of the ECE, as in `calibration`
     by: str='width',   # as in `calibration`
     *,
-    n: int=1000, seed: int=0, # of the bootstrap
+    draws: int=1000, seed: int=0, # of the bootstrap
     level: float=.95,  # confidence
 ) -> pd.DataFrame:
     """Rows ece, brier, slope, intercept, in the large: value, low, high, n, patients and, where it is not
     defined, the reason."""
-    t,s,g = _probabilities(targets, scores, groups)
+    t,s,g = binary_probabilities(targets, scores, groups)
     z,which,d = normal_quantile(level),_bins(s, bins, by)[1],s-t
     gaps = csr_array((d, (which, np.arange(len(t)))), shape=(which.max()+1, len(t)))
     def evaluate(w): return np.vstack([gaps@w, (d*d)[None]@w])/w.sum(0)
-    def drawn(): return bootstrap(evaluate, g, n=n, seed=seed)
     def cox(k, x, offset=0.):
         if t.min()==t.max():
             raise DataError(f"All {len(t)} targets are {int(t[0])}",
                 "Slope and intercept need images of both classes")
-        beta,cov = _logistic(x, t, g, offset)
+        beta,cov = logistic_fit(x, t, g, offset)
         half = z*math.sqrt(cov[k,k])
         return Interval(float(beta[k]), float(beta[k]-half), float(beta[k]+half))
-    x = np.stack([_logit(s), np.ones(len(t))], 1)
+    x = np.stack([log_odds(s), np.ones(len(t))], 1)
     gap,brier = np.bincount(which, d)/len(t),float(np.mean(d*d))
-    try: draws,why = drawn(),''
-    except DataError as e: draws,why = None,e.what
-    figures = {'ece': lambda: _ece_interval(gap, draws[:,:-1], level),
-        'brier': lambda: Interval(brier, *(float(o[0]) for o in _quantiles(draws[:,-1:], level))),
+    try: drawn,why = bootstrap(evaluate, g, draws=draws, seed=seed),''
+    except DataError as e: drawn,why = None,e.what
+    figures = {'ece': lambda: _ece_interval(gap, drawn[:,:-1], level),
+        'brier': lambda: Interval(brier, *(float(o[0]) for o in _quantiles(drawn[:,-1:], level))),
                'slope': lambda: cox(0, x), 'intercept': lambda: cox(1, x),
                'in the large': lambda: cox(0, x[:,1:], x[:,0])}
     rows,patients = {},len(np.unique(g))
@@ -203,11 +152,12 @@ def calibration_ci(
 def _smooth(grid, sums, kernel) -> np.ndarray:
     """Local linear rates (G, R) from the weights' sums (5, M, R) of 1, s, s*s, t, s*t in M cells and the
     kernel (G, M)."""
-    a,b,c,d,e = (kernel@o for o in sums)
+    n,ns,nss = (kernel@o for o in sums[:3])
+    nt,nst = (kernel@o for o in sums[3:])
     x = grid[:,None]
     with np.errstate(invalid='ignore', divide='ignore'):
-        mean,rate = b/a,d/a
-        slope = (e/a - mean*rate)/(np.maximum(c/a - mean**2, 0) + 1e-8)
+        mean,rate = ns/n,nt/n
+        slope = (nst/n - mean*rate)/(np.maximum(nss/n - mean**2, 0) + 1e-8)
         return np.clip(rate + slope*(x-mean), 0, 1)
 
 def _nearest(u, at, k: int) -> np.ndarray:
@@ -225,13 +175,13 @@ def reliability_curve(
     scores,            # (N,) probabilities in [0, 1]
     groups=None,       # (N,) patient of each image; None: each image on its own
     grid: int=101,     # points between 0 and 1
-    n: int=400, *, seed: int=0, # of the bootstrap
+    draws: int=400, *, seed: int=0, # of the bootstrap
     level: float=.95,  # confidence, at each point by itself
 ) -> pd.DataFrame:
     """Columns score, rate (local linear share of positives), low, high and the n images of the window; NaN
     where fewer than 10 patients are near, and beyond the scores."""
     if grid<2: raise DataError(f"grid is {grid}", "Give at least 2 points")
-    t,s,g = _probabilities(targets, scores, groups)
+    t,s,g = binary_probabilities(targets, scores, groups)
     x,angle = np.linspace(0, 1, grid),lambda p: np.arcsin(np.sqrt(p))
     u = angle(s)
     spread = min(u.std(), np.subtract(*np.quantile(u, [.75, .25]))/1.34) or u.std()
@@ -245,7 +195,7 @@ def reliability_curve(
         for v in (np.ones(len(t)), s, s*s, t, s*t)]
     def curve(w): return _smooth(x, [m@w for m in to], kernel)
     rate = curve(np.ones((len(t), 1)))[:,0]
-    low,high = _quantiles(bootstrap(curve, g, n=n, seed=seed), level)
+    low,high = _quantiles(bootstrap(curve, g, draws=draws, seed=seed), level)
     order = np.argsort(u, kind='stable')
     near = np.array([_window(u[order], a, w, t[order], g[order]) for a,w in zip(angle(x), width)])
     for i in np.flatnonzero((near[:,2]==0) | (near[:,2]==near[:,0])):
@@ -261,13 +211,13 @@ def decision_curve(
     scores,             # (N,) probabilities in [0, 1]
     groups=None,        # (N,) patient of each image; None: each image on its own
     thresholds=None,    # (T,) between 0 and 1; None: 0.01 to 0.99
-    n: int=400, *, seed: int=0, # of the bootstrap
+    draws: int=400, *, seed: int=0, # of the bootstrap
     level: float=.95,   # confidence, at each threshold by itself
     prevalence: float|None=None, # share of positives where the model is to be used; None: that of the targets
 ) -> pd.DataFrame:
     """Columns threshold, net_benefit, low, high, and the net benefit of calling `all` and `none` (Vickers and
     Elkin, Med Decis Making 2006)."""
-    t,s,g = _probabilities(targets, scores, groups, both=True)
+    t,s,g = binary_probabilities(targets, scores, groups, both=True)
     cuts = np.linspace(.01, .99, 99) if thresholds is None else vector(thresholds, 'thresholds')
     if not len(cuts) or not ((cuts>0) & (cuts<1)).all():
         raise DataError(f"thresholds are {cuts[:5].tolist()}", "Give probabilities above 0 and under 1")
@@ -283,7 +233,7 @@ def decision_curve(
         (tp,p),(fp,q) = (called(m, w) for m in to)
         if prevalence is None: return tp/(p+q) - fp/(p+q)*odds
         with np.errstate(invalid='ignore'): return tp/p*prevalence - fp/q*(1-prevalence)*odds
-    low,high = _quantiles(bootstrap(benefit, g, n=n, seed=seed), level)
+    low,high = _quantiles(bootstrap(benefit, g, draws=draws, seed=seed), level)
     share = t.mean() if prevalence is None else prevalence
     return pd.DataFrame({'threshold': cuts, 'net_benefit': benefit(np.ones((len(t), 1)))[:,0], 'low': low,
         'high': high,

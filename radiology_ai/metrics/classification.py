@@ -6,9 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/metrics.classification.html.md"
 
 # %% auto #0
 __all__ = ['columns_of', 'macro_auroc', 'label_table', 'auroc_table', 'confusion', 'quadratic_kappa', 'balanced_accuracy', 'mcc',
-           'f_beta', 'Interval', 'bootstrap_ci', 'mean_ci', 'proportion_ci', 'wilson_ci', 'auroc', 'average_precision',
-           'auroc_ci', 'DelongTest', 'delong_test', 'PROPORTIONS', 'youden_threshold', 'threshold_for', 'f_threshold',
-           'cost_threshold', 'operating_point', 'Calibration', 'calibration', 'dice', 'dice_ci']
+           'f_beta']
 
 # %% ../../nbs/42_metrics.classification.ipynb #a42ba525
 import math
@@ -23,23 +21,19 @@ from ..core import DataError
 from radiology_ai.metrics.intervals import (
     NA,
     Interval,
+    Metric,
     binary,
     bootstrap,
-    bootstrap_ci,
-    check_repetitions,
+    check_draws,
     fewest,
     group_numbers,
     known,
     percentile_ci,
     vector,
+    weighted_form,
 )
-from .operating import PROPORTIONS, call_cells, call_rates, operating_point, point_intervals
+from .operating import call_cells, call_rates, point_intervals
 from .ranking import Ranked, auroc, auroc_ci, average_precision, refuse_constant
-
-# %% ../../nbs/42_metrics.classification.ipynb #f6686c3a
-_all_ = ['Interval','bootstrap_ci','mean_ci','proportion_ci','wilson_ci','auroc','average_precision',
-    'auroc_ci','DelongTest','delong_test','PROPORTIONS','youden_threshold','threshold_for',
-         'f_threshold','cost_threshold','operating_point','Calibration','calibration','dice','dice_ci']
 
 # %% ../../nbs/42_metrics.classification.ipynb #c0bf7138
 def _one_hot(targets, n: int) -> np.ndarray:
@@ -75,13 +69,27 @@ def columns_of(
             "Give one name a column")
     return t,s,names,group_numbers(groups, len(t))
 
+def _macro(targets, scores):
+    "The form of `macro_auroc` for weights."
+    t,s,_,_ = columns_of(targets, scores)
+    ranked = [Ranked(*o) for o in zip(t.T, s.T)]
+    return lambda w: np.mean([r.auroc(w) for r in ranked], 0)
+
+@partial(Metric, weighted=_macro, by_class=True)
 def macro_auroc(
     targets,              # (N,) class numbers or (N, C) of 1, 0 or NaN
     scores,               # (N, C)
     missing: str='raise', # a class without positives or negatives: 'raise' a DataError, or 'skip' it with a warning
 ) -> float:
-    """Mean of the AUROCs of each class against the rest. Its interval: `bootstrap_ci(macro_auroc, targets,
-    scores, groups)`."""
+    """Mean of the AUROCs of each class against the rest, from 0 to 1. Its interval: `bootstrap_ci(macro_auroc, targets,
+    scores, groups)`.
+
+    targets: (N,) class numbers, or (N, C) of 1, 0 or NaN (unknown); scores: (N, C), higher means more likely; missing: what a class
+    without positives or negatives does, 'raise' a `DataError` or be 'skip'ped with a warning.
+
+    >>> macro_auroc([0, 1, 1, 0], [[.9, .1], [.4, .6], [.7, .3], [.2, .8]])
+    0.5
+    """
     t,s,_,_ = columns_of(targets, scores)
     there = [c for c in range(t.shape[1]) if (t[:,c]==1).any() and (t[:,c]==0).any()]
     lost = sorted(set(range(t.shape[1])) - set(there))
@@ -90,41 +98,40 @@ def macro_auroc(
             "Add such images, or leave them out of the mean with missing='skip'")
     if lost:
         warnings.warn(f"The mean AUROC leaves out the classes {lost}, which lack positives or negatives",
-            stacklevel=2)
+            stacklevel=3) # beyond `Metric.__call__`
     return float(np.mean([auroc(t[:,c], s[:,c]) for c in there]))
-
-def _macro(targets, scores):
-    t,s,_,_ = columns_of(targets, scores)
-    ranked = [Ranked(*o) for o in zip(t.T, s.T)]
-    return lambda w: np.mean([r.auroc(w) for r in ranked], 0)
-macro_auroc.weighted,macro_auroc.by_class = _macro,True
 
 # %% ../../nbs/42_metrics.classification.ipynb #c9ddda95
 class _Label:
     "One label: figures of R draws from weights (N, R), and the intervals of the label itself."
-    def __init__(self, t, s, g, threshold, aucs=('auroc','ap'), **kwargs):
+    def __init__(self, t, s, g, threshold, aucs, *, metrics, **kwargs):
         refuse_constant(binary(t, s)[1][0])
-        self.t,self.s,self.g,self.threshold,self.aucs,self.kwargs = t,s,g,threshold,aucs,kwargs
+        self.t,self.s,self.g = t,s,g
+        self.threshold,self.aucs,self.kwargs = threshold,aucs,kwargs
         self.ranked = Ranked(t, s)
         cell = call_cells(t, s>=threshold) if threshold is not None else np.full(len(t), -1)
         at = np.flatnonzero(cell>=0)
         self.cells = (csr_array((np.ones(len(at), np.float32), (cell[at], at)), shape=(4, len(t))) if len(at)
             else None)
+        self.there,self.metrics = np.flatnonzero(~np.isnan(t)),metrics
+        self.further = {k: weighted_form(m, t[self.there], s[self.there]) for k,m in metrics.items()}
         self.value = {k: float(v[0]) for k,v in self.figures(np.ones((len(t), 1))).items()}
 
     def figures(self, w) -> dict[str, np.ndarray]:
         "The figures of each draw, each (R,)."
         out = dict(zip(self.aucs, self.ranked.figures(w, *(k in self.aucs for k in ('auroc','ap')))))
+        out |= {k: f(w[self.there]) for k,f in self.further.items()}
         return out if self.cells is None else out | call_rates(self.cells@w, **self.kwargs)
 
     def intervals(self, drawn, level) -> dict[str, Interval]:
-        "Each figure with its interval; `drawn` holds the (n,) values of each."
-        k = ~np.isnan(self.t)
-        t,s,g = self.t[k]>0,self.s[k],self.g[k]
-        patients = fewest(t, g)
-        limits = dict(auroc=auroc.at_limit, ap=average_precision.at_limit)
-        out = {a: limits[a](self.value[a], t, g, level)
-            or percentile_ci(self.value[a], drawn[a], level, patients) for a in self.aucs}
+        "Each figure with its interval; `drawn` holds the (draws,) values of each."
+        t,s,g = self.t[self.there]>0,self.s[self.there],self.g[self.there]
+        patients,out = fewest(t, g),{}
+        for k,m in (dict(auroc=auroc, ap=average_precision) | self.metrics).items():
+            if k not in self.value: continue
+            limit = getattr(m, 'at_limit', None)
+            ci = limit(self.value[k], t, g, level) if limit is not None else None
+            out[k] = percentile_ci(self.value[k], drawn[k], level, patients) if ci is None else ci
         if self.cells is not None:
             out |= {k: ci for k,(ci,_) in point_intervals(t, s>=self.threshold, g, drawn, level,
                 **self.kwargs).items()}
@@ -161,22 +168,27 @@ def label_table(
     groups=None,          # (N,) patient of each image
     thresholds=None,      # one number or (C,): adds the figures of `operating_point`
     *,
-    n: int=1000,          # draws
+    draws: int=1000,      # of patients
     seed: int=0,          # of the draws
     level: float=.95,     # confidence
     mean: bool=True,      # a last row 'mean'
     missing: str='n/a',   # where a label lacks a class: the mean is 'n/a', or 'skip' the label
     beta: float=1.,       # of F-beta
     prevalence: float|None=None, # as for `operating_point`
+    metrics: dict|None=None, # further `Metric`s by name
 ) -> pd.DataFrame:
-    """A row a label: `auroc`, `ap` and at thresholds `PROPORTIONS` and the rest, each with _low and _high; n,
-    patients, positives, negatives, reason."""
+    """A row a label: `auroc`, `ap`, further metrics and at thresholds `PROPORTIONS` and the rest, each with _low and
+    _high; n, patients, positives, negatives, reason."""
     if missing not in ('n/a','skip'): raise DataError(f"missing is {missing!r}", "Choose 'n/a' or 'skip'")
-    return _table(*columns_of(targets, scores, names, groups), thresholds, n=n, seed=seed, level=level,
-        mean=mean, missing=missing, aucs=('auroc','ap'), beta=beta, prevalence=prevalence)
+    return _table(*columns_of(targets, scores, names, groups), thresholds, draws=draws, seed=seed,
+        level=level,
+        mean=mean, missing=missing, aucs=('auroc','ap'), metrics=metrics or {}, beta=beta,
+        prevalence=prevalence)
 
-def _table(t, s, names, g, thresholds, *, n, seed, level, mean, missing, aucs, **kwargs) -> pd.DataFrame:
-    check_repetitions(n)
+def _table(t, s, names, g, thresholds, *, draws, seed, level, mean, missing, aucs, metrics=None,
+        **kwargs) -> pd.DataFrame:
+    "`label_table` of what `columns_of` gives; `aucs` are those of 'auroc' and 'ap' that are wanted."
+    check_draws(draws)
     cuts = ([None]*len(names) if thresholds is None
         else np.broadcast_to(np.asarray(thresholds, float), len(names)).tolist())
     there,lost = {},{}
@@ -184,11 +196,12 @@ def _table(t, s, names, g, thresholds, *, n, seed, level, mean, missing, aucs, *
         if cut is not None and not np.isfinite(cut):
             raise DataError(f"The threshold of {names[c]} is {cut}",
                 "Give finite numbers, such as `youden_threshold` of the validation set")
-        try: there[c] = _Label(t[:,c], s[:,c], g, cut, aucs, **kwargs)
+        try: there[c] = _Label(t[:,c], s[:,c], g, cut, aucs, metrics=metrics or {}, **kwargs)
         except DataError as e: lost[c] = e.what
-    figures = list(next(iter(there.values())).value) if there else list(aucs)
+    figures = list(next(iter(there.values())).value) if there else [*aucs, *(metrics or {})]
     evaluate = lambda w: np.concatenate([np.stack([*o.figures(w).values()]) for o in there.values()])
-    try: drawn = bootstrap(evaluate, g, None, n, seed).T.reshape(len(there), len(figures), n) if there else []
+    shape = len(there),len(figures),draws
+    try: drawn = bootstrap(evaluate, g, None, draws, seed).T.reshape(shape) if there else []
     except DataError as e: lost,there,drawn = lost | {c: e.what for c in there},{},[]
     drawn,rows = {c: dict(zip(figures, d)) for c,d in zip(there, drawn)},[]
     for c,name in enumerate(names):
@@ -198,8 +211,9 @@ def _table(t, s, names, g, thresholds, *, n, seed, level, mean, missing, aucs, *
             except DataError as e: why = e.what
         rows.append(_row(name, figures, out, why, t[:,c], g=g, threshold=cuts[c]))
     if mean:
-        rows.append(_mean_row(there, lost, names, drawn, t, g=g, level=level, missing=missing, figures=figures,
-            cut=None if thresholds is None else math.nan))
+        cut = None if thresholds is None else math.nan
+        rows.append(_mean_row(there, lost, names, drawn, t, g=g, level=level, missing=missing,
+            figures=figures, cut=cut))
     return pd.DataFrame(rows).set_index('label')
 
 # %% ../../nbs/42_metrics.classification.ipynb #a9ef220e
@@ -211,14 +225,15 @@ def auroc_table(
     method: str='delong', # as in `auroc_ci`; 'bootstrap' uses the same draws for all labels
     *,
     level: float=.95,     # confidence
-    n: int=1000,          # draws of the bootstrap
+    draws: int=1000,      # draws of the bootstrap
     seed: int=0,          # of the draws
 ) -> pd.DataFrame:
     "One row a class: value, low, high, positives, negatives and, where it is not defined, the reason."
     t,s,names,g = columns_of(targets, scores, names, groups)
     columns = ['value','low','high','positives','negatives','reason']
     if method=='bootstrap':
-        table = _table(t, s, names, g, None, n=n, seed=seed, level=level, mean=False, missing='n/a', aucs=('auroc',))
+        table = _table(t, s, names, g, None, draws=draws, seed=seed, level=level, mean=False, missing='n/a',
+            aucs=('auroc',))
         return table.rename(columns=dict(auroc='value', auroc_low='low', auroc_high='high'))[columns]
     rows = []
     for c in range(len(names)):
@@ -239,17 +254,18 @@ def _class_numbers(targets, predictions) -> tuple[np.ndarray, np.ndarray]:
 def confusion(
     targets,          # (N,) class numbers
     predictions,      # (N,) class numbers
-    n: int|None=None, # number of classes; None: up to the highest that occurs
-    names=None,       # (n,) names for rows and columns
+    classes: int|None=None, # how many; None: up to the highest that occurs
+    names=None,       # (classes,) names for rows and columns
 ) -> pd.DataFrame:
-    "(n, n) counts: true class down, predicted class across. Images with an unknown target do not count."
+    """(classes, classes) counts: true class down, predicted class across. Images with an unknown target do
+    not count."""
     t,p = _class_numbers(targets, predictions)
-    n = n or (len(names) if names is not None else int(max(t.max(), p.max()))+1)
-    if max(t.max(), p.max())>=n:
-        raise DataError(f"Class {int(max(t.max(), p.max()))} is outside the {n} classes",
-            f"Give class numbers 0 to {n-1}")
-    counts = np.bincount(t*n + p, minlength=n*n).reshape(n, n)
-    names = list(range(n)) if names is None else list(names)
+    k = classes or (len(names) if names is not None else int(max(t.max(), p.max()))+1)
+    if max(t.max(), p.max())>=k:
+        raise DataError(f"Class {int(max(t.max(), p.max()))} is outside the {k} classes",
+            f"Give class numbers 0 to {k-1}")
+    counts = np.bincount(t*k + p, minlength=k*k).reshape(k, k)
+    names = list(range(k)) if names is None else list(names)
     return pd.DataFrame(counts, index=pd.Index(names, name='true'), columns=pd.Index(names, name='predicted'))
 
 def _counted(figure, targets, predictions):
@@ -264,45 +280,70 @@ def _counted(figure, targets, predictions):
     return evaluate
 
 def _single(figure, targets, predictions) -> float:
-    return float(_counted(figure, targets, predictions)(np.ones((np.isfinite(vector(targets,
-        'targets')).sum(), 1)))[0])
+    seen = np.isfinite(vector(targets, 'targets')).sum()
+    return float(_counted(figure, targets, predictions)(np.ones((seen, 1)))[0])
 
 # %% ../../nbs/42_metrics.classification.ipynb #6f9b2ecf
 def _kappa(o, _):
+    "Quadratic kappa of matrices (n, n, R)."
     w = (np.arange(len(o))[:,None] - np.arange(len(o)))**2
     return 1 - np.einsum('ij,ijr->r', w, o)*o.sum((0,1))/np.einsum('ij,ir,jr->r', w, o.sum(1), o.sum(0))
 
-def _balanced(o, there): return (o[there,there]/o.sum(1)[there]).mean(0)
+def _balanced(o, there):
+    "Balanced accuracy of matrices (n, n, R) over the classes that are there."
+    return (o[there,there]/o.sum(1)[there]).mean(0)
 
 def _mcc(o, _):
+    "Matthews' correlation of matrices (n, n, R)."
     s,p,t = o.sum((0,1)),o.sum(0),o.sum(1)
     return (np.einsum('iir->r', o)*s - (p*t).sum(0))/np.sqrt((s*s - (p*p).sum(0))*(s*s - (t*t).sum(0)))
 
+@partial(Metric, weighted=partial(_counted, _kappa))
 def quadratic_kappa(
     targets,     # (N,) grades
     predictions, # (N,) grades
 ) -> float:
     """Cohen's kappa with quadratic weights: 1 full agreement, 0 as by chance. NaN where both hold one and the
-    same grade only."""
+    same grade only.
+
+    targets: (N,) grades, whole numbers from 0, or NaN (unknown, left out); predictions: (N,) grades.
+
+    >>> quadratic_kappa([0, 1, 2, 3], [0, 1, 2, 2])
+    0.875
+    """
     return _single(_kappa, targets, predictions)
 
+@partial(Metric, weighted=partial(_counted, _balanced), by_class=True)
 def balanced_accuracy(
     targets,     # (N,) class numbers
     predictions, # (N,) class numbers
 ) -> float:
-    """Mean over the true classes of the share that is predicted right. `DataError` where only one class is
-    there."""
+    """Mean over the true classes of the share that is predicted right, from 0 to 1. `DataError` where only one class is
+    there.
+
+    targets: (N,) class numbers from 0, or NaN (unknown, left out); predictions: (N,) class numbers.
+
+    >>> balanced_accuracy([0, 0, 0, 1], [0, 0, 1, 1])
+    0.8333333333333333
+    """
     t,_ = _class_numbers(targets, predictions)
     if t.min()==t.max():
         raise DataError(f"All {len(t)} targets are {t[0]}", "This figure needs images of more than one class")
     return _single(_balanced, targets, predictions)
 
+@partial(Metric, weighted=partial(_counted, _mcc))
 def mcc(
     targets,     # (N,) class numbers
     predictions, # (N,) class numbers
 ) -> float:
-    """Matthews' correlation (1975), for several classes Gorodkin's (2004); NaN where all targets or all
-    predictions are the same."""
+    """Matthews' correlation (1975), for several classes Gorodkin's (2004), from -1 to 1; NaN where all targets or all
+    predictions are the same.
+
+    targets: (N,) class numbers from 0, or NaN (unknown, left out); predictions: (N,) class numbers.
+
+    >>> mcc([0, 0, 1, 1], [0, 1, 1, 1])
+    0.5773502691896258
+    """
     return _single(_mcc, targets, predictions)
 
 def f_beta(
@@ -316,7 +357,3 @@ def f_beta(
         raise DataError("Predictions are not 1 and 0", "Compare the scores with a threshold first")
     if not beta>0: raise DataError(f"beta is {beta}", "Give a number above 0, such as 1 or 2")
     return float(call_rates(np.bincount(call_cells(t.astype(float), p>0), minlength=4), beta)[f'F{beta:g}'])
-
-quadratic_kappa.weighted,balanced_accuracy.weighted,mcc.weighted = (partial(_counted, f)
-    for f in (_kappa, _balanced, _mcc))
-balanced_accuracy.by_class = True

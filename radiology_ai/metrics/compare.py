@@ -22,7 +22,7 @@ from radiology_ai.metrics.intervals import (
     NA,
     Interval,
     bootstrap,
-    check_repetitions,
+    check_draws,
     compact,
     expansion,
     fewest,
@@ -61,13 +61,13 @@ def paired_bootstrap(
     b,                # (N,) scores of the second model
     groups=None,      # (N,) patient of each image
     *,
-    n: int=1000,      # draws
+    draws: int=1000,  # of patients
     seed: int=0,      # of the draws
     level: float=.95, # confidence
 ) -> PairedTest:
     """Percentile interval and p value of the difference of any metric between two models, over the same draws
     of patients for both."""
-    check_repetitions(n)
+    check_draws(draws)
     t,sa,g = known(targets, a, groups)
     sb = known(targets, b, groups)[1]
     va,vb = float(metric(t, sa)),float(metric(t, sb))
@@ -75,7 +75,7 @@ def paired_bootstrap(
         raise DataError(f"The figure is {va} for a and {vb} for b",
             "Compare on images where both are defined")
     of_a,of_b = weighted_form(metric, t, sa),weighted_form(metric, t, sb)
-    d,m = bootstrap(lambda w: of_a(w) - of_b(w), g, strata_for(metric, t), n, seed),fewest(t, g)
+    d,m = bootstrap(lambda w: of_a(w) - of_b(w), g, strata_for(metric, t), draws, seed),fewest(t, g)
     return PairedTest(percentile_ci(va-vb, d, level, m), bootstrap_p(d, m), va, vb)
 
 # %% ../../nbs/43_metrics.compare.ipynb #d95b647b
@@ -157,18 +157,18 @@ def holm(
     return out
 
 # %% ../../nbs/43_metrics.compare.ipynb #546fa07b
-def _mean_draws(t, models, there, g, n, *, seed) -> np.ndarray:
+def _mean_draws(t, models, there, g, draws, *, seed) -> np.ndarray:
     "(n, M) mean AUROCs over the labels `there` of M models in the same draws of patients."
     ranked = [[Ranked(t[:,c], s[:,c]) for c in there] for s in models]
-    return bootstrap(lambda w: np.stack([np.mean([r.auroc(w) for r in rs], 0) for rs in ranked]), g, None, n,
-        seed)
+    def evaluate(w): return np.stack([np.mean([r.auroc(w) for r in rs], 0) for rs in ranked])
+    return bootstrap(evaluate, g, None, draws, seed)
 
 def compare_models(
     targets,          # (N,) class numbers or (N, C) of 1, 0 or NaN
     scores: dict,     # name of each model -> its scores (N, C), or (N,) for a single label
     names=None,       # (C,) names of the labels
     groups=None,      # (N,) patient of each image
-    n: int=1000,      # draws for the mean
+    draws: int=1000,  # draws for the mean
     *,
     seed: int=0,      # of the draws
     level: float=.95, # confidence
@@ -177,7 +177,7 @@ def compare_models(
     reason; then the mean over labels."""
     if len(scores)<2:
         raise DataError(f"There are {len(scores)} models", "Give at least two, as {'name': scores}")
-    check_repetitions(n)
+    check_draws(draws)
     column = lambda x: np.asarray(x, float).reshape(len(x), -1)
     given = {k: columns_of(targets if np.ndim(targets)==2 or np.ndim(s)==2 else column(targets), column(s),
         names, groups) for k,s in scores.items()}
@@ -190,8 +190,9 @@ def compare_models(
         for a,b in combinations(given, 2) for c in range(len(names))]
     table = pd.DataFrame(rows)
     table['p_holm'] = holm(table.p)
-    means = pd.DataFrame(_mean_rows(table, t, given, names, g, n=n, seed=seed, level=level)) if len(names)>1 else table[:0]
-    if len(means): table = pd.concat([table, means.assign(p_holm=holm(means.p))], ignore_index=True)
+    if len(names)>1:
+        means = pd.DataFrame(_mean_rows(table, t, given, names, g, draws=draws, seed=seed, level=level))
+        table = pd.concat([table, means.assign(p_holm=holm(means.p))], ignore_index=True)
     return table[['label','a','b','auroc_a','auroc_b','difference','low','high','p','p_holm','n','reason']]
 
 def _compared(label, a, b, ci, p, *, va, vb, n, reason) -> dict:
@@ -201,10 +202,11 @@ def _compared(label, a, b, ci, p, *, va, vb, n, reason) -> dict:
 def _label_row(label, a, b, t, sa, *, sb, g, level) -> dict:
     n = int((~np.isnan(t)).sum())
     try: r = delong_test(t, sa, sb, g, level)
-    except DataError as e: return _compared(label, a, b, NA, math.nan, va=math.nan, vb=math.nan, n=n, reason=e.what)
+    except DataError as e:
+        return _compared(label, a, b, NA, math.nan, va=math.nan, vb=math.nan, n=n, reason=e.what)
     return _compared(label, a, b, r.difference, r.p, va=r.a, vb=r.b, n=n, reason='')
 
-def _mean_rows(table, t, given, names, g, *, n, seed, level) -> list[dict]:
+def _mean_rows(table, t, given, names, g, *, draws, seed, level) -> list[dict]:
     "A row a pair of models for the mean over the labels that could be tested."
     lost = set(table.label[table.reason!=''])
     there = [c for c,name in enumerate(names) if name not in lost]
@@ -212,7 +214,7 @@ def _mean_rows(table, t, given, names, g, *, n, seed, level) -> list[dict]:
     left_out = f"without {', '.join(str(o) for o in names if o in lost)}" if lost else ''
     try:
         if not there: raise DataError("No label could be tested")
-        drawn = _mean_draws(t, [v[1] for v in given.values()], there, g, n, seed=seed)
+        drawn = _mean_draws(t, [v[1] for v in given.values()], there, g, draws, seed=seed)
     except DataError as e:
         return [_compared('mean', a, b, NA, math.nan, va=math.nan, vb=math.nan, n=seen, reason=e.what)
             for a,b in combinations(given, 2)]

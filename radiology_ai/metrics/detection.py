@@ -20,7 +20,7 @@ from .boxes import Matches, check_detections, image_of, match_boxes, match_flat,
 from radiology_ai.metrics.intervals import (
     Interval,
     bootstrap,
-    check_repetitions,
+    check_draws,
     group_numbers,
     normal_quantile,
     percentile_ci,
@@ -38,12 +38,15 @@ def _hits(m: Matches) -> np.ndarray:
 
 def rsna_scores(
     boxes,          # predicted boxes (N, 4) of each image
-    scores,         # their scores (N,), which give their order only: leave out boxes that don't count as marks beforehand, or see `threshold_sweep`
+    # their scores (N,), which give their order only: leave out boxes that don't count as marks beforehand, or see
+    # `threshold_sweep`
+    scores,
     truths,         # true boxes (M, 4) of each image
     ious=RSNA_IOUS, # IoU thresholds, to be exceeded
 ) -> np.ndarray:
-    """(I,) score of each image in [0, 1]: the mean over `ious` of TP / (TP + FP + FN); 0 for boxes on an image without lesions; NaN where there is neither, as such images don't count.
-    Source: Kaggle, RSNA Pneumonia Detection Challenge 2018, page Evaluation (hits need an IoU "greater than" the threshold, boxes "in order of their confidence levels")."""
+    """(I,) score of each image in [0, 1]: the mean over `ious` of TP / (TP + FP + FN); 0 for boxes on an image without
+    lesions; NaN where there is neither, as such images don't count. Source: Kaggle, RSNA Pneumonia Detection Challenge
+    2018, page Evaluation (hits need an IoU "greater than" the threshold, boxes "in order of their confidence levels")."""
     m = match_boxes(boxes, scores, truths, ious)
     tp,all_ = _hits(m),(m.boxes + m.truths)[:,None]
     return np.divide(tp, all_-tp, out=np.full(tp.shape, np.nan), where=all_>0).mean(1)
@@ -68,7 +71,7 @@ def rsna_map_ci(
     scores,           # their scores (N,)
     truths,           # true boxes (M, 4) of each image
     groups=None,      # (I,) patient of each image; None: each image on its own
-    n: int=1000,      # draws
+    draws: int=1000,  # of patients
     *,
     seed: int=0,      # of the draws
     level: float=.95, # confidence
@@ -77,8 +80,8 @@ def rsna_map_ci(
     "`rsna_map` with its bootstrap interval over patients."
     values = rsna_scores(boxes, scores, truths, ious)
     value,means = _counting(values).mean(),_column_means(values[:,None])
-    draws = bootstrap(lambda w: means(w)[0], group_numbers(groups, len(values)), n=n, seed=seed)
-    return percentile_ci(value, draws, level)
+    drawn = bootstrap(lambda w: means(w)[0], group_numbers(groups, len(values)), draws=draws, seed=seed)
+    return percentile_ci(value, drawn, level)
 
 def _column_means(values: np.ndarray):
     "The function of weights (N, R) that gives the weighted means (T, R) over the known `values` (N, T)."
@@ -97,17 +100,17 @@ def _kept(m: Matches, which, thresholds) -> np.ndarray:
     counts = np.bincount(m.image[which]*t + passed, minlength=n*t).reshape(n, t)
     return counts[:,::-1].cumsum(1)[:,::-1][:,1:]
 
-def _band(evaluate, groups, images: int, n: int, seed: int, *, level: float):
+def _band(evaluate, groups, images: int, draws: int, seed: int, *, level: float):
     """Low and high end (K,) of the K figures of `evaluate` (weights (N, R) -> (K, R)) over draws of patients,
     and why there is none."""
-    check_repetitions(n)
+    check_draws(draws)
     normal_quantile(level)
     g,none = group_numbers(groups, images),np.full(len(evaluate(np.ones((images, 1), np.float32))), np.nan)
     if g.max()<1: return none,none,np.full(len(none), 'all images belong to one patient', object)
-    draws = bootstrap(evaluate, g, n=n, seed=seed)
-    lost = 2*np.isnan(draws).sum(0)>len(draws)
-    draws[:,lost] = 0
-    low,high = np.nanquantile(draws, [.5-level/2, .5+level/2], axis=0)
+    drawn = bootstrap(evaluate, g, draws=draws, seed=seed)
+    lost = 2*np.isnan(drawn).sum(0)>len(drawn)
+    drawn[:,lost] = 0
+    low,high = np.nanquantile(drawn, [.5-level/2, .5+level/2], axis=0)
     return np.where(lost, np.nan, low),np.where(lost, np.nan, high),np.where(lost,
         'most draws of patients hold no image that counts', '')
 
@@ -120,7 +123,7 @@ def threshold_sweep(
     *,
     iou: float=.5,        # a hit for TP, FP and FN has a greater IoU
     ious=RSNA_IOUS,       # thresholds of the RSNA score
-    n: int=1000,          # draws
+    draws: int=1000,      # of patients
     seed: int=0,          # of the draws
     level: float=.95,     # confidence
 ) -> pd.DataFrame:
@@ -139,7 +142,7 @@ def threshold_sweep(
     tp = _kept(m, m.hit[:,0], thresholds).sum(0)
     counting = (all_>0).sum(0)
     with np.errstate(invalid='ignore'): score = np.nansum(values, 0)/counting
-    low,high,reason = _band(_column_means(values), groups, len(values), n, seed, level=level)
+    low,high,reason = _band(_column_means(values), groups, len(values), draws, seed, level=level)
     reason = np.where(counting>0, reason, 'no image has a true box or a box of this score')
     called = (every>0).sum(0)
     return pd.DataFrame(dict(score=score, low=low, high=high, n=counting, tp=tp, fp=every.sum(0)-tp,
@@ -162,7 +165,7 @@ def detection_table(
     *,
     iou: float=.5,        # a hit has a greater IoU
     level: float=.95,     # confidence
-    n: int=1000,          # draws for the false boxes an image
+    draws: int=1000,      # draws for the false boxes an image
     seed: int=0,          # of the draws
 ) -> pd.DataFrame:
     """Sensitivity by lesion and by image, specificity by image, share of boxes that hit, false boxes an
@@ -185,9 +188,9 @@ def detection_table(
         size = len(hit) if of is None else int(of.sum())
         out[name] = (*(proportion_ci(hit, of, who, level) if size else (np.nan,)*3), size,
             '' if size else why)
-    mean,(low,),(high,),(reason,) = (marks-tp).mean(),*_band(_column_means((marks-tp)[:,None].astype(float)),
-        g, len(g), n, seed, level=level)
-    out['false boxes an image'] = (mean, low, high, len(g), reason)
+    false = (marks-tp).astype(float)
+    (low,),(high,),(reason,) = _band(_column_means(false[:,None]), g, len(g), draws, seed, level=level)
+    out['false boxes an image'] = (false.mean(), low, high, len(g), reason)
     return pd.DataFrame.from_dict(out, orient='index', columns=['value','low','high','n','reason'])
 
 # %% ../../nbs/43_metrics.detection.ipynb #28ef8cd2
@@ -230,7 +233,7 @@ def froc(
     iou: float=.5,        # a hit has a greater IoU
     *,
     false_positives=RATES,# (F,) false positives an image at which the CPM is read
-    n: int=1000,          # draws
+    draws: int=1000,      # of patients
     seed: int=0,          # of the draws
     level: float=.95,     # confidence
 ) -> Froc:
@@ -250,7 +253,7 @@ def froc(
         values = sensitivity(w)
         return np.vstack([values, values[asked].mean(0)])
     value = figures(np.ones((len(m.truths), 1)))[:,0]
-    low,high,reason = _band(figures, groups, len(m.truths), n, seed, level=level)
+    low,high,reason = _band(figures, groups, len(m.truths), draws, seed, level=level)
     curve = pd.DataFrame(dict(sensitivity=value[:-1], low=low[:-1], high=high[:-1], threshold=thresholds,
         reason=reason[:-1]),
         index=pd.Index(grid, name='false_positives'))
@@ -315,7 +318,9 @@ def coco_map(
     """COCO's mean average precision (Lin et al., ECCV 2014; cocodataset.org, Detection Evaluation) by
     faster-coco-eval; equal to pycocotools. `DataError` without a true box."""
     from faster_coco_eval import COCOeval_faster
-    (p,s,t,n_boxes,n_truths),c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
+    flat,c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
+    p,s,t = flat[:3]
+    n_boxes,n_truths = flat[3:]
     every = dict(images=[dict(id=i) for i in np.flatnonzero(n_boxes + n_truths).tolist()],
         categories=[dict(id=k) for k in np.unique(np.r_[c, tc]).tolist()])
     e = COCOeval_faster(_coco_side(t, n_truths, tc, every), _coco_side(p, n_boxes, c, every, s),
@@ -358,14 +363,16 @@ def coco_map_ci(
     truth_classes=None, # class numbers (M,) of the true boxes
     *,
     groups=None,        # (I,) patient of each image; None: each image on its own
-    n: int=1000,        # draws
+    draws: int=1000,    # of patients
     seed: int=0,        # of the draws
     level: float=.95,   # confidence
 ) -> pd.DataFrame:
     """Rows AP, AP50, AP75 of `coco_map`: `value`, `low`, `high` over draws of patients (a class without true
     boxes in a draw is left out of its mean), `n` images, `reason` where there is no interval."""
     value = coco_map(boxes, scores, truths, classes, truth_classes)
-    (p,s,t,n_boxes,n_truths),c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
+    flat,c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
+    p,s,t = flat[:3]
+    n_boxes,n_truths = flat[3:]
     image,there,each = image_of(n_boxes),image_of(n_truths),[]
     for k in np.unique(tc):
         of,true = c==k,tc==k
@@ -376,6 +383,6 @@ def coco_map_ci(
         known = ~np.isnan(ap)
         with np.errstate(invalid='ignore'): ap = np.nansum(ap, 0)/known.sum(0)
         return np.stack([ap.mean(0), ap[0], ap[5]])
-    low,high,reason = _band(figures, groups, len(n_boxes), n, seed, level=level)
+    low,high,reason = _band(figures, groups, len(n_boxes), draws, seed, level=level)
     return pd.DataFrame(dict(value=value[:3], low=low, high=high, n=len(n_boxes), reason=reason),
         index=['AP','AP50','AP75'])

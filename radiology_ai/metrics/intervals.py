@@ -6,11 +6,16 @@ Docs: https://lluissalord.github.io/radiology_ai/metrics.intervals.html.md"""
 
 # %% auto #0
 __all__ = ['NA', 'Interval', 'normal_quantile', 'student_quantile', 'vector', 'group_numbers', 'compact', 'known', 'binary',
-           'wilson_ci', 'proportion_ci', 'check_repetitions', 'Draws', 'bootstrap', 'percentile_ci', 'expansion',
-           'fewest', 'mean_ci', 'weighted_form', 'strata_for', 'bootstrap_ci']
+           'check_probabilities', 'binary_probabilities', 'wilson_ci', 'proportion_ci', 'check_draws', 'Draws',
+           'bootstrap', 'percentile_ci', 'expansion', 'fewest', 'mean_ci', 'Metric', 'weighted_form', 'strata_for',
+           'bootstrap_ci']
 
 # %% ../../nbs/40_metrics.intervals.ipynb #58399d49
+import functools
+import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -31,13 +36,18 @@ class Interval(NamedTuple):
 
 NA = Interval(math.nan, math.nan, math.nan)
 
-def normal_quantile(level: float) -> float:
+def normal_quantile(
+    level: float, # confidence
+) -> float:
     "The two-sided normal quantile of a confidence `level`: 1.96 for 0.95."
     if not 0<level<1:
         raise DataError(f"level is {level}", "Give a confidence level between 0 and 1, such as 0.95")
     return NormalDist().inv_cdf(.5 + level/2)
 
-def student_quantile(level: float, freedom: int) -> float:
+def student_quantile(
+    level: float, # confidence
+    freedom: int, # degrees of freedom
+) -> float:
     "The two-sided quantile of Student's t with `freedom` degrees: 2.23 for 0.95 and 10."
     if not 0<level<1:
         raise DataError(f"level is {level}", "Give a confidence level between 0 and 1, such as 0.95")
@@ -128,6 +138,26 @@ def binary(
         raise DataError(f"All {len(t)} targets are {int(t[0])}", "This figure needs images of both classes")
     return t.astype(bool),ss,g
 
+def check_probabilities(
+    s: np.ndarray, # scores
+):
+    "`DataError` for scores outside of [0, 1]."
+    if s.size and (s.min()<0 or s.max()>1):
+        raise DataError(f"Scores reach from {s.min():.3g} to {s.max():.3g}",
+            "Give probabilities in [0, 1]: apply a sigmoid or softmax to logits first")
+
+def binary_probabilities(
+    targets,           # (N,) of 1, 0 or NaN
+    scores,            # (N,) in [0, 1]
+    groups=None,       # (N,) patient of each image
+    both: bool=False,  # are both classes needed?
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Checked targets (N,) of 1. and 0., scores (N,) and group numbers (N,), without the rows of unknown
+    targets."""
+    t,(s,),g = binary(targets, scores, groups=groups, both=both)
+    check_probabilities(s)
+    return t.astype(float),s,g
+
 # %% ../../nbs/40_metrics.intervals.ipynb #6207529e
 def wilson_ci(
     k: float,          # how many, such as true positives
@@ -161,26 +191,28 @@ def proportion_ci(
     if k in (0, n): return wilson_ci(k*m/n, m, level)
     if m<2: return Interval(k/n, 0., 1.)
     residual = np.bincount(number, hit[of] - k/n)
-    effect = max(1., m/(m-1)*(residual**2).sum()/(k*(1-k/n)))*(student_quantile(level,
-        m-1)/normal_quantile(level))**2
+    few = (student_quantile(level, m-1)/normal_quantile(level))**2
+    effect = max(1., m/(m-1)*(residual**2).sum()/(k*(1-k/n)))*few
     return wilson_ci(k/effect, n/effect, level)._replace(value=k/n)
 
 # %% ../../nbs/40_metrics.intervals.ipynb #d9c0af37
-def check_repetitions(n: int):
-    "`DataError` for too few repetitions."
-    if n<20: raise DataError(f"n is {n}", "A bootstrap interval needs at least 20 repetitions, better 1000")
+def check_draws(
+    draws: int, # of a bootstrap
+):
+    "`DataError` for too few draws."
+    if draws<20: raise DataError(f"draws is {draws}", "A bootstrap interval needs at least 20 draws, better 1000")
 
 class Draws:
-    """Iterable of blocks of weights, float32 (N, R): how often each image is in each draw of patients; `n`
-    draws in all, the same ones each time."""
+    """Iterable of blocks of weights, float32 (N, R): how often each image is in each draw of patients; `draws`
+    in all, the same ones each time."""
     def __init__(self,
         groups,       # (N,) patient of each image
         strata=None,  # (N,) class of each image: patients are drawn within the rarest class that they hold
-        n: int=1000,  # draws
+        draws: int=1000, # of patients
         seed: int=0,  # of the draws
     ):
-        check_repetitions(n)
-        self.n,self.seed = n,seed
+        check_draws(draws)
+        self.draws,self.seed = draws,seed
         self.group = compact(group_numbers(groups, len(groups)))
         self.patients = int(self.group.max(initial=-1))+1
         if self.patients<2:
@@ -213,33 +245,33 @@ class Draws:
     def start(self) -> np.random.Generator: return rng(self.seed, 'bootstrap')
     def __iter__(self):
         gen = self.start()
-        for done in range(0, self.n, self.block): yield self.take(gen, min(self.block, self.n-done))
+        for done in range(0, self.draws, self.block): yield self.take(gen, min(self.block, self.draws-done))
 
 # %% ../../nbs/40_metrics.intervals.ipynb #e25c6a23
 def bootstrap(
     evaluate,     # function of weights (N, R): the figure of each draw (R,), or K figures (K, R); NaN where not defined
     groups,       # (N,) patient of each image
     strata=None,  # as for `Draws`
-    n: int=1000,  # draws
+    draws: int=1000, # of patients
     seed: int=0,  # of the draws
 ) -> np.ndarray:
-    """(n, K) figures; of a single figure (n,), where undefined draws are replaced by further ones (at most 10
-    n in all)."""
-    draws,out,drawn = Draws(groups, strata, n, seed),None,0
-    gen = draws.start()
-    while out is None or len(out)<n:
-        if drawn>=10*n:
+    """(draws, K) figures; of a single figure (draws,), where undefined draws are replaced by further ones (at
+    most 10 times as many in all)."""
+    blocks,out,drawn = Draws(groups, strata, draws, seed),None,0
+    gen = blocks.start()
+    while out is None or len(out)<draws:
+        if drawn>=10*draws:
             raise DataError(f"Only {len(out)} of {drawn} bootstrap draws hold what the metric needs",
                 "Add patients of the rare classes")
-        r = min(draws.block, n - (0 if out is None else len(out)))
-        values = np.asarray(evaluate(draws.take(gen, r)), float)
+        r = min(blocks.block, draws - (0 if out is None else len(out)))
+        values = np.asarray(evaluate(blocks.take(gen, r)), float)
         values = values[~np.isnan(values)] if values.ndim==1 else values.T
         out,drawn = values if out is None else np.concatenate([out, values]),drawn+r
     return out
 
 def percentile_ci(
     value: float,     # the figure itself
-    values,           # (n,) its bootstrap values; NaN does not count
+    values,           # (draws,) its bootstrap values; NaN does not count
     level: float=.95, # confidence
     patients: int|None=None, # how many the figure rests on (`fewest`): few widen the interval; None: no correction
 ) -> Interval:
@@ -254,7 +286,9 @@ def percentile_ci(
     low,high = np.quantile(there, [ndtr(-z), ndtr(z)])
     return Interval(float(value), float(low), float(high))
 
-def expansion(patients: int) -> float:
+def expansion(
+    patients: int, # that were drawn
+) -> float:
     """By how much the spread of draws of so many patients falls short of that of new patients, inverted:
     sqrt(m / (m - 1))."""
     return math.sqrt(max(patients, 2)/(max(patients, 2)-1))
@@ -264,58 +298,85 @@ def fewest(
     g, # (N,) group numbers
 ) -> int:
     "Patients that a figure rests on: those of the rarer class of a binary target, else all."
-    if t.ndim==1 and len(values := pd.unique(t))==2: return min(len(np.unique(g[t==v])) for v in values)
+    classes = pd.unique(t) if t.ndim==1 else ()
+    if len(classes)==2: return min(len(np.unique(g[t==v])) for v in classes)
     return len(np.unique(g))
 
 # %% ../../nbs/40_metrics.intervals.ipynb #ea80be9a
 def mean_ci(
     values,           # (N,) one figure an image; NaN does not count
     groups=None,      # (N,) patient of each image
-    n: int=1000,      # repetitions
+    draws: int=1000,  # of patients
     seed: int=0,      # of the draws
     level: float=.95, # confidence
 ) -> Interval:
     "Mean over images with its bootstrap interval over patients."
-    check_repetitions(n)
+    check_draws(draws)
     v = vector(values, 'values')
     g,keep = group_numbers(groups, len(v)),~np.isnan(v)
     v,g = v[keep],g[keep]
     if not len(v): raise DataError("There are no values", "Give at least two images")
-    return percentile_ci(v.mean(), bootstrap(lambda w: (v@w)/w.sum(0, dtype=float), g, None, n, seed), level,
-        fewest(v[:,None], g))
+    drawn = bootstrap(lambda w: (v@w)/w.sum(0, dtype=float), g, None, draws, seed)
+    return percentile_ci(v.mean(), drawn, level, fewest(v[:,None], g))
 
 # %% ../../nbs/40_metrics.intervals.ipynb #6c42debb
-def weighted_form(metric, t, s):
-    """Function of weights (N, R) that gives the metric of each draw (R,): its own fast one,
-    `metric.weighted`, or one call a draw, NaN where it raises `DataError`."""
-    if hasattr(metric, 'weighted'): return metric.weighted(t, s)
+@dataclass(frozen=True)
+class Metric:
+    "A figure of targets and scores: called as the function that it holds, with what the bootstrap must know about it."
+    function: Callable            # (targets, scores) -> float; gives the name and the help
+    weighted: Callable|None=None  # (targets, scores) -> function of weights (N, R): the figure of each draw (R,)
+    by_class: bool=False          # patients are drawn within classes, as the share of positives does not matter
+    at_limit: Callable|None=None  # (value, targets, group numbers, level) -> `Interval` of a perfect value, else None
+
+    def __post_init__(self):
+        names = [k for k in functools.WRAPPER_ASSIGNMENTS if hasattr(self.function, k)]
+        told = {k: getattr(self.function, k) for k in names}
+        self.__dict__.update(told, __wrapped__=self.function)
+    def __call__(self, *args, **kwargs): return self.function(*args, **kwargs)
+    def __repr__(self): return f"{self.__name__}{inspect.signature(self.function)}"
+    def __reduce__(self): return self.__qualname__ # pickled by its name, as a function
+
+def weighted_form(
+    metric, # a `Metric`, or any function (targets, scores) -> float
+    t,      # (N,) targets or (N, C)
+    s,      # (N,) scores or (N, C)
+) -> Callable:
+    """Function of weights (N, R) that gives the metric of each draw (R,): that of the `Metric`, or one call a draw,
+    NaN where it raises `DataError`."""
+    if getattr(metric, 'weighted', None) is not None: return metric.weighted(t, s)
     def once(w):
         i = np.repeat(np.arange(len(t)), w.astype(np.int64))
         try: return float(metric(t[i], s[i]))
         except DataError: return math.nan
     return lambda w: np.array([once(column) for column in w.T])
 
-def strata_for(metric, t: np.ndarray, stratify: bool|None=None) -> np.ndarray|None:
+def strata_for(
+    metric,                   # as for `weighted_form`
+    t: np.ndarray,            # (N,) targets or (N, C)
+    stratify: bool|None=None, # draw within classes; None: as the `Metric` says
+) -> np.ndarray|None:
     "`t` where draws are to be within classes and it holds such: (N,) with at most 50 values; else None."
     wanted = getattr(metric, 'by_class', False) if stratify is None else stratify
     return t if wanted and t.ndim==1 and len(pd.unique(t))<=50 else None
 
 def bootstrap_ci(
-    metric,            # function (targets, scores) -> float, such as `auroc`, `average_precision` or `quadratic_kappa`
+    metric,            # a `Metric` such as `auroc`, or any function (targets, scores) -> float
     targets,           # (N,) targets or (N, C)
     scores,            # (N,) scores or predictions, or (N, C)
     groups=None,       # (N,) patient of each image; None: each image on its own
-    n: int=1000,       # repetitions
+    draws: int=1000,   # of patients
     *,
     seed: int=0,       # of the draws
     level: float=.95,  # confidence
-    stratify: bool|None=None, # draw within classes; None: if the metric has `by_class`
+    stratify: bool|None=None, # draw within classes; None: as the `Metric` says
 ) -> Interval:
     """Percentile interval of any metric over patients drawn with replacement; at a perfect value that of the
-    metric's `at_limit`, if it has one, as all draws are alike there."""
-    check_repetitions(n)
+    `Metric`'s `at_limit`, if it has one, as all draws are alike there."""
+    check_draws(draws)
     t,s,g = known(targets, scores, groups)
     value = metric(t, s)
-    if hasattr(metric, 'at_limit') and (ci := metric.at_limit(value, t, g, level)): return ci
-    return percentile_ci(value, bootstrap(weighted_form(metric, t, s), g, strata_for(metric, t, stratify), n,
-        seed), level, fewest(t, g))
+    limit = getattr(metric, 'at_limit', None)
+    ci = limit(value, t, g, level) if limit is not None else None
+    if ci is not None: return ci
+    drawn = bootstrap(weighted_form(metric, t, s), g, strata_for(metric, t, stratify), draws, seed)
+    return percentile_ci(value, drawn, level, fewest(t, g))

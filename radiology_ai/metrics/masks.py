@@ -124,7 +124,7 @@ def dice_ci(
     truths,      # sequence of masks
     masks,       # sequence of predicted masks
     groups=None, # (N,) patient of each image
-    **kwargs     # n, seed, level as in `mean_ci`
+    **kwargs     # draws, seed, level as in `mean_ci`
 ) -> Interval:
     "Mean Dice over images with its bootstrap interval over patients."
     _same_number(truths, masks)
@@ -137,7 +137,7 @@ def mask_table(
     spacing=None,                # mm of a pixel for all images, or a sequence of N; None: distances in pixels
     tolerance: float|None=None,  # of `surface_dice`; None leaves it out
     *,
-    n: int=1000, seed: int=0, level: float=.95, # of the intervals, as in `mean_ci` and `proportion_ci`
+    draws: int=1000, seed: int=0, level: float=.95, # of the intervals, as in `mean_ci` and `proportion_ci`
 ) -> pd.DataFrame:
     """A row a figure: value, low, high, the n images and patients it rests on, and, where it is not defined,
     the reason. Images without any known pixel are left out."""
@@ -152,10 +152,10 @@ def mask_table(
     found = o.pop('found').to_numpy(bool)
     rows = {}
     for name in o:
-        rows[name] = _row(mean_ci, o[name], g, known & o[name].notna().to_numpy(), n=n, seed=seed,
+        rows[name] = _row(mean_ci, o[name], g, known & o[name].notna().to_numpy(), draws=draws, seed=seed,
             level=level)
         if name!='hausdorff95':
-            rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & o[name].notna().to_numpy(), n=n,
+            rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & o[name].notna().to_numpy(), draws=draws,
                 seed=seed, level=level)
     rows['missed lesions'] = _row(_share, ~found, g, lesion, level=level)
     rows['invented lesions'] = _row(_share, found, g, known & ~lesion, level=level)

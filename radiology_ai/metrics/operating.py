@@ -19,7 +19,7 @@ from radiology_ai.metrics.intervals import (
     NA,
     Interval,
     binary,
-    check_repetitions,
+    check_draws,
     compact,
     fewest,
     percentile_ci,
@@ -123,12 +123,12 @@ def call_rates(
             'accuracy': (tp+tn)/(tp+fp+fn+tn), 'balanced accuracy': (se+sp)/2,
                 f'F{beta:g}': (1+beta**2)*tp/((1+beta**2)*tp + beta**2*fn + fp), 'MCC': mcc}
 
-def _drawn_rates(cells, g, n, seed, **kwargs) -> dict:
+def _drawn_rates(cells, g, draws, seed, **kwargs) -> dict:
     "`call_rates` of `n` draws of patients with replacement, each (n,)."
     kinds,patients = np.unique(np.stack([np.bincount(g, cells==k, g.max()+1) for k in range(4)], 1), axis=0,
         return_counts=True)
     return call_rates((rng(seed, 'point').multinomial(patients.sum(), patients/patients.sum(),
-        size=n)@kinds).T, **kwargs)
+        size=draws)@kinds).T, **kwargs)
 
 def _limits(name, se, sp, pi, **kwargs) -> Interval:
     "A figure with the limits of sensitivity and specificity propagated, at the share of positives `pi`."
@@ -174,7 +174,7 @@ def operating_point(
     *,
     beta: float=1.,              # of F-beta
     prevalence: float|None=None, # PPV and NPV at this share of positives; None: at that of the targets
-    n: int=1000,                 # draws of the bootstrap
+    draws: int=1000,             # draws of the bootstrap
     seed: int=0,                 # of the draws
 ) -> pd.DataFrame:
     """Sensitivity, specificity, PPV, NPV, accuracy, balanced accuracy, F-beta and MCC: value, low, high and
@@ -185,8 +185,9 @@ def operating_point(
             "Give a finite number, such as `youden_threshold` of the validation set")
     if not beta>0: raise DataError(f"beta is {beta}", "Give a number above 0, such as 1 or 2")
     if prevalence is not None: _share(prevalence)
-    check_repetitions(n)
+    check_draws(draws)
     g,how = compact(g),dict(beta=beta, prevalence=prevalence)
-    drawn = _drawn_rates(call_cells(t.astype(float), s>=threshold), g, n, seed, **how) if g.max() else None
+    cells = call_cells(t.astype(float), s>=threshold)
+    drawn = _drawn_rates(cells, g, draws, seed, **how) if g.max() else None
     rows = {k: (*ci, of) for k,(ci,of) in point_intervals(t, s>=threshold, g, drawn, level, **how).items()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value','low','high','n'])

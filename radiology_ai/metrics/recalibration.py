@@ -16,8 +16,8 @@ from scipy.special import expit, log_softmax, softmax
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #ac1bb548
 from ..core import DataError
-from .calibration import _in_range, _logistic, _logit, _newton, _probabilities, _sandwich
-from .intervals import group_numbers, vector
+from .intervals import binary_probabilities, check_probabilities, group_numbers, vector
+from .logistic import log_odds, logistic_fit, newton, sandwich
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #cc4529d2
 def _number(low, high, whole=False):
@@ -36,7 +36,8 @@ def _numbers(low, high, rising='', whole=False):
         if not isinstance(v, list) or not v:
             raise DataError(f"{name} is {str(v)[:60]!r}", "It must be a list of numbers")
         a = np.array([one(o, f'{name}[{i}]') for i,o in enumerate(v)], int if whole else float)
-        if rising and ((d := np.diff(a)) < 0).any() or rising=='strictly' and (d==0).any():
+        steps = np.diff(a)
+        if rising and (steps<0).any() or rising=='strictly' and (steps==0).any():
             raise DataError(f"{name} do not rise", "They must stand in order")
         return a
     return check
@@ -51,8 +52,8 @@ class Recalibration:
     def to_dict(self) -> dict:
         "Plain numbers and lists; back by `recalibration_from`."
         self._fitted()
-        return {'kind': self.kind} | {k: v.tolist() if isinstance(v := getattr(self, k), np.ndarray) else v
-            for k in self.fields}
+        values = {k: getattr(self, k) for k in self.fields}
+        return {'kind': self.kind} | {k: v.tolist() if isinstance(v, np.ndarray) else v for k,v in values.items()}
 
     def _fitted(self):
         if not all(hasattr(self, k) for k in self.fields):
@@ -61,7 +62,7 @@ class Recalibration:
 
     def _start(self, targets, scores, groups):
         self.__dict__.clear()
-        t,s,g = _probabilities(targets, scores, groups, both=True)
+        t,s,g = binary_probabilities(targets, scores, groups, both=True)
         self.n,self.patients = len(t),len(np.unique(g))
         return t,s,g
 
@@ -71,12 +72,14 @@ class Recalibration:
         if np.isnan(s).any():
             raise DataError(f"{int(np.isnan(s).sum())} of {s.size} scores are NaN",
                 "Predict these images again, or leave out their rows")
-        _in_range(s)
+        check_probabilities(s)
         return s
 
     def __repr__(self):
         told = {k: getattr(self, k) for k in self.fields if hasattr(self, k)}
-        return f"{type(self).__name__}({', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in told.items() if not isinstance(v, np.ndarray))})"
+        parts = [f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in told.items()
+            if not isinstance(v, np.ndarray)]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 def recalibration_from(
     d: dict, # from `to_dict`, also by way of JSON
@@ -135,7 +138,7 @@ class TemperatureScaling(Recalibration):
         else:
             t,s,g = self._start(targets, scores, groups)
             self.classes = 1
-            b,cov = _logistic(_logit(s)[:,None], t, g)
+            b,cov = logistic_fit(log_odds(s)[:,None], t, g)
             beta,variance = float(b[0]),float(cov[0,0])
         if beta<=0:
             raise DataError("The scores rank the classes the wrong way round",
@@ -153,13 +156,13 @@ class TemperatureScaling(Recalibration):
             mean = (p*z).sum(1)
             return -log_softmax(b*z, 1)[np.arange(len(t)),
                 t].sum(), np.array([(mean-own).sum()]), np.array([[((p*z*z).sum(1) - mean**2).sum()]])
-        b,hessian = _newton(f, np.ones(1),
+        b,hessian = newton(f, np.ones(1),
             "The logits tell all classes apart, or are all alike: the temperature has no finite value")
-        return float(b[0]),float(_sandwich((own - (softmax(b*z, 1)*z).sum(1))[:,None], hessian, g)[0,0])
+        return float(b[0]),float(sandwich((own - (softmax(b*z, 1)*z).sum(1))[:,None], hessian, g)[0,0])
 
     def __call__(self, scores) -> np.ndarray:
         "Probabilities in the shape of the scores."
-        if getattr(self, 'classes', 1)==1: return expit(_logit(self._scores(scores))/self.temperature)
+        if getattr(self, 'classes', 1)==1: return expit(log_odds(self._scores(scores))/self.temperature)
         z = np.asarray(scores, float)
         if z.ndim!=2 or z.shape[1]!=self.classes or not np.isfinite(z).all():
             raise DataError(f"Logits have shape {z.shape}", f"Give finite logits (N, {self.classes})")
@@ -175,8 +178,8 @@ class PlattScaling(Recalibration):
     def fit(self, targets, scores, groups=None):
         "As `TemperatureScaling.fit`, of probabilities."
         t,s,g = self._start(targets, scores, groups)
-        k,x = t.sum(),np.stack([_logit(s), np.ones(len(t))], 1)
-        b,cov = _logistic(x, np.where(t>0, (k+1)/(k+2), 1/(len(t)-k+2)), g)
+        k,x = t.sum(),np.stack([log_odds(s), np.ones(len(t))], 1)
+        b,cov = logistic_fit(x, np.where(t>0, (k+1)/(k+2), 1/(len(t)-k+2)), g)
         if b[0]<=0:
             raise DataError("The scores rank the classes the wrong way round",
                 "Check the targets; a recalibration would turn the scores round")
@@ -187,7 +190,7 @@ class PlattScaling(Recalibration):
     def __call__(self, scores) -> np.ndarray:
         "Probabilities in the shape of the scores."
         s = self._scores(scores)
-        return expit(self.slope*_logit(s) + self.intercept)
+        return expit(self.slope*log_odds(s) + self.intercept)
     def _ready(self): pass
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #48def790

@@ -17,7 +17,7 @@ from fastai.learner import Learner, Metric
 from ..core import DataError
 from ..metrics.classification import macro_auroc
 from ..metrics.ranking import auroc
-from ..train.learner import predict_scores
+from ..train.learner import predict_logits
 
 # %% ../../nbs/52_pretrain.monitor.ipynb #3a48a0a1
 def _features(body, x):
@@ -38,7 +38,7 @@ def embed(
 ) -> tuple[np.ndarray, np.ndarray|None]:
     "(N, F) float32 features, pooled over the image, and the targets (N,) or None, in the order of `dl`."
     model = learn_or_body.model if isinstance(learn_or_body, Learner) else learn_or_body
-    return predict_scores(_Pooled(getattr(model, 'body', model)), dl)
+    return predict_logits(_Pooled(getattr(model, 'body', model)), dl)
 
 # %% ../../nbs/52_pretrain.monitor.ipynb #46970ab4
 def _unit(f, mean):

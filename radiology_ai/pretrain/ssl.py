@@ -17,7 +17,7 @@ from fastai.torch_core import TensorCategory
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #0906362d
 from ..core import DataError, ModelError, atomic_path
-from ..models.backbone import _OWN, Head, XrayModel, create_model
+from ..models.backbone import MODEL_SETTINGS, Head, XrayModel, create_model
 from .collapse import Collapse
 from .methods import METHODS, MaskedModel, SiameseModel, SSLLoss, method_settings
 from .views import Views, radiograph_views, ssl_dataloaders
@@ -178,7 +178,7 @@ def task_model(
         args.pop('seed', None)
         return XrayModel(body, Head(body.n_features, n_out, **args), {})
     model = create_model(config['name'], n_out, body.n_in, False,
-        **{k: v for k,v in config.items() if k not in _OWN}, **args)
+        **{k: v for k,v in config.items() if k not in MODEL_SETTINGS}, **args)
     model.body = body
     return model
 

@@ -16,7 +16,9 @@ from fastai.torch_core import default_device
 
 # %% ../../nbs/50_pretrain.views.ipynb #2274d189
 from ..core import DataError, rng
-from ..data.load import XrayDataLoaders, XrayDataset, XrayDL, _after_batch, _two_splits, category_codes
+from ..data.codes import category_codes
+from ..data.dataset import XrayDataset
+from ..data.load import XrayDataLoaders, XrayDL, batch_transforms, training_rows
 from ..data.sampler import BatchSampler, ShuffledBatchSampler
 from ..vision.augment import BatchAugment, expose_batch
 
@@ -138,7 +140,7 @@ def ssl_dataloaders(
 ) -> XrayDataLoaders:
     """Loaders of images without augmentation: batches are (TensorImage (B, channels, H, W) in [0, 1],
     TensorCategory (B,) with -1 for unknown). Raises `DataError`."""
-    rows = _two_splits(manifest, train, valid, check_leakage, duplicates)
+    rows = training_rows(manifest, train, valid, check_leakage, duplicates)
     codes,vocab = category_codes(rows, labels) if labels is not None else (np.full(len(rows), -1), ['image'])
     is_train = (rows.split==train).to_numpy()
     train_ds,valid_ds = (XrayDataset(store, rows[m], codes[m], vocab, k)
@@ -149,6 +151,6 @@ def ssl_dataloaders(
     sampler = (PatientBatchSampler(train_ds.items.patient_id, bs, seed) if partners
         else ShuffledBatchSampler(len(train_ds), bs, seed, drop_last=True))
     make = lambda ds, s: XrayDL(ds, bs, s, num_workers=n_workers,
-        after_batch=_after_batch(channels, views=ds.views.shape[1]))
+        after_batch=batch_transforms(channels, views=ds.views.shape[1]))
     return XrayDataLoaders(make(train_ds, sampler), make(valid_ds, None), store=store, labels=labels,
         channels=channels).to(device or default_device())

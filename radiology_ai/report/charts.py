@@ -20,11 +20,11 @@ from ..core import RadiologyError
 def ticks(
     low: float,  # start of the axis
     high: float, # its end
-    n: int=5,    # about how many steps
+    steps: int=5, # about how many
 ) -> list[float]:
     "Round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."
     span = (high-low) or 1.
-    raw = span/n
+    raw = span/steps
     power = 10.**math.floor(math.log10(raw))
     step = power*next(m for m in (1, 2, 5, 10) if m*power>=raw*.999)
     first = math.ceil(low/step - 1e-9)
@@ -44,7 +44,7 @@ class Chart:
         y: tuple=(0, 1),      # range of the vertical axis
         xlabel: str='',
         *,
-        ylabel: str='',
+        ylabel: str='',       # names of the axes, with their units
         width: int=440,       # of the drawing, in CSS pixels
         height: int=360,
     ):
@@ -74,14 +74,26 @@ class Chart:
 
 # %% ../../nbs/61_report.charts.ipynb #ed21e4a5
 @patch
-def line(self:Chart, x, y, cls: str='a', label: str='', dash: bool=False) -> Chart:
+def line(self:Chart,
+    x,                # (N,) in data coordinates
+    y,                # (N,)
+    cls: str='a',     # colour: 'a' to 'd', or 'm' for muted
+    label: str='',    # in the legend; '': not there
+    dash: bool=False, # dashed
+) -> Chart:
     "A line through the points."
     style = f'class="ln {cls}"' + (' stroke-dasharray="5 4"' if dash else '')
     return self._add(f'<polyline {style} points="{self._points(x, y)}"/>', label,
         f'<line {style} x1="0" x2="22" y1="5" y2="5"/>')
 
 @patch
-def band(self:Chart, x, low, high, cls: str='a', label: str='') -> Chart:
+def band(self:Chart,
+    x,             # (N,) in data coordinates
+    low,           # (N,) lower edge
+    high,          # (N,) upper edge
+    cls: str='a',  # colour
+    label: str='', # in the legend
+) -> Chart:
     "The area between two lines."
     x,low,high = (np.asarray(o, float) for o in (x, low, high))
     points = self._points(np.r_[x, x[::-1]], np.r_[low, high[::-1]])
@@ -89,7 +101,16 @@ def band(self:Chart, x, low, high, cls: str='a', label: str='') -> Chart:
         f'<rect class="bd {cls}" width="22" height="10"/>')
 
 @patch
-def points(self:Chart, x, y, low=None, high=None, cls: str='a', *, label: str='', titles=None) -> Chart:
+def points(self:Chart,
+    x,             # (N,) in data coordinates
+    y,             # (N,)
+    low=None,      # (N,) lower ends of error bars
+    high=None,     # (N,) upper ends
+    cls: str='a',  # colour
+    *,
+    label: str='', # in the legend
+    titles=None,   # (N,) texts on hovering
+) -> Chart:
     "Dots, with vertical error bars from `low` to `high` and a text for each on hovering."
     out,px,py = [],self.px(x),self.py(y)
     if low is not None:
@@ -101,7 +122,13 @@ def points(self:Chart, x, y, low=None, high=None, cls: str='a', *, label: str=''
     return self._add(''.join(out), label, f'<circle class="dt {cls}" cx="11" cy="5" r="3.5"/>')
 
 @patch
-def bars(self:Chart, edges, heights, cls: str='a', label: str='', base=0.) -> Chart:
+def bars(self:Chart,
+    edges,         # (N + 1,) along x
+    heights,       # (N,)
+    cls: str='a',  # colour
+    label: str='', # in the legend
+    base=0.,       # where they stand, a number or (N,)
+) -> Chart:
     "Bars between `edges` (N + 1) of `heights` (N), standing on `base` (a number or N)."
     e = self.px(edges)
     h = self.py(np.asarray(base) + np.asarray(heights))
@@ -112,7 +139,11 @@ def bars(self:Chart, edges, heights, cls: str='a', label: str='', base=0.) -> Ch
     return self._add(out, label, f'<rect class="br {cls}" width="22" height="10"/>')
 
 @patch
-def vline(self:Chart, x: float, label: str='', cls: str='m') -> Chart:
+def vline(self:Chart,
+    x: float,      # in data coordinates
+    label: str='', # in the legend
+    cls: str='m',  # colour
+) -> Chart:
     "A dashed vertical line over the whole height."
     return self.line([x, x], self.yr, cls, label, dash=True)
 
@@ -126,9 +157,11 @@ def _axes(self:Chart) -> str:
             f'y2="{bottom}"/><text x="{self.px(v):.1f}" y="{bottom+16}" text-anchor="middle">{_number(v)}</text>')
     for v in ticks(*self.yr):
         out.append(f'<line class="gr" x1="{self.left}" x2="{right}" y1="{self.py(v):.1f}" '
-            f'y2="{self.py(v):.1f}"/><text x="{self.left-7}" y="{self.py(v)+4:.1f}" text-anchor="end">{_number(v)}</text>')
+            f'y2="{self.py(v):.1f}"/><text x="{self.left-7}" y="{self.py(v)+4:.1f}" '
+            f'text-anchor="end">{_number(v)}</text>')
     out.append(f'<path class="ax" d="M{self.left} {self.top}V{bottom}H{right}"/>')
-    out.append(f'<text class="lb" x="{(self.left+right)/2:.0f}" y="{self.height-8}" text-anchor="middle">{escape(self.xlabel)}</text>')
+    out.append(f'<text class="lb" x="{(self.left+right)/2:.0f}" y="{self.height-8}" '
+        f'text-anchor="middle">{escape(self.xlabel)}</text>')
     mid = (self.top+bottom)/2
     out.append(f'<text class="lb" x="13" y="{mid:.0f}" text-anchor="middle" transform="rotate(-90 13 '
         f'{mid:.0f})">{escape(self.ylabel)}</text>')
@@ -140,7 +173,9 @@ def svg(self:Chart) -> str:
     rows = ''.join(f'<g transform="translate({self.left} {self.height+6+i*18})">{key}<text class="lg" x="30" '
         f'y="9">{escape(label)}</text></g>' for i,(label,key) in enumerate(self.legend))
     height = self.height + (8 + 18*len(self.legend) if self.legend else 0)
-    head = f'<svg class="chart" role="img" viewBox="0 0 {self.width} {height}" style="max-width:{self.width}px" aria-label="{escape(f"{self.title}. {self.desc}".strip())}">'
+    label = escape(f"{self.title}. {self.desc}".strip())
+    head = (f'<svg class="chart" role="img" viewBox="0 0 {self.width} {height}" '
+        f'style="max-width:{self.width}px" aria-label="{label}">')
     return f'{head}<title>{escape(self.title)}</title>{self._axes()}{"".join(self.marks)}{rows}</svg>'
 
 @patch
@@ -148,10 +183,12 @@ def _repr_html_(self:Chart) -> str: return f'<style>{CHART_CSS}</style>{self.svg
 
 # %% ../../nbs/61_report.charts.ipynb #da6e7483
 CHART_CSS = """
-.chart{--a:#0a5ea8;--b:#b4480a;--c:#2c7a39;--d:#7b3fa0;--m:#667085;--grid:#d5dae1;width:100%;height:auto;display:block;color:inherit;font:12px system-ui,sans-serif}
+.chart{--a:#0a5ea8;--b:#b4480a;--c:#2c7a39;--d:#7b3fa0;--m:#667085;--grid:#d5dae1;
+width:100%;height:auto;display:block;color:inherit;font:12px system-ui,sans-serif}
 @media screen and (prefers-color-scheme:dark){.chart{--a:#6db8ff;--b:#ffab6b;--c:#7fd08e;--d:#d0a2f0;--m:#a3aebd;--grid:#3a4452}}
 .chart text{fill:currentColor}.chart .lb,.chart .lg{font-size:12.5px}
 .chart .a{--k:var(--a)}.chart .b{--k:var(--b)}.chart .c{--k:var(--c)}.chart .d{--k:var(--d)}.chart .m{--k:var(--m)}
-.chart .ln{stroke:var(--k);stroke-width:2;fill:none;stroke-linejoin:round}.chart .bd{fill:var(--k);opacity:.2}.chart .dt{fill:var(--k)}.chart .br{fill:var(--k);opacity:.75}
+.chart .ln{stroke:var(--k);stroke-width:2;fill:none;stroke-linejoin:round}
+.chart .bd{fill:var(--k);opacity:.2}.chart .dt{fill:var(--k)}.chart .br{fill:var(--k);opacity:.75}
 .chart .gr{stroke:var(--grid);stroke-width:1}.chart .ax{stroke:currentColor;stroke-width:1.2;fill:none}
 """.strip()

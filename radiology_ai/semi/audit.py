@@ -14,7 +14,7 @@ import pandas as pd
 # %% ../../nbs/54_semi.audit.ipynb #77ad30f1
 from ..core import DataError
 from ..metrics.intervals import wilson_ci
-from ..train.learner import predict_scores
+from ..train.learner import predict_probabilities
 
 # %% ../../nbs/54_semi.audit.ipynb #2f9ee913
 def pseudo_labels(
@@ -27,7 +27,7 @@ def pseudo_labels(
     `DataError`."""
     for c in [truth] if isinstance(truth, str) else truth or []:
         if c not in rows: raise DataError(f"The rows have no column {c!r}", "Name a column that is there")
-    p,vocab = predict_scores(learn, learn.dls.test_dl(rows, bs=bs), activation=True)[0],list(learn.dls.vocab)
+    p,vocab = predict_probabilities(learn, learn.dls.test_dl(rows, bs=bs))[0],list(learn.dls.vocab)
     if np.asarray(learn.dls.train_ds.targets).ndim==1:
         known = rows[truth].to_numpy(object) if truth is not None else np.full(len(rows), np.nan, object)
         return pd.DataFrame(dict(image_id=rows.image_id.to_numpy(), label='',

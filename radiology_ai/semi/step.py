@@ -26,7 +26,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 # %% ../../nbs/50_semi.step.ipynb #41fbe379
 from ..core import DataError, ModelError, rng
-from ..data.load import XrayDataLoaders, XrayDataset, XrayDL, _after_batch, category_codes, label_matrix
+from ..data.codes import category_codes, label_matrix
+from ..data.dataset import XrayDataset
+from ..data.load import XrayDataLoaders, XrayDL, batch_transforms
 from ..data.sampler import PairedBatchSampler
 from ..data.split import assert_no_leakage
 from ..train.callbacks import Precision
@@ -139,7 +141,7 @@ def semi_dataloaders(
     train_ds.bs = int(bs)
     codes = np.where(y>=0, y, np.nan) if y.ndim==1 else y
     sampler = PairedBatchSampler(codes, bs, mu, min_per_class, n_batches, seed=seed, among=among)
-    loader = lambda ds, n, s: XrayDL(ds, n, s, num_workers=n_workers, after_batch=_after_batch(channels))
+    loader = lambda ds, n, s: XrayDL(ds, n, s, num_workers=n_workers, after_batch=batch_transforms(channels))
     dls = XrayDataLoaders(loader(train_ds, sampler.bs+sampler.n_unlabelled, sampler),
         loader(valid_ds, valid_bs, None), store=store, labels=labels, channels=channels)
     return dls.to(device or default_device())

@@ -25,7 +25,7 @@ import pandas as pd
 from ..core import DataError, RadiologyError
 from ..preprocess.store import Preprocess
 
-# %% ../../nbs/65_tasks.base.ipynb #8cbc95ad
+# %% ../../nbs/65_tasks.base.ipynb #eee575c6
 @dataclass(frozen=True)
 class Settings:
     "What a run is made of."
@@ -47,7 +47,9 @@ class Settings:
         for name,least in (('epochs', 1), ('bs', 2), ('min_per_class', 0), ('folds', 0), ('seed', 0)):
             if getattr(self, name)<least:
                 raise DataError(f"The setting {name} is {getattr(self, name)}", f"Give at least {least}")
-        if self.folds==1: raise DataError("The setting folds is 1", "Give 0 for one split, or at least 2 folds")
+        if self.folds in (1, 2):
+            raise DataError(f"The setting folds is {self.folds}",
+                "Give 0 for one split, or at least 3 folds: in turn one is the test, one the validation")
         if not self.lr>0: raise DataError(f"The setting lr is {self.lr}", "Give a learning rate above 0")
         if not (self.train>0 and self.valid>0 and self.train+self.valid<1):
             raise DataError(f"The shares of the patients are train={self.train} and valid={self.valid}",

@@ -36,7 +36,8 @@ from radiology_ai.tasks.run import (
     run_state,
     write_record,
 )
-from ..train.learner import run_record, xray_learner
+from ..train.learner import xray_learner
+from ..train.record import run_record
 
 # %% ../../nbs/67_tasks.fit.ipynb #a7f0eb04
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from torch import nn
 from ..core import DataError, RadiologyError, plain, progress
 from ..data.labels import make_manifest, read_labels
 from ..findings import Finding
+from ..losses.base import ClassAnswer
 from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
-from ..report.figures import evaluate_table, figure
+from ..report.evaluation import evaluate_table
+from ..report.figures import figure
 
 # %% ../../nbs/66_tasks.kinds.ipynb #4a651604
 def stored_batches(
@@ -91,7 +93,7 @@ def task_manifest(
     return task.answer.checked(df, settings),flow
 
 # %% ../../nbs/66_tasks.kinds.ipynb #e83e77dd
-class GradedLoss(nn.Module):
+class GradedLoss(ClassAnswer, nn.Module):
     """Cross-entropy of the grade plus `binary` times the cross-entropy of grade 0 against all others; logits
     (B, C), targets (B,)."""
     def __init__(self,
@@ -113,9 +115,6 @@ class GradedLoss(nn.Module):
         grade = F.cross_entropy(logits, target, self.weight, label_smoothing=self.smoothing)
         if logits.shape[1]==2 or not self.binary: return grade
         return grade + self.binary*F.binary_cross_entropy_with_logits(any_grade(logits), (target>0).float())
-
-    def activation(self, logits): return logits.float().softmax(-1)
-    def decodes(self, logits): return logits.argmax(-1)
 
 def any_grade(
     logits: torch.Tensor, # (B, C)

@@ -1,4 +1,4 @@
-"""What happens around the steps of a training: seeds, averages, precision, the best epoch, checks, and figures for a tracker
+"""What happens around the steps of a training: seeds, averages, precision, the best epoch, checks
 
 Docs: https://lluissalord.github.io/radiology_ai/train.callbacks.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/train.callbacks.html.md"""
 
 # %% auto #0
 __all__ = ['ValidAUROC', 'SeededRun', 'KeepBest', 'all_finite', 'Plateau', 'EMA', 'Accumulate', 'Precision', 'CheckBatches',
-           'TrainingBar', 'LogTensorBoard', 'LogMLflow']
+           'TrainingBar']
 
 # %% ../../nbs/46_train.callbacks.ipynb #f678a782
 import hashlib
@@ -25,7 +25,7 @@ from fasttransform import Transform
 from torch.amp import GradScaler
 
 # %% ../../nbs/46_train.callbacks.ipynb #e937c181
-from ..core import DataError, ModelError, optional, progress
+from ..core import DataError, ModelError, progress
 from ..metrics.running import AUROC, scores_auroc
 
 # %% ../../nbs/46_train.callbacks.ipynb #dcc7dc4a
@@ -39,12 +39,15 @@ class SeededRun(Callback):
     after it."""
     order = -100
     def __init__(self, seed: int=0):
-        self.seed,self.epochs,self.batches,self.kept,self.hook = seed,0,0,None,None
+        self.seed,self.epochs,self.batches = seed,0,0
+        self.kept = self.hook = None
 
     def _sow(self, *keys):
         seed = int(hashlib.sha256(f'{self.seed} {keys}'.encode()).hexdigest()[:8], 16)
         # torch.manual_seed takes milliseconds before CUDA has begun
-        torch.default_generator.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
         if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
         elif torch.backends.mps.is_available(): torch.mps.manual_seed(seed)
 
@@ -52,7 +55,8 @@ class SeededRun(Callback):
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self.kept = (torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda)
         self._sow('fit', self.batches)
-        if hasattr(pipe := getattr(self.learn.dls.train, 'after_batch', None), 'fs'):
+        pipe = getattr(self.learn.dls.train, 'after_batch', None)
+        if hasattr(pipe, 'fs'):
             self.hook = _BeforeTransforms(self)
             pipe.add(self.hook)
 
@@ -79,7 +83,9 @@ class SeededRun(Callback):
         if self.hook is not None: self.learn.dls.train.after_batch.fs.remove(self.hook)
         if self.kept is not None:
             state,numpy_state,python_state,cuda = self.kept
-            torch.set_rng_state(state), np.random.set_state(numpy_state), random.setstate(python_state)
+            torch.set_rng_state(state)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
             if cuda is not None: torch.cuda.set_rng_state_all(cuda)
         self.kept = self.hook = None
     def after_error(self): self.after_fit()
@@ -296,7 +302,8 @@ class CheckBatches(Callback):
             raise DataError(f"All pixels of {'an image' if bad.sum()==1 else f'{int(bad.sum())} images'} are "
                 f"{float(low[bad][0]):.4g}{self.images(bad)}",
                 "Check the preprocessing and the augmentation, or leave these images out")
-        n = len(vocab) if (vocab := getattr(self.learn.dls, 'vocab', None)) is not None else None
+        vocab = getattr(self.learn.dls, 'vocab', None)
+        n = None if vocab is None else len(vocab)
         for y in self.learn.yb:
             self._check_target(y.as_subclass(torch.Tensor) if torch.is_tensor(y) else y, n)
 
@@ -316,13 +323,10 @@ class CheckBatches(Callback):
 
     def images(self, which=None) -> str:
         "The identifiers of the current batch's images, or of those where `which` (B,) is true."
-        try: rows = list(self.learn.dl._DataLoader__idxs)
-        except (AttributeError, TypeError): return ''
+        batches = getattr(self.learn.dl, 'batch_rows', None) # of an `XrayDL`
         items = getattr(self.learn.dl.dataset, 'items', None)
-        k = self.iter - (self.learn.__dict__.get('start_batch', 0) if self.training else 0)
-        if not rows or not isinstance(items, pd.DataFrame) or 'image_id' not in items: return ''
-        bs = self.learn.dl.bs
-        rows = rows[k] if isinstance(rows[0], (list, tuple)) else rows[k*bs:(k+1)*bs]
+        if not batches or not isinstance(items, pd.DataFrame) or 'image_id' not in items: return ''
+        rows = batches[self.iter - (self.learn.__dict__.get('start_batch', 0) if self.training else 0)]
         if which is not None: rows = [r for r,w in zip(rows, which.tolist()) if w]
         ids = items.image_id.iloc[list(rows)].astype(str).tolist()
         return f" (images {', '.join(ids[:8])}{', ...' if len(ids)>8 else ''})"
@@ -340,62 +344,3 @@ class TrainingBar(Callback):
             + ', '.join(f'{k} {v:.4f}' for k,v in figures if v is not None), file=sys.stderr)
     def after_fit(self): self.bar.close()
     def after_error(self): self.bar.close()
-
-class _Tracker(Callback):
-    """Gives `figure(name, value, step)` the loss and the rates every few steps and the recorder's figures
-    after each epoch."""
-    order,watches = 80,True
-    def __init__(self, every: int): self.every,self.steps = every,0
-    def after_batch(self):
-        if not self.training: return
-        self.steps += 1
-        if self.steps%self.every: return
-        self.figure('loss', self.learn.loss.item(), self.steps)
-        for k,h in enumerate(self.learn.opt.hypers): self.figure(f'lr_{k}', float(h['lr']), self.steps)
-    def after_epoch(self):
-        for name,v in zip(list(self.recorder.metric_names)[1:], self.recorder.values[-1]):
-            if v is not None and name!='time': self.figure(name, float(v), self.steps)
-    def after_error(self): self.after_fit()
-    def state_dict(self) -> dict: return dict(steps=self.steps)
-    def load_state_dict(self, d): self.steps = d['steps']
-
-class LogTensorBoard(_Tracker):
-    "Figures of a run for TensorBoard. Raises `MissingPackageError` where it is not installed."
-    def __init__(self,
-        folder,        # where the event files are written
-        every: int=10, # steps between two values of the loss
-    ):
-        super().__init__(every)
-        self.make = optional('torch.utils.tensorboard', 'tracking').SummaryWriter
-        self.folder = str(folder)
-        self.writer = None
-    def figure(self, name, value, step):
-        if self.writer is None: self.writer = self.make(self.folder, purge_step=step)
-        self.writer.add_scalar(name, value, step)
-    def after_fit(self):
-        if self.writer is not None: self.writer.close()
-        self.writer = None
-
-class LogMLflow(_Tracker):
-    """Figures of a run for MLflow, in one run for all phases, also after a kill. Raises `MissingPackageError`
-    where it is not installed."""
-    def __init__(self,
-        experiment: str='radiology_ai', # made if there is none
-        uri=None,                       # of the tracking server or data base, such as 'sqlite:///runs.db'; None: MLflow's own setting
-        every: int=10,                  # steps between two values of the loss
-    ):
-        super().__init__(every)
-        self.client = optional('mlflow', 'tracking').MlflowClient(tracking_uri=None if uri is None
-            else str(uri))
-        self.experiment = experiment
-        self.run_id = None
-    def figure(self, name, value, step):
-        if self.run_id is None:
-            found = self.client.get_experiment_by_name(self.experiment)
-            self.run_id = self.client.create_run(found.experiment_id if found
-                else self.client.create_experiment(self.experiment)).info.run_id
-        self.client.log_metric(self.run_id, name, value, step=step)
-    def after_fit(self):
-        if self.run_id is not None: self.client.set_terminated(self.run_id)
-    def state_dict(self) -> dict: return dict(steps=self.steps, run_id=self.run_id)
-    def load_state_dict(self, d): self.steps,self.run_id = d['steps'],d['run_id']

@@ -152,12 +152,14 @@ class Checkpoint(Callback):
         if not self.path.exists(): return 0
         self.state = read_checkpoint(self.path)
         old = self.state['run']
-        if changed := [k for k in sorted({*old, *self.identity}) if old.get(k)!=self.identity.get(k)]:
-            k = changed[0]
+        changed = [k for k in sorted({*old, *self.identity}) if old.get(k)!=self.identity.get(k)]
+        if changed:
+            k,more = changed[0],f', and {len(changed)-1} more differ' if len(changed)>1 else ''
             raise ModelError(f"{self.folder} holds another run: {k} was {_short(old.get(k))} and is "
-                f"{_short(self.identity.get(k))}{f', and {len(changed)-1} more differ' if len(changed)>1 else ''}", "Give the same data and arguments to go on, or another folder for a new run")
-        if other := [f'{k} {old_v} -> {versions.get(k)}' for k,old_v in self.state['versions'].items()
-                if old_v!=versions.get(k)]:
+                f"{_short(self.identity.get(k))}{more}",
+                "Give the same data and arguments to go on, or another folder for a new run")
+        other = [f'{k} {v} -> {versions.get(k)}' for k,v in self.state['versions'].items() if v!=versions.get(k)]
+        if other:
             warnings.warn(f"The run goes on with {', '.join(other)}: the last digits may differ",
                 stacklevel=3)
         self.phase = self.state['phase']
@@ -203,10 +205,10 @@ class Checkpoint(Callback):
         finite."""
         learn,self.due = self.learn,False
         weights = learn.model.state_dict()
-        if bad := [k for k,v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
-            raise ModelError(f"The weights {bad[0]} are no longer "
-                f"finite{f' after epoch {position[0]}, batch {position[1]}' if position else ''}; "
-                f"{self.path} holds the last good state",
+        bad = [k for k,v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+        if bad:
+            when = f' after epoch {position[0]}, batch {position[1]}' if position else ''
+            raise ModelError(f"The weights {bad[0]} are no longer finite{when}; {self.path} holds the last good state",
                 "Lower the learning rate, clip the gradients, or look at the images")
         write_checkpoint(self.path, dict(run=self.identity, versions=self.versions, phase=self.phase,
             position=position or (0, 0), fitting=position is not None, model=weights,

@@ -119,7 +119,8 @@ def erase_(
     boxes: torch.Tensor, # (B, 4) x1, y1, x2, y2 as fractions; NaN for none
 ) -> torch.Tensor:
     "Rectangles filled with the mean of their image."
-    if not (present := _present(boxes)): return x
+    present = _present(boxes)
+    if not present: return x
     means = x.mean((1,2,3))
     for i in present:
         x1,y1,x2,y2 = to_pixels(boxes[i], *x.shape[-2:]).int().tolist()
@@ -128,14 +129,14 @@ def erase_(
 
 def collimate_(
     x: torch.Tensor,     # (B, ..., H, W), changed: images or masks
-    field: torch.Tensor, # (B, 5) x1, y1, x2, y2 as fractions of what stays visible, and the value outside; NaN for none
+    field: torch.Tensor, # (B, 5) x1, y1, x2, y2 of what stays visible, value outside; NaN for none
     value: float|None=None, # instead of the field's
 ) -> torch.Tensor:
     "What lies outside the field blanked."
     for i in _present(field):
         x1,y1,x2,y2 = to_pixels(field[i,:4], *x.shape[-2:]).int().tolist()
         v = float(field[i,4]) if value is None else value
-        x[i,...,:y1,:],x[i,...,y2:,:],x[i,...,:,:x1],x[i,...,:,x2:] = v,v,v,v
+        for part in (x[i,...,:y1,:], x[i,...,y2:,:], x[i,...,:,:x1], x[i,...,:,x2:]): part.fill_(v)
     return x
 
 @functools.cache
@@ -148,12 +149,13 @@ def _letters() -> np.ndarray:
 
 def mark_(
     x: torch.Tensor,      # (B, C, H, W), changed
-    marker: torch.Tensor, # (B, 5) x, y of its middle and its height as fractions, letter (0: L, 1: R), brightness; NaN for none
+    marker: torch.Tensor, # (B, 5) x, y of its middle, height, letter (0: L, 1: R), brightness; NaN for none
 ) -> torch.Tensor:
     "A lead letter on the film."
     h,w = x.shape[-2:]
     for i in _present(marker):
-        cx,cy,size,letter,bright = marker[i].tolist()
+        cx,cy,size = marker[i,:3].tolist()
+        letter,bright = marker[i,3:].tolist()
         n = max(round(size*h), 4)
         x1,y1 = (int(min(max(round(c*s-n/2), 0), max(s-n, 0))) for c,s in ((cx, w), (cy, h)))
         glyph = torch.from_numpy(cv2.resize(_letters()[int(letter)], (n, n),

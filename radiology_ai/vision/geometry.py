@@ -92,8 +92,8 @@ def read_images(
     corners = np.array([[0, 0, 1], [w, 0, 1], [0, h, 1], [w, h, 1]], float)
     ahead = ((inverse[:,2] @ corners.T)>1e-3).all(1) # no horizon in the image
     if bend is not None:
-        (by,bx),bend = ((_spline((torch.arange(n)+.5)/n, bend.shape[-1]).numpy()
-            for n in (h, w))),bend.float().numpy()*np.float32([[[w]], [[h]]])
+        by,bx = (_spline((torch.arange(n)+.5)/n, bend.shape[-1]).numpy() for n in (h, w))
+        bend = bend.float().numpy()*np.float32([[[w]], [[h]]])
     flags,border = cv2.INTER_LINEAR if mode=='bilinear' else cv2.INTER_NEAREST,_BORDER[padding]
     def one(i):
         if moved is not None and not moved[i]: new[i] = old[i]
@@ -217,7 +217,8 @@ def move_boxes(
 
 def unmove_boxes(
     boxes: torch.Tensor,    # (B, N, 4) in moved images
-    matrix: torch.Tensor, size: tuple, box_from: str='edges', bend: torch.Tensor|None=None, # as in `move_boxes`
+    matrix: torch.Tensor, size: tuple,                        # as in `move_boxes`
+    box_from: str='edges', bend: torch.Tensor|None=None,      # likewise
 ) -> torch.Tensor:
     "(B, N, 4) upright boxes where the content was, clipped to the image."
     around = _around(boxes, box_from, lambda p: unmove_points(p, matrix, bend, size))

@@ -1,4 +1,4 @@
-"""Several views of one film, each prediction laid back on the film, and their mean
+"""Several variants of one film, each prediction laid back on the film, and their mean
 
 Docs: https://lluissalord.github.io/radiology_ai/vision.tta.html.md"""
 
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 # %% ../../nbs/42_vision.tta.ipynb #54388f95
 from ..core import DataError, ModelError
-from .augment import BatchAugment, Draw
+from .augment import BatchAugment
+from .draw import Draw
 from .geometry import move_points, unmove_boxes, unmove_points
 
 # %% ../../nbs/42_vision.tta.ipynb #4fcf6019
@@ -22,14 +23,13 @@ def undo_maps(
     maps: torch.Tensor,  # (B, C, h, w) maps of the moved images, at any resolution
     mode: str='bilinear',# or 'nearest', for masks
 ) -> tuple:
-    """(B, C, h, w) the maps laid back on the original images, 0 where the view did not show them, and (B, 1,
-    h, w) what it showed (1 or 0)."""
+    """(B, C, h, w) the maps laid back on the original images, 0 where the moved image did not show them, and
+    (B, 1, h, w) what it showed (1 or 0)."""
     h,w = maps.shape[-2:]
     x,y = ((torch.arange(n, device=maps.device, dtype=torch.float32)+.5) for n in (w, h))
-    pixels = torch.stack([x.expand(h, w), y[:,None].expand(h, w)], -1).reshape(1, -1, 2).expand(len(maps), -1,
-        2)
-    at = move_points(pixels, draw.matrix(h, w), draw.bend, (h, w),
-        steps=20)*(2/torch.tensor([w, h], device=maps.device)) - 1
+    pixels = torch.stack([x.expand(h, w), y[:,None].expand(h, w)], -1).reshape(1, -1, 2)
+    at = move_points(pixels.expand(len(maps), -1, 2), draw.matrix(h, w), draw.bend, (h, w), steps=20)
+    at = at*(2/torch.tensor([w, h], device=maps.device)) - 1
     at = torch.nan_to_num(at, nan=9).reshape(len(maps), h, w, 2)
     seen = (at.abs()<=1).all(-1)[:,None]
     values = maps if maps.is_floating_point() else maps.float()
@@ -57,11 +57,11 @@ def undo_boxes(
 def predict_tta(
     f,                  # (B, C, H, W) -> (B, ...) scores or (B, C, h, w) maps
     x: torch.Tensor,    # (B, C, H, W) in [0, 1]
-    aug: BatchAugment,  # which views; gentle ones are best
-    n: int=4,           # views besides the film itself
+    aug: BatchAugment,  # which variants; gentle ones are best
+    n: int=4,           # variants besides the film itself
 ) -> torch.Tensor:
-    "The mean prediction of `f` over n + 1 views, maps laid back on the film."
-    if n<0: raise DataError(f"n is {n}", "Give the number of views, 0 or more")
+    "The mean prediction of `f` over n + 1 variants, maps laid back on the film."
+    if n<0: raise DataError(f"n is {n}", "Give the number of variants, 0 or more")
     total = f(x)
     maps = total.ndim==4
     if not total.is_floating_point() or len(total)!=len(x):

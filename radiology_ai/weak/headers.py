@@ -26,7 +26,7 @@ from ..data.labels import make_manifest
 from ..data.load import xray_dataloaders
 from ..data.split import patient_split
 from ..metrics.ranking import auroc
-from ..train.learner import predict_scores, xray_learner
+from ..train.learner import predict_probabilities, xray_learner
 from ..vision.augment import BatchAugment
 
 # %% ../../nbs/50_weak.headers.ipynb #542fff76
@@ -279,7 +279,7 @@ def metadata_report(
 ) -> pd.DataFrame:
     """A row a column: `task`, `column`, `n` validation images for which it is known, `share` of ones, `auroc`
     (NaN where all are alike)."""
-    scores,targets = predict_scores(learn, learn.dls.valid, activation=True)
+    scores,targets = predict_probabilities(learn, learn.dls.valid)
     rows = []
     for i,c in enumerate(learn.loss_func.columns):
         t,s = targets[:, i],scores[:, i]

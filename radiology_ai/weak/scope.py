@@ -32,7 +32,7 @@ from ..data.labels import make_manifest
 from ..data.load import xray_dataloaders, xray_test_dl
 from ..data.split import patient_split
 from ..dicom.index import index_dicoms
-from ..losses.labels import WeightedCrossEntropy
+from ..losses.base import WeightedCrossEntropy
 from ..metrics.recalibration import TemperatureScaling, recalibration_from
 from ..models.bundle import Bundle, load_bundle, save_bundle
 from ..preprocess.scale import preprocess_folder
