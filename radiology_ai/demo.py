@@ -56,7 +56,7 @@ def heat_near(
     truth,at = truth.set_index('image_id').loc[rows.image_id],[store.position(i) for i in rows.image_id]
     distance = []
     for i,heat,t in zip(at, heat_maps(model, store, at, task.answer.heat()), truth.itertuples()):
-        x,y = store.radiograph(i).to_stored(hottest(heat)[::-1])
+        x,y = store.radiograph(i).to_stored(hottest(heat))
         distance.append(math.hypot(x-t.x, y-t.y)*t.spacing_mm)
     radius = task.demo.radius_mm
     hits,n = int((np.array(distance)<=radius).sum()),len(rows)

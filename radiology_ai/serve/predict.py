@@ -196,5 +196,5 @@ def _draw(table, i, heat, store, out):
     seen,film = store.radiograph(i),read_radiograph(table.path[i])
     name = picture_name(i, table.path[i])
     with atomic_path(out/name) as tmp: cv2.imwrite(str(tmp), heat_picture(film, seen, heat)[...,::-1])
-    x,y = seen.to_stored(hottest(heat)[::-1])
+    x,y = seen.to_stored(hottest(heat))
     table.loc[i, ['picture','hot_x','hot_y']] = [name, round(x, 1), round(y, 1)]

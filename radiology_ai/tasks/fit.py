@@ -70,6 +70,7 @@ def make_plan(
     settings: Settings,
     store: ImageStore,
     labels,                # a table or its path
+    *,
     old: dict|None=None,   # the record of a plan that has been made before: its copies are taken, not searched
     show: bool=False,
 ) -> Plan:
@@ -150,12 +151,13 @@ def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: di
     threshold = answer.tune(parts[0], vocab)
     table = answer.thresholds(pd.concat(parts, ignore_index=True), threshold)
     save_bundle(learn, bundle, recipe=plan.store.recipe, vocab=vocab, task=task.name, arch=s.arch, threshold=threshold,
+        stage=stage.name, settings=asdict(s), answer=answer.spec(),
         card={'label': s.label, 'images': len(rows), 'patients': int(rows.patient_id.nunique())})
     with atomic_path(folder/'scores.csv') as tmp: table.to_csv(tmp, index=False)
     write_record(folder/'fit.json', {'fit': run_record(learn)})
     return learn.model
 
-def _fitted(plan, stage, place, rows, earlier, show):
+def _fitted(plan, stage, place, rows, earlier, *, show):
     "The network of a fit, made now or before."
     folder,bundle = place
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +179,7 @@ def _fit_all(plan: Plan, out: Path, show, say) -> tuple[list, list]:
         manifest,earlier,scored = plan.manifest.assign(split=split),{},{}
         for stage in plan.task.stages:
             place = _places(out, fit, stage, plan.task)
-            earlier[stage.name] = _fitted(plan, stage, place, stage.rows(manifest, scored), earlier, show)
+            earlier[stage.name] = _fitted(plan, stage, place, stage.rows(manifest, scored), earlier, show=show)
             scored[stage.name] = read_exactly(place[0]/'scores.csv')
             records.append(read_record(place[0]/'fit.json')['fit'])
         tables.append(scored[plan.task.stages[-1].name].assign(fold=k))
@@ -233,7 +235,7 @@ def train_task(
     store = store if isinstance(store, ImageStore) else ImageStore(store)
     old = read_record(out/('run.json' if state=='whole' else 'plan.json'))
     old = old | {'store': old.get('store_fingerprint', old['store'])} if old else None
-    plan = make_plan(task, s, store, labels, None if overwrite else old, show)
+    plan = make_plan(task, s, store, labels, old=None if overwrite else old, show=show)
     if old is not None and not overwrite:
         changed = _difference(old, plan.record)
         if changed:

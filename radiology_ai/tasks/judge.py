@@ -25,7 +25,7 @@ from ..preprocess.store import ImageStore
 from ..report.card import Example, ReportData
 from ..report.page import choose_examples, write_report
 from .base import Task, make_settings
-from .kinds import UNLABELLED, stored_batches, task_manifest
+from .kinds import channels_of, stored_batches, task_manifest
 from .run import load_models, read_run
 
 # %% ../../nbs/68_tasks.judge.ipynb #405fcb03
@@ -108,8 +108,8 @@ def heat_maps(
     target=None,       # as of `gradcam`; None: the likeliest output
 ) -> np.ndarray:
     "(N, size, size) heat in [0, 1]."
-    n = getattr(model, 'config', {}).get('n_in', 1)
-    out = [np.asarray(gradcam(model, x.expand(-1, n, -1, -1), target=target)) for x in stored_batches(store, positions, 16, False)]
+    batches = stored_batches(store, positions, 16, channels=channels_of(model), show=False)
+    out = [np.asarray(gradcam(model, x, target=target)) for x in batches]
     return np.concatenate(out) if out else np.zeros((0, store.recipe.size, store.recipe.size), np.float32)
 
 # %% ../../nbs/68_tasks.judge.ipynb #29ec90ca
@@ -130,7 +130,7 @@ def report_run(
     flow = record['flow']
     left_out = [k for k in list(flow)[1:list(flow).index('used')]]
     grades = evaluation.figures['grades']
-    d = ReportData(title=task.title, table=evaluation.table, task=task.question,
+    d = ReportData(title=task.title, table=evaluation.table, figures=evaluation.figures, task=task.question,
         subgroups=tuple(_shown(task, evaluation.table)), grade_names=grades['names'] if grades else None, manifest=run.manifest,
         flow={f'- {k}' if k in left_out else k: v for k,v in flow.items()}, unreadable=record['unreadable'],
         curves=[_curves(r) for r in record['fits']], facts=facts, examples=examples_of(task, run, evaluation, store) if store is not None else [],
