@@ -30,9 +30,10 @@ from radiology_ai.data.split import patient_split
 from radiology_ai.metrics.ranking import auroc
 from radiology_ai.models.backbone import XrayModel, create_model
 from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
+from radiology_ai.semi.load import semi_dataloaders
 from radiology_ai.semi.mixmatch import MixMatch
-from radiology_ai.semi.step import gentle, harsh, semi_dataloaders
-from radiology_ai.train.learner import predict_logits, predict_probabilities, xray_learner
+from radiology_ai.semi.step import gentle, harsh
+from radiology_ai.train.learner import predict_scores, xray_learner
 
 
 class Store:
@@ -114,7 +115,7 @@ def digit_run(name: str, seed: int, args) -> tuple[float, float]:
         dls = semi_dataloaders(store, t, 'digit', bs=16, mu=1 if name=='mixmatch' else args.mu,
             n_batches=args.epoch, seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, DIGITS[name](weak, strong), lr=args.lr)
-    p,y = predict_logits(learn, dls.valid)
+    p,y = predict_scores(learn, dls.valid)
     return float((p.argmax(1)!=y).mean()),time.perf_counter()-start
 
 class Endless:
@@ -219,7 +220,7 @@ def chest_run(name: str, seed: int, store, args):
     model = create_model('resnet10t', len(vocab), pretrained=False, batchnorm=False, seed=seed, **WIDTH)
     learn = fit(dls, model, args.steps, seed, None if CHEST[name] is None else CHEST[name](args), args.lr,
         args.wd, args.ema)
-    return predict_probabilities(learn, xray_test_dl(dls, t[t.split==args.split]))[0],learn.history
+    return predict_scores(learn, xray_test_dl(dls, t[t.split==args.split]), activation=True)[0],learn.history
 
 def macro(truth, p, vocab) -> float:
     "AUROC, or the mean of each class against the rest."

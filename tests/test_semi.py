@@ -13,34 +13,23 @@ from radiology_ai.core import DataError, ModelError, rng
 from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.models.backbone import XrayModel
 from radiology_ai.semi.audit import audit, audit_curve, pseudo_labels
-from radiology_ai.semi.fixmatch import (
-    FixedThreshold,
-    FixMatch,
-    FlexMatch,
-    FlexThreshold,
-    FreeMatch,
-    FreeThreshold,
-    MeanTeacher,
-    SoftMatch,
-    SoftThreshold,
-    consistency,
-)
-from radiology_ai.semi.mixmatch import MixMatch, distance, mix_pairs, mix_shares, sharpen
-from radiology_ai.semi.step import (
+from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch, consistency
+from radiology_ai.semi.guess import (
     Alignment,
+    FixedThreshold,
+    FlexThreshold,
+    FreeThreshold,
+    SoftThreshold,
     as_shares,
     as_target,
     class_shares,
-    frozen_statistics,
-    gentle,
-    harsh,
-    interleaved,
     log_probabilities,
-    ramp_up,
-    semi_dataloaders,
+    sharpen,
 )
-from radiology_ai.train.learner import predict_logits, xray_learner
-from radiology_ai.train.record import run_record
+from radiology_ai.semi.load import semi_dataloaders
+from radiology_ai.semi.mixmatch import MixMatch, distance, mix_pairs, mix_shares
+from radiology_ai.semi.step import frozen_statistics, gentle, harsh, interleaved, ramp_up
+from radiology_ai.train.learner import predict_scores, run_record, xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
 # ---------------------------------------------------------------- the oracle: NumPy, float64, from the papers
@@ -421,7 +410,7 @@ def test_loaders_pair_and_hide():
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_learns_something(name, multi):
     learn = train(METHODS[name](), steps=30, multi=multi, n_out=3, epochs=2, ema=.9)
-    p,y = predict_logits(learn, learn.dls.valid)
+    p,y = predict_scores(learn, learn.dls.valid)
     right = (p.argmax(1)==(y.argmax(1) if multi else y)).mean()
     assert right>.6 and np.isfinite(p).all()
     last = learn.history[-1]
