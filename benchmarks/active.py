@@ -1,10 +1,14 @@
-"""Does active learning pay? Real chests of children (normal or pneumonia), labels hidden and given out in rounds, each strategy against random picks over several seeds.
+"""Does active learning pay? Real chests of children (normal or pneumonia), labels hidden and given out in
+rounds, each strategy against random picks over several seeds.
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/active.py [--seeds 5] [--strategies random,entropy,...]
 
-`chest_child` (Kermany 2018) at 48 pixels; patients divided once into 68 % pool, 30 % test and 2 % of which nothing is made. A small network (resnet10t, random weights)
-is trained anew after each round, for a fixed number of steps, and its last weights are judged by the AUROC on the test patients. The goal is the mean AUROC with all labels less 0.02.
-Each seed has its own first labels, weights and order of batches; the strategies share them. Labels needed are interpolated between rounds; a seed that never reaches the goal counts as infinite.
+`chest_child` (Kermany 2018) at 48 pixels; patients divided once into 68 % pool, 30 % test and 2 % of which
+nothing is made. A small network (resnet10t, random weights)
+is trained anew after each round, for a fixed number of steps, and its last weights are judged by the AUROC on
+the test patients. The goal is the mean AUROC with all labels less 0.02.
+Each seed has its own first labels, weights and order of batches; the strategies share them. Labels needed are
+interpolated between rounds; a seed that never reaches the goal counts as infinite.
 """
 import os
 
@@ -37,7 +41,8 @@ def manifest_of(data: Path, store):
 
 def run(job):
     "The curve of one strategy and seed, or the AUROC with all labels."
-    store, data, strategy, seed, start, step, rounds, steps = job
+    store, data, strategy, seed = job[:4]
+    start, step, rounds, steps = job[4:]
     import torch
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
@@ -82,8 +87,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         store = preprocess_folder(Path(data)/'chest_child/images', Path(folder)/'store',
             recipe('chest', size=SIZE), workers=args.workers, show=False)
-        jobs = [(str(store.path), data, s, seed, args.start, args.step, args.rounds, args.steps)
-            for s in ['all', *args.strategies.split(',')] for seed in range(args.seeds)]
+        size = args.start, args.step, args.rounds, args.steps
+        jobs = [(str(store.path), data, s, seed, *size) for s in ['all', *args.strategies.split(',')]
+            for seed in range(args.seeds)]
         out = []
         with ProcessPoolExecutor(args.workers, mp_context=get_context('spawn')) as pool:
             for r in pool.map(run, jobs):

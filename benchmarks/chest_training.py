@@ -1,9 +1,13 @@
-"""Real chests, trained from random weights: radiology_ai beside fastai's vision_learner with its own transforms, on the same images, splits, network and epochs.
+"""Real chests, trained from random weights: radiology_ai beside fastai's vision_learner with its own
+transforms, on the same images, splits, network and epochs.
 
-    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/chest_training.py [child] [nih] [labels] [--seeds 3] [--epochs 8] [--size 96]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/chest_training.py [child] [nih] [labels]
+        [--seeds 3] [--epochs 8] [--size 96]
 
-child:  paediatric chests (Kermany 2018), pneumonia or normal.   nih: ChestX-ray14, any finding or none.   labels: its findings with 40 positives or more, several labels.
-Patients are divided once, 55 to 15 to 30 %. Both train a resnet18 from random weights and keep their last epoch. Each seed has other weights, batches and draws. The interval of the difference comes from
+child:  paediatric chests (Kermany 2018), pneumonia or normal.   nih: ChestX-ray14, any finding or none.
+        labels: its findings with 40 positives or more, several labels.
+Patients are divided once, 55 to 15 to 30 %. Both train a resnet18 from random weights and keep their last
+epoch. Each seed has other weights, batches and draws. The interval of the difference comes from
 drawing the test patients anew, for the mean over the seeds of (mean over the labels of) the AUROC.
 """
 import argparse
@@ -41,7 +45,8 @@ from radiology_ai.train.learner import predict_probabilities, xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
 DATA = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])
-FINDINGS = 'Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia'.split()
+FINDINGS = ('Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation '
+    'Edema Emphysema Fibrosis Pleural_Thickening Hernia').split()
 
 
 def table(task: str) -> tuple[pd.DataFrame, list, Path]:
@@ -57,7 +62,7 @@ def table(task: str) -> tuple[pd.DataFrame, list, Path]:
     return t, labels, folder
 
 
-def ours(t, labels, folder, args, seed, store):
+def ours(t, labels, folder, args, seed, *, store):
     "Scores (N, C) of the test images, and the seconds of training."
     ids = dict(zip(store.index.path.map(lambda p: Path(p).name), store.index.image_id))
     t = t.assign(image_id=t.path.map(lambda p: ids[Path(p).name]))
@@ -73,7 +78,7 @@ def ours(t, labels, folder, args, seed, store):
     return (p if len(labels)>1 else p[:, 1:]), seconds
 
 
-def plain(t, labels, folder, args, seed, store):
+def plain(t, labels, folder, args, seed, *, store):
     "The same of a plain fastai learner."
     several = len(labels)>1
     rows = t[t.split!='test'].assign(is_valid=lambda d: d.split=='valid',
@@ -108,7 +113,7 @@ def compare(task: str, args, folder: Path):
     scores, seconds = {'ours': [], 'fastai': []}, {'ours': 0., 'fastai': 0.}
     for seed in range(args.seeds):
         for name, f in (('ours', ours), ('fastai', plain)):
-            p, s = f(t, labels, images, args, seed, store)
+            p, s = f(t, labels, images, args, seed, store=store)
             scores[name].append(p)
             seconds[name] += s
         print(f'{task} seed {seed}: ' + ', '.join(f'{n} {mean_auroc(y, v[-1]):.3f}'

@@ -1,13 +1,21 @@
-"""Self-supervised pretraining: what a step costs beside lightly's own example loop, and what it is worth on real chests with few labels.
+"""Self-supervised pretraining: what a step costs beside lightly's own example loop, and what it is worth on
+real chests with few labels.
 
-    python benchmarks/pretraining.py step [--methods simclr moco ...] [--bs 32] [--size 64] [--rounds 7] [--batches 4] [--threads 1]
-    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/pretraining.py chest [--methods ...] [--epochs 10] [--seeds 5] [--labels 20] [--minutes 40] [--out FILE.csv]
+    python benchmarks/pretraining.py step [--methods simclr moco ...] [--bs 32] [--size 64] [--rounds 7]
+        [--batches 4] [--threads 1]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/pretraining.py chest [--methods ...] [--epochs 10]
+        [--seeds 5] [--labels 20] [--minutes 40] [--out FILE.csv]
 
-step:   an epoch of `ssl_learner` and of lightly's example loop take turns, with the same network, batch, views, heads and losses. `ready`: the views lie ready for both, so that only the step is compared; `whole`: ours with its own
-        views, lightly's with its own transform for that method (of grey images, by PIL, in the same process). Medians over the rounds, and the ratio within each round.
-chest:  a network is pretrained on unlabelled chests (the training patients of chest_child and all of chest_nih). Then, for each seed, `labels` images of each class of chest_child (normal, bacterial, viral; one image a patient) are drawn,
-        a linear probe is fitted on the frozen features and the network is fine-tuned, beside random weights with the same labels, schedule and augmentation. Macro AUROC on the test patients. The interval of the difference draws test patients
-        and seeds anew. There is one pretraining a method.
+step:   an epoch of `ssl_learner` and of lightly's example loop take turns, with the same network, batch,
+        views, heads and losses. `ready`: the views lie ready for both, so that only the step is compared;
+        `whole`: ours with its own views, lightly's with its own transform for that method (of grey images, by
+        PIL, in the same process). Medians over the rounds, and the ratio within each round.
+chest:  a network is pretrained on unlabelled chests (the training patients of chest_child and all of
+        chest_nih). Then, for each seed, `labels` images of each class of chest_child (normal, bacterial,
+        viral; one image a patient) are drawn, a linear probe is fitted on the frozen features and the network
+        is fine-tuned, beside random weights with the same labels, schedule and augmentation. Macro AUROC on
+        the test patients. The interval of the difference draws test patients and seeds anew. There is one
+        pretraining a method.
 """
 import argparse
 import os
@@ -148,7 +156,8 @@ def chest(args):
     patients = pd.factorize(test.patient_id)[0]
     print(f"{int((table.split=='train').sum())} images to pretrain on "
         f"({table[table.split=='train'].patient_id.nunique()} patients), {len(test)} to test "
-        f"({patients.max()+1} patients), {args.labels} labels a class, {args.seeds} seeds, {args.network}, {args.size} px", flush=True)
+        f"({patients.max()+1} patients), {args.labels} labels a class, {args.seeds} seeds, {args.network}, "
+        f"{args.size} px", flush=True)
     base, rows, took = {}, [], 0.
     def record(name, scores, plain):
         for how in ('probe', 'tuned'):
@@ -191,7 +200,7 @@ def example(name: str, body, n: int, s: dict) -> tuple:
     import lightly.models.utils as utils
     f = lambda x, net=body: net(x).mean((2, 3))
     if name=='mae': return example_mae(body, s, parts, utils)
-    if name in ('swav', 'dino'): return example_crops(name, body, n, s, parts, utils, losses, f)
+    if name in ('swav', 'dino'): return example_crops(name, body, n, s, parts, utils=utils, losses=losses, f=f)
     head = getattr(parts, METHODS[name].projector)(n, s['hidden'], s['dim'])
     if name in ('simclr', 'barlow', 'vicreg'):
         loss = dict(simclr=losses.NTXentLoss, barlow=losses.BarlowTwinsLoss, vicreg=losses.VICRegLoss)[name]()
@@ -204,7 +213,9 @@ def example(name: str, body, n: int, s: dict) -> tuple:
             return .5*(loss(guess(z[0]), z[1].detach()) + loss(guess(z[1]), z[0].detach()))
         return [body, head, guess], step
     body_m, head_m = copy.deepcopy(body).requires_grad_(False), copy.deepcopy(head).requires_grad_(False)
-    def follow(): utils.update_momentum(body, body_m, .99), utils.update_momentum(head, head_m, .99)
+    def follow():
+        utils.update_momentum(body, body_m, .99)
+        utils.update_momentum(head, head_m, .99)
     def ask(x):
         with torch.no_grad(): return head_m(f(x, body_m))
     if name=='moco':
@@ -221,7 +232,7 @@ def example(name: str, body, n: int, s: dict) -> tuple:
     return [body, head, guess], step
 
 
-def example_crops(name, body, n, s, parts, utils, losses, f):
+def example_crops(name, body, n, s, parts, *, utils, losses, f):
     "The same for the methods with small crops."
     import copy
     if name=='swav':
@@ -239,7 +250,8 @@ def example_crops(name, body, n, s, parts, utils, losses, f):
     loss = losses.DINOLoss(s['prototypes'])
     head_m.load_state_dict(head.state_dict())
     def step(v):
-        utils.update_momentum(body, body_m, .996), utils.update_momentum(head, head_m, .996)
+        utils.update_momentum(body, body_m, .996)
+        utils.update_momentum(head, head_m, .996)
         with torch.no_grad(): teacher = [head_m(f(x, body_m)) for x in v[:2]]
         return loss(teacher, [head(f(x)) for x in v], epoch=0)
     return [body, head], step
@@ -343,12 +355,13 @@ def compare_steps(name, how, store, manifest, args) -> str:
         return time.process_time()-start
     took = []
     learn.create_opt()
-    for k in range(args.rounds+1):
+    for _ in range(args.rounds+1):
         learn.fit(1)
         took.append((clock.taken[-1], theirs()))
     ours, their = np.array(took[1:]).T/args.batches
     r = ours/their
-    return f'{name:8} {how}: ours {np.median(ours):.3f}  lightly {np.median(their):.3f}  ratio {np.median(r):.2f} ({r.min():.2f} to {r.max():.2f})'
+    return (f'{name:8} {how}: ours {np.median(ours):.3f}  lightly {np.median(their):.3f}  '
+        f'ratio {np.median(r):.2f} ({r.min():.2f} to {r.max():.2f})')
 
 
 def main():

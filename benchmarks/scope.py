@@ -1,14 +1,20 @@
-"""Does the out-of-scope filter keep the wanted films and nothing else? A mixed folder of DICOM files, learnt from headers that are partly missing or wrong, judged on other patients.
+"""Does the out-of-scope filter keep the wanted films and nothing else? A mixed folder of DICOM files, learnt
+from headers that are partly missing or wrong, judged on other patients.
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/scope.py --settings real [--seeds 3] [--work DIR]
 
-Learnt: simulated knees, chests, hands and hips as DICOM of many makers. Of their headers 74 % are right, 13 % say nothing, 6 % contradict themselves and 7 % name another part throughout.
+Learnt: simulated knees, chests, hands and hips as DICOM of many makers. Of their headers 74 % are right, 13 %
+say nothing, 6 % contradict themselves and 7 % name another part throughout.
   simulated   nothing else is learnt: real films are judged by a network that has never seen one
-  real        also a part of the real films: knees (knee_oai, its own split `train`), chests (chest_nih and chest_child, half of the patients)
+  real        also a part of the real films: knees (knee_oai, its own split `train`), chests (chest_nih and
+              chest_child, half of the patients)
   no_hips     as `real`, without any hip; no_hands, no_chests, no_real_chests: likewise
-Judged, the same folder for all: simulated films of other seeds, the other half of the real patients, `chest_covid` (never learnt), the real DICOMs of `dicom`, `dicom_edge` and pydicom, broken files.
-Nothing is chosen on judged films: temperature and limit of distance come from validation patients of the learnt ones. Intervals: Wilson with the design effect of patients; unreadable files are counted apart.
-A film is wanted if it shows a frontal knee. Without RADIOLOGY_AI_REAL_DATA only `simulated` is run, on simulated films.
+Judged, the same folder for all: simulated films of other seeds, the other half of the real patients,
+`chest_covid` (never learnt), the real DICOMs of `dicom`, `dicom_edge` and pydicom, broken files.
+Nothing is chosen on judged films: temperature and limit of distance come from validation patients of the
+learnt ones. Intervals: Wilson with the design effect of patients; unreadable files are counted apart.
+A film is wanted if it shows a frontal knee. Without RADIOLOGY_AI_REAL_DATA only `simulated` is run, on
+simulated films.
 """
 import os
 
@@ -17,6 +23,7 @@ import argparse
 import tempfile
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +91,8 @@ def simulated(job):
 
 def converted(job):
     "Write a real film without header as DICOM with one; its row of the truth."
-    folder, file, part, patient, source = job
+    folder, file = job[:2]
+    part, patient, source = job[2:]
     from radiology_ai.core import rng
     from radiology_ai.dicom.read import read_radiograph
     from radiology_ai.phantom.hospital import write_dicom
@@ -131,9 +139,10 @@ def loose_files(data):
     for name in ('dicom', 'dicom_edge'):
         said = pd.read_csv(data/name/'manifest.csv').set_index('path')['labels'].to_dict()
         out += [(str(f), part(str(said.get(f.name, ''))), name) for f in sorted((data/name).glob('*.dcm'))]
-    for root in (Path(pydicom.__file__).parent/'data/test_files',
-            *( [Path(__import__('data_store').__file__).parent/'data']
-            if __import__('importlib').util.find_spec('data_store') else [] )):
+    roots = [Path(pydicom.__file__).parent/'data/test_files']
+    more = find_spec('data_store')
+    if more: roots.append(Path(more.origin).parent/'data')
+    for root in roots:
         out += [(str(f), 'OTHER', 'pydicom') for f in sorted(root.rglob('*.dcm'))]
     return out
 
@@ -174,8 +183,9 @@ def stores(work, size, workers):
     return out
 
 
-def learn_filter(setting, seed, truth, index, store, args):
-    "A filter learnt from the headers of the films of a setting."
+def learn_filter(setting, seed, folder, args):
+    "A filter learnt from the headers of the films of a setting; `folder` is one of `stores`."
+    truth, index, store = folder
     from radiology_ai.weak.headers import metadata_labels
     from radiology_ai.weak.scope import OutOfScope, scope_learner, scope_manifest
     leave = {'no_hips': 'HIP', 'no_hands': 'HAND', 'no_chests': 'CHEST'}.get(setting)
@@ -187,7 +197,7 @@ def learn_filter(setting, seed, truth, index, store, args):
     learn = scope_learner(store, manifest, args.arch, pretrained=False, seed=seed, outliers=args.outliers,
         mixup=args.mixup, lr=args.lr)
     learn.fit_two_phase(args.epochs)
-    return OutOfScope.fit(learn, 'KNEE', views=args.views, slack=args.slack), manifest, labels
+    return OutOfScope.fit(learn, 'KNEE', draws=args.draws, slack=args.slack), manifest, labels
 
 
 def judge(table):
@@ -216,7 +226,8 @@ def judge(table):
     return pd.DataFrame(rows, columns=['films', 'decision', 'n', 'patients', 'share', 'low', 'high'])
 
 
-def main():
+def options():
+    "Of the command line."
     parser = argparse.ArgumentParser(description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--settings', default='simulated,real,no_hips')
@@ -229,11 +240,37 @@ def main():
     parser.add_argument('--lr', type=float, default=4e-3)
     parser.add_argument('--mixup', type=float, default=.2)
     parser.add_argument('--outliers', type=float, default=.25)
-    parser.add_argument('--views', type=int, default=4)
+    parser.add_argument('--draws', type=int, default=4)
     parser.add_argument('--slack', type=float, default=2.)
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--out', type=Path, help='a CSV for the decisions on all films')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(setting, seed, sets, args):
+    "Learn a filter and judge the same folder: its table of figures, printed."
+    truth, _, store = sets['judged']
+    start = time.perf_counter()
+    scope, manifest, labels = learn_filter(setting, seed, sets['learnt'], args)
+    known = labels.merge(sets['learnt'][0], on='path')
+    unsure, other = known.label=='unsure', known.label.isin(['unsure', 'OTHER'])
+    taught = time.perf_counter()-start
+    table = scope.sort(store).merge(truth, on='path')
+    each = (time.perf_counter()-start-taught)/len(store)*1e3
+    print(f"\n{setting}, seed {seed}: {len(manifest)} weak labels, {int(unsure.sum())} unsure, "
+        f"{int(((known.label!=known.part) & ~other).sum())} wrong; temperature {scope.scaling.temperature:.2f}, "
+        f"{len(scope.suspects)} headers contradicted, {taught:.0f} s to learn, {each:.0f} ms a film")
+    figures = judge(table).assign(setting=setting, seed=seed)
+    if args.out:
+        path = args.out.with_name(f'{args.out.stem}_{setting}_{seed}.csv')
+        table.assign(setting=setting, seed=seed).to_csv(path, index=False)
+    print(figures.drop(columns=['setting', 'seed']).to_string(index=False, float_format=lambda v: f'{v:.4f}'),
+        flush=True)
+    return figures
+
+
+def main():
+    args = options()
     import torch
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
@@ -244,31 +281,11 @@ def main():
         work.mkdir(parents=True, exist_ok=True)
         make_folders(work, data, args.workers)
         sets = stores(work, args.size, args.workers)
-        truth, index, store = sets['judged']
+        truth, _, store = sets['judged']
         print(f"{len(sets['learnt'][0])} films to learn from, {len(truth)} to judge, {len(store.errors)} of "
             f"these not readable or copies; {time.perf_counter()-start:.0f} s", flush=True)
-        results = []
-        for setting in [s for s in args.settings.split(',') if data or s=='simulated']:
-            for seed in range(args.seeds):
-                start = time.perf_counter()
-                scope, manifest, labels = learn_filter(setting, seed, *sets['learnt'], args)
-                known = labels.merge(sets['learnt'][0], on='path')
-                taught = time.perf_counter()-start
-                table = scope.sort(store).merge(truth, on='path')
-                print(f"\n{setting}, seed {seed}: {len(manifest)} weak labels, "
-                    f"{int((known.label=='unsure').sum())} unsure, "
-                    f"{int(((known.label!=known.part) & ~known.label.isin(['unsure', 'OTHER'])).sum())} wrong; "
-                      f"temperature {scope.scaling.temperature:.2f}, {len(scope.suspects)} headers "
-                      f"contradicted, {taught:.0f} s to learn, {(time.perf_counter()-start-taught)/len(store)*1e3:.0f} ms a film")
-                figures = judge(table).assign(setting=setting, seed=seed)
-                results.append(figures)
-                if args.out:
-                    table.assign(setting=setting,
-                        seed=seed).to_csv(args.out.with_name(f'{args.out.stem}_{setting}_{seed}.csv'),
-                        index=False)
-                print(figures.drop(columns=['setting', 'seed']).to_string(index=False,
-                    float_format=lambda v: f'{v:.4f}'), flush=True)
-        t = pd.concat(results)
+        settings = [s for s in args.settings.split(',') if data or s=='simulated']
+        t = pd.concat([run(s, seed, sets, args) for s in settings for seed in range(args.seeds)])
         print('\nOver seeds: mean (least to most)')
         print(t.groupby(['setting', 'films', 'decision'],
             sort=False).share.agg(['mean', 'min', 'max']).map(lambda v: f'{v:.4f}').to_string())

@@ -1,12 +1,18 @@
-"""Few labels: MixMatch, FixMatch and their relatives beside the same network trained on the labels alone, with the same augmentation and the same number of steps.
+"""Few labels: MixMatch, FixMatch and their relatives beside the same network trained on the labels alone,
+with the same augmentation and the same number of steps.
 
     python benchmarks/semi.py digits [--seeds 5] [--methods fixmatch mixmatch ...]
-    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/semi.py chest [--task two|three] [--seeds 5] [--cache FOLDER]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/semi.py chest [--task two|three] [--seeds 5]
+        [--cache FOLDER]
     python benchmarks/semi.py step
 
-digits: scikit-learn's digits, 4 labels a class, a small convolutional network; the error on a held-out third. Each seed has other labelled images, weights, batches and draws.
-chest:  paediatric chests (Kermany 2018) at 64 px, patients apart; normal or pneumonia with 5 labels a class (AUROC), normal, bacterial or viral with 20 (macro AUROC). The interval of a difference comes from drawing seeds and test patients anew.
-step:   a training step with a method, as a ratio to a bare loop of the forward and backward passes that its arithmetic needs.
+digits: scikit-learn's digits, 4 labels a class, a small convolutional network; the error on a held-out third.
+        Each seed has other labelled images, weights, batches and draws.
+chest:  paediatric chests (Kermany 2018) at 64 px, patients apart; normal or pneumonia with 5 labels a class
+        (AUROC), normal, bacterial or viral with 20 (macro AUROC). The interval of a difference comes from
+        drawing seeds and test patients anew.
+step:   a training step with a method, as a ratio to a bare loop of the forward and backward passes that its
+        arithmetic needs.
 """
 import argparse
 import hashlib
@@ -54,7 +60,7 @@ def small(n_out: int, seed: int, width: int=32) -> XrayModel:
             nn.Linear(2*width, n_out)), {})
 
 
-def fit(dls, model, steps: int, seed: int, cb=None, lr: float=3e-3, wd: float=.05, ema: float=.99):
+def fit(dls, model, steps: int, seed: int, cb=None, *, lr: float=3e-3, wd: float=.05, ema: float=.99):
     "Train for `steps` batches; the average of the weights is kept."
     learn = xray_learner(dls, model, pretrained=False, lr=lr, wd=wd, seed=seed, monitor=None, ema=ema,
         metrics=[], cbs=[] if cb is None else [cb])
@@ -122,7 +128,8 @@ class Endless:
     """Batches of a few labelled rows, `n_batches` an epoch: as many steps as a semi-supervised epoch has,
     over the labels alone."""
     def __init__(self, n: int, bs: int, n_batches: int, seed: int):
-        self.n,self.bs,self.n_batches,self.seed,self.epoch = n,bs,n_batches,seed,0
+        self.n,self.bs,self.n_batches = n,bs,n_batches
+        self.seed,self.epoch = seed,0
     def __len__(self): return self.n_batches
     def set_epoch(self, epoch: int):
         self.epoch = int(epoch)
@@ -218,8 +225,8 @@ def chest_run(name: str, seed: int, store, args):
             mu=args.mix_mu if name.startswith('mix') else args.mu, n_batches=args.epoch, seed=seed,
             device='cpu')
     model = create_model('resnet10t', len(vocab), pretrained=False, batchnorm=False, seed=seed, **WIDTH)
-    learn = fit(dls, model, args.steps, seed, None if CHEST[name] is None else CHEST[name](args), args.lr,
-        args.wd, args.ema)
+    learn = fit(dls, model, args.steps, seed, None if CHEST[name] is None else CHEST[name](args),
+        lr=args.lr, wd=args.wd, ema=args.ema)
     return predict_scores(learn, xray_test_dl(dls, t[t.split==args.split]), activation=True)[0],learn.history
 
 def macro(truth, p, vocab) -> float:
@@ -270,7 +277,8 @@ def report(args, truth, patients, vocab, scores):
         s = gen.integers(seeds, size=seeds)
         for n,v in scores.items(): draws[n].append(np.mean([macro(truth[i], v[k][i], vocab) for k in s]))
     print(f'chest, {", ".join(vocab)}: {args.per_class or (5 if args.task=="two" else 20)} labels a class, '
-        f'{args.steps} steps, {args.size} px, {seeds} seeds, {len(truth)} {args.split} images of {patients.max()+1} patients')
+        f'{args.steps} steps, {args.size} px, {seeds} seeds, {len(truth)} {args.split} images of '
+        f'{patients.max()+1} patients')
     for n,v in each.items():
         d = np.array(draws[n])-np.array(draws['supervised'])
         print(f'  {n:12s} {v.mean():.4f} (sd {v.std(ddof=1) if seeds>1 else 0:.4f}; {v.min():.4f} to '
@@ -280,11 +288,13 @@ def report(args, truth, patients, vocab, scores):
 
 # ---------------------------------------------------------------- step
 
+# unlabelled images for each labelled one, and of n and u: images with a gradient, and without
 STEP = {'fixmatch': (FixMatch, 4., lambda n, u: (n+2*u, 0)),
     'flexmatch': (FlexMatch, 4., lambda n, u: (n+2*u, 0)),
     'freematch': (FreeMatch, 4., lambda n, u: (n+2*u, 0)),
     'softmatch': (SoftMatch, 4., lambda n, u: (n+2*u, 0)),
-        'meanteacher': (MeanTeacher, 4., lambda n, u: (n+u, u)), 'mixmatch': (MixMatch, 1., lambda n, u: (n+2*u, 2*u))} # images with a gradient, and without
+    'meanteacher': (MeanTeacher, 4., lambda n, u: (n+u, u)),
+    'mixmatch': (MixMatch, 1., lambda n, u: (n+2*u, 2*u))}
 
 class StepTimes(Callback):
     "Processor seconds between the ends of training batches."
@@ -361,7 +371,7 @@ def main():
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
-    globals()[args.what](args)
+    dict(digits=digits, chest=chest, step=step)[args.what](args)
 
 
 if __name__=='__main__': main()

@@ -24,8 +24,8 @@ from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import recipe
 from radiology_ai.train.learner import xray_learner
 from radiology_ai.weak.headers import (
+    BODY_PARTS,
     OTHER,
-    PARTS,
     UNSURE,
     HeaderRules,
     MetadataLoss,
@@ -85,7 +85,7 @@ def test_rules_in_their_order():
     assert [judged(ap, BodyPartExamined='KNEE', view=v).label for v in ('AP', 'LAT', '')]==['KNEE', OTHER,
         UNSURE]
     assert judged(ap, BodyPartExamined='HIP', view='LAT').label=='HIP'
-    own = HeaderRules(parts=PARTS | {'KNEE': PARTS['KNEE'] + '|ARTICULATIO GENUS'})
+    own = HeaderRules(parts=BODY_PARTS | {'KNEE': BODY_PARTS['KNEE'] + '|ARTICULATIO GENUS'})
     assert judged(own, SeriesDescription='Articulatio genus sin.').label=='KNEE' and judged(
         SeriesDescription='Articulatio genus sin.').label==UNSURE
 
@@ -151,7 +151,7 @@ def test_loss_against_an_oracle():
     loss = MetadataLoss(columns)
     for k in range(200):
         gen = rng(k, 'metadata')
-        z, b = gen.normal(size=(gen.integers(1, 9), 9))*3, None
+        z = gen.normal(size=(gen.integers(1, 9), 9))*3
         y = np.zeros_like(z)
         for task, cols in groups.items():
             y[:, cols] = np.eye(len(cols))[gen.integers(len(cols),
@@ -266,7 +266,7 @@ def learnt(tmp_path_factory):
     learn = scope_learner(store, manifest, 'resnet10t', pretrained=False, lr=4e-3, seed=0)
     learn.fit_two_phase(14)
     return dict(root=root, truth=truth, labels=labels, store=store, manifest=manifest, learn=learn,
-        filter=OutOfScope.fit(learn, 'KNEE', views=2))
+        filter=OutOfScope.fit(learn, 'KNEE', draws=2))
 
 
 @pytest.fixture(scope='module')
@@ -346,7 +346,7 @@ def test_too_little_to_learn_from(learnt):
         OutOfScope(**{**learnt['filter'].__dict__, 'wanted': ['FOOT']})
     untrained = scope_learner(store, learnt['manifest'], 'resnet10t', pretrained=False, seed=3)
     with pytest.raises((ModelError, DataError), match='contradicts|calls none|None of'):
-        OutOfScope.fit(untrained, 'KNEE', views=0)
+        OutOfScope.fit(untrained, 'KNEE', draws=0)
 
 
 def test_saved_loaded_and_the_start_of_a_task(learnt, tmp_path):
@@ -390,7 +390,7 @@ def test_readers_have_the_last_word(learnt, mixed, tmp_path):
 
 
 def test_metadata_pretraining_repeats_and_learns(learnt, tmp_path):
-    index, weights = learnt['store'].index, []
+    weights = []
     for _ in range(2):
         learn = metadata_learner(learnt['store'], arch='resnet10t', pretrained=False,
             tasks=('view', 'sex', 'manufacturer'), seed=2)

@@ -164,7 +164,7 @@ def test_flexmatch_against_the_oracle():
         gen,n,c,tau = rng(run, 'flex'),60,int(rng(run).integers(2, 7)),.8
         ours,theirs = FlexThreshold(tau),OFlex(n, c, tau)
         ours.begin(n, n, (1, c), 'cpu')
-        for step in range(10):
+        for _ in range(10):
             rows,q = gen.permutation(n)[:20],o_softmax(gen.normal(size=(20, c))*4)
             close(ours(t64(q)[:,None], rows)[:,0], theirs.mask(q, rows))
         assert ours.state['last'][:,0].tolist()==theirs.said
@@ -176,7 +176,7 @@ def test_freematch_against_the_oracle():
         ours.begin(0, 0, (1, c), 'cpu')
         ours.state.update({k: v.double() for k,v in ours.state.items()})
         for k in ('tau','mean','histogram'): ours.state[k] = torch.full_like(ours.state[k], 1/c)
-        for step in range(10):
+        for _ in range(10):
             a,b = gen.normal(size=(2, 24, c))*gen.uniform(.5, 5)
             p,logp = log_probabilities(t64(a)).exp(),log_probabilities(t64(b))
             used,mask = ours(p, None),theirs.mask(o_softmax(a))
@@ -190,7 +190,7 @@ def test_softmatch_against_the_oracle():
         ours.begin(0, 0, (1, c), 'cpu')
         ours.state.update(mu=torch.full((1,), 1/c, dtype=torch.float64),
             var=torch.ones(1, dtype=torch.float64))
-        for step in range(10):
+        for _ in range(10):
             q = o_softmax(gen.normal(size=(24, c))*gen.uniform(.5, 5))
             close(ours(t64(q)[:,None], None)[:,0], theirs.weight(q))
 
@@ -199,13 +199,13 @@ def test_alignment_against_the_oracle():
         gen,c,means = rng(run, 'align'),4,[]
         prior = gen.dirichlet(np.ones(c))
         ours = Alignment(t64(prior)[None], n=6)
-        for step in range(10):
+        for _ in range(10):
             q = o_softmax(gen.normal(size=(16, c))*2)
             means = (means + [q.mean(0)])[-6:]
             close(ours(t64(q)[:,None])[:,0], o_align(q, prior, means))
 
 def test_float32_is_near_the_oracle():
-    for gen, a, b in batches(40, 'float32'):
+    for _, a, b in batches(40, 'float32'):
         p = log_probabilities(torch.from_numpy(a).float()).exp()
         got = float(consistency(p, log_probabilities(torch.from_numpy(b).float()), FixedThreshold(0)(p, None),
             .5))
@@ -259,13 +259,13 @@ def test_mask_divides_by_all_unlabelled_images():
 def test_ramp():
     assert [ramp_up(s, 10) for s in (0, 5, 10, 99)]==[0, .5, 1, 1]
     np.testing.assert_allclose([ramp_up(s, 10, 'sigmoid') for s in (0, 5, 10)], np.exp([-5, -1.25, 0]))
+    class Spy(FixMatch):
+        def after_loss(self):
+            before = float(self.learn.loss_grad)
+            super().after_loss()
+            seen.append((self.weight_now, float(self.learn.loss_grad)-before, float(self.last_loss)))
     for ramp,steps in ((4, 4), (.5, 5)):
         seen = []
-        class Spy(FixMatch):
-            def after_loss(self):
-                before = float(self.learn.loss_grad)
-                super().after_loss()
-                seen.append((self.weight_now, float(self.learn.loss_grad)-before, float(self.last_loss)))
         train(Spy(tau=0, lambda_u=3., ramp=ramp), steps=10)
         w = [min(k/steps, 1)*3 for k in range(10)]
         np.testing.assert_allclose([s[0] for s in seen], w)
@@ -366,7 +366,7 @@ def network(n_out=2, seed=0):
             nn.BatchNorm2d(12), nn.ReLU())
         return XrayModel(body, nn.Sequential(nn.Flatten(), nn.Dropout(.1), nn.Linear(108, n_out)), {})
 
-def make(cb, n_out=2, steps=4, cbs=(), multi=False, mu=N_U/N_L, dls=None, seed=3, **kwargs):
+def make(cb, n_out=2, steps=4, cbs=(), multi=False, *, mu=N_U/N_L, dls=None, seed=3, **kwargs):
     store,t,labels = data(n_out=n_out, multi=multi)
     dls = dls or semi_dataloaders(store, t, labels, bs=N_L, mu=mu, n_batches=steps, seed=seed, device='cpu')
     return xray_learner(dls, network(n_out), pretrained=False, lr=3e-3, seed=seed, metrics=[], monitor=None,
@@ -468,13 +468,13 @@ def test_hidden_labels_take_no_part():
 
 def test_bf16_gives_all_weights_a_gradient():
     "Casts of a pass without gradient must not be kept for the pass with one."
+    class Spy(Callback):
+        order = -5
+        def before_step(self):
+            grads.append([p.grad is not None and bool(p.grad.abs().sum()>0)
+                for p in self.learn.model.parameters()])
     for cb in (MixMatch(), MeanTeacher(), FixMatch(tau=0)):
         grads = []
-        class Spy(Callback):
-            order = -5
-            def before_step(self):
-                grads.append([p.grad is not None and bool(p.grad.abs().sum()>0)
-                    for p in self.learn.model.parameters()])
         train(cb, steps=2, cbs=[Spy()], precision='bf16')
         assert all(sum(g)>=len(g)-2 for g in grads) # a bias before BatchNorm has none
 
@@ -576,14 +576,16 @@ def test_bad_data_is_named():
     store,t,labels = data(n_out=3)
     train_rows = t.split=='train'
     given = lambda table, **k: semi_dataloaders(store, table, labels, bs=N_L, mu=2, device='cpu', **k)
-    for table, words in ((t.assign(y=t.truth), 'none is unlabelled'),
-            (t.assign(y=t.y.where(~train_rows)), 'No training image has a known label'),
-                         (t.assign(y=t.y.where(~train_rows | (t.y!=2))), '2 has no labelled training image'),
-                         (t.assign(y=t.y.where(train_rows)), "split 'valid' has a known label"),
-                         (t.assign(patient_id=np.where(t.index.isin([40, 70]), 'x', t.patient_id)), 'more than one split'), # 40 is unlabelled
-                         (t.assign(split='train'), "No row has split = 'valid'"),
-                         (t.drop(columns='y'), "no label column 'y'"),
-                         (t.assign(Modality=np.where(t.y.notna(), 'DX', 'MR')), "Modality = 'MR'")):
+    shared = t.assign(patient_id=np.where(t.index.isin([40, 70]), 'x', t.patient_id)) # 40 is unlabelled
+    cases = [(t.assign(y=t.truth), 'none is unlabelled'),
+        (t.assign(y=t.y.where(~train_rows)), 'No training image has a known label'),
+        (t.assign(y=t.y.where(~train_rows | (t.y!=2))), '2 has no labelled training image'),
+        (t.assign(y=t.y.where(train_rows)), "split 'valid' has a known label"),
+        (shared, 'more than one split'),
+        (t.assign(split='train'), "No row has split = 'valid'"),
+        (t.drop(columns='y'), "no label column 'y'"),
+        (t.assign(Modality=np.where(t.y.notna(), 'DX', 'MR')), "Modality = 'MR'")]
+    for table,words in cases:
         with pytest.raises(DataError, match=words): given(table)
     with pytest.warns(UserWarning, match='may be out of scope'):
         given(t.assign(BodyPartExamined=np.where((t.index>57), 'HAND', 'KNEE')))

@@ -49,7 +49,9 @@ def images(n: int=60, per_patient: int=2):
     gen = rng(0, 'bars')
     y = np.arange(n)%2
     x = gen.uniform(20, 120, (n, SIDE, SIDE)).astype(np.uint8)
-    for i in np.flatnonzero(y): x[i, (r:=gen.integers(2, 24)):r+6, 4:28] = 230
+    for i in np.flatnonzero(y):
+        r = gen.integers(2, 24)
+        x[i, r:r+6, 4:28] = 230
     return Store(x),pd.DataFrame(dict(image_id=[f'im{i}' for i in range(n)],
         patient_id=[f'p{i//per_patient}' for i in range(n)], split=['train']*(n-16)+['valid']*16, bar=y))
 
@@ -78,7 +80,7 @@ def small(method: str, **changes) -> dict:
         and (k!='queue' or method=='moco')} | changes
 
 
-def learner(method: str, cbs=(), seed: int=0, bs: int=11, views=None, settings=None, collapse=None,
+def learner(method: str, cbs=(), seed: int=0, bs: int=11, views=None, *, settings=None, collapse=None,
         partners=False, lr=5e-3, **kwargs):
     store,manifest = images()
     return ssl_learner(store, manifest, network(method, seed), method, bs=bs, seed=seed, views=views,
@@ -197,8 +199,8 @@ def test_loss_against_numpy_in_float64(method):
         b = int(gen.integers(2, 12))
         d = int(gen.integers(2, 20))
         small_ones = int(gen.integers(0, 3)) if METHODS[method].small else 0
-        draw = lambda rows=b: torch.from_numpy(gen.normal(size=(rows, d)))
-        cosines = lambda rows=b: torch.from_numpy(gen.uniform(-1, 1, (rows, d)))
+        draw = lambda rows=b, d=d: torch.from_numpy(gen.normal(size=(rows, d)))
+        cosines = lambda rows=b, d=d: torch.from_numpy(gen.uniform(-1, 1, (rows, d)))
         out = dict(student=[(cosines if METHODS[method].prototypes else draw)() for _ in range(2+small_ones)])
         if method in ('moco', 'byol', 'simsiam', 'mae'): out['target'] = [draw() for _ in range(2)]
         if method=='moco': out['queue'] = F.normalize(draw(int(gen.integers(0, 30))), dim=1)
