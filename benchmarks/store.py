@@ -34,8 +34,9 @@ from radiology_ai.dicom.stored import decode_stored
 from radiology_ai.phantom.hospital import write_dicom
 from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.xray import expose
+from radiology_ai.preprocess.recipe import Source, prepare, recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import ImageStore, Source, begin_store, join_shards, prepare, recipe, write_shard
+from radiology_ai.preprocess.store import ImageStore, ShardWriter
 
 
 def seconds(f) -> float:
@@ -74,11 +75,14 @@ def made_store(folder: Path, n: int) -> ImageStore:
         image = np.clip(np.roll(image, gen.integers(-20, 20, 2), (0, 1)).astype(np.float32)
             + gen.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
         results.append((image, record | dict(image_id=str(k)), key))
-    begin_store(folder/'store', r, 256)
-    for k in range(0, n, 256):
-        write_shard(folder/'store', k//256, r, [Source(str(i)) for i in range(k, min(k + 256, n))],
-            results[k:k + 256])
-    join_shards(folder/'store', -(-n//256))
+    writer = ShardWriter(folder/'store', r)
+    with writer.alone():
+        writer.begin(n, 256)
+        for k in range(0, n, 256):
+            writer.open_shard(k//256)
+            for i in range(k, min(k + 256, n)): writer.append(Source(str(i)), results[i])
+            writer.seal()
+        writer.finish(-(-n//256))
     return ImageStore(folder/'store')
 
 

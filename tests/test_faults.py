@@ -13,7 +13,7 @@ import pytest
 from radiology_ai.core import DicomError, own_fault
 from radiology_ai.dicom import codecs, deidentify, explore, file, index, quality, read, stored
 from radiology_ai.phantom.hospital import write_dicom
-from radiology_ai.preprocess import scale, store
+from radiology_ai.preprocess import recipe, scale
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,10 +79,10 @@ PLACES = { # module and name of a function of ours, and a call that comes by it
     'walk': (deidentify.Walk, '_element', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
     'values': (deidentify.Walk, '_remember', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
     'residue': (deidentify, 'words_of', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
-    'recipe': (store.Preprocess, 'apply', lambda f, p: store.prepare(store.Source(str(f)), store.recipe('plain'))),
-    'record': (store, 'view', lambda f, p: store.prepare(store.Source(str(f)), store.recipe('plain'))),
+    'recipe': (recipe.Preprocess, 'apply', lambda f, p: recipe.prepare(recipe.Source(str(f)), recipe.recipe('plain'))),
+    'record': (recipe, 'view', lambda f, p: recipe.prepare(recipe.Source(str(f)), recipe.recipe('plain'))),
     'explore': (quality, 'decode_stored', lambda f, p: explore.explore_dicoms(f, pixels='all', show=False)),
-    'folder': (store.Preprocess, 'apply',
+    'folder': (recipe.Preprocess, 'apply',
         lambda f, p: scale.preprocess_folder(f, f.parent/'store', 'plain', workers=1, show=False)),
 }
 
@@ -109,7 +109,7 @@ def test_our_fault_beside_a_decoder(fault, film, monkeypatch):
     with pytest.raises(FAULTS[fault]): read.read_radiograph(film)
 
 
-class FaultyRecipe(store.Preprocess):
+class FaultyRecipe(recipe.Preprocess):
     "A recipe with a fault, in whatever process it runs."
     def apply(self, r): return unnamed()
 

@@ -21,8 +21,9 @@ import pytest
 from radiology_ai.core import DicomError, Radiograph, StoreError, rng
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.xray import expose
+from radiology_ai.preprocess.recipe import Preprocess, Source, prepare, recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import ImageStore, Preprocess, Source, prepare, recipe
+from radiology_ai.preprocess.store import ImageStore
 
 ROOT = Path(__file__).parents[1]
 
