@@ -1,16 +1,20 @@
-"""`BatchAugment` beside kornia's AugmentationSequential and torchvision v2: the same eight operations on one batch, and boxes against a warped-mask oracle.
+"""`BatchAugment` beside kornia's AugmentationSequential and torchvision v2: the same eight operations on one batch,
+and boxes against a warped-mask oracle.
 
     python benchmarks/augment.py [--repeats 9] [--threads 2] [--device cpu] [--draws 10000]
 
-Three chains of eight operations: with two movements (turn with shift and scale, mirror image), with four (turn with shift, scale and shear, perspective, random resized
-crop, mirror image) and with five (elastic bending as well, whose large blur is most of the peers' time). Each image has its own draw: kornia does so by itself; torchvision draws once
-for a call and is therefore called for each image, as its users do; `one draw for all` is its cheaper call for the whole batch. The repeats take turns, so that a busy machine is
-busy for all; the table has medians and their ratios, on the clock and in processor time, which other processes disturb less.
+Three chains of eight operations: with two movements (turn with shift and scale, mirror image), with four (turn with
+shift, scale and shear, perspective, random resized crop, mirror image) and with five (elastic bending as well,
+whose large blur is most of the peers' time). Each image has its own draw: kornia does so by itself; torchvision
+draws once for a call and is therefore called for each image, as its users do; `one draw for all` is its cheaper
+call for the whole batch. The repeats take turns, so that a busy machine is busy for all; the table has medians and
+their ratios, on the clock and in processor time, which other processes disturb less.
 """
 import argparse
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import kornia.augmentation as K
@@ -89,9 +93,9 @@ def speed(repeats: int, device: str):
     for movements,title in (('few', 'two of eight are movements'), ('four', 'four of eight are movements'),
             ('five', 'five of eight are movements')):
         aug,kornia,tv = ours(movements),kornia_chain(movements),torchvision_chain(movements)
-        ways = {'BatchAugment': lambda: aug(x), 'kornia AugmentationSequential': lambda: kornia(x),
-            'torchvision v2, a draw for each image': lambda: torch.stack([tv(i) for i in x]),
-                'torchvision v2, one draw for all': lambda: tv(x)}
+        def each(tv=tv): return torch.stack([tv(i) for i in x])
+        ways = {'BatchAugment': partial(aug, x), 'kornia AugmentationSequential': partial(kornia, x),
+            'torchvision v2, a draw for each image': each, 'torchvision v2, one draw for all': partial(tv, x)}
         t = timed(ways, repeats, device)
         print(f"\n{title}: {len(x)} x 1 x {SIZE} x {SIZE}, {device}, {torch.get_num_threads()} threads, median of {repeats}")
         print(f"{'':40s} {'ms':>8s} {'images/s':>9s} {'x ours':>7s} {'CPU ms':>8s} {'x ours':>7s}")

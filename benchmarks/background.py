@@ -2,10 +2,13 @@
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/background.py [--films 100] [--first 5000] [--pictures FOLDER]
 
-1. simulated knees, chests, hands and hips, 512 px, from seeds that were not used to set the thresholds (those are below 1000): overlap (intersection over union) with the true field,
-   5 % quantile, the same for the collimated ones alone and for a peer by thresholds (black or white areas that fill a good part of a side), body pixels of the true field that were left out,
-   letters found, ms a film with the search for letters and without, as recipes do it;
-2. real films: how many are changed and by how much. `--pictures` writes contact sheets of those changed, to be looked at (not to be published).
+1. simulated knees, chests, hands and hips, 512 px, from seeds that were not used to set the thresholds (those are
+   below 1000): overlap (intersection over union) with the true field, 5 % quantile, the same for the collimated
+   ones alone and for a peer by thresholds (black or white areas that fill a good part of a side), body pixels of
+   the true field that were left out, letters found, ms a film with the search for letters and without, as recipes
+   do it;
+2. real films: how many are changed and by how much. `--pictures` writes contact sheets of those changed, to be
+   looked at (not to be published).
 """
 import argparse
 import os

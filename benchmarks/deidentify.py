@@ -3,8 +3,10 @@
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/deidentify.py [--films 45] [--pictures FOLDER]
 
 Parts, each printed as a line or a small table:
-1. the table: one made-up element a row of Table E.1-1, at the top and in a sequence, for CR and DX; what came out against what the row allows;
-2. a simulated hospital with a planted name, number, date and UID in every row's element: no original byte in the output, intervals and references kept;
+1. the table: one made-up element a row of Table E.1-1, at the top and in a sequence, for CR and DX; what came out
+   against what the row allows;
+2. a simulated hospital with a planted name, number, date and UID in every row's element: no original byte in the
+   output, intervals and references kept;
 3. burned-in text on simulated films (fonts, sizes, polarities, places) and false alarms on films without and on real radiographs.
 """
 import argparse
@@ -42,7 +44,8 @@ VALUES = dict(AE='PLANTEDAE', AS='047Y', CS='PLANTED', DA='19770615', DT='197706
     SH='Planted Sh', ST='Planted st', UC='Planted uc', UT='Planted ut', UR='http://planted.example',
     UI='1.2.826.0.1.4711.99', OB=b'PLANTED!', OW=b'PLANTED!', UN=b'PLANTED!', US=4711, SS=4711,
     UL=4711, FL=47.5, FD=47.5)
-# What the rows with a choice must become, by the Types in PS3.3 (written down here on its own, from the modules: Type 1 replaced, Type 2 emptied, Type 3 removed)
+# What the rows with a choice must become, by the Types in PS3.3 (written down here on its own, from the modules:
+# Type 1 replaced, Type 2 emptied, Type 3 removed)
 TYPE_2 = {'ContentDate', 'ContentTime', 'ContrastBolusAgent', 'PatientSexNeutered',
     'AcquisitionContextSequence'}
 TYPE_1 = {'CR': {'PatientID'}, 'DX': {'PatientID', 'ReferencedPerformedProcedureStepSequence'}}

@@ -7,15 +7,16 @@ gives 2 to 3 : 1) in each transfer syntax. Every reader makes a (512, 512) float
 page cache; one process, one thread; all readers of a file take turns, the median counts (on the clock; the processor's time is beside it,
 which a busy machine disturbs less). What each does and leaves out:
 
-- radiology_ai: `read_radiograph(path, size=(512, 512))`: modality step, window, inversion, padding, header values, geometry; area averages.
-- pydicom: `dcmread`, `pixel_array` by the plugin that pydicom prefers (it is printed), minimum and maximum to [0, 1], OpenCV's area
-  averages. No window, no inversion.
-- fastai.medical: `Path.dcmread`, `hist_scaled` (its way to [0, 1]; `windowed` with the header's window as a second line), torch's area averages.
-  No inversion; the rescale step only.
-- MONAI: `LoadImage` with its PydicomReader (and ITKReader), `ScaleIntensity`, `Resize(mode='area')`. No window, no inversion, no rescale with
-  the PydicomReader's pixel array beyond slope and intercept.
-- torchxrayvision: `read_xray_dcm` ([-1024, 1024] by BitsStored, MONOCHROME1 inverted, no window), `XRayResizer(512)` by scikit-image (two-linear, without
-  area averages) and, as a second line, by OpenCV.
+- radiology_ai: `read_radiograph(path, size=(512, 512))`: modality step, window, inversion, padding, header values,
+  geometry; area averages.
+- pydicom: `dcmread`, `pixel_array` by the plugin that pydicom prefers (it is printed), minimum and maximum to [0, 1],
+  OpenCV's area averages. No window, no inversion.
+- fastai.medical: `Path.dcmread`, `hist_scaled` (its way to [0, 1]; `windowed` with the header's window as a second
+  line), torch's area averages. No inversion; the rescale step only.
+- MONAI: `LoadImage` with its PydicomReader (and ITKReader), `ScaleIntensity`, `Resize(mode='area')`. No window, no
+  inversion, no rescale with the PydicomReader's pixel array beyond slope and intercept.
+- torchxrayvision: `read_xray_dcm` ([-1024, 1024] by BitsStored, MONOCHROME1 inverted, no window),
+  `XRayResizer(512)` by scikit-image (two-linear, without area averages) and, as a second line, by OpenCV.
 - gdcm: decodes to stored integers only: no step to grey, no resizing.
 
 A peer that is not installed is left out with a line; none of them is a dependency of the project.
@@ -27,6 +28,7 @@ for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS',
         'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS', 'NUMEXPR_NUM_THREADS'):
     os.environ[k] = '1'
 import argparse
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -104,7 +106,7 @@ def fastai_medical(way: str):
 
 def monai(reader: str):
     from monai.transforms import Compose, LoadImage, Resize, ScaleIntensity
-    if reader=='ITKReader': import itk  # noqa: F401
+    if reader=='ITKReader': importlib.import_module('itk') # which the reader looks for
     steps = Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True), ScaleIntensity(),
         Resize(SIZE, mode='area')])
     def read(path):
@@ -153,7 +155,8 @@ def make_readers() -> dict:
 
 def one_thread():
     cv2.setNumThreads(1)
-    try: import torch
+    try:
+        import torch
     except ImportError: return
     torch.set_num_threads(1)
 
@@ -302,7 +305,8 @@ def machine():
     cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines()
         if l.startswith('model name')), platform.processor())
     print(f'{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}')
-    names = 'numpy opencv-python-headless pydicom imagecodecs python-gdcm fastai torch monai itk-core torchxrayvision scikit-image pylibjpeg pylibjpeg-openjpeg'.split()
+    names = '''numpy opencv-python-headless pydicom imagecodecs python-gdcm fastai torch monai itk-core
+torchxrayvision scikit-image pylibjpeg pylibjpeg-openjpeg'''.split()
     def version(n):
         try: return importlib.metadata.version(n)
         except importlib.metadata.PackageNotFoundError: return None

@@ -17,8 +17,8 @@ from PIL import Image
 from radiology_ai.dicom.index import image_files, index_dicoms
 from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.phantom.hospital import simulate_hospital
+from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import recipe
 
 
 def timed(f, n: int) -> float:

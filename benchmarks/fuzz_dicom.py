@@ -781,7 +781,8 @@ class Reader:
         import cv2
         cv2.setNumThreads(1)
         from radiology_ai.dicom import index, read
-        try: from radiology_ai.dicom import file, stored
+        try:
+            from radiology_ai.dicom import file, stored
         except ImportError: file = stored = read
         self.read = read.read_radiograph
         self.index = index.index_row

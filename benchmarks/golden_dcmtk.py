@@ -1,12 +1,14 @@
-"""Writes tests/golden.csv: what DCMTK (Debian's dcmtk) shows for each cell of the golden matrix, as hashes; and compares the reader with it.
+"""Writes tests/golden.csv: what DCMTK (Debian's dcmtk) shows for each cell of the golden matrix, as hashes; and
+compares the reader with it.
 
     python benchmarks/golden_dcmtk.py            # compare; writes nothing
     python benchmarks/golden_dcmtk.py --write    # writes tests/golden.csv as well
 
-Where DCMTK deviates from the standard or has no such function, the expected value comes from the formula of PS3.3 C.11 in plain float64
-(`golden_cells.shown`), and those cells are counted by themselves. JPEG 2000 and HTJ2K, which Debian's DCMTK cannot decode, are expected to look
-like the same stored pixels uncompressed. Padding is left out of the comparison with DCMTK, which shows it as grey: here it must be black. The test
-needs no DCMTK: it reads the hashes.
+Where DCMTK deviates from the standard or has no such function, the expected value comes from the formula of PS3.3
+C.11 in plain float64 (`golden_cells.shown`), and those cells are counted by themselves. JPEG 2000 and HTJ2K, which
+Debian's DCMTK cannot decode, are expected to look like the same stored pixels uncompressed. Padding is left out of
+the comparison with DCMTK, which shows it as grey: here it must be black. The test needs no DCMTK: it reads the
+hashes.
 """
 import argparse
 import csv
@@ -24,7 +26,6 @@ from radiology_ai.dicom.read import read_radiograph
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tests'))
-# noqa: E402
 from golden_cells import (
     digest,
     far_from_steps,

@@ -2,10 +2,13 @@
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/knee_locator.py [--n 400] [--pictures FOLDER]
 
-Framings that training has not seen: a whole leg (440 to 520 mm) beside a ruler, with mirrored letters; both legs on a wide film (440 to 520 mm); two knees exposed one after the
-other on one cassette; a joint 20 to 34 mm from an edge of the film. Real knees are crops of 224 pixels (OAI): as they are, within a larger black film, and laid into simulated long legs, scaled and
-turned; no real knee took part in training. The joint in a crop is where the mean of all crops, aligned with it, has its joint: the joint was marked once, in the mean.
-Of ChestX-ray14 only patients with an odd number are judged, since the others took part in training. `--pictures` writes the worst of each kind with the boxes that were found.
+Framings that training has not seen: a whole leg (440 to 520 mm) beside a ruler, with mirrored letters; both legs on
+a wide film (440 to 520 mm); two knees exposed one after the other on one cassette; a joint 20 to 34 mm from an edge
+of the film. Real knees are crops of 224 pixels (OAI): as they are, within a larger black film, and laid into
+simulated long legs, scaled and turned; no real knee took part in training. The joint in a crop is where the mean of
+all crops, aligned with it, has its joint: the joint was marked once, in the mean. Of ChestX-ray14 only patients
+with an odd number are judged, since the others took part in training. `--pictures` writes the worst of each kind
+with the boxes that were found.
 """
 import argparse
 import os

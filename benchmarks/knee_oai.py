@@ -2,7 +2,8 @@
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/knee_oai.py [--folds 5] [--epochs 15] [--size 112] [--seed 0]
 
-Cross-validation over patients: each image is tested once, by a model that has seen neither its patient nor the validation fold. Both train a resnet18 from random weights.
+Cross-validation over patients: each image is tested once, by a model that has seen neither its patient nor the
+validation fold. Both train a resnet18 from random weights.
 """
 import argparse
 import os
@@ -16,9 +17,9 @@ import torch
 from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, resnet18, set_seed, vision_learner
 
 from radiology_ai.metrics.ranking import auroc_ci, delong_test
+from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import recipe
-from radiology_ai.tasks.registry import train
+from radiology_ai.tasks.knee import read_run, train_knee
 
 DATA = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'knee_oai'
 
@@ -33,10 +34,10 @@ def ours(args, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     "Predictions of the folds, the manifest with the folds, and the seconds of training."
     store = preprocess_folder(DATA/'images', folder/'store', recipe('plain', size=args.size))
     start = time.perf_counter()
-    run = train('knee', store, labels(), folder/'run', label='kl2', arch='resnet18', pretrained=False,
+    run = train_knee(store, labels(), folder/'run', label='kl2', arch='resnet18', pretrained=False,
         epochs=args.epochs, lr=2e-3, bs=args.bs, folds=args.folds, seed=args.seed)
     seconds = time.perf_counter()-start
-    manifest, predictions = run.manifest, run.predictions
+    _, manifest, predictions = read_run(run)
     return predictions[predictions.split=='test'], manifest, seconds
 
 

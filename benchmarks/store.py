@@ -3,12 +3,17 @@
     python benchmarks/store.py [--repeats 9] [--images 600] [--files 480] [--skip-scale]
 
 Warm page cache, one thread a process. The three parts:
-1. one 5-megapixel film (2560 x 2048, 12 bits, a simulated knee with the noise of a detector) in JPEG Lossless: the decoder alone (stored integers), `read_radiograph` (grey values in [0, 1]),
-   and `prepare` (reading, locating the knee, finding the exposed field, crop, window, CLAHE, 512 px, record, hash of the file); all take turns, the median counts;
-2. random images of 512 x 512 copied into a batch: from the store, and the same images from PNG files by OpenCV and by Pillow (zlib's usual level);
-3. `preprocess_folder` over copies of that film (copies are prepared like any file, and listed at the end): one process, two, and two workers of a local Dask cluster if it
-   is installed. The start of the processes is included; the images a second without it come from the time between the first shard and the last. The writer's own processor time (with
-   Dask that of the scheduler too, which runs in the same process here) bounds what one writer can take from many workers.
+1. one 5-megapixel film (2560 x 2048, 12 bits, a simulated knee with the noise of a detector) in JPEG Lossless: the
+   decoder alone (stored integers), `read_radiograph` (grey values in [0, 1]), and `prepare` (reading, locating the
+   knee, finding the exposed field, crop, window, CLAHE, 512 px, record, hash of the file); all take turns, the
+   median counts;
+2. random images of 512 x 512 copied into a batch: from the store, and the same images from PNG files by OpenCV and
+   by Pillow (zlib's usual level);
+3. `preprocess_folder` over copies of that film (copies are prepared like any file, and listed at the end): one
+   process, two, and two workers of a local Dask cluster if it is installed. The start of the processes is included;
+   the images a second without it come from the time between the first shard and the last. The writer's own
+   processor time (with Dask that of the scheduler too, which runs in the same process here) bounds what one writer
+   can take from many workers.
 """
 import os
 
@@ -20,6 +25,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -98,7 +104,7 @@ def reading(folder: Path, n: int, repeats: int):
         cv2.IMREAD_UNCHANGED), 'PNG by Pillow': lambda i: np.asarray(Image.open(files[i]))}
     for f in ways.values(): run(f) # everything in the page cache, and checked
     assert all((ways['PNG by OpenCV'](i)==store[i]).all() for i in order[:20])
-    rates = {name: len(order)/np.median([seconds(lambda: run(f)) for _ in range(min(5, repeats))])
+    rates = {name: len(order)/np.median([seconds(partial(run, f)) for _ in range(min(5, repeats))])
         for name, f in ways.items()}
     for name, v in rates.items():
         print(f'{name:40s} {v:10,.0f} images/s' + ('' if name=='store'

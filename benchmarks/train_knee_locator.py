@@ -2,8 +2,9 @@
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/train_knee_locator.py [--films 6000] [--epochs 8] [--workers 2]
 
-Needs torch, which the localiser itself does not. All knees are simulated. Of real radiographs only chests without a knee take part, as what is not to be taken for one: those of
-ChestX-ray14 (NIH Clinical Center; Wang et al., CVPR 2017) whose patient number is even, if RADIOLOGY_AI_REAL_DATA is set. `benchmarks/knee_locator.py` judges on real
+Needs torch, which the localiser itself does not. All knees are simulated. Of real radiographs only chests without a
+knee take part, as what is not to be taken for one: those of ChestX-ray14 (NIH Clinical Center; Wang et al., CVPR
+2017) whose patient number is even, if RADIOLOGY_AI_REAL_DATA is set. `benchmarks/knee_locator.py` judges on real
 knees, on the other half of those patients and on chests of other hospitals.
 """
 import argparse

@@ -5,7 +5,8 @@ A cell is one DICOM file: photometric interpretation, modality step, VOI step, s
 
 - windows (`floor`): DCMTK cuts off, so pixels * (2**depth - 1) are cut off. The picture holds no value whose display lies within 1/64 of
   a step (the exact ends apart), so float32 and float64 agree, and `depth` is the largest for which most values stay.
-- tables (`round`), and 8 bits without a window: DCMTK shows an entry of n bits as it is at n bits of output, so pixels * (2**n - 1) are rounded.
+- tables (`round`), and 8 bits without a window: DCMTK shows an entry of n bits as it is at n bits of output, so
+  pixels * (2**n - 1) are rounded.
 - tables shown inverted (`inverse`): DCMTK shows entry v as M - v*(M - 1)/(M + 1) cut off, M = 2**n - 1, which is one step
   off the standard in the upper half. The entry is found by rounding, then goes through the same line.
 """
@@ -334,8 +335,7 @@ def _extras(ds, cell):
         if cell.extra=='padding range': ds.add_new('PixelPaddingRangeLimit', vr, cell.low + 1)
     if cell.extra.startswith('overlay'):
         h,w = cell.shape
-        for k,(tag,vr,v) in enumerate([(0x10, 'US', h), (0x11, 'US', w), (0x40, 'CS', 'G'),
-                (0x50, 'SS', [1, 1])]):
+        for tag,vr,v in ((0x10, 'US', h), (0x11, 'US', w), (0x40, 'CS', 'G'), (0x50, 'SS', [1, 1])):
             ds.add_new(0x60000000+tag, vr, v)
         if cell.extra=='overlay bits':
             alloc,bits,high = FORMATS[cell.format]
@@ -370,7 +370,8 @@ def write_cell(cell, path) -> np.ndarray:
         data + b'\0'*(len(data)%2))
     if syntax.is_encapsulated: ds['PixelData'].is_undefined_length = True
     ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID,ds.file_meta.MediaStorageSOPClassUID,ds.file_meta.MediaStorageSOPInstanceUID = syntax,ds.SOPClassUID,ds.SOPInstanceUID
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.file_meta.MediaStorageSOPClassUID,ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID,ds.SOPInstanceUID
     pydicom.dcmwrite(path, ds, enforce_file_format=True)
     return stored
 

@@ -279,7 +279,7 @@ def test_explore_finds_what_is_wrong(tmp_path):
     film('no body part', BodyPartExamined=None)
     film('no side', ImageLaterality=None)
     film('small', BIG[:100, :100]); film('implausible date', StudyDate='18990101')
-    for i in (1, 2): film('one study, several patients', StudyInstanceUID='1.2.3.4')
+    for _ in range(2): film('one study, several patients', StudyInstanceUID='1.2.3.4')
     for i in (1, 2):
         film('patient with several birth dates', PatientID='SAME1', PatientBirthDate=f'196{i}0101')
     for s in 'MF': film('patient with several sexes', PatientID='SAME2', PatientSex=s)

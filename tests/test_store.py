@@ -409,7 +409,7 @@ def test_a_folder_of_strange_pictures(tmp_path):
             for p in store.errors.path}==refused
         assert (store.errors.cause!='').all() and (store.errors.remedy!='').all()
         assert not len(store.verify())
-        for i, row in enumerate(store.index.itertuples()):
+        for row in store.index.itertuples():
             shape = STRANGE[Path(row.path).stem][0]().shape
             is_whole(np.array(row.affine).reshape(3, 3), shape, 64)
         if name=='knee':
