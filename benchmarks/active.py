@@ -64,12 +64,13 @@ def run(job):
     if strategy=='all':
         return pd.DataFrame([('all', seed, int((df.split=='train').sum()), evaluate(train(df, seed)))],
             columns=['strategy', 'seed', 'labels', 'value'])
-    return simulate_active(df, 'pneumonia', train, evaluate, strategy, start=start, step=step, rounds=rounds, seed=seed)
+    return simulate_active(df, 'pneumonia', train, evaluate, strategy, start=start, step=step, rounds=rounds,
+        seed=seed)
 
 
 def main():
+    from radiology_ai.preprocess.recipe import recipe
     from radiology_ai.preprocess.scale import preprocess_folder
-    from radiology_ai.preprocess.store import recipe
     from radiology_ai.weak.active import STRATEGIES, labels_needed
     parser = argparse.ArgumentParser(description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)

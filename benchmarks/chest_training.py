@@ -39,8 +39,8 @@ from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders, xray_test_dl
 from radiology_ai.data.split import patient_split
 from radiology_ai.metrics.ranking import auroc
+from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import recipe
 from radiology_ai.train.learner import predict_probabilities, xray_learner
 from radiology_ai.vision.augment import BatchAugment
 

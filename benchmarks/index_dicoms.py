@@ -75,7 +75,8 @@ def main():
         files = grow(folder, args.files)
         for f in files: Path(f).read_bytes()
         ours = rate(lambda: index_dicoms(first, workers=1), len(first))
-        def best(tags): return max(rate(partial(loop, first, tags, only), len(first)) for only in (True, False))
+        def best(tags):
+            return max(rate(partial(loop, first, tags, only), len(first)) for only in (True, False))
         peers = [('pydicom loop, same elements', best(TAGS)), ('pydicom loop, ten elements', best(TEN))]
         print(f'{len(first)} files once, {len(files)} with copies, {os.cpu_count()} cores, one process where nothing else is said')
         print(f"{'index_dicoms':58s} {ours:9.0f} files/s")

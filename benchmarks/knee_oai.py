@@ -19,7 +19,7 @@ from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, resnet18
 from radiology_ai.metrics.ranking import auroc_ci, delong_test
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.tasks.knee import read_run, train_knee
+from radiology_ai.tasks.registry import train
 
 DATA = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'knee_oai'
 
@@ -34,10 +34,10 @@ def ours(args, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     "Predictions of the folds, the manifest with the folds, and the seconds of training."
     store = preprocess_folder(DATA/'images', folder/'store', recipe('plain', size=args.size))
     start = time.perf_counter()
-    run = train_knee(store, labels(), folder/'run', label='kl2', arch='resnet18', pretrained=False,
+    run = train('knee', store, labels(), folder/'run', label='kl2', arch='resnet18', pretrained=False,
         epochs=args.epochs, lr=2e-3, bs=args.bs, folds=args.folds, seed=args.seed)
     seconds = time.perf_counter()-start
-    _, manifest, predictions = read_run(run)
+    manifest, predictions = run.manifest, run.predictions
     return predictions[predictions.split=='test'], manifest, seconds
 
 

@@ -35,8 +35,9 @@ from radiology_ai.metrics.classification import macro_auroc
 from radiology_ai.models.backbone import create_model
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.xray import expose
+from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import ImageStore, recipe
+from radiology_ai.preprocess.store import ImageStore
 from radiology_ai.pretrain.methods import METHODS
 from radiology_ai.pretrain.monitor import embed, linear_probe
 from radiology_ai.pretrain.ssl import ssl_learner, task_model
@@ -200,7 +201,8 @@ def example(name: str, body, n: int, s: dict) -> tuple:
     import lightly.models.utils as utils
     f = lambda x, net=body: net(x).mean((2, 3))
     if name=='mae': return example_mae(body, s, parts, utils)
-    if name in ('swav', 'dino'): return example_crops(name, body, n, s, parts, utils=utils, losses=losses, f=f)
+    if name in ('swav', 'dino'):
+        return example_crops(name, body, n, s, parts, utils=utils, losses=losses, f=f)
     head = getattr(parts, METHODS[name].projector)(n, s['hidden'], s['dim'])
     if name in ('simclr', 'barlow', 'vicreg'):
         loss = dict(simclr=losses.NTXentLoss, barlow=losses.BarlowTwinsLoss, vicreg=losses.VICRegLoss)[name]()

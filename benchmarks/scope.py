@@ -172,8 +172,8 @@ def make_folders(work, data, workers):
 def stores(work, size, workers):
     "Index and store of both folders."
     from radiology_ai.dicom.index import index_dicoms
+    from radiology_ai.preprocess.recipe import recipe
     from radiology_ai.preprocess.scale import preprocess_folder
-    from radiology_ai.preprocess.store import recipe
     out = {}
     for name in ('learnt', 'judged'):
         truth = pd.read_csv(work/f'{name}.csv', keep_default_na=False)

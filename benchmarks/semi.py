@@ -39,7 +39,7 @@ from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeach
 from radiology_ai.semi.load import semi_dataloaders
 from radiology_ai.semi.mixmatch import MixMatch
 from radiology_ai.semi.step import gentle, harsh
-from radiology_ai.train.learner import predict_scores, xray_learner
+from radiology_ai.train.learner import predict_logits, predict_probabilities, xray_learner
 
 
 class Store:
@@ -121,7 +121,7 @@ def digit_run(name: str, seed: int, args) -> tuple[float, float]:
         dls = semi_dataloaders(store, t, 'digit', bs=16, mu=1 if name=='mixmatch' else args.mu,
             n_batches=args.epoch, seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, DIGITS[name](weak, strong), lr=args.lr)
-    p,y = predict_scores(learn, dls.valid)
+    p,y = predict_logits(learn, dls.valid)
     return float((p.argmax(1)!=y).mean()),time.perf_counter()-start
 
 class Endless:
@@ -173,8 +173,9 @@ def chest_table(task: str) -> tuple[pd.DataFrame, list]:
 
 def chest_store(folder: Path, size: int):
     "The images at `size` px, preprocessed once."
+    from radiology_ai.preprocess.recipe import recipe
     from radiology_ai.preprocess.scale import preprocess_folder
-    from radiology_ai.preprocess.store import ImageStore, recipe
+    from radiology_ai.preprocess.store import ImageStore
     path = folder/f'chest{size}'
     if not path.exists():
         preprocess_folder(Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'chest_child'/'images', path,
@@ -227,7 +228,7 @@ def chest_run(name: str, seed: int, store, args):
     model = create_model('resnet10t', len(vocab), pretrained=False, batchnorm=False, seed=seed, **WIDTH)
     learn = fit(dls, model, args.steps, seed, None if CHEST[name] is None else CHEST[name](args),
         lr=args.lr, wd=args.wd, ema=args.ema)
-    return predict_scores(learn, xray_test_dl(dls, t[t.split==args.split]), activation=True)[0],learn.history
+    return predict_probabilities(learn, xray_test_dl(dls, t[t.split==args.split]))[0],learn.history
 
 def macro(truth, p, vocab) -> float:
     "AUROC, or the mean of each class against the rest."

@@ -24,8 +24,8 @@ from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.xray import expose
+from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import recipe
 from radiology_ai.train.learner import xray_learner
 from radiology_ai.vision.augment import BatchAugment
 

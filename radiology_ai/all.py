@@ -148,8 +148,9 @@ from radiology_ai.preprocess.intensity import (
     square_pad,
 )
 from .preprocess.knee import Knee, locate_knees
+from .preprocess.recipe import Preprocess, recipe
 from .preprocess.scale import preprocess_folder
-from .preprocess.store import ImageStore, Preprocess, recipe
+from .preprocess.store import ImageStore
 from .pretrain.monitor import embed, knn_probe, linear_probe
 from .pretrain.ssl import SelfSupervised, pretrained_body, save_body, ssl_learner, task_model
 from .pretrain.views import Views, radiograph_views, ssl_dataloaders
@@ -159,8 +160,9 @@ from .report.page import write_report
 from .report.predictions import Thresholds, choose_thresholds
 from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
 from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
+from .semi.load import semi_dataloaders
 from .semi.mixmatch import MixMatch
-from .semi.step import gentle, harsh, semi_dataloaders
+from .semi.step import gentle, harsh
 from .serve.outputs import OUTPUTS
 from .serve.predict import explain, predict
 from .tasks.base import Demo, Settings, Stage, Task

@@ -126,11 +126,12 @@ def preprocess(
     bits: Annotated[Optional[int], typer.Option(
         help="Bits of a stored grey value, 8 or 16; training takes 8.")]=None,
     shard_size: Annotated[Optional[int], typer.Option(
-        help="Files in a shard: what a killed run loses at most. By default 8 to 256, by their number.", min=1)]=None,
+        help="Files in a shard: what a killed run loses at most. By default 8 to 256, by their number.",
+        min=1)]=None,
 ):
     "Turn a folder of radiographs into an image store that training reads at memory speed."
+    from radiology_ai.preprocess.recipe import recipe as named
     from radiology_ai.preprocess.scale import preprocess_folder
-    from radiology_ai.preprocess.store import recipe as named
     r = named(recipe, **{k: v for k,v in dict(size=size, bits=bits).items() if v is not None})
     store = preprocess_folder(folder, out, r, workers=workers, scheduler=scheduler, shard_size=shard_size,
         update=update, content=content)
@@ -153,7 +154,8 @@ def verify(
     typer.echo(f"{len(s)} images, {len(s.errors)} errors listed, all as written: {store}")
 
 # %% ../nbs/85_cli.ipynb #2d43895d
-Told = Annotated[Optional[str], typer.Option('--task', help="The task that the model or run must be of; by default its own.")]
+Told = Annotated[Optional[str], typer.Option('--task',
+    help="The task that the model or run must be of; by default its own.")]
 
 def _settings(settings: Optional[Path], given: list[str], options: dict) -> tuple[dict, dict, dict]:
     "Settings from a file, from words name=value and from options; and what a run's file says beside them."
@@ -169,31 +171,41 @@ def _settings(settings: Optional[Path], given: list[str], options: dict) -> tupl
 
 @app.command()
 def train(
-    task: Annotated[Optional[str], typer.Argument(help="A task, as `radiology_ai tasks` lists them; by default that of --settings.")]=None,
-    data: Annotated[Optional[Path], typer.Option(help="An image store, made by preprocess; by default that of --settings.")]=None,
+    task: Annotated[Optional[str],
+    typer.Argument(help="A task, as `radiology_ai tasks` lists them; by default that of --settings.")]=None,
+    data: Annotated[Optional[Path],
+    typer.Option(help="An image store, made by preprocess; by default that of --settings.")]=None,
     labels: Annotated[Optional[Path], typer.Option(
         help="A table (CSV or parquet) with image_id or path, and the labels; optionally split.")]=None,
     out: Annotated[Optional[Path], typer.Option(
         help="The run to write (a folder). One that was interrupted goes on where it stopped.")]=None,
-    settings: Annotated[Optional[Path], typer.Option(help="A file of settings (TOML), such as the run.toml of a run.")]=None,
+    settings: Annotated[Optional[Path],
+    typer.Option(help="A file of settings (TOML), such as the run.toml of a run.")]=None,
     *,
-    given: Annotated[Optional[list[str]], typer.Option('--set', help="A setting as name=value; may be given several times.")]=None,
-    label: Annotated[Optional[str], typer.Option(help="The label column; several separated by commas where the task has labels.")]=None,
+    given: Annotated[Optional[list[str]], typer.Option('--set',
+    help="A setting as name=value; may be given several times.")]=None,
+    label: Annotated[Optional[str],
+    typer.Option(help="The label column; several separated by commas where the task has labels.")]=None,
     arch: Annotated[Optional[str], typer.Option(help="A timm or efficientnet_pytorch architecture.")]=None,
     epochs: Annotated[Optional[int], typer.Option(help="Passes over the training images.")]=None,
     lr: Annotated[Optional[float], typer.Option(help="The highest learning rate.")]=None,
     bs: Annotated[Optional[int], typer.Option(help="Images in a batch.")]=None,
     folds: Annotated[Optional[int], typer.Option(help="0, or k for cross-validation over patients.")]=None,
-    pretrained: Annotated[Optional[bool], typer.Option(help="Start from ImageNet weights where they can be had.")]=None,
+    pretrained: Annotated[Optional[bool],
+    typer.Option(help="Start from ImageNet weights where they can be had.")]=None,
     seed: Annotated[Optional[int], typer.Option(help="The same seed gives the same figures.")]=None,
     overwrite: Overwrite=False,
 ):
     "Train a task on an image store; patients are kept apart between training, validation and test."
-    options = dict(label=label, arch=arch, epochs=epochs, lr=lr, bs=bs, folds=folds, pretrained=pretrained, seed=seed)
+    options = dict(label=label, arch=arch, epochs=epochs, lr=lr, bs=bs, folds=folds, pretrained=pretrained,
+        seed=seed)
     file,words,run = _settings(settings, given or [], options)
-    wanted = dict(task=task or run.get('task'), data=data or run.get('data'), labels=labels or run.get('labels'), out=out)
+    wanted = dict(task=task or run.get('task'), data=data or run.get('data'),
+        labels=labels or run.get('labels'), out=out)
     missing = [k for k,v in wanted.items() if v is None]
-    if missing: _fail(f"Missing {'the argument TASK' if missing[0]=='task' else f'option --{missing[0]}'}", "Give it, or --settings of a run")
+    if missing:
+        _fail(f"Missing {'the argument TASK' if missing[0]=='task' else f'option --{missing[0]}'}",
+            "Give it, or --settings of a run")
     from radiology_ai.tasks.registry import evaluate as evaluated
     from radiology_ai.tasks.registry import train as trained
     done = trained(*wanted.values(), settings=file, overwrite=overwrite, say=typer.echo, **words)
@@ -218,7 +230,8 @@ def evaluate(
     data: Annotated[Optional[Path], typer.Option(
         help="Another image store, to evaluate on its images instead of the run's own test patients.")]=None,
     labels: Annotated[Optional[Path], typer.Option(help="The labels of that store.")]=None,
-    out: Annotated[Optional[Path], typer.Option(help="Where to write report.html and report.json; by default into the run.")]=None,
+    out: Annotated[Optional[Path],
+    typer.Option(help="Where to write report.html and report.json; by default into the run.")]=None,
     task: Told=None,
 ):
     "Figures with 95 % intervals on held-out patients, and a report with pictures."
@@ -272,7 +285,8 @@ def demo(
     task: Annotated[str, typer.Argument(help="A task, as `radiology_ai tasks` lists them.")]='knee',
     out: Annotated[Path, typer.Option(help="A folder to make; an earlier demonstration there is replaced.")]=Path('demo'),
     seed: Seed=0,
-    patients: Annotated[Optional[int], typer.Option(help="Simulated patients; fewer is faster and less accurate.", min=30)]=None,
+    patients: Annotated[Optional[int],
+    typer.Option(help="Simulated patients; fewer is faster and less accurate.", min=30)]=None,
     epochs: Annotated[Optional[int], typer.Option(help="Passes over the training images.", min=1)]=None,
     *,
     workers: Workers=None,

@@ -6,8 +6,9 @@ Docs: https://lluissalord.github.io/radiology_ai/core.html.md"""
 
 # %% auto #0
 __all__ = ['PACKAGES', 'RadiologyError', 'DataError', 'StoreError', 'BundleError', 'ModelError', 'MissingPackageError',
-           'DicomError', 'optional', 'shift', 'scale', 'transform_points', 'transform_boxes', 'Radiograph', 'fit_size',
-           'resize_array', 'rng', 'atomic_path', 'plain', 'versions', 'file_digest', 'progress']
+           'DicomError', 'own_fault', 'file_fault', 'optional', 'shift', 'scale', 'transform_points', 'transform_boxes',
+           'Radiograph', 'fit_size', 'resize_array', 'rng', 'atomic_path', 'plain', 'versions', 'file_digest',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
 import hashlib
@@ -15,11 +16,14 @@ import importlib
 import math
 import os
 import platform
+import re
+import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 import cv2
 import numpy as np
@@ -55,6 +59,47 @@ class DicomError(RadiologyError):
         self.path,self.cause = str(path),str(cause)
         super().__init__(f"{Path(self.path).name}: {cause}", remedy)
     def __reduce__(self): return type(self),(self.path,self.cause,self.remedy)
+
+# %% ../nbs/00_core.ipynb #38ea1f72
+# third-party code that takes a file's bytes apart: whatever it raises is about them
+_PARSERS = {'pydicom', 'imagecodecs', 'PIL', 'cv2', 'numpy', 'pandas', 'pyarrow', 'gdcm'}
+_VALUES = {'builtins', 'pydicom', 'decimal', 'datetime'} # packages of the types that a header's values have
+_CODE = (ModuleType, FunctionType, BuiltinFunctionType, type)
+_CALL = re.compile(r'(positional|keyword|keyword-only|required) argument|takes (no|exactly|at most|at least|\d+) '
+    r'|expected (at most |at least )?\d+ arguments?, got|multiple values for|is not callable')
+
+def _raised_in(e) -> str:
+    "The package of the innermost line that is not of the standard library."
+    package,tb = '',e.__traceback__
+    while tb is not None:
+        name = tb.tb_frame.f_globals.get('__name__', '').split('.')[0]
+        if name not in sys.stdlib_module_names: package = name
+        tb = tb.tb_next
+    return package
+
+def own_fault(
+    e: BaseException, # caught while a file was read
+) -> bool:
+    "Is it a fault of the program or its installation, and not of the file?"
+    if isinstance(e, ImportError): return True
+    if _raised_in(e) in _PARSERS: return False
+    if isinstance(e, (NameError, AssertionError)): return True
+    if isinstance(e, AttributeError):
+        return isinstance(e.obj, _CODE) or type(e.obj).__module__.split('.')[0] not in _VALUES
+    return isinstance(e, TypeError) and bool(_CALL.search(str(e)))
+
+@contextmanager
+def file_fault(
+    path,        # the file whose bytes are taken apart
+    cause: str,  # what is wrong if that fails; the exception's type is added, for its text may quote the header
+    remedy: str, # what the user can do
+):
+    "What is raised inside becomes a `DicomError`, except errors of this library and faults of the program."
+    try: yield
+    except RadiologyError: raise
+    except Exception as e:
+        if own_fault(e): raise
+        raise DicomError(path, f'{cause} ({type(e).__name__})', remedy) from None
 
 # %% ../nbs/00_core.ipynb #b6db2c89
 def optional(
@@ -120,7 +165,8 @@ class Radiograph:
         mm = f", {self.spacing[0]:.3f} x {self.spacing[1]:.3f} mm" if self.spacing else ", spacing unknown"
         what = ' '.join(str(self.tags[k]) for k in ('Modality','BodyPartExamined','ViewPosition')
             if self.tags.get(k))
-        return f"Radiograph({self.shape[0]} x {self.shape[1]}{mm}{', ' + what if what else ''}{', ' + self.codec if self.codec else ''})"
+        said = ', '.join(filter(None, [f"{self.shape[0]} x {self.shape[1]}{mm}", what, self.codec]))
+        return f"Radiograph({said})"
 
 # %% ../nbs/00_core.ipynb #1a88c29e
 @patch

@@ -33,7 +33,8 @@ from .tasks.registry import task_named, train
 def fresh_folder(
     out: Path, # the folder to make
 ):
-    "Make `out`, or empty it where an earlier demonstration lies there. Raises `RadiologyError` for any other content."
+    """Make `out`, or empty it where an earlier demonstration lies there. Raises `RadiologyError` for any
+    other content."""
     if out.exists() and not out.is_dir(): raise RadiologyError(f"{out} is a file", "Give a folder")
     if out.exists() and any(out.iterdir()):
         if not (out/'demo.json').exists():
@@ -95,7 +96,8 @@ def run_demo(
     written below `out`."""
     task,out = task_named(task),Path(out)
     demo = task.demo
-    if demo is None: raise RadiologyError(f"The task {task.name!r} has no demonstration", "Train it on your own images")
+    if demo is None:
+        raise RadiologyError(f"The task {task.name!r} has no demonstration", "Train it on your own images")
     fresh_folder(out)
     patients,settings = patients or demo.patients,demo.settings | settings
     say(f"simulating a hospital of {patients} patients: {out/'hospital'}")
@@ -112,7 +114,8 @@ def _prepared(task, out, size, workers, say) -> ImageStore:
     folder = out/'hospital'
     index = index_dicoms(folder, workers=workers)
     write_index(index, out/'index.parquet')
-    say(f"{len(index)} files, {int((index.error!='').sum())} of them broken as the headers tell; preparing them for the task: {out/'store'}")
+    say(f"{len(index)} files, {int((index.error!='').sum())} of them broken as the headers tell; preparing "
+        f"them for the task: {out/'store'}")
     store = preprocess_folder(folder, out/'store', replace(task.recipe, size=size), workers=workers)
     unused = int((task.usable(store.index)!='').sum())
     say(f"{len(store)} images stored, {unused} of them of no use for the task; {len(store.errors)} files could not be used:")

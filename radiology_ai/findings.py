@@ -19,7 +19,8 @@ from .core import RadiologyError, transform_boxes, transform_points
 # %% ../nbs/01_findings.ipynb #bacf3818
 @dataclass(frozen=True)
 class Finding:
-    "One statement about one image, its place in pixels of the stored image. Raises `RadiologyError` for what is none."
+    """One statement about one image, its place in pixels of the stored image. Raises `RadiologyError` for
+    what is none."""
     label: str                     # what was found, such as 'fractured' or 'Effusion'
     score: float                   # its probability in [0, 1]
     call: bool|None=None           # whether it reaches the model's threshold; None: there is none
@@ -30,19 +31,26 @@ class Finding:
 
     def __post_init__(self):
         if not 0<=self.score<=1:
-            raise RadiologyError(f"The score of {self.label!r} is {self.score}", "Give a probability in [0, 1]")
-        if self.box is not None and not (len(self.box)==4 and self.box[0]<=self.box[2] and self.box[1]<=self.box[3]):
-            raise RadiologyError(f"The box of {self.label!r} is {self.box}", "Give x1, y1, x2, y2 with x1 <= x2, y1 <= y2")
+            raise RadiologyError(f"The score of {self.label!r} is {self.score}",
+                "Give a probability in [0, 1]")
+        if (self.box is not None and not (len(self.box)==4 and self.box[0]<=self.box[2]
+                and self.box[1]<=self.box[3])):
+            raise RadiologyError(f"The box of {self.label!r} is {self.box}",
+                "Give x1, y1, x2, y2 with x1 <= x2, y1 <= y2")
         if self.mask is not None and np.ndim(self.mask)!=2:
-            raise RadiologyError(f"The mask of {self.label!r} has shape {np.shape(self.mask)}", "Give (rows, columns)")
+            raise RadiologyError(f"The mask of {self.label!r} has shape {np.shape(self.mask)}",
+                "Give (rows, columns)")
         if self.points is not None and np.shape(self.points)[1:]!=(2,):
-            raise RadiologyError(f"The points of {self.label!r} have shape {np.shape(self.points)}", "Give (K, 2) as x, y")
+            raise RadiologyError(f"The points of {self.label!r} have shape {np.shape(self.points)}",
+                "Give (K, 2) as x, y")
 
     def moved(self,
         matrix: np.ndarray, # (3, 3), from the pixels of this finding to others
     ) -> 'Finding':
-        "The same finding with box and points in other pixels. A mask does not follow: raises `RadiologyError`."
-        if self.mask is not None: raise RadiologyError(f"{self.label!r} has a mask", "Resample the mask with its image")
+        """The same finding with box and points in other pixels. A mask does not follow: raises
+        `RadiologyError`."""
+        if self.mask is not None:
+            raise RadiologyError(f"{self.label!r} has a mask", "Resample the mask with its image")
         box = None if self.box is None else tuple(float(v) for v in transform_boxes(matrix, self.box))
         points = None if self.points is None else transform_points(matrix, self.points)
         return replace(self, box=box, points=points)
@@ -70,5 +78,7 @@ class Reading:
 def worst_first(
     readings, # of `Reading`
 ) -> list[Reading]:
-    "The readings in the order in which to look at them: the most probable finding first, those without an answer last."
-    return sorted(readings, key=lambda r: -max((f.score for f in r.findings if not math.isnan(f.score)), default=-1))
+    """The readings in the order in which to look at them: the most probable finding first, those without an
+    answer last."""
+    return sorted(readings, key=lambda r: -max((f.score for f in r.findings if not math.isnan(f.score)),
+        default=-1))

@@ -13,10 +13,12 @@ from unittest.mock import patch
 import pytest
 from filelock import FileLock
 
-os.environ.setdefault('OMP_NUM_THREADS', '1') # two workers on two cores: each computes with one thread, its children too
+# two workers on two cores: each computes with one thread, its children too
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 # The files with the longest tests: a worker that begins with them is not still at it when the other has finished.
-LONGEST = ['test_cli.py', 'test_docs.py', 'test_demo.py', 'test_augment.py', 'test_house.py', 'test_metadata.py',
+LONGEST = ['test_cli.py', 'test_docs.py', 'test_demo.py', 'test_augment.py', 'test_house.py',
+    'test_metadata.py',
     'test_store.py', 'test_metrics.py', 'test_semi.py']
 COMMAND = Path(sys.executable).parent/'radiology_ai'
 
@@ -69,7 +71,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def made_once(tmp_path_factory) -> Callable:
-    "`made_once(name, make)`: the folder `name` of this session, which the first worker that asks for it makes with `make(folder)`."
+    """`made_once(name, make)`: the folder `name` of this session, which the first worker that asks for it
+    makes with `make(folder)`."""
     root = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ: root = root.parent # the workers' folders lie beside one another
 
@@ -97,12 +100,14 @@ def hospital(made_once) -> Path:
 @pytest.fixture(scope='session')
 def store(made_once, hospital) -> Path:
     "The image store of that hospital."
-    return made_once('store', lambda out: run_cli('preprocess', hospital/'dicom', '--recipe', 'knee', '--size', 64,
+    return made_once('store', lambda out: run_cli('preprocess', hospital/'dicom', '--recipe', 'knee',
+        '--size', 64,
         '--out', out))
 
 
 @pytest.fixture(scope='session')
 def run(made_once, hospital, store) -> Path:
     "A run that was trained on that store for one epoch."
-    return made_once('run', lambda out: run_cli('train', 'knee', '--data', store, '--labels', hospital/'labels.csv',
+    return made_once('run', lambda out: run_cli('train', 'knee', '--data', store, '--labels',
+        hospital/'labels.csv',
         '--out', out, '--arch', 'resnet10t', '--epochs', 1, '--bs', 16, '--no-pretrained'))

@@ -55,7 +55,8 @@ def step(*words):
 
 def look(files: list[Path]):
     "Hold the changed files against the rules of the house."
-    found = [f'{p.relative_to(ROOT)}: {b}' for p in files if p.suffix in ('.ipynb', '.py') and p.name!='_modidx.py'
+    found = [f'{p.relative_to(ROOT)}: {b}' for p in files if p.suffix in ('.ipynb', '.py')
+        and p.name!='_modidx.py'
         for b in rules.breaches(p)]
     if found: sys.exit('\n'.join(found))
 

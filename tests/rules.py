@@ -8,7 +8,8 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
-CODE, MESSAGE, P95 = 120, 140, 110 # characters: plain code; docstrings, comments and messages; 95 of 100 lines
+# characters: plain code; docstrings, comments and messages; 95 of 100 lines
+CODE, MESSAGE, P95 = 120, 140, 110
 LINES, POSITIONAL, TARGETS = 45, 5, 4 # of a function; its parameters before the star; of one assignment
 SENTENCE = 40 # characters of a string literal from which its line is a message
 
@@ -81,22 +82,27 @@ def is_private(name: str) -> bool: return name.startswith('_') and not name.star
 
 
 def private_imports(source: str) -> list[str]:
-    "Private names that are taken from another module of the library, by name or as an attribute of that module."
+    """Private names that are taken from another module of the library, by name or as an attribute of that
+    module."""
     found, modules = [], set()
     tree = parsed(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').split('.')[0]=='radiology_ai'):
-            found += [f'{a.name} of {"."*node.level}{node.module or ""}' for a in node.names if is_private(a.name)]
+        if (isinstance(node, ast.ImportFrom) and (node.level
+                or (node.module or '').split('.')[0]=='radiology_ai')):
+            found += [f'{a.name} of {"."*node.level}{node.module or ""}' for a in node.names
+                if is_private(a.name)]
             modules |= {a.asname or a.name for a in node.names}
         if isinstance(node, ast.Import):
             modules |= {a.asname for a in node.names if a.asname and a.name.startswith('radiology_ai.')}
     return found + [f'{n.value.id}.{n.attr}' for n in ast.walk(tree) if isinstance(n, ast.Attribute)
-        and isinstance(n.value, ast.Name) and n.value.id in modules and n.value.id.islower() and is_private(n.attr)]
+        and isinstance(n.value, ast.Name) and n.value.id in modules and n.value.id.islower()
+        and is_private(n.attr)]
 
 
 def inside(node: ast.AST) -> list[ast.AST]:
     "A node and all in it but the conditions of comprehensions, where `if (x := f(y))` is the plain way."
-    parts = [p for p in ast.iter_child_nodes(node) if not (isinstance(node, ast.comprehension) and p in node.ifs)]
+    parts = [p for p in ast.iter_child_nodes(node)
+        if not (isinstance(node, ast.comprehension) and p in node.ifs)]
     return [node, *(n for p in parts for n in inside(p))]
 
 
@@ -112,14 +118,16 @@ def walruses(source: str) -> list[str]:
 
 def collections_as_statements(source: str) -> list[str]:
     "A tuple, a list or a comprehension that stands as a statement, for the sake of what its parts do."
-    kinds = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    kinds = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp,
+        ast.GeneratorExp)
     return [f'line {n.lineno}: {type(n.value).__name__} as a statement' for n in ast.walk(parsed(source))
         if isinstance(n, ast.Expr) and isinstance(n.value, kinds)]
 
 
 def many_targets(source: str) -> list[str]:
     "Assignments with more than four targets in one tuple."
-    return [f'line {n.lineno}: {len(t.elts)} targets' for n in ast.walk(parsed(source)) if isinstance(n, ast.Assign)
+    return [f'line {n.lineno}: {len(t.elts)} targets' for n in ast.walk(parsed(source))
+        if isinstance(n, ast.Assign)
         for t in n.targets if isinstance(t, (ast.Tuple, ast.List)) and len(t.elts)>TARGETS]
 
 
@@ -136,7 +144,8 @@ def breaches(path: Path) -> list[str]:
 
 def machine_paths(output: dict) -> list[str]:
     "Paths of the machine on which a notebook was run, in the text of an output."
-    texts = [output.get('text', ''), *(v for k, v in output.get('data', {}).items() if not k.startswith('image/'))]
+    texts = [output.get('text', ''), *(v for k, v in output.get('data', {}).items()
+        if not k.startswith('image/'))]
     text = '\n'.join(''.join(t) if isinstance(t, list) else str(t) for t in texts)
     text = re.sub(r'base64,[A-Za-z0-9+/=]+', '', text)
     places = 'root|home|work' + ('|tmp' if output.get('name')=='stderr' else '')

@@ -29,7 +29,7 @@ from radiology_ai.models.backbone import (
 )
 from radiology_ai.models.bundle import export_onnx, load_bundle, save_bundle
 from radiology_ai.models.weights import fit_weights, read_weights
-from radiology_ai.preprocess.store import Preprocess
+from radiology_ai.preprocess.recipe import Preprocess
 
 CHEST_NAME = 'torchxrayvision/densenet121-res224-nih'
 

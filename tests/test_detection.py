@@ -488,7 +488,8 @@ def test_weighted_figures_are_those_of_repeated_images(monkeypatch):
                              froc(*x[:3], draws=20).cpm.value]),
                              ('coco', lambda: coco_map_ci(b, s, t, groups=patients, draws=20),
                              lambda *x: coco_map(*x[:3])[:3]),
-                             ('coco, 2 classes', lambda: coco_map_ci(b, s, t, c, tc, groups=patients, draws=20),
+                             ('coco, 2 classes', lambda: coco_map_ci(b, s, t, c, tc, groups=patients,
+                             draws=20),
                              lambda *x: coco_map(*x)[:3])):
         seen.clear()
         run()

@@ -51,7 +51,8 @@ def film(tmp_path) -> Path:
 @pytest.fixture
 def picture(tmp_path) -> Path:
     "One good PNG."
-    cv2.imwrite(str(tmp_path/'picture.png'), np.random.default_rng(0).integers(0, 255, (64, 48), dtype=np.uint8))
+    cv2.imwrite(str(tmp_path/'picture.png'), np.random.default_rng(0).integers(0, 255, (64, 48),
+        dtype=np.uint8))
     return tmp_path/'picture.png'
 
 
@@ -77,9 +78,11 @@ PLACES = { # module and name of a function of ours, and a call that comes by it
     'still': (read, '_still_grey', lambda f, p: read.read_radiograph(p)),
     'digest': (quality, 'decode_stored', lambda f, p: quality.pixel_digest(f)),
     'walk': (deidentify.Walk, '_element', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
-    'values': (deidentify.Walk, '_remember', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
+    'values': (deidentify.Walk, '_remember', lambda f, p: deidentify.deidentify(f, f.parent/'out',
+    show=False)),
     'residue': (deidentify, 'words_of', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
-    'recipe': (recipe.Preprocess, 'apply', lambda f, p: recipe.prepare(recipe.Source(str(f)), recipe.recipe('plain'))),
+    'recipe': (recipe.Preprocess, 'apply', lambda f, p: recipe.prepare(recipe.Source(str(f)),
+    recipe.recipe('plain'))),
     'record': (recipe, 'view', lambda f, p: recipe.prepare(recipe.Source(str(f)), recipe.recipe('plain'))),
     'explore': (quality, 'decode_stored', lambda f, p: explore.explore_dicoms(f, pixels='all', show=False)),
     'folder': (recipe.Preprocess, 'apply',
@@ -117,7 +120,8 @@ class FaultyRecipe(recipe.Preprocess):
 def test_our_fault_in_a_worker(tmp_path):
     "It crosses to this process, and a note says where it was."
     for i in range(8):
-        cv2.imwrite(str(tmp_path/f'{i}.png'), np.random.default_rng(i).integers(0, 255, (40, 50), dtype=np.uint8))
+        cv2.imwrite(str(tmp_path/f'{i}.png'), np.random.default_rng(i).integers(0, 255, (40, 50),
+            dtype=np.uint8))
     with pytest.raises(NameError, match='no_such_name') as e:
         scale.preprocess_folder(tmp_path, tmp_path/'store', FaultyRecipe(size=16), workers=2, show=False)
     assert 'unnamed' in '\n'.join(e.value.__notes__)
@@ -150,7 +154,8 @@ def run_script(folder, text) -> subprocess.CompletedProcess:
 def pictures(folder, n=9):
     folder.mkdir()
     for i in range(n):
-        cv2.imwrite(str(folder/f'{i}.png'), np.random.default_rng(i).integers(0, 255, (40, 50), dtype=np.uint8))
+        cv2.imwrite(str(folder/f'{i}.png'), np.random.default_rng(i).integers(0, 255, (40, 50),
+            dtype=np.uint8))
 
 
 def test_a_script_without_guard(tmp_path):
@@ -175,7 +180,8 @@ def test_a_script_with_its_own_recipe(tmp_path):
 
 def test_processes_of_the_user_are_as_before(tmp_path):
     "While workers start, and after, other processes still get their script."
-    done = run_script(tmp_path, "import math, multiprocessing, threading\nfrom radiology_ai.parallel import run_parallel\n"
+    done = run_script(tmp_path,
+        "import math, multiprocessing, threading\nfrom radiology_ai.parallel import run_parallel\n"
         "def twice(x): return 2*x\n"
         "def pool(out): out += multiprocessing.get_context('spawn').Pool(1).map(twice, [1, 2])\n"
         "if __name__=='__main__':\n"
@@ -205,13 +211,15 @@ def test_a_second_opinion_beside_a_folder_named_dl(tmp_path, film):
     ds.save_as(film)
     (tmp_path/'dl').mkdir()
     (tmp_path/'imagecodecs.py').write_text("raise RuntimeError('the wrong module')\n") # in the child only
-    done = run_script(tmp_path, "import sys\nhere = sys.path.pop(0)\nfrom radiology_ai.dicom.read import read_radiograph\n"
+    done = run_script(tmp_path,
+        "import sys\nhere = sys.path.pop(0)\nfrom radiology_ai.dicom.read import read_radiograph\n"
         f"print(read_radiograph({str(film)!r}, verify=True).codec)\n")
     assert (done.returncode, done.stdout)==(0, 'imagecodecs.packbits + gdcm\n'), done.stderr
 
 
 def test_a_table_that_is_no_index(tmp_path, monkeypatch):
     (tmp_path/'index.parquet').write_text('nonsense')
-    with pytest.raises(Exception, match='not a readable parquet file'): index.read_index(tmp_path/'index.parquet')
+    with pytest.raises(Exception, match='not a readable parquet file'):
+        index.read_index(tmp_path/'index.parquet')
     monkeypatch.setattr(pd, 'read_parquet', unnamed)
     with pytest.raises(NameError): index.read_index(tmp_path/'index.parquet')

@@ -20,7 +20,8 @@ from conftest import COMMAND
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 WRITTEN = sorted(p for p in (ROOT/'radiology_ai').rglob('*.py') if p.name!='_modidx.py')
-SCRIPTS = sorted([ROOT/'setup.py', *(p for d in ('tests','docs','benchmarks') for p in (ROOT/d).glob('*.py'))])
+SCRIPTS = sorted([ROOT/'setup.py', *(p for d in ('tests','docs','benchmarks')
+    for p in (ROOT/d).glob('*.py'))])
 
 
 def exported_module(notebook: Path) -> str|None:
@@ -93,7 +94,8 @@ def cells() -> list[tuple[str, str]]:
 
 
 def test_ruff_finds_nothing():
-    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '.'], cwd=ROOT,
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '.'],
+        cwd=ROOT,
         capture_output=True, text=True)
     assert done.returncode==0, done.stdout + done.stderr
 
@@ -102,7 +104,8 @@ def test_ruff_sees_a_breach(tmp_path):
     settings = tmp_path/'pyproject.toml'
     shutil.copy(ROOT/'pyproject.toml', settings)
     (tmp_path/'plain.py').write_text('def f(path):\n    warnings.warn(path)\n')
-    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', tmp_path], cwd=tmp_path, capture_output=True,
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', tmp_path], cwd=tmp_path,
+        capture_output=True,
         text=True)
     assert done.returncode==1 and 'F821' in done.stdout and 'warnings' in done.stdout
 
@@ -134,10 +137,12 @@ WORDS = 'a message that is long enough to speak to a person'
     (rules.long_functions, 'def f():\n' + '    x = 1\n'*45, 'def f():\n' + '    x = 1\n'*44),
     (rules.many_positional, 'def f(self, a, b, c, d, e, f): pass', 'def f(self, a, b, c, d, e, *, f): pass'),
     (rules.many_positional, 'def f(a, b, c, d, e, f=1): pass', 'def f(a, b, c, d, e, f, *more): pass'),
-    (rules.private_imports, 'from radiology_ai.core import _plain', 'from radiology_ai.core import plain, __version__'),
+    (rules.private_imports, 'from radiology_ai.core import _plain',
+    'from radiology_ai.core import plain, __version__'),
     (rules.private_imports, 'from ..core import plain, _other', 'from os import _exit'),
     (rules.private_imports, 'from radiology_ai.dicom import index\nindex._row()', 'import os\nos._exit(0)'),
-    (rules.private_imports, 'import radiology_ai.core as core\ncore._x', 'import radiology_ai.core as core\ncore.x'),
+    (rules.private_imports, 'import radiology_ai.core as core\ncore._x',
+    'import radiology_ai.core as core\ncore.x'),
     (rules.walruses, 'f(1, (x := 2))', 'if (x := f(2)): pass'),
     (rules.walruses, 'f(key=max(x := 1, 2))', '(x := f(2))'),
     (rules.walruses, 'f([y for y in z if len(x := g(y))])', 'f(x for y in z if (x := g(y)))'),
@@ -207,13 +212,16 @@ def test_help_comes_within_a_second():
 
 
 def test_time_and_packages_are_seen():
-    assert seconds([sys.executable, '-c', 'import time; t = time.process_time()\nwhile time.process_time()-t<.5: pass'])>=.5
+    assert seconds([sys.executable, '-c',
+        'import time; t = time.process_time()\nwhile time.process_time()-t<.5: pass'])>=.5
     assert loaded('import json, numpy', ('numpy', 'json', 'torch'))==['numpy', 'json']
 
 
 def test_lower_floors_load_no_torch():
-    "One process imports the modules of the floors 0 to 3, the notebook with the lowest number first, and says which loads one."
-    names = [m for m in MODULES if MODULES[m].stem[0] in '0123' and m!='data.load'] # the DataLoaders are torch
+    """One process imports the modules of the floors 0 to 3, the notebook with the lowest number first, and
+    says which loads one."""
+    # the DataLoaders are torch
+    names = [m for m in MODULES if MODULES[m].stem[0] in '0123' and m!='data.load']
     code = ('import importlib, sys\n'
             f'for m in {names!r}:\n'
             "    importlib.import_module(f'radiology_ai.{m}')\n"
@@ -223,7 +231,8 @@ def test_lower_floors_load_no_torch():
     assert len(names)>30 and done.returncode==0, done.stderr
 
 
-BUILT = ('.last_checked', '.ipynb_checkpoints', 'sidebar.yml') # the site's build, which may run beside, writes them into nbs
+# the site's build, which may run beside, writes them into nbs
+BUILT = ('.last_checked', '.ipynb_checkpoints', 'sidebar.yml')
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -263,8 +272,10 @@ def test_outputs_tell_no_path_of_the_machine(notebook):
 
 
 def test_a_path_of_the_machine_is_seen():
-    for text in ('/root/.venv/x.py:3: UserWarning', 'in /home/me/x', '/work/main', 'lib/site-packages/torch/x.py:1'):
-        for output in ({'text': [text]}, {'name': 'stderr', 'text': text}, {'data': {'text/plain': ['x\n', text]}}):
+    for text in ('/root/.venv/x.py:3: UserWarning', 'in /home/me/x', '/work/main',
+            'lib/site-packages/torch/x.py:1'):
+        for output in ({'text': [text]}, {'name': 'stderr', 'text': text},
+                {'data': {'text/plain': ['x\n', text]}}):
             assert len(rules.machine_paths(output))==1, text
     assert rules.machine_paths({'name': 'stderr', 'text': '/tmp/ipykernel_7/1.py:2: UserWarning'})
     picture = 'src="data:image/png;base64,AA/home/me/root/x="'
@@ -289,11 +300,14 @@ def test_hooks_before_a_commit_are_local():
 
 def test_workflows_cancel_and_cover_both_ends():
     yaml = pytest.importorskip('yaml')
-    flows = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')) for p in (ROOT/'.github/workflows').glob('*.yml')}
-    assert set(flows)=={'site', 'test'} and all(f['concurrency']['cancel-in-progress'] is True for f in flows.values())
+    flows = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8'))
+        for p in (ROOT/'.github/workflows').glob('*.yml')}
+    assert set(flows)=={'site', 'test'} and all(f['concurrency']['cancel-in-progress'] is True
+        for f in flows.values())
     job = flows['test']['jobs']['test']
     ends = job['strategy']['matrix']['include']
-    assert ends[0]['python']==tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['requires-python'][2:]
+    assert ends[0]['python']==tomllib.loads((ROOT/'pyproject.toml').read_text())['project'][
+        'requires-python'][2:]
     assert ends[0]['torch'].startswith('torch==') and '=' not in ends[1]['torch']
     assert job['steps'][-1]['run'] in (ROOT/'README.md').read_text(encoding='utf-8')
 
@@ -302,9 +316,11 @@ def test_quick_finds_the_tests_of_a_change():
     tests = {p.name: p.read_text(encoding='utf-8') for p in (ROOT/'tests').glob('test_*.py')}
     assert quick.tests_of('data.split', tests)==['test_split.py'] # its own name
     assert quick.tests_of('losses.robust', tests)==['test_losses.py'] # its room
-    assert quick.tests_of('a.b', {'test_x.py': 'from radiology_ai.a.b import c'})==['test_x.py'] # who imports it
+    # who imports it
+    assert quick.tests_of('a.b', {'test_x.py': 'from radiology_ai.a.b import c'})==['test_x.py']
     assert quick.tests_of('core', tests)==[] # all do
-    files = [ROOT/f for f in ('nbs/32_data.split.ipynb', 'nbs/index.ipynb', 'tests/test_demo.py', 'tests/conftest.py')]
+    files = [ROOT/f for f in ('nbs/32_data.split.ipynb', 'nbs/index.ipynb', 'tests/test_demo.py',
+        'tests/conftest.py')]
     assert quick.matching(files, tests)==['test_demo.py', 'test_split.py']
 
 

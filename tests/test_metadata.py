@@ -20,8 +20,8 @@ from radiology_ai.phantom.hospital import break_file, made_up_uid, write_dicom
 from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.limbs import simulate_hand, simulate_hip
 from radiology_ai.phantom.xray import expose
+from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
-from radiology_ai.preprocess.store import recipe
 from radiology_ai.train.learner import xray_learner
 from radiology_ai.weak.headers import (
     BODY_PARTS,

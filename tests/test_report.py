@@ -170,11 +170,13 @@ def test_sections_of_a_task(tmp_path):
     t = predictions()
     figure = dict(value=.5, low=.4, high=.6, n=9, reason='')
     lost = dict(value=float('nan'), low=float('nan'), high=float('nan'), n=0, reason='no <lesion>')
-    rows = [{'Lesion': 'small', 'found': figure, 'images': 1200, 'mm': .25}, {'Lesion': 'large', 'found': lost,
+    rows = [{'Lesion': 'small', 'found': figure, 'images': 1200, 'mm': .25},
+        {'Lesion': 'large', 'found': lost,
         'images': 3, 'mm': 2.}]
     parts = ['As <marked> by readers.', Table('By size', rows), Chart('FROC', 'sensitivity by false boxes'),
         Chart('Sweep'), Example('hit', np.zeros((8, 8, 3), np.uint8), image_id='i1', truth='one box')]
-    data = ReportData('Boxes', t, labels=LABELS, sections=[Section('Lesions', parts, {'CPM': figure}), Section('More')])
+    data = ReportData('Boxes', t, labels=LABELS,
+        sections=[Section('Lesions', parts, {'CPM': figure}), Section('More')])
     page = write_report(tmp_path, data, draws=40)
     text, found = page.read_text(), Page(page.read_text())
     assert 'As &lt;marked&gt; by readers.' in text and 'n/a: no &lt;lesion&gt;' in text and '1,200' in text
@@ -182,17 +184,20 @@ def test_sections_of_a_task(tmp_path):
     assert '<a href="#section-1">Lesions</a>' in text and '<span class="name">CPM</span>' in text
     assert found.tables==found.captions and all(b<=a+1 for a, b in zip(found.headings, found.headings[1:]))
     numbers = json.loads(page.with_suffix('.json').read_text())['sections']
-    assert numbers[0]['cards']['CPM']['value']==.5 and numbers[0]['parts'][1]['table']['rows'][1]['found']['value'] is None
+    assert numbers[0]['cards']['CPM']['value']==.5 and numbers[0]['parts'][1]['table']['rows'][1]['found'][
+        'value'] is None
     with pytest.raises(DataError, match="Section 'x' holds a int"):
         write_report(tmp_path, ReportData('x', t, labels=LABELS, sections=[Section('x', [3])]), draws=40)
 
 
 def test_facts_of_any_kind(tmp_path):
-    facts = {'arch': np.array([1, 2]), 'lr': np.float32(.5), 'folder': tmp_path, 'when': pd.Timestamp('2026-01-02'),
+    facts = {'arch': np.array([1, 2]), 'lr': np.float32(.5), 'folder': tmp_path,
+        'when': pd.Timestamp('2026-01-02'),
         'monitor': '', 'settings': {'monitor': 'auroc', 'operator': 'Doe'}}
     page = write_report(tmp_path, title='x', table=predictions(), labels=LABELS, facts=facts, draws=40)
     numbers = json.loads(page.with_suffix('.json').read_text())
-    assert numbers['facts']=={'arch': [1, 2], 'lr': .5, 'folder': tmp_path.name, 'when': '2026-01-02 00:00:00',
+    assert numbers['facts']=={'arch': [1, 2], 'lr': .5, 'folder': tmp_path.name,
+        'when': '2026-01-02 00:00:00',
         'monitor': '', 'settings': {'monitor': 'auroc'}}
     assert numbers['claim'][25]['answer']=='best epoch by: auroc' and 'Doe' not in page.read_text()
 

@@ -18,7 +18,7 @@ from radiology_ai.core import DataError, ModelError, rng
 from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.models.backbone import XrayModel
 from radiology_ai.models.bundle import load_bundle, save_bundle
-from radiology_ai.preprocess.store import recipe
+from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.train.checkpoint import read_checkpoint, write_checkpoint
 from radiology_ai.train.learner import predict_logits, xray_learner
 from radiology_ai.train.record import run_record
@@ -94,7 +94,8 @@ def train(folder, plan, counter, n_workers=0):
 def processes():
     "Processes that start in a moment: forked from one that has imported everything and computed nothing."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['radiology_ai.train.learner', 'radiology_ai.models.bundle', 'radiology_ai.data.load',
+    context.set_forkserver_preload(['radiology_ai.train.learner', 'radiology_ai.models.bundle',
+        'radiology_ai.data.load',
         'radiology_ai.vision.augment'])
     return context
 

@@ -88,7 +88,8 @@ def test_shuffled(n, bs, world, epoch, drop_last):
         for b in o)
     if not drop_last: assert sorted(rows)==list(range(n))
     elif n//bs>=world: assert all(len(b)==bs for o in parts for b in o) and n-len(rows)<bs*world
-    assert all(len(o)==len(ShuffledBatchSampler(n, bs, 1, drop_last, r, world=world)) for r,o in enumerate(parts))
+    assert all(len(o)==len(ShuffledBatchSampler(n, bs, 1, drop_last, r, world=world))
+        for r,o in enumerate(parts))
 
 
 @quick

@@ -29,7 +29,8 @@ from radiology_ai.semi.guess import (
 from radiology_ai.semi.load import semi_dataloaders
 from radiology_ai.semi.mixmatch import MixMatch, distance, mix_pairs, mix_shares
 from radiology_ai.semi.step import frozen_statistics, gentle, harsh, interleaved, ramp_up
-from radiology_ai.train.learner import predict_scores, run_record, xray_learner
+from radiology_ai.train.learner import predict_logits, xray_learner
+from radiology_ai.train.record import run_record
 from radiology_ai.vision.augment import BatchAugment
 
 # ---------------------------------------------------------------- the oracle: NumPy, float64, from the papers
@@ -410,7 +411,7 @@ def test_loaders_pair_and_hide():
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_learns_something(name, multi):
     learn = train(METHODS[name](), steps=30, multi=multi, n_out=3, epochs=2, ema=.9)
-    p,y = predict_scores(learn, learn.dls.valid)
+    p,y = predict_logits(learn, learn.dls.valid)
     right = (p.argmax(1)==(y.argmax(1) if multi else y)).mean()
     assert right>.6 and np.isfinite(p).all()
     last = learn.history[-1]

@@ -269,8 +269,8 @@ def test_copies_in_a_store_are_named_by_image_id(tmp_path):
 
     from radiology_ai.phantom.chest import simulate_chest
     from radiology_ai.phantom.xray import expose
+    from radiology_ai.preprocess.recipe import Preprocess
     from radiology_ai.preprocess.scale import preprocess_folder
-    from radiology_ai.preprocess.store import Preprocess
     (tmp_path/'films').mkdir()
     films = [(expose(simulate_chest(i, size=160),
         np.random.default_rng(i)).radiograph().pixels*255).astype(np.uint8) for i in range(12)]

@@ -1,7 +1,8 @@
 """The contract of a task: every task of the registry, on a tiny simulated hospital and one epoch, keeps to it.
 
-Trained, killed anywhere and called again it ends with the same bytes; called once more it says so; other arguments, another process and a foreign
-folder are refused; a film of the training is recognised elsewhere; what is predicted is what was evaluated; a bundle of another task is refused."""
+Trained, killed anywhere and called again it ends with the same bytes; called once more it says so; other arguments,
+another process and a foreign folder are refused; a film of the training is recognised elsewhere; what is predicted is
+what was evaluated; a bundle of another task is refused."""
 import hashlib
 import json
 import os
@@ -37,14 +38,16 @@ class Hospital:
         self.columns = task.settings(**self.settings).labels
         self.labels = folder/'labels.csv'
         self.truth[['image_id', *self.columns]].to_csv(self.labels, index=False)
-        self.store = preprocess_folder(folder/'dicom', folder/'store', replace(task.recipe, size=64), workers=1)
+        self.store = preprocess_folder(folder/'dicom', folder/'store', replace(task.recipe, size=64),
+            workers=1)
         self.run = train(task.name, self.store, self.labels, folder/'run', **self.settings)
 
     def words(self, out, **more):
         "The command line that trains the same run at `out`."
         given = self.settings | more
         settings = [w for k, v in given.items() for w in ('--set', f'{k}={v}')]
-        return ['train', self.task.name, '--data', self.store.path, '--labels', self.labels, '--out', out, *settings]
+        return ['train', self.task.name, '--data', self.store.path, '--labels', self.labels, '--out', out,
+            *settings]
 
 
 @pytest.fixture(scope='module', params=list(TASKS))
@@ -61,7 +64,8 @@ def digests(run: Path) -> dict:
 def killed(words, ready, seconds: float=120):
     "Start a command and kill it (SIGKILL) as soon as `ready()`; whether it was still running then."
     code = 'from radiology_ai.cli import main; main()'
-    process = subprocess.Popen([sys.executable, '-c', code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, '-c', code, *map(str, words)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
     end = time.monotonic() + seconds
     while process.poll() is None and not ready() and time.monotonic()<end: time.sleep(.002)
     alive = process.poll() is None
@@ -78,8 +82,10 @@ def test_a_run_is_whole_and_clean(hospital):
     assert not list(hospital.run.path.rglob('.*'))
 
 
-MOMENTS = {'the plan': lambda out: (out/'plan.json').exists(), 'a checkpoint': lambda out: any(out.glob('fits/*/*/checkpoint/*.safetensors')),
-    'a bundle': lambda out: any(out.rglob('bundle.json')), 'the scores': lambda out: any(out.rglob('scores.csv')),
+MOMENTS = {'the plan': lambda out: (out/'plan.json').exists(),
+    'a checkpoint': lambda out: any(out.glob('fits/*/*/checkpoint/*.safetensors')),
+    'a bundle': lambda out: any(out.rglob('bundle.json')),
+    'the scores': lambda out: any(out.rglob('scores.csv')),
     'the predictions': lambda out: (out/'predictions.csv').exists()}
 
 
@@ -96,9 +102,12 @@ def test_killed_and_called_again_it_ends_the_same(hospital, tmp_path, moment):
 
 @pytest.mark.slow
 def test_killed_folds_go_on(hospital, tmp_path):
-    whole = train(hospital.task.name, hospital.store, hospital.labels, tmp_path/'whole', **hospital.settings, folds=3)
+    whole = train(hospital.task.name, hospital.store, hospital.labels, tmp_path/'whole', **hospital.settings,
+        folds=3)
     words = hospital.words(tmp_path/'run', folds=3)
-    assert killed(words, lambda: (tmp_path/'run'/'fold_0'/'model'/'bundle.json').exists()), 'it ended before it was killed'
+    assert killed(
+        words, lambda: (
+        tmp_path/'run'/'fold_0'/'model'/'bundle.json').exists()), 'it ended before it was killed'
     assert run_state(tmp_path/'run')=='begun' and 'not finished' in fails('evaluate', tmp_path/'run')
     run_cli(*words)
     assert digests(tmp_path/'run')==digests(whole.path) and len(list((tmp_path/'run').glob('fold_*')))==3
@@ -109,7 +118,8 @@ def test_killed_folds_go_on(hospital, tmp_path):
 def test_called_again_when_finished_it_says_so(hospital):
     before = {p: p.stat().st_mtime_ns for p in hospital.run.path.rglob('*') if p.is_file()}
     said = []
-    again = train(hospital.task.name, hospital.store, hospital.labels, hospital.run.path, **hospital.settings, say=said.append)
+    again = train(hospital.task.name, hospital.store, hospital.labels, hospital.run.path, **hospital.settings,
+        say=said.append)
     assert said==[f'{hospital.run.path} is finished'] and again.predictions.equals(hospital.run.predictions)
     assert before=={p: p.stat().st_mtime_ns for p in hospital.run.path.rglob('*') if p.is_file()}
 
@@ -121,9 +131,12 @@ def test_other_arguments_are_refused_with_the_remedy(hospital, tmp_path):
     table = pd.read_csv(h.labels)
     with pytest.raises(RadiologyError, match='the labels are others'):
         train(h.task.name, h.store, table.iloc[:-5], h.run.path, **h.settings)
-    with pytest.raises(DataError, match="Did you mean 'epochs'"): train(h.task.name, h.store, h.labels, tmp_path/'r', epoch=3)
-    with pytest.raises(DataError, match='Give an int'): train(h.task.name, h.store, h.labels, tmp_path/'r', epochs='many')
-    with pytest.raises(DataError, match='Did you mean'): train(h.task.name + 's', h.store, h.labels, tmp_path/'r')
+    with pytest.raises(DataError, match="Did you mean 'epochs'"):
+        train(h.task.name, h.store, h.labels, tmp_path/'r', epoch=3)
+    with pytest.raises(DataError, match='Give an int'):
+        train(h.task.name, h.store, h.labels, tmp_path/'r', epochs='many')
+    with pytest.raises(DataError, match='Did you mean'):
+        train(h.task.name + 's', h.store, h.labels, tmp_path/'r')
     assert not (tmp_path/'r').exists()
 
 
@@ -152,8 +165,10 @@ def test_a_run_is_repeated_from_its_folder_alone(hospital, tmp_path):
     run_cli('train', '--settings', hospital.run.path/'run.toml', '--out', tmp_path/'again')
     again = read_run(tmp_path/'again')
     assert again.predictions.drop(columns='path').equals(hospital.run.predictions.drop(columns='path'))
-    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path/'again').rglob('model.safetensors')}=={
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in hospital.run.path.rglob('model.safetensors')}
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in (tmp_path/'again').rglob('model.safetensors')}=={
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in hospital.run.path.rglob('model.safetensors')}
 
 
 def test_evaluation_and_report(hospital, tmp_path):
@@ -165,7 +180,8 @@ def test_evaluation_and_report(hospital, tmp_path):
 
 
 def test_elsewhere_a_leak_is_refused(hospital):
-    with pytest.raises(DataError, match='in more than one split'): evaluate(hospital.run, hospital.store, hospital.labels)
+    with pytest.raises(DataError, match='in more than one split'):
+        evaluate(hospital.run, hospital.store, hospital.labels)
 
 
 @pytest.mark.slow
@@ -173,7 +189,8 @@ def test_elsewhere_other_patients_are_evaluated(hospital, tmp_path):
     truth = hospital.task.demo.simulate(tmp_path/'dicom', 40, 6, 1)
     store = preprocess_folder(tmp_path/'dicom', tmp_path/'store', hospital.store.recipe, workers=1)
     other = evaluate(hospital.run, store, truth[['image_id', *hospital.columns]])
-    assert 0<len(other.table)<=len(truth) and not set(other.table.image_id) & set(hospital.run.manifest.image_id)
+    assert 0<len(other.table)<=len(truth) and not set(other.table.image_id) & set(
+        hospital.run.manifest.image_id)
 
 
 def numbers(table, columns) -> np.ndarray: return table[columns].to_numpy(float)
@@ -181,7 +198,8 @@ def numbers(table, columns) -> np.ndarray: return table[columns].to_numpy(float)
 
 def test_what_is_predicted_is_what_was_evaluated(hospital, tmp_path):
     evaluated = evaluate(hospital.run).table.set_index('image_id')
-    table = predict(hospital.run, [Path(p) for p in evaluated.path], out=tmp_path/'p.csv', to=('csv', 'json'), workers=1)
+    table = predict(hospital.run, [Path(p) for p in evaluated.path], out=tmp_path/'p.csv', to=('csv', 'json'),
+        workers=1)
     told = table.set_index('image_id').loc[evaluated.index]
     scores = [c for c in told if c.startswith('p_') or c=='score' and 'score' in evaluated]
     assert scores and np.abs(numbers(told, scores) - numbers(evaluated, scores)).max()<=1e-6
@@ -194,7 +212,8 @@ def test_a_foreign_bundle_is_refused(hospital, tmp_path):
     for name, text in (('elbow', "'elbow', which this version does not know"), ('', 'no task')):
         bundle = tmp_path/f'bundle_{name}'
         shutil.copytree(hospital.run.path/'model', bundle)
-        for meta in bundle.rglob('bundle.json'): meta.write_text(json.dumps(json.loads(meta.read_text()) | {'task': name}))
+        for meta in bundle.rglob('bundle.json'):
+            meta.write_text(json.dumps(json.loads(meta.read_text()) | {'task': name}))
         with pytest.raises(BundleError, match=text): predict(bundle, files)
         with pytest.raises(BundleError, match='not of'): predict(bundle, files, task=hospital.task)
     other = replace(hospital.task, name='another')
@@ -205,12 +224,14 @@ def test_a_foreign_bundle_is_refused(hospital, tmp_path):
 def test_prediction_loads_no_training():
     code = ("import sys, radiology_ai.serve.predict; "
         "print([m for m in ('fastai', 'kornia', 'fasttransform', 'sklearn') if m in sys.modules])")
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ).stdout
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+        env=os.environ).stdout
     assert out.strip()=='[]'
 
 
 def test_an_image_store_of_another_recipe_is_refused(hospital, tmp_path):
-    store = preprocess_folder(hospital.folder/'dicom', tmp_path/'store', replace(hospital.task.recipe, size=48), workers=1)
+    store = preprocess_folder(hospital.folder/'dicom', tmp_path/'store',
+        replace(hospital.task.recipe, size=48), workers=1)
     assert isinstance(store, ImageStore)
     strangers = hospital.truth[['image_id', *hospital.columns]]
     with pytest.raises((DataError, RadiologyError)): evaluate(hospital.run, store, strangers)

@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, progress, rng
+from ..core import DataError, progress
 from ..dicom.read import read_radiograph
-from ..parallel import n_workers
+from ..parallel import worker_count
 
 # %% ../../nbs/31_data.duplicates.ipynb #542b3377
 SIDE = 64 # pixels of a thumbnail
@@ -33,7 +33,7 @@ def _grey(image) -> np.ndarray:
 def _in_threads(fn, n: int, chunk: int, workers, desc, *, show) -> list:
     "`fn(range)` for the ranges that make up 0 .. n-1, in order."
     ranges = [range(i, min(i+chunk, n)) for i in range(0, n, chunk)]
-    with ThreadPoolExecutor(n_workers(workers)) as pool:
+    with ThreadPoolExecutor(worker_count(workers)) as pool:
         return list(progress(pool.map(fn, ranges), desc, len(ranges), show))
 
 def thumbnails(

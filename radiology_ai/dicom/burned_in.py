@@ -42,9 +42,9 @@ def _pieces(grey, extreme, k):
         k:-k])
     mask = ((top>_LEAST) | (top>_FAINT) & extreme).astype(np.uint8)
     n,labels,stats,_ = cv2.connectedComponentsWithStats(mask, connectivity=8, ltype=cv2.CV_32S)
-    x,y,w,h,a = stats[1:].T
-    keep = (np.minimum(w, h)>=2) & (np.maximum(w, h)>=6) & (np.maximum(w, h)<=48*k) & (np.minimum(w,
-        h)<=6*k) & (a>=6) & (a>=.08*w*h)
+    w,h,a = stats[1:, 2:].T
+    short,long = np.minimum(w, h),np.maximum(w, h)
+    keep = (short>=2) & (long>=6) & (long<=48*k) & (short<=6*k) & (a>=6) & (a>=.08*w*h)
     ids = np.flatnonzero(keep) + 1
     new = np.zeros(n, np.int32)
     new[ids] = np.arange(1, len(ids) + 1)
@@ -101,7 +101,8 @@ def _level(x, y):
 def _marks(ink, height):
     """Left and right ends of the pieces of the strip `ink` that may be letters or dots of type of that
     height: they do not run through its edges."""
-    x,y,w,h,a = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)[2][1:].T
+    stats = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)[2][1:]
+    (x,y,w,h),a = stats[:, :4].T,stats[:, 4]
     like = (h>=.2*height) & (h<=1.45*height) & (w<=8*height) & (a>=4) & ((y>0) & (y + h<len(ink))
         | (len(ink)<height + 2*(height//3)))
     return x[like],(x + w)[like]

@@ -27,7 +27,7 @@ import pydicom
 from pydicom.encaps import encapsulate
 from pydicom.uid import RLELossless
 
-from ..core import DicomError
+from ..core import DicomError, file_fault
 
 # %% ../../nbs/12_dicom.codecs.ipynb #b3a96466
 _copy = 'Copy the file again from its source'
@@ -37,8 +37,9 @@ _SOF = {0xC0:'jpeg', 0xC1:'jpeg', 0xC2:'jpeg', 0xC3:'lossless',
 def stream_info(
     data: bytes, # one compressed frame
 ) -> dict:
-    """`kind` (jpeg, lossless, jpegls, jpeg2k, htj2k, other, or '' if unknown); where known `rows`, `cols`, `bits`, `samples`, `signed`, `exact` (two decoders
-    must agree in every bit), `levels` (of the wavelet), `whole` (has its end marker) and `fault` (what is wrong)."""
+    """`kind` (jpeg, lossless, jpegls, jpeg2k, htj2k, other, or '' if unknown); where known `rows`, `cols`, `bits`,
+    `samples`, `signed`, `exact` (two decoders must agree in every bit), `levels` (of the wavelet), `whole` (has its
+    end marker) and `fault` (what is wrong)."""
     if data[:3]==b'\xff\xd8\xff': return _jpeg_info(data)
     i = data.find(b'\xff\x4f\xff\x51', 0, 4096)
     return dict(kind='') if i<0 else _jpeg2k_info(data, i)
@@ -58,7 +59,8 @@ def _jpeg_info(data):
             if not info['kind']: return info | dict(fault='the scan comes before the frame header')
             first,last = data[p+n-1:p+n+1] if len(data)>p+n else (0, 0)
             if info['kind']=='jpeg' and not progressive and (first,last)!=(0, 63):
-                info['fault'] = f'the JPEG scan header selects coefficients {first} to {last} where 0 to 63 are required'
+                info['fault'] = (f'the JPEG scan header selects coefficients {first} to {last} where 0 to 63 are '
+                    'required')
             return info | dict(scan=p + 2 + n, progressive=progressive)
         p += 2 + n
     return info | dict(fault='the JPEG stream has no scan')
@@ -189,6 +191,7 @@ out = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1)
 try:
     import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
 except ImportError: pass
+sys.modules['dl'] = sys.modules['DLFCN'] = None # of Python 2: gdcm imports them where they are, or what has their name
 import gdcm, imagecodecs
 
 def openjph(name):
@@ -215,7 +218,7 @@ class _Other:
     def __init__(self): self.process,self.owner,self.lock = None,0,threading.Lock()
 
     def _start(self):
-        self.process = subprocess.Popen([sys.executable, '-c', _CHILD], stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, '-P', '-c', _CHILD], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.owner,self.answers = os.getpid(),queue.Queue()
         def listen(process, answers):
@@ -342,17 +345,15 @@ def decode_frame(
     while r:
         try: return Decoded(decode_reduced(data, info, r), f'pillow.jpeg2k/{2**r}', 2**r, False, info['bits'])
         except (OSError, ValueError): r -= 1 # some odd sizes fail at a level
-    try:
+    with file_fault(path, 'the compressed pixel data is damaged', _copy): # native decoders raise their own types
         a,codec = (second_opinion(data, info, ds, dtype, shape) if info['kind']=='other'
             else _imagecodecs(data, info, ds, dtype, shape))
-    except Exception as e:
-        # native decoders raise their own types
-        raise DicomError(path, f'the compressed pixel data is damaged ({type(e).__name__})', _copy) from None
     if a.shape[:2]!=shape[:2]:
         raise DicomError(path, f'the compressed pixel data is damaged: it decodes to shape {a.shape}', _copy)
     if info['kind']=='lossless' and a.size and int(a.max())>>info['bits']:
         raise DicomError(path, f"the compressed pixel data is damaged: values beyond {info['bits']} bits",
             _copy)
     flat = len(data)>4096 + a.size//256 and a.min()==a.max()
-    if (verify or flat) and codec!='gdcm': codec = _verified(a, codec, data, info, ds, dtype=dtype, shape=shape, path=path)
+    if (verify or flat) and codec!='gdcm':
+        codec = _verified(a, codec, data, info, ds, dtype=dtype, shape=shape, path=path)
     return Decoded(a, codec, 1, exact, info.get('bits', 0))

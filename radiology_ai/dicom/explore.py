@@ -90,7 +90,8 @@ _KEYS = dict(image_id='SOPInstanceUID', SOPInstanceUID='SOPInstanceUID', path='p
 
 def join_labels(
     df: pd.DataFrame, # as of `index_dicoms`
-    labels,           # a table or a CSV file: one of the columns image_id, path, patient_id, study_id (or the keyword), and label columns
+    # a table or a CSV file: one of the columns image_id, path, patient_id, study_id (or the keyword), and label columns
+    labels,
     columns=None,     # the label columns; None: those that hold nothing but 0, 1 and empty cells
 ) -> pd.DataFrame:
     "The labels (1, 0 or NaN) of the rows of `df`. `DataError` where nothing joins."
@@ -161,7 +162,8 @@ class Exploration:
 
     def __repr__(self):
         o = dict(self.tables['overview'].values)
-        return f"Exploration({o['files']} files, {o['unreadable']} unreadable, {o['patients']} patients, {o['studies']} studies, {len(self.attention)} matters of attention)"
+        counts = ', '.join(f'{o[k]} {k}' for k in ('files', 'unreadable', 'patients', 'studies'))
+        return f"Exploration({counts}, {len(self.attention)} matters of attention)"
 
 def _overview(df, twice, decoded):
     "Counts of the folder."
@@ -220,7 +222,9 @@ def explore_dicoms(
     folder,                 # a folder, files, an index of `index_dicoms` or its `.parquet`
     labels=None,            # a table or CSV with labels, see `join_labels`
     columns=None,           # its label columns; None: those of 0 and 1
-    pixels: bool|str=False, # True: compare the pixels of files of the same rows and columns; 'all': decode every file, which also finds damaged and blank ones
+    # True: compare the pixels of files of the same rows and columns; 'all': decode every file, which also finds
+    # damaged and blank ones
+    pixels: bool|str=False,
     examples: int=15,       # at most so many radiographs on the contact sheet
     *,
     workers: int|None=None, # processes; None: as many as cores
@@ -392,7 +396,8 @@ def _example_figure(e, size=150):
         else:
             ax.text(.5, .5, 'none of three\ncould be decoded', ha='center', va='center', fontsize=8,
                 color=_RED)
-        ax.set_title(f'{part} {way}\n{photometric.replace("MONOCHROME", "MONO")}, {count} file{"s"*(count>1)}', fontsize=8)
+        way_of_grey = photometric.replace('MONOCHROME', 'MONO')
+        ax.set_title(f'{part} {way}\n{way_of_grey}, {count} file{"s"*(count>1)}', fontsize=8)
     return fig
 
 # %% ../../nbs/17_dicom.explore.ipynb #b07927ab
@@ -414,8 +419,10 @@ def show(self:Exploration):
 
 @patch
 def _repr_html_(self:Exploration):
-    style = lambda t: t.assign(share=t.share.map('{:.1%}'.format)) if 'share' in t else t
-    return f"<p><b>{html.escape(repr(self))}</b></p>{self.tables['overview'].to_html(index=False)}{style(self.attention).to_html(index=False)}"
+    t = self.attention
+    if 'share' in t: t = t.assign(share=t.share.map('{:.1%}'.format))
+    tables = self.tables['overview'].to_html(index=False) + t.to_html(index=False)
+    return f"<p><b>{html.escape(repr(self))}</b></p>{tables}"
 
 @patch
 def to_html(self:Exploration,
@@ -432,10 +439,12 @@ def to_html(self:Exploration,
         buffer = io.BytesIO()
         fig.savefig(buffer, format='png', dpi=110)
         plt.close(fig)
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+        data = base64.b64encode(buffer.getvalue()).decode()
+        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
     for name,t in self.tables.items():
         if name not in ('overview', 'duplicates'):
-            parts.append(f"<h2>{name}</h2>{t.drop(columns='example', errors='ignore').head(60).round(3).to_html(index=False)}")
+            t = t.drop(columns='example', errors='ignore').head(60).round(3)
+            parts.append(f"<h2>{name}</h2>{t.to_html(index=False)}")
     with atomic_path(path) as p: p.write_text('\n'.join(parts), encoding='utf-8')
     return Path(path)
 

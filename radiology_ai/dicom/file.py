@@ -15,7 +15,6 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from struct import unpack_from
 
 import pydicom
@@ -24,11 +23,12 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_dataset, read_file_meta_info
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from ..core import DicomError
+from ..core import DicomError, file_fault, own_fault
 
 # %% ../../nbs/10_dicom.file.ipynb #901b585a
 _copy = 'Copy the file again from its source'
-# a frame that declares more than so many samples of up to 16 bits is refused before memory is taken; of 32 bits, a quarter
+# a frame that declares more than so many samples of up to 16 bits is refused before memory is taken; of 32 bits,
+# a quarter
 MAX_PIXELS = 50_000_000
 MAX_HEADER = 2**25 # bytes in front of the pixel data
 
@@ -75,11 +75,11 @@ def declared_frame(
     """Bytes of one uncompressed frame as the header declares it (0 where it declares none); `DicomError`
     where it is absurd."""
     try:
-        rows,cols,samples,bits,frames = (int(ds.get(k) or d) for k,d in
-            (('Rows', 0), ('Columns', 0), ('SamplesPerPixel', 1), ('BitsAllocated', 8),
-            ('NumberOfFrames', 1)))
-    except Exception:
-        # pydicom converts late and raises many types
+        rows,cols = (int(ds.get(k) or 0) for k in ('Rows', 'Columns'))
+        samples,frames = (int(ds.get(k) or 1) for k in ('SamplesPerPixel', 'NumberOfFrames'))
+        bits = int(ds.get('BitsAllocated') or 8)
+    except Exception as e: # pydicom converts late and raises many types
+        if own_fault(e): raise
         raise DicomError(path, 'its declared size is not a number', _copy) from None
     if min(rows, cols, samples, bits)<0 or samples>4 or bits>64:
         raise DicomError(path, f'{bits} bits and {samples} samples a pixel are not of a radiograph',
@@ -223,20 +223,18 @@ def open_parts(
     head = read_head(path, 2**16)
     if file_kind(path, head)!='dicom':
         raise DicomError(path, 'it is a still image, not DICOM', 'Use read_radiograph')
-    try:
-        with warnings.catch_warnings(), disable_value_validation(), open(path, 'rb') as f:
-            warnings.simplefilter('ignore')
-            ds,stream = _parse(f, path, tags, *transfer_syntax(head), pixels=pixels, max_pixels=max_pixels)
-            ds.get('Rows') # converts early what must be right
-            if stream is f and f.tell()>os.path.getsize(path):
-                raise DicomError(path, 'an element claims more bytes than the file has', _copy)
-            if stream.tell()>MAX_HEADER:
-                raise DicomError(path, f'its header has {stream.tell()} bytes, above the limit of {MAX_HEADER}', 'Leave it out')
-            return ds,_pixel_value(stream, ds, path)
-    except DicomError: raise
-    except zlib.error: raise DicomError(path, 'the deflated data set is damaged', _copy) from None
-    except Exception as e: # a parser on hostile bytes may raise anything; its text may quote the header
-        raise DicomError(path, f'the header is damaged ({type(e).__name__})', _copy) from None
+    with (file_fault(path, 'the header is damaged', _copy), warnings.catch_warnings(), disable_value_validation(),
+            open(path, 'rb') as f):
+        warnings.simplefilter('ignore')
+        try: ds,stream = _parse(f, path, tags, *transfer_syntax(head), pixels=pixels, max_pixels=max_pixels)
+        except zlib.error: raise DicomError(path, 'the deflated data set is damaged', _copy) from None
+        ds.get('Rows') # converts early what must be right
+        if stream is f and f.tell()>os.path.getsize(path):
+            raise DicomError(path, 'an element claims more bytes than the file has', _copy)
+        if stream.tell()>MAX_HEADER:
+            raise DicomError(path, f'its header has {stream.tell()} bytes, above the limit of {MAX_HEADER}',
+                'Leave it out')
+        return ds,_pixel_value(stream, ds, path)
 
 # %% ../../nbs/10_dicom.file.ipynb #c8630fbe
 def _end(value):

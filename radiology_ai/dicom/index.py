@@ -27,7 +27,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
-from ..core import DataError, DicomError, atomic_path
+from ..core import DataError, DicomError, atomic_path, own_fault
 from .file import MAX_FRAGMENTS, file_kind, pixel_limit
 from .read import read_header
 from .tags import TAGS, laterality, spacing, tags_of, view
@@ -60,7 +60,8 @@ def _below(folder):
         d = todo.pop()
         try: entries = [*os.scandir(d)]
         except OSError as e:
-            warnings.warn(f'The folder {d} cannot be opened ({type(e).__name__}); its files are not in the table')
+            warnings.warn(f'The folder {d} cannot be opened ({type(e).__name__}); its files are not in the table',
+                stacklevel=2)
             continue
         for o in entries:
             if o.is_dir(follow_symlinks=False): todo.append(o.path)
@@ -142,7 +143,8 @@ def _walk(source, p, implicit, little, stop):
     """Raw values and odd types by tag from position `p`, until `stop(tag)`; position there, and the value's
     position and length (-1, 0 at the end)."""
     explicit_form,implicit_form,u4 = _FORMS[little]
-    data,base,p,end,found,odd,steps = b'',p,0,0,{},{},iter(range(MAX_ELEMENTS))
+    data,base,p,end = b'',p,0,0
+    found,odd,steps = {},{},iter(range(MAX_ELEMENTS))
     for _ in steps:
         if p+12>end:
             base,p = base + p,0
@@ -162,7 +164,8 @@ def _walk(source, p, implicit, little, stop):
         first = base + v
         if n==_OPEN:
             after = _skip(source, first, [vr==b'UN' or vr is None], little, steps)
-            data,base,end,p,n = b'',after,0,0,after - first
+            data,base,end,p = b'',after,0,0
+            n = after - first
         else: p = v + n
         if tag in _WANTED:
             if n>MAX_VALUE and _WANTED[tag]!=b'SQ':
@@ -192,10 +195,10 @@ def scan_header(
         peek,little = source.at(p, 8),syntax!='1.2.840.10008.1.2.2'
         if not syntax and peek[4:6] in _EXPLICIT: little = peek[0] + 256*peek[1]<1024
         implicit = not _letters(peek[4:6])
-        values,odd,_,at,n = _walk(source, p, implicit, little, _STOPS.__contains__)
+        values,odd,*_ = walked = _walk(source, p, implicit, little, _STOPS.__contains__)
     except struct_error as e: raise _Fault('the header ends early') from e
-    return dict(values=values, odd=odd, implicit=implicit, little=little, syntax=syntax, at=at, length=n,
-        size=source.size)
+    return dict(values=values, odd=odd, implicit=implicit, little=little, syntax=syntax, at=walked[3],
+        length=walked[4], size=source.size)
 
 # %% ../../nbs/15_dicom.index.ipynb #fb7234c5
 _PLAIN_SETS = {b'', b'ISO_IR 6', b'ISO_IR 100', b'ISO_IR 101', b'ISO_IR 109', b'ISO_IR 110', b'ISO_IR 126',
@@ -285,11 +288,14 @@ def fast_header(
     return {k: tags[k] for k in (*TAGS, 'TransferSyntaxUID') if k in tags}
 
 # %% ../../nbs/15_dicom.index.ipynb #19ed6938
-_LISTS = 'SeriesNumber InstanceNumber HighBit PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing EstimatedRadiographicMagnificationFactor'.split()
+_LISTS = '''SeriesNumber InstanceNumber HighBit PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing
+EstimatedRadiographicMagnificationFactor'''.split()
 # 0 where unknown
-INDEX_INT = 'Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated BitsStored PixelRepresentation bytes mtime_ns'.split()
+INDEX_INT = '''Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated BitsStored PixelRepresentation bytes
+mtime_ns'''.split()
 # NaN where unknown
-INDEX_FLOAT = 'WindowCenter WindowWidth RescaleSlope RescaleIntercept KVP Exposure ExposureTime XRayTubeCurrent spacing_row spacing_col'.split()
+INDEX_FLOAT = '''WindowCenter WindowWidth RescaleSlope RescaleIntercept KVP Exposure ExposureTime
+XRayTubeCurrent spacing_row spacing_col'''.split()
 # '' where absent
 INDEX_TEXT = ['path', 'error'] + [k for k in TAGS
     if k not in INDEX_INT+INDEX_FLOAT+_LISTS] + ['TransferSyntaxUID', 'view', 'laterality']
@@ -308,9 +314,9 @@ def _number(v, none):
 
 def _pixel_fault(file, tags, at, n, size):
     "What is wrong with the pixel data, without decoding it; '' if nothing."
-    rows,cols,frames,samples,bits = (int(_number(tags.get(k), d))
-        for k,d in (('Rows', 0), ('Columns', 0), ('NumberOfFrames', 1), ('SamplesPerPixel', 1),
-        ('BitsAllocated', 8)))
+    def declared(k, otherwise): return int(_number(tags.get(k), otherwise))
+    rows,cols,bits = declared('Rows', 0),declared('Columns', 0),declared('BitsAllocated', 8)
+    frames,samples = declared('NumberOfFrames', 1),declared('SamplesPerPixel', 1)
     if frames>2**20: return f'it declares {frames} frames'
     limit = pixel_limit(samples, bits)
     if rows*cols>limit: return f'it declares {rows} x {cols} pixels, above the limit of {limit}'
@@ -353,8 +359,9 @@ def _row(path, lost=''):
     except _Fault as e: error = str(e)
     except DicomError as e: error = e.cause
     except OSError as e: error = f'{_UNOPENED} ({type(e).__name__})'
-    except Exception as e:
-        error = f'the header is damaged ({type(e).__name__})' # hostile bytes may raise anything in pydicom
+    except Exception as e: # hostile bytes may raise anything in pydicom
+        if own_fault(e): raise
+        error = f'the header is damaged ({type(e).__name__})'
     # a name in another encoding fits into no table
     if not path.isascii() and path!=path.encode('utf-8', 'replace').decode('utf-8'):
         path = path.encode('utf-8', 'backslashreplace').decode('utf-8')
@@ -400,9 +407,11 @@ def _stamp(path):
 
 def index_dicoms(
     folder,                 # searched with all its subfolders; or one file, or a list of files and folders
-    workers: int|None=None, # processes; None: as many as cores from 5,000 files on; give a number for a slow or remote disk
+    # processes; None: as many as cores from 5,000 files on; give a number for a slow or remote disk
+    workers: int|None=None,
     show: bool|None=None,   # a progress bar; None: on a terminal
-    previous=None,          # an earlier index, or its `.parquet`, which may not exist yet: unchanged files are not read again
+    # an earlier index, or its `.parquet`, which may not exist yet: unchanged files are not read again
+    previous=None,
 ) -> pd.DataFrame:
     """One row a file, sorted by path: text columns ('' where absent), whole numbers (0), real numbers (NaN);
     `error` is '' for a good file."""
@@ -438,7 +447,8 @@ def read_index(
     except FileNotFoundError as e:
         raise DataError(f"The index {path} does not exist",
             "Make it with index_dicoms and write_index") from e
-    except Exception as e:
+    except Exception as e: # pyarrow raises many types
+        if own_fault(e): raise
         raise DataError(f"{path} is not a readable parquet file ({type(e).__name__})",
             "Make it again with write_index") from e
     missing = [k for k in ('path', 'error', 'SOPInstanceUID') if k not in df]

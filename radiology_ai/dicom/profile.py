@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag, tag_for_keyword
+from pydicom.datadict import dictionary_has_tag, keyword_for_tag
 
 from ..core import DataError
 
@@ -47,16 +47,22 @@ def table_action(
 
 # %% ../../nbs/17_dicom.profile.ipynb #c2a65631
 _words = lambda s: frozenset(s.split())
-DEVICE = _words('''CassetteID DetectorID DeviceDescription DeviceLabel DeviceSerialNumber DeviceUID GantryID GeneratorID LensMake LensModel LensSerialNumber LensSpecification
-ManufacturerDeviceClassUID ManufacturerDeviceIdentifier PerformedStationAETitle PerformedStationGeographicLocationCodeSequence PerformedStationName
-PerformedStationNameCodeSequence PlateID ScheduledProcedureStepLocation ScheduledStationAETitle ScheduledStationGeographicLocationCodeSequence ScheduledStationName
-ScheduledStationNameCodeSequence ScheduledStudyLocation ScheduledStudyLocationAETitle SourceManufacturer SourceSerialNumber StationName
-TransducerIdentificationSequence TreatmentMachineName UDISequence UniqueDeviceIdentifier XRayDetectorID XRayDetectorLabel XRaySourceID''')
-INSTITUTION = _words('''ClinicalTrialCoordinatingCenterName ClinicalTrialProtocolEthicsCommitteeName ClinicalTrialSiteID ClinicalTrialSiteName InstitutionAddress
-InstitutionalDepartmentName InstitutionalDepartmentTypeCodeSequence InstitutionCodeSequence InstitutionName''')
-PATIENT = _words('EthnicGroup PatientAge PatientSex PatientSexNeutered PatientSize PatientWeight PregnancyStatus SmokingStatus')
-DESCRIPTIONS = _words('''StudyDescription SeriesDescription ProtocolName PerformedProcedureStepDescription RequestedProcedureDescription RequestedSeriesDescription
-ScheduledProcedureStepDescription AcquisitionDeviceProcessingDescription AcquisitionProtocolDescription''')
+DEVICE = _words('''CassetteID DetectorID DeviceDescription DeviceLabel DeviceSerialNumber DeviceUID GantryID
+GeneratorID LensMake LensModel LensSerialNumber LensSpecification ManufacturerDeviceClassUID
+ManufacturerDeviceIdentifier PerformedStationAETitle PerformedStationGeographicLocationCodeSequence
+PerformedStationName PerformedStationNameCodeSequence PlateID ScheduledProcedureStepLocation
+ScheduledStationAETitle ScheduledStationGeographicLocationCodeSequence ScheduledStationName
+ScheduledStationNameCodeSequence ScheduledStudyLocation ScheduledStudyLocationAETitle SourceManufacturer
+SourceSerialNumber StationName TransducerIdentificationSequence TreatmentMachineName UDISequence
+UniqueDeviceIdentifier XRayDetectorID XRayDetectorLabel XRaySourceID''')
+INSTITUTION = _words('''ClinicalTrialCoordinatingCenterName ClinicalTrialProtocolEthicsCommitteeName
+ClinicalTrialSiteID ClinicalTrialSiteName InstitutionAddress InstitutionalDepartmentName
+InstitutionalDepartmentTypeCodeSequence InstitutionCodeSequence InstitutionName''')
+PATIENT = _words('''EthnicGroup PatientAge PatientSex PatientSexNeutered PatientSize PatientWeight
+PregnancyStatus SmokingStatus''')
+DESCRIPTIONS = _words('''StudyDescription SeriesDescription ProtocolName PerformedProcedureStepDescription
+RequestedProcedureDescription RequestedSeriesDescription ScheduledProcedureStepDescription
+AcquisitionDeviceProcessingDescription AcquisitionProtocolDescription''')
 OPTIONS = { # name: code and meaning in CID 7050 (PS3.16)
     'dates_full': ('113106', 'Retain Longitudinal Temporal Information Full Dates Option'),
     'dates_modified': ('113107', 'Retain Longitudinal Temporal Information Modified Dates Option'),
@@ -67,14 +73,19 @@ OPTIONS = { # name: code and meaning in CID 7050 (PS3.16)
     'descriptions': ('113105', 'Clean Descriptors Option')}
 
 # %% ../../nbs/17_dicom.profile.ipynb #80ceb86d
-VOCABULARY = _words('''ABDOMEN ABD ACROMIOCLAVICULAR AC ANKLE ARM BARIUM BILATERAL BOTH BONE AGE BREAST CALCANEUS CERVICAL CHEST CLAVICLE COCCYX COLUMN CSPINE LSPINE TSPINE ELBOW EXTREMITY
-FACIAL FEET FEMUR FIBULA FINGER FOOT FOREARM HAND HANDS HEAD HEEL HIP HIPS HUMERUS JOINT JOINTS KNEE KNEES LEG LEGS LOWER LUMBAR LUNG LUNGS MANDIBLE NECK NOSE ORBIT ORBITS OS PATELLA PELVIS
-RADIUS RIB RIBS SACRUM SCAPULA SHOULDER SHOULDERS SKULL SPINE STERNUM TARSUS THIGH THORAX THORACIC THUMB TIBIA TOE TOES ULNA UPPER WHOLE WRIST WRISTS KNIE HUEFTE FUSS BECKEN SCHULTER RODILLA MANO
-CADERA PIE TORAX PECHO GENOU MAIN HANCHE PIED EPAULE AP PA LAT LATERAL OBL OBLIQUE OBLIQUES AXIAL SUNRISE SKYLINE MERCHANT TANGENTIAL FRONTAL DORSAL VENTRAL PLANTAR DECUBITUS ERECT SUPINE
-PRONE STANDING SITTING UPRIGHT PORTABLE BEDSIDE MOBILE STRESS WEIGHT BEARING WB NWB FLEXION EXTENSION INSPIRATION EXPIRATION ROSENBERG FROG LEFT RIGHT LT RT L R LINKS RECHTS IZQ IZQUIERDA DERECHA
-GAUCHE DROITE DEXT XR CR DX DR XRAY RX RADIOGRAPH RADIOGRAPHY IMAGE DIGITAL STANDARD NORMAL ROUTINE VIEW VIEWS SERIES STUDY ONE TWO THREE FOUR SINGLE MULTIPLE WITH WITHOUT AND OR OF THE IN ON
-FOR PRESENTATION PROCESSING ORIGINAL DERIVED PRIMARY SECONDARY COLLIMATED GRID NOGRID BUCKY TABLE WALL DETECTOR ADULT CHILD PEDIATRIC SMALL MEDIUM LARGE SCREENING DIAGNOSTIC FOLLOW UP POST PRE OP
-UNKNOWN NONE OTHER FEMALE MALE''')
+VOCABULARY = _words('''ABDOMEN ABD ACROMIOCLAVICULAR AC ANKLE ARM BARIUM BILATERAL BOTH BONE AGE BREAST
+CALCANEUS CERVICAL CHEST CLAVICLE COCCYX COLUMN CSPINE LSPINE TSPINE ELBOW EXTREMITY FACIAL FEET FEMUR FIBULA
+FINGER FOOT FOREARM HAND HANDS HEAD HEEL HIP HIPS HUMERUS JOINT JOINTS KNEE KNEES LEG LEGS LOWER LUMBAR LUNG
+LUNGS MANDIBLE NECK NOSE ORBIT ORBITS OS PATELLA PELVIS RADIUS RIB RIBS SACRUM SCAPULA SHOULDER SHOULDERS SKULL
+SPINE STERNUM TARSUS THIGH THORAX THORACIC THUMB TIBIA TOE TOES ULNA UPPER WHOLE WRIST WRISTS KNIE HUEFTE FUSS
+BECKEN SCHULTER RODILLA MANO CADERA PIE TORAX PECHO GENOU MAIN HANCHE PIED EPAULE AP PA LAT LATERAL OBL OBLIQUE
+OBLIQUES AXIAL SUNRISE SKYLINE MERCHANT TANGENTIAL FRONTAL DORSAL VENTRAL PLANTAR DECUBITUS ERECT SUPINE PRONE
+STANDING SITTING UPRIGHT PORTABLE BEDSIDE MOBILE STRESS WEIGHT BEARING WB NWB FLEXION EXTENSION INSPIRATION
+EXPIRATION ROSENBERG FROG LEFT RIGHT LT RT L R LINKS RECHTS IZQ IZQUIERDA DERECHA GAUCHE DROITE DEXT XR CR DX DR
+XRAY RX RADIOGRAPH RADIOGRAPHY IMAGE DIGITAL STANDARD NORMAL ROUTINE VIEW VIEWS SERIES STUDY ONE TWO THREE FOUR
+SINGLE MULTIPLE WITH WITHOUT AND OR OF THE IN ON FOR PRESENTATION PROCESSING ORIGINAL DERIVED PRIMARY SECONDARY
+COLLIMATED GRID NOGRID BUCKY TABLE WALL DETECTOR ADULT CHILD PEDIATRIC SMALL MEDIUM LARGE SCREENING DIAGNOSTIC
+FOLLOW UP POST PRE OP UNKNOWN NONE OTHER FEMALE MALE''')
 
 def clean_words(
     text: str,    # a description

@@ -47,7 +47,9 @@ class Pseudonyms:
         return self._digest(kind, value)[:6].hex().upper()
 
 def read_key(
-    key=None, # None: drawn at random and forgotten; bytes; a passphrase (str); a `Path` to a key file, which is drawn and written if it does not exist
+    # None: drawn at random and forgotten; bytes; a passphrase (str); a `Path` to a key file, which is drawn and
+    # written if it does not exist
+    key=None,
 ) -> bytes:
     "The secret as bytes; at least 16 of them, or 16 letters."
     if key is None: return secrets.token_bytes(32)

@@ -19,7 +19,7 @@ import numpy as np
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
-from ..core import DicomError, Radiograph, fit_size, resize_array, scale, shift
+from ..core import DicomError, Radiograph, file_fault, fit_size, resize_array, scale, shift
 from .file import MAX_PIXELS, file_kind, open_dicom, open_parts, pixel_limit, read_head
 from .stored import decode
 from .tags import TAGS, spacing, tags_of, value_of
@@ -124,7 +124,8 @@ def _grey_values(stored, ds, path, which):
     if y is not None and lo<hi:
         shown = y[(x>=lo) & (x<=hi)]
         if shown.size and shown.min()==shown.max():
-            warnings.warn(f'{name}: the window of the header would show nothing; the used range is shown instead')
+            warnings.warn(f'{name}: the window of the header would show nothing; the used range is shown instead',
+                stacklevel=2)
             y = None
     if y is None:
         bits = int(ds.get('BitsStored') or 16)
@@ -176,7 +177,7 @@ _luma = np.array([.299, .587, .114], np.float32)
 
 def _colour_grey(stored, ds, path):
     "(H, W, 3) stored colour or palette indices as (H, W) float32 in [0, 1], with a warning."
-    warnings.warn(f'{Path(path).name or "image"}: a colour picture is turned to grey')
+    warnings.warn(f'{Path(path).name or "image"}: a colour picture is turned to grey', stacklevel=2)
     if stored.ndim==2:
         from pydicom.pixels import apply_color_lut
         stored = apply_color_lut(stored, ds)
@@ -188,28 +189,26 @@ def _colour_grey(stored, ds, path):
 def _open_still(path):
     "The still image opened by Pillow, not yet decoded."
     from PIL import Image
-    try: return Image.open(path, formats=['PNG', 'JPEG', 'TIFF'])
-    except Image.DecompressionBombError as e:
-        raise DicomError(path, 'it declares an absurd size', 'Leave it out') from None
-    except Exception as e:
-        raise DicomError(path, f'the image cannot be read ({type(e).__name__})', _copy) from None
+    with file_fault(path, 'the image cannot be read', _copy):
+        try: return Image.open(path, formats=['PNG', 'JPEG', 'TIFF'])
+        except Image.DecompressionBombError:
+            raise DicomError(path, 'it declares an absurd size', 'Leave it out') from None
 
 def _check_png(path):
     "Refuses a PNG one of whose chunks differs from its own checksum (ISO 15948, 5.3)."
     with open(path, 'rb') as f:
         f.seek(8)
-        while len(head := f.read(8))==8 and head[4:]!=b'IEND':
+        head = f.read(8)
+        while len(head)==8 and head[4:]!=b'IEND':
             found = zlib.crc32(f.read(int.from_bytes(head[:4], 'big')), zlib.crc32(head[4:]))
             if found!=int.from_bytes(f.read(4), 'big'):
                 raise DicomError(path, 'the image is damaged: a checksum is wrong', _copy)
+            head = f.read(8)
 
 def _read_still(path, frame, max_pixels):
     "A PNG, JPEG or TIFF as (H, W) float32 in [0, 1]."
-    try: return _still_grey(path, frame, max_pixels)
-    except DicomError: raise
-    except Exception as e:
-        # Pillow raises many types
-        raise DicomError(path, f'the image is damaged or ends early ({type(e).__name__})', _copy) from None
+    with file_fault(path, 'the image is damaged or ends early', _copy): # Pillow raises many types
+        return _still_grey(path, frame, max_pixels)
 
 def _still_grey(path, frame, max_pixels):
     "What `_read_still` gives, with Pillow's own errors."
@@ -231,7 +230,7 @@ def _still_grey(path, frame, max_pixels):
     if a.ndim==3:
         a = a[..., :3]
         if (a[..., 0]!=a[..., 1]).any() or (a[..., 1]!=a[..., 2]).any():
-            warnings.warn(f'{Path(path).name}: a colour picture is turned to grey')
+            warnings.warn(f'{Path(path).name}: a colour picture is turned to grey', stacklevel=2)
         return np.clip(a.astype(np.float32)@_luma/255, 0, 1)
     if a.dtype==bool: return a.astype(np.float32)
     if a.dtype==np.uint8: return a.astype(np.float32)/255
@@ -254,24 +253,19 @@ def read_header(
 def _read_dicom(path, size, crop, frame, max_pixels, *, verify, voi):
     "A DICOM file as a Radiograph before cropping, and already of the wanted size where nothing is cropped."
     ds,value = open_parts(path, max_pixels=max_pixels)
-    try:
-        with warnings.catch_warnings(), disable_value_validation():
-            warnings.filterwarnings('ignore', module='pydicom')
-            full = int(ds.get('Rows') or 0),int(ds.get('Columns') or 0)
-            wanted = fit_size(full, size) if size is not None and crop is None and all(full) else None
-            stored,codec,step = decode(ds, value, frame, path, max_pixels, verify=verify, least=wanted)[:3]
-            colour = stored.ndim==3 or ds.get('PhotometricInterpretation')=='PALETTE COLOR'
-            pixels = _colour_grey(stored, ds, path) if colour else to_grey(stored, ds, path, voi, wanted)
-    except DicomError: raise
-    except Exception as e:
-        # its text may quote the header
-        raise DicomError(path, f'the header contradicts the pixel data ({type(e).__name__})', _copy) from None
+    with (file_fault(path, 'the header contradicts the pixel data', _copy), warnings.catch_warnings(),
+            disable_value_validation()):
+        warnings.filterwarnings('ignore', module='pydicom')
+        full = int(ds.get('Rows') or 0),int(ds.get('Columns') or 0)
+        wanted = fit_size(full, size) if size is not None and crop is None and all(full) else None
+        stored,codec,step = decode(ds, value, frame, path, max_pixels, verify=verify, least=wanted)[:3]
+        colour = stored.ndim==3 or ds.get('PhotometricInterpretation')=='PALETTE COLOR'
+        pixels = _colour_grey(stored, ds, path) if colour else to_grey(stored, ds, path, voi, wanted)
     tags = tags_of(ds) | dict(Rows=full[0], Columns=full[1])
     r = Radiograph(pixels, spacing(tags), tags, codec=codec, path=str(path))
     if pixels.shape==full: return r
-    small = scale(pixels.shape[1]/stored.shape[1], pixels.shape[0]/stored.shape[0])@shift(.5,
-        .5)@scale(1/step, 1/step)@shift(-.5, -.5)
-    return r.warped(pixels, small)
+    shrunk = scale(pixels.shape[1]/stored.shape[1], pixels.shape[0]/stored.shape[0])
+    return r.warped(pixels, shrunk@shift(.5, .5)@scale(1/step, 1/step)@shift(-.5, -.5))
 
 def read_radiograph(
     path,                  # DICOM (any extension, also without preamble), PNG, JPEG or TIFF
@@ -283,8 +277,9 @@ def read_radiograph(
     verify: bool=False,    # decode twice, by two decoders, and refuse what they disagree on
     voi: int=0,            # which of several windows or VOI tables of the header
 ) -> Radiograph:
-    """One radiograph with bone bright, its header, its geometry and the codec that ran (two names: both agree). With `size` a JPEG 2000 stream is decoded at the nearest
-    larger resolution it holds. Raises `DicomError` with cause and remedy."""
+    """One radiograph with bone bright, its header, its geometry and the codec that ran (two names: both agree).
+    With `size` a JPEG 2000 stream is decoded at the nearest larger resolution it holds. Raises `DicomError` with
+    cause and remedy."""
     path = Path(path)
     if file_kind(path, read_head(path))=='still':
         pixels = _read_still(path, frame, max_pixels)

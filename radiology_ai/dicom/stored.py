@@ -8,13 +8,14 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.stored.html.md"""
 __all__ = ['compressed_frame', 'layout', 'encapsulated', 'decode', 'pixel_value', 'decode_stored']
 
 # %% ../../nbs/13_dicom.stored.ipynb #1ae20c26
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
-from ..core import DicomError
+from ..core import DicomError, own_fault
 from .codecs import Decoded, decode_frame, syntax_of
 from .file import MAX_PIXELS, PixelValue, declared_frame, fragments
 from .tags import value_of
@@ -69,11 +70,10 @@ def layout(
     decode."""
     declared_frame(ds, path, max_pixels)
     try:
-        rows,cols,alloc,samples,n_frames = (int(ds.get(k) or d)
-            for k,d in (('Rows', 0), ('Columns', 0), ('BitsAllocated', 0), ('SamplesPerPixel', 1),
-            ('NumberOfFrames', 1)))
-    except Exception:
-        # pydicom converts late and raises many types
+        rows,cols,alloc = (int(ds.get(k) or 0) for k in ('Rows', 'Columns', 'BitsAllocated'))
+        samples,n_frames = (int(ds.get(k) or 1) for k in ('SamplesPerPixel', 'NumberOfFrames'))
+    except Exception as e: # pydicom converts late and raises many types
+        if own_fault(e): raise
         raise DicomError(path, 'its declared size is not a number', _copy) from None
     if value is not None and value.vr in ('OF', 'OD'):
         raise DicomError(path, 'its pixels are floating point numbers', 'Export it as integers')
@@ -89,8 +89,8 @@ def layout(
     if alloc not in (8, 16, 32) or samples not in (1, 3):
         raise DicomError(path, f'{alloc} bits and {samples} samples a pixel are not of a radiograph',
             'Leave it out')
-    return np.dtype(f"{'i' if ds.get('PixelRepresentation') else 'u'}{alloc//8}"),(rows,
-        cols) if samples==1 else (rows, cols, samples),n_frames
+    dtype = np.dtype(f"{'i' if ds.get('PixelRepresentation') else 'u'}{alloc//8}")
+    return dtype,(rows, cols) if samples==1 else (rows, cols, samples),n_frames
 
 def encapsulated(value: PixelValue, ds: Dataset) -> bool:
     "Is the pixel data a list of fragments? Its length says so; a few writers give a length all the same."
@@ -144,7 +144,7 @@ def _fit_bits(a, ds, raw, exact, depth, *, path):
     low = int(ds.get('HighBit') if ds.get('HighBit') is not None else bits-1) + 1 - bits
     if not 0<=low<=alloc-bits: # it contradicts the other two
         warnings.warn(f'{Path(path).name or "image"}: HighBit {low + bits - 1} is impossible with {bits} '
-            f'bits stored of {alloc}; {bits - 1} is taken')
+            f'bits stored of {alloc}; {bits - 1} is taken', stacklevel=2)
         low = 0
     if raw or exact and (depth or alloc)==alloc: # whole words
         if low>0: a = a.view(u)>>low
@@ -153,7 +153,8 @@ def _fit_bits(a, ds, raw, exact, depth, *, path):
         a,top = a.view(u),u.type(2**bits - 1)
         if bits==alloc or not a.size or a.max()<=top: return a
         if (a>top).mean()>.01:
-            raise DicomError(path, f'the compressed stream holds numbers beyond the {bits} bits that the header declares', _copy)
+            raise DicomError(path,
+                f'the compressed stream holds numbers beyond the {bits} bits that the header declares', _copy)
         return np.minimum(a, top)
     if bits==alloc: return a.view(s if signed else u)
     if signed: return (a.view(u)<<(alloc-bits)).view(s)>>(alloc-bits)
@@ -161,6 +162,9 @@ def _fit_bits(a, ds, raw, exact, depth, *, path):
     return a & top if a.size and a.max()>top else a
 
 # %% ../../nbs/13_dicom.stored.ipynb #94d2496a
+_COMPRESSED = (pydicom.uid.JPEGTransferSyntaxes + pydicom.uid.JPEG2000TransferSyntaxes
+    + pydicom.uid.RLETransferSyntaxes)
+
 def decode(
     ds: Dataset,              # a header
     value: PixelValue|None,   # its pixel data
@@ -179,23 +183,28 @@ def decode(
     frame = frame or 0
     if not 0<=frame<n_frames:
         raise DicomError(path, f'frame {frame} does not exist', f'Choose one of 0 to {n_frames-1}')
-    if raw := not encapsulated(value, ds):
-        if pydicom.uid.UID(
-                syntax_of(
-                ds)) in pydicom.uid.JPEGTransferSyntaxes + pydicom.uid.JPEG2000TransferSyntaxes + pydicom.uid.RLETransferSyntaxes:
+    raw = not encapsulated(value, ds)
+    if raw:
+        if pydicom.uid.UID(syntax_of(ds)) in _COMPRESSED:
             raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
-        a,codec,step,exact,depth = _raw_frame(path, value, ds, frame, dtype, shape=shape, n_frames=n_frames),'raw',1,True,0
-        if verify: _raw_twice(a, path, value, ds, frame); codec = 'raw + pydicom'
+        d = Decoded(_raw_frame(path, value, ds, frame, dtype, shape=shape, n_frames=n_frames), 'raw')
+        if verify:
+            _raw_twice(d.array, path, value, ds, frame)
+            d = d._replace(codec='raw + pydicom')
     else:
         limit = 4*int(np.prod(shape))*dtype.itemsize + 2**20
-        a,codec,step,exact,depth = decode_frame(compressed_frame(value, ds, frame, n_frames, limit, path=path), ds,
-            dtype, shape, path, verify=verify, least=least)
-    if a.ndim==3 and a.shape[2]==1: a = a[..., 0]
-    if (a.ndim==3 and str(ds.get('PhotometricInterpretation', '')).startswith('YBR_FULL')
-            and codec.split()[0] in ('raw', 'imagecodecs.packbits')):
-        from pydicom.pixels import convert_color_space
-        a = convert_color_space(np.ascontiguousarray(a), 'YBR_FULL', 'RGB')
-    return Decoded(_fit_bits(np.ascontiguousarray(a), ds, raw, exact, depth, path=path), codec, step, exact, depth)
+        data = compressed_frame(value, ds, frame, n_frames, limit, path=path)
+        d = decode_frame(data, ds, dtype, shape, path, verify=verify, least=least)
+    a = _rgb(d.array, ds, d.codec)
+    return d._replace(array=_fit_bits(np.ascontiguousarray(a), ds, raw, d.exact, d.bits, path=path))
+
+def _rgb(a, ds, codec):
+    "A decoded frame without a third axis of length 1, and colours as red, green, blue where no decoder has done that."
+    if a.ndim==3 and a.shape[2]==1: return a[..., 0]
+    full = str(ds.get('PhotometricInterpretation', '')).startswith('YBR_FULL')
+    if a.ndim<3 or not full or codec.split()[0] not in ('raw', 'imagecodecs.packbits'): return a
+    from pydicom.pixels import convert_color_space
+    return convert_color_space(np.ascontiguousarray(a), 'YBR_FULL', 'RGB')
 
 def pixel_value(ds: Dataset) -> PixelValue|None:
     "The pixel data of a data set in memory."

@@ -15,15 +15,19 @@ from functools import lru_cache
 import pydicom
 from pydicom.config import disable_value_validation
 
+from ..core import own_fault
+
 # %% ../../nbs/11_dicom.tags.ipynb #50386442
-TAGS = '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID PatientSex PatientAge PatientBirthDate AccessionNumber
-StudyDate SeriesDate AcquisitionDate ContentDate StudyTime Modality Manufacturer ManufacturerModelName InstitutionName StationName
-StudyDescription SeriesDescription ProtocolName PerformedProcedureStepDescription RequestedProcedureDescription AcquisitionDeviceProcessingDescription
-BodyPartExamined ViewPosition ViewCodeSequence AnatomicRegionSequence Laterality ImageLaterality FrameLaterality PatientOrientation ImageType
-PresentationIntentType SeriesNumber InstanceNumber KVP Exposure ExposureTime XRayTubeCurrent Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated
-BitsStored HighBit PixelRepresentation PhotometricInterpretation PresentationLUTShape WindowCenter WindowWidth VOILUTFunction RescaleSlope
-RescaleIntercept PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing EstimatedRadiographicMagnificationFactor PixelSpacingCalibrationType
-BurnedInAnnotation LossyImageCompression'''.split()
+TAGS = '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID PatientSex PatientAge
+PatientBirthDate AccessionNumber StudyDate SeriesDate AcquisitionDate ContentDate StudyTime Modality
+Manufacturer ManufacturerModelName InstitutionName StationName StudyDescription SeriesDescription ProtocolName
+PerformedProcedureStepDescription RequestedProcedureDescription AcquisitionDeviceProcessingDescription
+BodyPartExamined ViewPosition ViewCodeSequence AnatomicRegionSequence Laterality ImageLaterality FrameLaterality
+PatientOrientation ImageType PresentationIntentType SeriesNumber InstanceNumber KVP Exposure ExposureTime
+XRayTubeCurrent Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated BitsStored HighBit PixelRepresentation
+PhotometricInterpretation PresentationLUTShape WindowCenter WindowWidth VOILUTFunction RescaleSlope
+RescaleIntercept PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing
+EstimatedRadiographicMagnificationFactor PixelSpacingCalibrationType BurnedInAnnotation LossyImageCompression'''.split()
 
 def _plain(v):
     "A pydicom value as a plain one: float, int, str or a list of them; None if empty."
@@ -37,7 +41,9 @@ def _plain(v):
 def value_of(ds, k: str):
     "The element `k` of `ds` as a plain value; None where it is absent or not readable."
     try: return _plain(ds.get(k))
-    except Exception: return None # a value that breaks its own type, such as 'ten' for a number
+    except Exception as e: # a value that breaks its own type, such as 'ten' for a number
+        if own_fault(e): raise
+        return None
 
 def tags_of(
     ds,             # pydicom data set
@@ -51,7 +57,8 @@ def tags_of(
     return out | ({'TransferSyntaxUID': str(syntax)} if syntax else {})
 
 # %% ../../nbs/11_dicom.tags.ipynb #5d7a649a
-_texts = 'SeriesDescription ProtocolName PerformedProcedureStepDescription AcquisitionDeviceProcessingDescription RequestedProcedureDescription StudyDescription BodyPartExamined'.split()
+_texts = '''SeriesDescription ProtocolName PerformedProcedureStepDescription
+AcquisitionDeviceProcessingDescription RequestedProcedureDescription StudyDescription BodyPartExamined'''.split()
 _left = re.compile(r'\b(LEFT|LT|LI|LINKS|IZQ\w*|GAUCHE|SIN\w*|L)\b')
 _right = re.compile(r'\b(RIGHT|RT|RE|RECHTS|DER|DERECH\w*|DROITE?|DEXT\w*|R)\b')
 

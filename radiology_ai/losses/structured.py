@@ -19,7 +19,6 @@ from radiology_ai.losses.base import (
     GradeAnswer,
     LabelLoss,
     full_precision,
-    grade_log_probabilities,
     keep_settings,
     keep_weight,
     known_labels,

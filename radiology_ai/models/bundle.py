@@ -11,7 +11,6 @@ __all__ = ['FORMAT', 'ACTIVATIONS', 'save_bundle', 'Bundle', 'load_bundle', 'exp
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from radiology_ai.core import (
 )
 from .backbone import create_model
 from .run import run_model
-from ..preprocess.store import Preprocess
+from ..preprocess.recipe import Preprocess
 
 # %% ../../nbs/46_models.bundle.ipynb #65fddad4
 FORMAT = 2 # 2: stage, settings, answer

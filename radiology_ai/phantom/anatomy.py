@@ -160,7 +160,8 @@ def femur(
 ) -> np.ndarray:
     "(H, W, 3): mm of ray in cortex, mm of bone mineral in spongy bone, mm inside the cortex."
     s,q,gen = k.size,(-z/k.size).astype(_F),rng(k.seed, 'femur')
-    lat,med,front,back,shell = _femur_edges(k, q, gen)
+    lat,med,*others = _femur_edges(k, q, gen)
+    front,back,shell = others
     lean = np.tan(np.radians(k.valgus))*np.maximum(q-20, 0)*s
     # the back of the condyles is narrower
     narrow = profile(q, (0,.2), (18,1.4), (32,3.2), (44,1), (52,0))*s

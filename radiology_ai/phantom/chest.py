@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import cv2
 import numpy as np
 
-from ..core import RadiologyError, rng, scale, shift, transform_points
+from ..core import RadiologyError, rng, scale, shift
 from .solids import Grid, curve, edge_distance, ellipsoid, mu, plate, smooth_noise, tube
 from .xray import Phantom
 
@@ -147,12 +147,13 @@ def mediastinum(
     "Chords (H, W) in mm of the heart, and of heart, spine bed and great vessels together."
     heart,h,k = plate(grid, heart_outline(body), 62, 26),body.height,body.knob
     all_ = heart.copy()
-    parts = [tube(grid, [(0,-230), (0,-90), (1,0), (2,160)], [19, 21, 21, 20], 75),
-             tube(grid, [(-14,-110*h), (-17,-60*h), (-21,-15*h), (-22,20)], [9, 11, 12, 12], 40),                            # superior vena cava
-             tube(grid, curve([(-6,-10*h), (-4,-38*h), (10,-54*h), (22,-48*h), (24,-20*h), (20,40), (10,150)],
-             n=4), np.interp(np.arange(25), [0,12,24], [15,15*k,12*k]), 45),
-             ellipsoid(grid, (22+4*k, -47*h), (15*k, 17*k, 48)),                                                            # aortic knob
-             tube(grid, [(14,-16*h), (27,-18*h), (32,4), (40,24)], [14, 14, 14, 12], 42)]                                                     # pulmonary trunk
+    aorta = curve([(-6,-10*h), (-4,-38*h), (10,-54*h), (22,-48*h), (24,-20*h), (20,40), (10,150)], n=4)
+    spine = tube(grid, [(0,-230), (0,-90), (1,0), (2,160)], [19, 21, 21, 20], 75)
+    vena_cava = tube(grid, [(-14,-110*h), (-17,-60*h), (-21,-15*h), (-22,20)], [9, 11, 12, 12], 40)
+    knob = ellipsoid(grid, (22+4*k, -47*h), (15*k, 17*k, 48))
+    pulmonary_trunk = tube(grid, [(14,-16*h), (27,-18*h), (32,4), (40,24)], [14, 14, 14, 12], 42)
+    parts = [spine, vena_cava, tube(grid, aorta, np.interp(np.arange(25), [0,12,24], [15,15*k,12*k]), 45), knob,
+        pulmonary_trunk]
     for p in parts: np.maximum(all_, p, out=all_)
     return heart,all_
 
@@ -196,8 +197,8 @@ def vessels(
             a = np.radians(deg+gen.normal(0, 6))
             roots.append((s*(30+gen.uniform(2, 9)), y+gen.normal(0, 6)+12*np.sin(a), a if s>0 else np.pi-a,
                 r*gen.uniform(.85, 1.1), length))
-    x,y,a,r,length = np.array(roots).T
-    tree,out = vessel_tree(gen, np.stack([x, y], 1), a, r, length),grid.zeros()
+    roots = np.array(roots)
+    tree,out = vessel_tree(gen, np.ascontiguousarray(roots[:,:2]), *roots[:,2:].T),grid.zeros()
     points,radii = np.concatenate([t[0] for t in tree]),np.concatenate([t[1] for t in tree])
     points = np.round((grid.pixel(points)-.5)*256).astype(np.int32)
     edges = np.array([.5, .75, 1.05, 1.5, 2.2, 3.2, 9])
@@ -336,7 +337,7 @@ def _air(grid, body, gen):
     "Chord (H, W) of air in windpipe, stomach and bowel."
     h,low = body.height,body.breath
     air = tube(grid, [(0,-260), (1,-110*h), (-1,-60*h), (0,-28*h)], [10, 9.5, 9, 9], 17)
-    for s,x,y in ((-1, -30, 2), (1, 40, 8)):
+    for x,y in ((-30, 2), (40, 8)):
         np.maximum(air, tube(grid, [(0,-30*h), (.5*x,(y-26*h)/2-6), (x,y)], [7, 6.5, 5], [14, 9, 6]), out=air)
     if gen.random()<.75:
         x,y,r = body.width*(60+gen.normal(0, 8)),h*96+low+26,gen.uniform(14, 30)
@@ -398,7 +399,7 @@ def _add_opacities(grid, line, masks, gen, n, *, size, strength):
     "`line` with `n` opacities, their mask and their boxes."
     n = int(n) if n is not None else int(gen.random()<.5)*int(gen.integers(1, 4))
     boxes,seen = [],np.zeros(grid.shape, bool)
-    for i in range(n):
+    for _ in range(n):
         added = opacity(grid, masks[('right_lung', 'left_lung')[int(gen.random()<.45)]], gen, size, strength)
         if (box := visible_box(added)) is None: continue
         line,seen = line+added,seen|(added>.08)

@@ -1,4 +1,4 @@
-"""Phantoms written as a hospital's export of DICOM files: vendors, bit depths, windows, transfer syntaxes, missing tags and broken files, with the truth beside them
+"""Phantoms written as a hospital's DICOM files: vendors, bit depths, windows, syntaxes, missing tags, broken files, and the truth
 
 Docs: https://lluissalord.github.io/radiology_ai/phantom.hospital.html.md"""
 
@@ -241,7 +241,8 @@ def break_file(
     if how=='empty': path.write_bytes(b'')
     elif how=='truncated': path.write_bytes(data[:int(len(data)*.6)])
     elif how=='text':
-        path.write_text('Radiology report\n\nThe image of this study is not available. Please ask the archive for it.\n'*4)
+        report = 'Radiology report\n\nThe image of this study is not available. Please ask the archive for it.\n'
+        path.write_text(report*4)
     elif how=='corrupted': path.write_bytes(_corrupt(data, gen or rng(0, 'corrupt')))
     else:
         ds = pydicom.dcmread(path)
@@ -286,11 +287,10 @@ def _pick(gen, shares):
 
 def _room(gen):
     "How one room stores its images, as arguments of `write_dicom`, and its header elements."
-    maker,model,modality,photometric,bits,window,rescale,signed = _ROOMS[gen.integers(len(_ROOMS))]
+    maker,model,*stored = _ROOMS[gen.integers(len(_ROOMS))]
+    how = dict(zip(('modality', 'photometric', 'bits', 'window', 'rescale', 'signed'), stored))
     syntax = _pick(gen, _SYNTAX_SHARES)
-    if bits==8 and gen.random()<.5: syntax = 'jpeg'
-    how = dict(modality=modality, photometric=photometric, bits=bits, window=window, rescale=rescale,
-        signed=signed, syntax=syntax)
+    how['syntax'] = 'jpeg' if how['bits']==8 and gen.random()<.5 else syntax
     header = dict(Manufacturer=maker, ManufacturerModelName=model or None,
         StationName=f'ROOM{gen.integers(1, 9)}', InstitutionName='Simulated Hospital')
     return how,header,dict(side=_pick(gen, dict(tag=.6, other_tag=.2, words=.15, none=.05)),
@@ -395,7 +395,8 @@ def _patient_header(p, seed):
 
 def _write_patient(job):
     "Writes the images of one patient; returns their rows of the truth."
-    folder,p,seed,size,task = job
+    folder,p,*drawn = job
+    seed,size,task = drawn
     gen,header = rng(seed, 'room', p['index']),_patient_header(p, seed)
     room = _room(gen)
     images = [(*o, '') for o in _images(p, task, seed)]
@@ -404,7 +405,8 @@ def _write_patient(job):
 
 def _write_image(folder, p, seed, size, header, *, room, k, image):
     "Simulates, exposes and writes image `k` of a patient; returns its row of the truth."
-    part,key,grade,side,broken = image
+    part,key,*rest = image
+    grade,side,broken = rest
     gen = rng(seed, 'image', p['index'], k)
     (how,station,habits),size = room,int(size*gen.choice([1, 1, .95, .9, .85, .8]))//2*2
     phantom = _simulate(part, key, grade, side, size, gen=rng(seed, 'body', key))

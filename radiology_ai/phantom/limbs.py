@@ -131,7 +131,7 @@ def hand_bones(
 ) -> tuple[np.ndarray,np.ndarray]:
     "Chords (H, W) in mm in cortex and core of fingers, wrist and forearm."
     acc = grid.zeros(),grid.zeros()
-    for f,i,base,head,radii in plan:
+    for _,i,base,head,radii in plan:
         long_bone(grid, base, head, radii, wall*(1.9, 1.5, 1.2, .9)[i], onto=acc, bow=gen.normal(0, .3))
     thumb = next(b for b in plan if b[:2]==(1, 0))
     for d in (-3.2, 3.4): ellipsoid(grid, thumb[3]+[d+2, 2.5], (2.3, 2.6, 2.3), onto=acc[0])       # sesamoids
@@ -244,11 +244,14 @@ def half_pelvis(
               np.interp(np.arange(13), [0, 3, 6, 9, 12], [16, 13, 13, 15, 10]), wall=1.6*wall)]
     outer,core = _union([a+b for a,b in shapes]),_union([b for _,b in shapes])
     cortex = outer-core
-    # roof, ilioischial line
-    lines = [(_arc(27.6, -150, -55), 1.4, 6), (curve([(46,-70), (37,-30), (33,2), (32,28), (36,56)], n=3), .8,
-        3.5),
-             (curve([(54,-84), (43,-48), (42,-16), (56,4), (78,20)], n=3), .9, 3.5), (curve([(29,-2), (31,16), (28,24), (24,18), (25.5,-2)], n=3), .8, 3.5),  # iliopectineal line, teardrop
-             (curve([(-25,-14), (-23,4), (-12,20), (4,29)], n=3), .8, 2.5), (curve([(-22,-20), (-8,-12), (10,8), (24,26)], n=3), .7, 1.6)]           # posterior and anterior wall
+    ilioischial = curve([(46,-70), (37,-30), (33,2), (32,28), (36,56)], n=3)
+    iliopectineal = curve([(54,-84), (43,-48), (42,-16), (56,4), (78,20)], n=3)
+    teardrop = curve([(29,-2), (31,16), (28,24), (24,18), (25.5,-2)], n=3)
+    posterior_wall = curve([(-25,-14), (-23,4), (-12,20), (4,29)], n=3)
+    anterior_wall = curve([(-22,-20), (-8,-12), (10,8), (24,26)], n=3)
+    roof = _arc(27.6, -150, -55)
+    lines = [(roof, 1.4, 6), (ilioischial, .8, 3.5), (iliopectineal, .9, 3.5), (teardrop, .8, 3.5),
+        (posterior_wall, .8, 2.5), (anterior_wall, .7, 1.6)]
     for p,r,d in lines: tube(grid, _mirror(p, mirrored), r, d*wall, onto=cortex)
     return cortex,core
 

@@ -123,7 +123,7 @@ def _depress(gen, f, depth, reach, flanks):
 def _both(gen, size, grade):
     "Types V and VI: both condyles split off; in VI a third surface parts them from the shaft."
     (lateral,move_l),(medial,move_m) = _split(gen, size, 1),_split(gen, size, -1)
-    surfaces,below = [lateral, medial],()
+    surfaces = [lateral, medial]
     pieces = [((0,-1),(1,-1)), ((0,1),), ((1,1),(0,-1))]
     moves = [{}, move_l, move_m]
     if grade==6:

@@ -16,9 +16,6 @@ import numpy as np
 
 from ..core import Radiograph, RadiologyError, scale, shift, transform_boxes
 
-# a body needs these and `Phantom`
-from .solids import Grid, mu, tube
-
 # %% ../../nbs/03_phantom.xray.ipynb #89fb76fa
 @dataclass
 class Phantom:
@@ -41,7 +38,8 @@ class Phantom:
         return self.line.shape
 
     def __repr__(self):
-        return f"Phantom({self.body_part} {self.view} {self.side or '-'} {self.shape[0]} x {self.shape[1]}, {self.spacing:.3f} mm, {self.labels})"
+        (h,w),what = self.shape,f"{self.body_part} {self.view} {self.side or '-'}"
+        return f"Phantom({what} {h} x {w}, {self.spacing:.3f} mm, {self.labels})"
 
     def mirrored(self) -> 'Phantom':
         "The mirror image: a right knee becomes a left one."

@@ -22,7 +22,8 @@ class Field:
     "The exposed part of a radiograph."
     mask: np.ndarray               # (H, W) bool, True in the exposed field
     box: tuple                     # x1, y1, x2, y2 around it in whole pixels
-    corners: np.ndarray|None=None  # (4, 2) x, y of the collimated quadrilateral from the top left clockwise; None: no straight border
+    # (4, 2) x, y of the collimated quadrilateral from the top left clockwise; None: no straight border
+    corners: np.ndarray|None=None
     parts: dict = field(default_factory=dict)  # 'border', 'margin', 'marker' to (H, W) bool, only what was found
     # 'left', 'right', 'top', 'bottom', 'around' to 'white' or 'black', only where something was found
     sides: dict = field(default_factory=dict)
@@ -30,7 +31,8 @@ class Field:
 
     def __repr__(self):
         found = ', '.join(f'{k} {v}' for k,v in self.sides.items()) or 'no border'
-        return f"Field({self.mask.shape[0]} x {self.mask.shape[1]}, {self.mask.sum()/max(self.mask.size, 1):.0%} exposed, {self.reason or found})"
+        (h,w),share = self.mask.shape,self.mask.sum()/max(self.mask.size, 1)
+        return f"Field({h} x {w}, {share:.0%} exposed, {self.reason or found})"
 
 # %% ../../nbs/22_preprocess.background.ipynb #e1ed837a
 _COARSE,_FINE = 256,1024 # longer side in pixels of the copies for the search and for the exact place
@@ -150,7 +152,8 @@ def _features(P, W, n, x, step, *, sure):
     # the second difference along the line: slow changes do not count
     bent[e:-e] = S[2*e:]+S[:-2*e]-2*S[e:-e]
     V = cv2.erode(W.astype(np.uint8), np.ones((2*e+1, 1), np.uint8))>0
-    if (t := np.abs(bent[:, :n][V[:, :n]])).size==0: return 'too thin'
+    t = np.abs(bent[:, :n][V[:, :n]])
+    if t.size==0: return 'too thin'
     if _quantiles(t, .95)[0]>np.clip((.5 if sure else .35)*step, .02, .06): return 'features'
     if sure: return ''
     rows = V[:, max(0, x-4)] & V[:, min(x+4, P.shape[1]-1)]
@@ -173,9 +176,11 @@ def _side_line(p, votes, inside, ground, least):
     for i,sign in enumerate((1, -1)):
         for _ in range(4):
             j,x = np.unravel_index(np.argmax(v[i]), v[i].shape)
-            if (vote := float(v[i, j, x]))<least: break
+            vote = float(v[i, j, x])
+            if vote<least: break
             if not _doubt(p, inside, ground, _SLOPES[j], int(x), sign=sign, vote=vote):
-                best.append((vote, (_SLOPES[j], int(x), sign))); break
+                best.append((vote, (_SLOPES[j], int(x), sign)))
+                break
             v[i, :, max(0, x-4):x+5] = -1
     return max(best)[1] if best else None
 
@@ -206,7 +211,8 @@ def _lines(p, least):
     (h,w),small = p.shape,p
     k = max(h, w)/_COARSE
     if k>1: small = resize_array(p, tuple(max(8, 8*round(n/k/8)) for n in (h, w)))
-    inside,whole,found,last,looked = np.ones(small.shape, bool),np.ones(p.shape, bool),[],{},{}
+    inside,whole = np.ones(small.shape, bool),np.ones(p.shape, bool)
+    found,last,looked = [],{},{}
     turned = {side: _side(small, side) for side in _SIDES}
     ground = lambda: _quantiles(small[::2, ::2][inside[::2, ::2]], .03, .85)
     for _ in range(3):
@@ -334,11 +340,13 @@ def find_field(
     p = _unit(film)
     h,w = p.shape
     whole = Field(np.ones((h, w), bool), (0, 0, w, h))
-    if reason := _no_answer(p): return replace(whole, reason=reason)
+    reason = _no_answer(p)
+    if reason: return replace(whole, reason=reason)
     k = max(1, max(h, w)/_FINE)
     fine = np.clip(resize_array(p, (round(h/k), round(w/k))) if k>1 else p, 0, 1)
-    round_ = _circle(small:=resize_array(fine, tuple(max(8, round(n*min(1, _COARSE/max(fine.shape))))
-        for n in fine.shape)))
+    less = min(1, _COARSE/max(fine.shape))
+    small = resize_array(fine, tuple(max(8, round(n*less)) for n in fine.shape))
+    round_ = _circle(small)
     if round_:
         found = []
         inside = cv2.resize(_in_circle(small.shape, *round_[:3]).astype(np.uint8), fine.shape[::-1],
@@ -347,7 +355,8 @@ def find_field(
     if not inside.all(): inside = _without_rim(fine, inside)
     if inside.mean()<.1: return replace(whole, reason="less than a tenth of the picture would be left")
     parts = {} if inside.all() else _parts(fine, found, inside)
-    if letters and (marker := _letters(fine, inside)).any(): parts['marker'] = marker
+    marker = _letters(fine, inside) if letters else None
+    if marker is not None and marker.any(): parts['marker'] = marker
     full = lambda m: m if m.shape==(h, w) else cv2.resize(m.astype(np.uint8), (w, h),
         interpolation=cv2.INTER_NEAREST)>0
     mask,corners = full(inside),_corners(found, fine.shape)
@@ -410,8 +419,9 @@ def _without_letters(p, f):
         s = _ring(p.shape, (x, y, x+w, y+h))
         ground = (~f.parts['marker'][s]).astype(np.float32)
         if not ground.any() or air[s][ground>0].mean()<.9: continue
-        blur = lambda a: cv2.GaussianBlur(a, (0, 0), max(w, h)/3, borderType=cv2.BORDER_REPLICATE)
-        out[s] = np.where(ground>0, p[s], blur(p[s]*ground)/np.maximum(blur(ground), 1e-6))
+        around,weight = (cv2.GaussianBlur(a, (0, 0), max(w, h)/3, borderType=cv2.BORDER_REPLICATE)
+            for a in (p[s]*ground, ground))
+        out[s] = np.where(ground>0, p[s], around/np.maximum(weight, 1e-6))
         done.append([int(v) for v in (x, y, x+w, y+h)])
     return out,done
 

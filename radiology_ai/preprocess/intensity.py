@@ -69,6 +69,11 @@ def _between(n, tiles):
     return at.astype(int),np.clip(first, 0, tiles-1).astype(int),np.clip(first+1, 0,
         tiles-1).astype(int),(at-.5-first).astype(np.float32)
 
+def _mixed(curve, left, right, u):
+    "Between the values of a row of curves to the left and to the right."
+    x = curve.take(left)
+    return x + (curve.take(right)-x)*u
+
 def clahe(
     pixels: np.ndarray, # (H, W) in [0, 1], from a file of any bit depth
     clip: float=4.,     # highest peak of a tile's histogram in multiples of an even one, above 1
@@ -87,9 +92,8 @@ def clahe(
     # rows between the middles of two rows of tiles: small enough for the cache
     for a,b in zip(cuts, cuts[1:]):
         l,r = level[a:b]+left*n,level[a:b]+right*n
-        mix = lambda c: (x:=c.take(l)) + (c.take(r)-x)*u
-        upper = mix(curves[top[a]])
-        out[a:b] = upper + (mix(curves[bottom[a]])-upper)*v[a:b, None]
+        upper,lower = (_mixed(c, l, r, u) for c in (curves[top[a]], curves[bottom[a]]))
+        out[a:b] = upper + (lower-upper)*v[a:b, None]
     return out
 
 # %% ../../nbs/20_preprocess.intensity.ipynb #45c7a752
@@ -166,7 +170,8 @@ def move_along(
     before: Radiograph, # to which mask, boxes and points belong
     after: Radiograph,  # the same film after any geometric steps
     mask=None,          # (H, W) bool or whole numbers below 2**24, of the shape of `before`
-    boxes=None,         # (N, 4) x1, y1, x2, y2 in pixels of `before`, continuous, origin at the corner of the first pixel
+    # (N, 4) x1, y1, x2, y2 in pixels of `before`, continuous, origin at the corner of the first pixel
+    boxes=None,
     points=None,        # (N, 2) x, y
 ) -> Moved:
     """`after` with the companions of `before` moved to it. Nothing is cut: boxes and points may lie outside.
@@ -202,7 +207,8 @@ class Window(_Grey):
     "`percentile_window`."
     low: float=.5
     high: float=99.5
-    inside: Callable|None=None # from (H, W) pixels to the (H, W) bool in which the percentiles are measured; None: everywhere
+    # from (H, W) pixels to the (H, W) bool in which the percentiles are measured; None: everywhere
+    inside: Callable|None=None
     def grey(self, p):
         return percentile_window(p, self.low, self.high, None if self.inside is None else self.inside(p))
 

@@ -162,7 +162,8 @@ def cut_out(
 def second_look(
     pixels: np.ndarray, # (H, W) in [0, 1]
     place: Place,       # of the first look
-    weights: dict,      # second.w0, second.b0, ... of `SECOND`, and second.w, second.b of the four numbers that come out
+    # second.w0, second.b0, ... of `SECOND`, and second.w, second.b of the four numbers that come out
+    weights: dict,
 ) -> Place:
     "The place as the second network sees it."
     view,(top,left,a,b) = cut_out(pixels, place)

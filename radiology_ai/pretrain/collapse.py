@@ -84,8 +84,10 @@ class Collapse(Callback):
         if self.bad>=self.patience: self._tell()
 
     def _tell(self):
-        what = f"The embeddings have collapsed: spread {self.figures['spread']:.3f}, rank {self.figures['rank']:.1f} in epoch {self.epoch}"
-        remedy = "Lower the learning rate, make the batches larger or the views stronger, or take a method that keeps images apart (simclr, vicreg, barlow)"
+        what = (f"The embeddings have collapsed: spread {self.figures['spread']:.3f}, rank "
+            f"{self.figures['rank']:.1f} in epoch {self.epoch}")
+        remedy = ("Lower the learning rate, make the batches larger or the views stronger, or take a method that "
+            "keeps images apart (simclr, vicreg, barlow)")
         if self.action=='stop': raise ModelError(what, remedy)
         if not self.told: warnings.warn(f"{what}. {remedy}", stacklevel=2)
         self.told = True

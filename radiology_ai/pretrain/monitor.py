@@ -17,13 +17,13 @@ from fastai.learner import Learner, Metric
 from ..core import DataError
 from ..metrics.classification import macro_auroc
 from ..metrics.ranking import auroc
+from .methods import mean_pool
 from ..train.learner import predict_logits
 
 # %% ../../nbs/52_pretrain.monitor.ipynb #3a48a0a1
 def _features(body, x):
     "(B, F) of a body's maps, in its present mode."
-    f = body(x.as_subclass(torch.Tensor))
-    return (f.mean((2, 3)) if f.ndim==4 else f).float()
+    return mean_pool(body(x.as_subclass(torch.Tensor))).float()
 
 class _Pooled(torch.nn.Module):
     "A body whose answer is its pooled features."

@@ -1,4 +1,4 @@
-"""One callback turns any Learner into SimCLR, MoCo, BYOL, SimSiam, SwAV, Barlow Twins, VICReg, DINO or MAE, and its body goes straight into the task's network
+"""A callback makes any Learner SimCLR, MoCo, BYOL, SimSiam, SwAV, Barlow Twins, VICReg, DINO or MAE; its body begins the task's network
 
 Docs: https://lluissalord.github.io/radiology_ai/pretrain.ssl.html.md"""
 
@@ -9,6 +9,7 @@ __all__ = ['SelfSupervised', 'ssl_learner', 'pretrained_body', 'task_model', 'sa
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #917de0bf
 import copy
+import inspect
 import math
 
 import torch
@@ -17,7 +18,7 @@ from fastai.torch_core import TensorCategory
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #0906362d
 from ..core import DataError, ModelError, atomic_path
-from ..models.backbone import MODEL_SETTINGS, Head, XrayModel, create_model
+from ..models.backbone import Head, XrayModel, create_model
 from .collapse import Collapse
 from .methods import METHODS, MaskedModel, SiameseModel, SSLLoss, method_settings
 from .views import Views, radiograph_views, ssl_dataloaders
@@ -58,8 +59,8 @@ class SelfSupervised(Callback):
         new = (MaskedModel(body, self.settings, self.seed) if self.method=='mae'
             else SiameseModel(body, body.n_features, self.method, self.settings, self.seed))
         new.config = dict(method=self.method, settings=self.settings, network=getattr(model, 'config', {}))
-        self.learn.model,self.learn.loss_func,self.learn.splitter = new,SSLLoss(self.method,
-            self.settings),body_and_head
+        self.learn.model,self.learn.splitter = new,body_and_head
+        self.learn.loss_func = SSLLoss(self.method, self.settings)
         self.learn.metrics = [m for m in self.learn.metrics if getattr(m, 'self_supervised', False)]
 
     def before_fit(self):
@@ -113,7 +114,7 @@ class SelfSupervised(Callback):
 def ssl_learner(
     store,                    # an `ImageStore`, or the DataLoaders of `ssl_dataloaders`
     manifest=None,            # with `image_id`, `patient_id` and `split`; labels are not needed
-    backbone='resnet18',      # a name of `list_backbones` (a vision transformer for 'mae'), or a model with `.body` and `.head`
+    backbone='resnet18',      # of `list_backbones` (for 'mae' a vision transformer), or a model with `.body`
     method: str='simclr',     # of `METHODS`
     bs: int=64,               # images in a batch
     *,
@@ -177,8 +178,9 @@ def task_model(
     if 'name' not in config:
         args.pop('seed', None)
         return XrayModel(body, Head(body.n_features, n_out, **args), {})
-    model = create_model(config['name'], n_out, body.n_in, False,
-        **{k: v for k,v in config.items() if k not in MODEL_SETTINGS}, **args)
+    known = inspect.signature(create_model).parameters # the rest of the config is the architecture's
+    architecture = {k: v for k,v in config.items() if k not in known}
+    model = create_model(config['name'], n_out, body.n_in, False, **architecture, **args)
     model.body = body
     return model
 

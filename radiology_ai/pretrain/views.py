@@ -59,7 +59,7 @@ class Views:
         little: BatchAugment|None=None,# how a small crop is drawn; None: like `big`, with 8 to 40 % of the area
         side: int|None=None,  # of the small crops in pixels; None: 3/7 of the image's, in steps of 16
         *,
-        partners: bool=False, # the second half of a batch holds another image of each patient: every other view is of that
+        partners: bool=False, # a batch's second half holds another image of each patient: every other view is of that
         seed: int=0,
     ):
         if n<1 or n_small<0:
@@ -87,12 +87,15 @@ class Views:
         return expose_batch(_read_small(x, draw, self.side or max(16, round(x.shape[-1]*3/7/16)*16)), draw)
 
     def __repr__(self):
-        return f"Views(n={self.n}, n_small={self.n_small}, big={self.big}{f', little={self.little}' if self.n_small else ''}{', partners=True' if self.partners else ''})"
+        little = f', little={self.little}' if self.n_small else ''
+        partners = ', partners=True' if self.partners else ''
+        return f'Views(n={self.n}, n_small={self.n_small}, big={self.big}{little}{partners})'
 
 # %% ../../nbs/50_pretrain.views.ipynb #ee589f86
 class PatientBatchSampler(BatchSampler):
-    """Iterates over batches of row numbers: `bs` images of different patients, and after them `bs` partners, each another image of the same patient (the same where there is no other).
-    Each patient comes once an epoch, up to an incomplete last batch, with other images in the next."""
+    """Iterates over batches of row numbers: `bs` images of different patients, and after them `bs` partners,
+    each another image of the same patient (the same where there is no other). Each patient comes once an
+    epoch, up to an incomplete last batch, with other images in the next."""
     def __init__(self,
         patients,      # (N,) the patient of each image
         bs: int=32,    # patients in a batch

@@ -20,7 +20,7 @@ from ..train.learner import predict_probabilities
 def pseudo_labels(
     learn,                 # a Learner over `semi_dataloaders`
     rows: pd.DataFrame,    # manifest rows, such as the unlabelled ones
-    truth=None,            # column of the true class, or for several labels their columns in the vocabulary's order; None: unknown
+    truth=None,            # column of the true class; of several labels one each, as in the vocabulary; None: unknown
     bs: int=64,            # images in a batch
 ) -> pd.DataFrame:
     """`image_id`, `label` ('' for classes), `guess`, `confidence` and `truth` (NaN where unknown). Raises

@@ -35,13 +35,15 @@ class Answered:
 # %% ../../nbs/80_serve.outputs.ipynb #28adbe33
 def write_csv(answered: Answered, out: Path):
     "The table as CSV."
-    with atomic_path(out.with_suffix('.csv')) as tmp: answered.table.to_csv(tmp, index=False, float_format='%.6f')
+    with atomic_path(out.with_suffix('.csv')) as tmp:
+        answered.table.to_csv(tmp, index=False, float_format='%.6f')
 
 # %% ../../nbs/80_serve.outputs.ipynb #ba15d7cb
 def finding_record(f: Finding) -> dict:
     "A finding as plain values, without what it has not."
     record = {'label': f.label, 'score': f.score, 'call': f.call, 'value': f.value, 'box': f.box,
-        'mask': None if f.mask is None else {'shape': f.mask.shape, 'rle': rle_encode(f.mask)}, 'points': f.points}
+        'mask': None if f.mask is None else {'shape': f.mask.shape, 'rle': rle_encode(f.mask)},
+        'points': f.points}
     return plain({k: v for k,v in record.items() if v is not None})
 
 def reading_record(r: Reading) -> dict:
@@ -53,7 +55,8 @@ def reading_record(r: Reading) -> dict:
 def write_json(answered: Answered, out: Path):
     "All readings as one JSON file."
     record = {'task': answered.task, 'readings': [reading_record(r) for r in answered.readings]}
-    with atomic_path(out.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(record, indent=1), encoding='utf-8')
+    with atomic_path(out.with_suffix('.json')) as tmp:
+        tmp.write_text(json.dumps(record, indent=1), encoding='utf-8')
 
 # %% ../../nbs/80_serve.outputs.ipynb #cab0e8ab
 _SEEN,_FOUND = (255, 200, 0),(255, 60, 60) # RGB
@@ -72,7 +75,8 @@ def finding_picture(
     for finding in reading.findings: _draw(picture, finding, f, thick)
     for k,finding in enumerate(reading.found()[:6]):
         at = (8, 24 + 22*k)
-        cv2.putText(picture, f'{finding.label} {finding.score:.2f}'.encode('ascii', 'replace').decode(), at, cv2.FONT_HERSHEY_SIMPLEX,
+        cv2.putText(picture, f'{finding.label} {finding.score:.2f}'.encode('ascii', 'replace').decode(), at,
+            cv2.FONT_HERSHEY_SIMPLEX,
             .6, _FOUND, 1, cv2.LINE_AA)
     return picture
 

@@ -18,7 +18,6 @@ import pandas as pd
 
 # %% ../../nbs/81_serve.predict.ipynb #56e82f4d
 from radiology_ai.core import (
-    BundleError,
     DicomError,
     Radiograph,
     RadiologyError,
@@ -45,7 +44,8 @@ def models_and_task(
     path,      # a bundle, or a run
     task=None, # a name of `TASKS`, or a `Task`, that it must belong to; None: the bundle's own
 ) -> tuple[list, Task]:
-    "The bundles that answer, and their task. Raises `BundleError` for a task that is unknown, or another than asked for."
+    """The bundles that answer, and their task. Raises `BundleError` for a task that is unknown, or another
+    than asked for."""
     if task is not None: task = task_named(task)
     else:
         stages = sorted(Path(path).glob('model/*/bundle.json')) # of a task with several
@@ -64,7 +64,8 @@ def stored(
     "A temporary `ImageStore` of `paths`."
     files = image_files(paths if isinstance(paths, (str, Path)) else [str(p) for p in paths])
     with tempfile.TemporaryDirectory(prefix='radiology_ai-') as tmp:
-        yield preprocess_folder(files, Path(tmp)/'store', recipe, workers=workers, show=show, allow_empty=True)
+        yield preprocess_folder(files, Path(tmp)/'store', recipe, workers=workers, show=show,
+            allow_empty=True)
 
 # %% ../../nbs/81_serve.predict.ipynb #8ca7adc1
 BOX = ['x1','y1','x2','y2']
@@ -75,7 +76,8 @@ def predicted_rows(
     store: ImageStore,   # made by their recipe
     show: bool|None=None,
 ) -> pd.DataFrame:
-    "One row a stored image: what the answer says, the box seen, `error` and `remedy`; first of all its position in the store."
+    """One row a stored image: what the answer says, the box seen, `error` and `remedy`; first of all its
+    position in the store."""
     index = store.index.reset_index(drop=True)
     reason = task.usable(index)
     good = index[reason==''].reset_index(drop=True)
@@ -117,7 +119,8 @@ def readings_of(
         who = {k: '' if pd.isna(r[k]) else str(r[k]) for k in ('path','image_id','patient_id')}
         if r['error']: out.append(Reading(**who, error=r['error'], remedy=r['remedy'])); continue
         facts = {name: plain(r[name]) for name in task.shown.values() if name in r}
-        out.append(Reading(**who, findings=task.answer.findings(r, vocab), seen=tuple(r[c] for c in BOX), facts=facts))
+        out.append(Reading(**who, findings=task.answer.findings(r, vocab), seen=tuple(r[c] for c in BOX),
+            facts=facts))
     return out
 
 def predict(
@@ -130,8 +133,9 @@ def predict(
     show: bool|None=None,   # progress bars; None: on a terminal
     task=None,              # a name of `TASKS`, or a `Task`; None: as the bundle says
 ) -> pd.DataFrame:
-    """One row a file: what the task answers (of the knee `score`, `call`, `grade`), the box seen (x1, y1, x2, y2 in stored pixels), or `error` and
-    `remedy`. Raises `BundleError` for a model of no known task, `RadiologyError` where no file could be predicted.
+    """One row a file: what the task answers (of the knee `score`, `call`, `grade`), the box seen (x1, y1, x2, y2 in
+    stored pixels), or `error` and `remedy`. Raises `BundleError` for a model of no known task, `RadiologyError` where
+    no file could be predicted.
 
     Example: `predict('run', 'folder', out='predictions.csv', to=('csv','json'))`"""
     check_outputs(to)
@@ -140,7 +144,8 @@ def predict(
         table = _with_errors(predicted_rows(bundles, task, store, show), store)
     _check_some(table)
     shown = _ordered(table)
-    if out is not None: write_outputs(Answered(task.name, shown, readings_of(table, task, bundles[0].vocab)), out, to)
+    if out is not None:
+        write_outputs(Answered(task.name, shown, readings_of(table, task, bundles[0].vocab)), out, to)
     return shown
 
 def _check_some(table: pd.DataFrame):
@@ -187,7 +192,8 @@ def explain(
         for i,h in progress(list(zip(good, heat)), 'draw', show=show): _draw(table, i, h, store, out)
         table = _with_errors(table, store)
     _check_some(table)
-    table = table[['path','image_id', *(['score'] if 'score' in table else []), 'picture','hot_x','hot_y','error','remedy']]
+    table = table[['path','image_id', *(['score'] if 'score' in table else []), 'picture','hot_x','hot_y',
+        'error','remedy']]
     with atomic_path(out/'heat.csv') as tmp: table.to_csv(tmp, index=False, float_format='%.6f')
     return table
 

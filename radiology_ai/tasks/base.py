@@ -23,7 +23,7 @@ import pandas as pd
 
 # %% ../../nbs/65_tasks.base.ipynb #8376850e
 from ..core import DataError, RadiologyError
-from ..preprocess.store import Preprocess
+from ..preprocess.recipe import Preprocess
 
 # %% ../../nbs/65_tasks.base.ipynb #eee575c6
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def _known(kind, given) -> dict:
     "`given`, if all its names are settings of `kind`."
     names = [f.name for f in fields(kind)]
     strange = [k for k in given if k not in names]
-    if strange: raise DataError(f"There is no setting {strange[0]!r}", near(strange[0], names, 'The settings are '))
+    if strange:
+        raise DataError(f"There is no setting {strange[0]!r}", near(strange[0], names, 'The settings are '))
     return dict(given)
 
 def _typed(name: str, value, hint):
@@ -96,7 +97,8 @@ def _typed(name: str, value, hint):
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None or isinstance(value, str) and value.lower()=='none' and type(None) in kinds:
         if type(None) in kinds: return None
-    elif bool in kinds and str(value).lower() in ('true','false','yes','no','1','0'): return str(value).lower() in ('true','yes','1')
+    elif bool in kinds and str(value).lower() in ('true','false','yes','no','1','0'):
+        return str(value).lower() in ('true','yes','1')
     elif str in kinds and isinstance(value, str): return value
     elif isinstance(value, bool): pass
     else:
@@ -123,20 +125,24 @@ RUN_KEYS = ('task','data','labels','format') # of a settings file that a run has
 def read_settings(
     path, # a TOML file
 ) -> tuple[dict, dict]:
-    "The settings in a file by name, and `task`, `data`, `labels` and `format` where they are told. Raises `DataError`."
+    """The settings in a file by name, and `task`, `data`, `labels` and `format` where they are told. Raises
+    `DataError`."""
     path = Path(path)
     try: found = tomllib.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as e: raise DataError(f"There is no file {path}", "Check the path") from e
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise DataError(f"{path.name} is no settings file ({e})", "Write TOML: a line 'name = value' for each setting") from e
+        raise DataError(f"{path.name} is no settings file ({e})",
+            "Write TOML: a line 'name = value' for each setting") from e
     run = {k: found.pop(k) for k in RUN_KEYS if k in found}
     inside = found.pop('settings', {})
-    if not isinstance(inside, dict): raise DataError(f"settings in {path.name} is {inside!r}", "Begin a part [settings]")
+    if not isinstance(inside, dict):
+        raise DataError(f"settings in {path.name} is {inside!r}", "Begin a part [settings]")
     return found | inside,run
 
 def _toml(value) -> str:
     if isinstance(value, bool): return str(value).lower()
-    if isinstance(value, str): return '"' + re.sub(r'[\x00-\x1f"\\\x7f]', lambda m: f'\\u{ord(m[0]):04x}', value) + '"'
+    if isinstance(value, str):
+        return '"' + re.sub(r'[\x00-\x1f"\\\x7f]', lambda m: f'\\u{ord(m[0]):04x}', value) + '"'
     return repr(value)
 
 def settings_text(
@@ -177,7 +183,9 @@ def every_image(index: pd.DataFrame) -> pd.Series:
 @dataclass(frozen=True)
 class Demo:
     "A simulated hospital for a task: for its demonstration and its tests."
-    simulate: Callable        # (folder, patients, seed, workers) -> truth: a row an image with `image_id` and the labels; for the heat also `x`, `y` (stored pixels), `spacing_mm`
+    # (folder, patients, seed, workers) -> truth: a row an image with `image_id` and the labels; where the heat is looked at
+    # also `x`, `y` in stored pixels and `spacing_mm`
+    simulate: Callable
     settings: dict=field(default_factory=dict) # of the run
     patients: int=500
     size: int=128             # pixels of the stored images
@@ -207,7 +215,8 @@ class Task:
     def __post_init__(self):
         if not re.fullmatch(r'[a-z][a-z0-9_]*', self.name):
             raise RadiologyError(f"The name of the task is {self.name!r}", "Use small letters, digits and _")
-        if not self.stages: raise RadiologyError(f"The task {self.name!r} has no stage", "Give at least one Stage")
+        if not self.stages:
+            raise RadiologyError(f"The task {self.name!r} has no stage", "Give at least one Stage")
 
     @property
     def answer(self):

@@ -54,7 +54,8 @@ class Plan:
         "For each fit the folder's name in the run, and the part of each row."
         if not self.settings.folds: return [('', self.manifest.split.to_numpy())]
         fold,n = self.manifest.fold.to_numpy(),self.settings.folds
-        return [(f'fold_{k}', np.where(fold==k, 'test', np.where(fold==(k+1)%n, 'valid', 'train'))) for k in range(n)]
+        return [(f'fold_{k}', np.where(fold==k, 'test', np.where(fold==(k+1)%n, 'valid', 'train')))
+            for k in range(n)]
 
 _COPIES = ['image_a','image_b','similarity','correlation'] # columns of `find_copies`
 
@@ -76,12 +77,15 @@ def make_plan(
 ) -> Plan:
     "What a run with these arguments will be. Raises `DataError` for labels and splits that do not do."
     manifest,flow = task_manifest(task, store, labels, settings)
-    identity = {'task': task.name, 'settings': asdict(settings), 'store': store.fingerprint, 'recipe': store.recipe.to_dict(),
+    identity = {'task': task.name, 'settings': asdict(settings), 'store': store.fingerprint,
+        'recipe': store.recipe.to_dict(),
         'images': _table_digest(manifest), 'given split': _has_split(manifest)}
-    if old is not None and plain(identity)=={k: old.get(k) for k in identity}: copies = pd.DataFrame(old['copies'], columns=_COPIES)
+    if old is not None and plain(identity)=={k: old.get(k) for k in identity}:
+        copies = pd.DataFrame(old['copies'], columns=_COPIES)
     else: copies = find_copies(store, ids=manifest.image_id.tolist(), least=settings.copies, show=show)
     manifest = _divided(manifest, settings, copies)
-    record = identity | {'split_hash': split_hash(manifest), 'copies': copies.to_dict('records'), 'flow': flow}
+    record = identity | {'split_hash': split_hash(manifest), 'copies': copies.to_dict('records'),
+        'flow': flow}
     return Plan(task, settings, store, manifest, copies, plain(record))
 
 def _divided(manifest, s, copies) -> pd.DataFrame:
@@ -100,7 +104,8 @@ def _difference(old: dict, new: dict) -> str:
     for what,a,b in [('the task', old.get('task'), new['task']), *told]:
         if a!=b: return f"{what} was {a!r} and is {b!r}"
     words = {'store': 'the image store is another one, or has changed', 'recipe': 'the recipe is another one',
-        'images': 'the labels are others', 'given split': 'the split is another one', 'split_hash': 'the split is another one'}
+        'images': 'the labels are others', 'given split': 'the split is another one',
+        'split_hash': 'the split is another one'}
     return next((text for k,text in words.items() if old.get(k)!=new[k]), '')
 
 # %% ../../nbs/67_tasks.fit.ipynb #b8d84559
@@ -134,10 +139,12 @@ def stage_learner(
     "The learner of a stage, untrained."
     s,answer = settings,stage.answer
     augment = [] if task.augment is None else [task.augment(s)]
-    dls = xray_dataloaders(store, rows, bs=s.bs, min_per_class=s.min_per_class, batch_tfms=augment, seed=s.seed,
+    dls = xray_dataloaders(store, rows, bs=s.bs, min_per_class=s.min_per_class, batch_tfms=augment,
+        seed=s.seed,
         **answer.targets(store, rows, s))
     loss = stage.loss(s, dls) if stage.loss else answer.loss(s, dls)
-    return xray_learner(dls, stage.model(s, dls, earlier), loss_func=loss, metrics=answer.metrics(), monitor=answer.monitor,
+    return xray_learner(dls, stage.model(s, dls, earlier), loss_func=loss, metrics=answer.metrics(),
+        monitor=answer.monitor,
         pretrained=s.pretrained, lr=s.lr, seed=s.seed, show=show)
 
 def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: dict, *, show):
@@ -147,10 +154,12 @@ def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: di
     vocab = answer.vocab(rows, s)
     learn = stage_learner(task, stage, plan.store, rows, s, earlier=earlier, show=show)
     learn.fit_two_phase(s.epochs, head_epochs=s.head_epochs, checkpoint=folder/'checkpoint')
-    parts = [score_table(task, stage, [learn.model], plan.store, rows[rows.split==k], settings=s, vocab=vocab) for k in ('valid','test')]
+    parts = [score_table(task, stage, [learn.model], plan.store, rows[rows.split==k], settings=s, vocab=vocab)
+        for k in ('valid','test')]
     threshold = answer.tune(parts[0], vocab)
     table = answer.thresholds(pd.concat(parts, ignore_index=True), threshold)
-    save_bundle(learn, bundle, recipe=plan.store.recipe, vocab=vocab, task=task.name, arch=s.arch, threshold=threshold,
+    save_bundle(learn, bundle, recipe=plan.store.recipe, vocab=vocab, task=task.name, arch=s.arch,
+        threshold=threshold,
         stage=stage.name, settings=asdict(s), answer=answer.spec(),
         card={'label': s.label, 'images': len(rows), 'patients': int(rows.patient_id.nunique())})
     with atomic_path(folder/'scores.csv') as tmp: table.to_csv(tmp, index=False)
@@ -169,7 +178,8 @@ def _fitted(plan, stage, place, rows, earlier, *, show):
 # %% ../../nbs/67_tasks.fit.ipynb #c5a26219
 def _places(out: Path, fit: str, stage: Stage, task: Task) -> tuple[Path, Path]:
     "Where the work on a fit is kept, and its bundle."
-    return out/'fits'/(fit or 'one')/(stage.name or 'only'),out/fit/'model'/(stage.name if len(task.stages)>1 else '')
+    return out/'fits'/(fit or 'one')/(stage.name or 'only'),out/fit/'model'/(stage.name if len(task.stages)>1
+        else '')
 
 def _fit_all(plan: Plan, out: Path, show, say) -> tuple[list, list]:
     "Every fit of the plan; tables of scores of the last stage and records."
@@ -179,7 +189,8 @@ def _fit_all(plan: Plan, out: Path, show, say) -> tuple[list, list]:
         manifest,earlier,scored = plan.manifest.assign(split=split),{},{}
         for stage in plan.task.stages:
             place = _places(out, fit, stage, plan.task)
-            earlier[stage.name] = _fitted(plan, stage, place, stage.rows(manifest, scored), earlier, show=show)
+            earlier[stage.name] = _fitted(plan, stage, place, stage.rows(manifest, scored), earlier,
+                show=show)
             scored[stage.name] = read_exactly(place[0]/'scores.csv')
             records.append(read_record(place[0]/'fit.json')['fit'])
         tables.append(scored[plan.task.stages[-1].name].assign(fold=k))
@@ -188,12 +199,15 @@ def _fit_all(plan: Plan, out: Path, show, say) -> tuple[list, list]:
 def _publish(plan: Plan, out: Path, tables, records):
     "Write the predictions and, last of all, `run.json`."
     s,m = plan.settings,plan.manifest
-    with atomic_path(out/'predictions.csv') as tmp: pd.concat(tables, ignore_index=True).to_csv(tmp, index=False)
+    with atomic_path(out/'predictions.csv') as tmp:
+        pd.concat(tables, ignore_index=True).to_csv(tmp, index=False)
     parts = {} if s.folds else {f'{k} images': int((m.split==k).sum()) for k in ('train','valid','test')}
     errors = plan.store.errors
     unreadable = errors[['path','cause']].assign(path=errors.path.map(lambda p: Path(p).name))
-    write_record(out/'run.json', plan.record | {'flow': plan.record['flow'] | parts, 'store': str(plan.store.path.absolute()),
-        'store_fingerprint': plan.record['store'], 'fits': records, 'unreadable': unreadable.to_dict('records'), 'versions': versions()})
+    write_record(out/'run.json', plan.record | {'flow': plan.record['flow'] | parts,
+        'store': str(plan.store.path.absolute()),
+        'store_fingerprint': plan.record['store'], 'fits': records,
+        'unreadable': unreadable.to_dict('records'), 'versions': versions()})
     _tidy(out)
 
 def _tidy(out: Path):
@@ -206,7 +220,8 @@ def _begin(plan: Plan, out: Path):
     m,s = plan.manifest,plan.settings
     with atomic_path(out/'manifest.csv') as tmp: m.to_csv(tmp, index=False)
     if not s.folds: save_split(m, out/'split.csv', duplicates=plan.copies)
-    text = settings_text(s, task=plan.task.name, data=str(plan.store.path.absolute()), labels='manifest.csv', format=1)
+    text = settings_text(s, task=plan.task.name, data=str(plan.store.path.absolute()), labels='manifest.csv',
+        format=1)
     with atomic_path(out/'run.toml') as tmp: tmp.write_text(text, encoding='utf-8')
     write_record(out/'plan.json', plan.record)
 
@@ -227,7 +242,9 @@ def train_task(
 ) -> Run:
     """Train a task. Called again with the same arguments it goes on with a run that was interrupted, or reads one that is whole.
     Raises `DataError`, `StoreError`, `ModelError` or `RadiologyError`; a run that could not begin leaves nothing behind."""
-    s,out,show = make_settings(task.settings, given, settings),Path(out),sys.stderr.isatty() if show is None else show
+    s = make_settings(task.settings, given, settings)
+    out = Path(out)
+    show = sys.stderr.isatty() if show is None else show
     state = run_state(out)
     if state=='foreign' or state!='new' and not (resume or overwrite):
         raise RadiologyError(f"{out} is there already" + (' and is no run' if state=='foreign' else ''),
@@ -239,7 +256,8 @@ def train_task(
     if old is not None and not overwrite:
         changed = _difference(old, plan.record)
         if changed:
-            raise RadiologyError(f"{out} holds another run: {changed}", "Give the same arguments to go on, another folder, or --overwrite")
+            raise RadiologyError(f"{out} holds another run: {changed}",
+                "Give the same arguments to go on, another folder, or --overwrite")
         say(f"{out} is finished" if state=='whole' else f"going on with {out}")
         if state=='whole':
             _tidy(out)

@@ -55,17 +55,21 @@ def evaluate_run(
     store=None,  # another `ImageStore` or its folder, to evaluate there
     labels=None, # its labels
 ) -> Evaluation:
-    """The figures of a run on its own test patients, or on another store without any patient it was trained on. Raises `BundleError` for a run
-    of another task, `DataError` for a leak."""
+    """The figures of a run on its own test patients, or on another store without any patient it was trained on.
+    Raises `BundleError` for a run of another task, `DataError` for a leak."""
     run = read_run(run)
     if run.record['task']!=task.name:
-        raise BundleError(f"{run.path} is a run of the task {run.record['task']!r}, not of {task.name!r}", "Give a run of this task")
+        raise BundleError(f"{run.path} is a run of the task {run.record['task']!r}, not of {task.name!r}",
+            "Give a run of this task")
     s = make_settings(task.settings, run.settings)
     if store is None:
         copies = pd.DataFrame(run.record['copies'])
-        if not s.folds: assert_no_leakage(run.manifest, duplicates=copies) # somebody may have edited the table
+        if not s.folds:
+            assert_no_leakage(run.manifest, duplicates=copies) # somebody may have edited the table
         table = run.predictions[run.predictions.split=='test'].reset_index(drop=True)
-    else: table = _elsewhere(task, run, s, store if isinstance(store, ImageStore) else ImageStore(store), labels)
+    else:
+        table = _elsewhere(task, run, s, store if isinstance(store, ImageStore) else ImageStore(store),
+            labels)
     table = table.rename(columns=task.subgroups)
     return Evaluation(task, s.label, table, task.answer.figures(table, _shown(task, table)))
 
@@ -73,27 +77,32 @@ def evaluate_run(
 def mean_threshold(
     bundles: list, # of one run
 ):
-    "The threshold of several models together: the mean; a list with one for each output, None where a model has none."
+    """The threshold of several models together: the mean; a list with one for each output, None where a model
+    has none."""
     each = [b.threshold for b in bundles]
     if each[0] is None: return None
     if not isinstance(each[0], list): return float(np.mean(each))
     return [None if any(v is None for v in values) else float(np.mean(values)) for values in zip(*each)]
 
 def _elsewhere(task, run, s, store, labels) -> pd.DataFrame:
-    "The table of scores on another store. Raises `DataError` where it holds patients or images of the training."
+    """The table of scores on another store. Raises `DataError` where it holds patients or images of the
+    training."""
     other = task_manifest(task, store, labels, s)[0].assign(split='test')
     learnt = run.manifest[run.manifest.split!='test'].assign(split='train')
     try:
-        copies = find_copies(ImageStore(run.record['store']), store, learnt.image_id.tolist(), other.image_id.tolist(),
+        copies = find_copies(ImageStore(run.record['store']), store, learnt.image_id.tolist(),
+            other.image_id.tolist(),
             s.copies, show=False)
     except StoreError:
         copies = None
-        warnings.warn("The store of the training is gone: its images cannot be compared with these, only their identifiers", stacklevel=4)
+        warnings.warn("The store of the training is gone: its images cannot be compared with these, only their "
+            "identifiers", stacklevel=4)
     assert_no_leakage(pd.concat([learnt, other], ignore_index=True), duplicates=copies)
     bundles = load_models(run.path, task, task.stages[-1].name if len(task.stages)>1 else '')
     if bundles[0].recipe!=store.recipe:
         raise StoreError(f"The store was made by another recipe ({store.recipe.name}, {store.recipe.size} pixels) than the "
-            f"model's ({bundles[0].recipe.name}, {bundles[0].recipe.size})", "Preprocess the images by the model's recipe")
+            f"model's ({bundles[0].recipe.name}, {bundles[0].recipe.size})",
+            "Preprocess the images by the model's recipe")
     answer = task.answer
     scores = answer.scores([b.model for b in bundles], store, other, bundles[0].vocab)
     names = ['image_id','path','patient_id','study_id','split', *(c for c in task.subgroups if c in other)]
@@ -125,15 +134,18 @@ def report_run(
     run = read_run(run)
     record,s = run.record,run.settings
     if store is None and (Path(record['store'])/'index.parquet').exists(): store = record['store']
-    facts = {'task': task.name, 'architecture': s['arch'], 'seed': s['seed'], 'split hash': record['split_hash'],
+    facts = {'task': task.name, 'architecture': s['arch'], 'seed': s['seed'],
+        'split hash': record['split_hash'],
         'settings': s, 'recipe': record['recipe'], 'versions': record['fits'][0]['versions']}
     flow = record['flow']
     left_out = [k for k in list(flow)[1:list(flow).index('used')]]
     grades = evaluation.figures['grades']
     d = ReportData(title=task.title, table=evaluation.table, figures=evaluation.figures, task=task.question,
-        subgroups=tuple(_shown(task, evaluation.table)), grade_names=grades['names'] if grades else None, manifest=run.manifest,
+        subgroups=tuple(_shown(task, evaluation.table)), grade_names=grades['names'] if grades else None,
+        manifest=run.manifest,
         flow={f'- {k}' if k in left_out else k: v for k,v in flow.items()}, unreadable=record['unreadable'],
-        curves=[_curves(r) for r in record['fits']], facts=facts, examples=examples_of(task, run, evaluation, store) if store is not None else [],
+        curves=[_curves(r) for r in record['fits']], facts=facts,
+        examples=examples_of(task, run, evaluation, store) if store is not None else [],
         **task.answer.names(make_settings(task.settings, s)))
     return write_report(Path(out or run.path), replace(d, **more))
 
@@ -149,5 +161,6 @@ def examples_of(task: Task, run, evaluation: Evaluation, store) -> list[Example]
     model = load_models(run, task, task.stages[-1].name if len(task.stages)>1 else '')[0].model
     heat = heat_maps(model, store, [store.position(i) for i in rows.image_id], task.answer.heat())
     truth = rows.grade if 'grade' in rows else rows.target
-    return [Example(r.kind, np.asarray(store[store.position(r.image_id)]), h, r.image_id, r.score, f'{evaluation.label} {plain(t)}')
+    return [Example(r.kind, np.asarray(store[store.position(r.image_id)]), h, r.image_id, r.score,
+        f'{evaluation.label} {plain(t)}')
         for r,h,t in zip(rows.itertuples(), heat, truth)]

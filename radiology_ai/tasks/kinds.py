@@ -25,6 +25,7 @@ from ..findings import Finding
 from ..losses.base import ClassAnswer
 from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
+from ..models.run import run_model
 from ..report.evaluation import evaluate_table
 from ..report.figures import figure
 
@@ -41,7 +42,8 @@ def stored_batches(
     positions = [int(i) for i in positions]
     for k in progress(range(0, len(positions), bs), 'network', show=show):
         x = np.stack([store[i] for i in positions[k:k+bs]])
-        yield torch.from_numpy(x.astype(np.float32)[:,None]/np.iinfo(x.dtype).max).expand(-1, channels, -1, -1)
+        yield torch.from_numpy(x.astype(np.float32)[:,None]/np.iinfo(x.dtype).max).expand(-1, channels, -1,
+            -1)
 
 def network_logits(
     models,   # networks from (B, n_in, H, W) to (B, C) logits
@@ -51,7 +53,8 @@ def network_logits(
     show: bool|None=None,
 ) -> np.ndarray:
     "(M, N, C) float32 logits of M networks for N images; each network is left as it was."
-    return np.stack([run_model(m, stored_batches(store, positions, bs, channels=channels_of(m), show=show))['logits'].numpy()
+    return np.stack([run_model(m, stored_batches(store, positions, bs, channels=channels_of(m),
+        show=show))['logits'].numpy()
         for m in models])
 
 def channels_of(model) -> int:
@@ -67,7 +70,8 @@ def task_manifest(
     labels,  # a table or its path, with `image_id` or `path` and the label columns
     settings,# of the run
 ) -> tuple[pd.DataFrame, dict]:
-    "The manifest of the images that take part, and the flow: how many were dropped and why. Raises `DataError`."
+    """The manifest of the images that take part, and the flow: how many were dropped and why. Raises
+    `DataError`."""
     labels = labels if isinstance(labels, pd.DataFrame) else read_labels(labels)
     missing = [c for c in settings.labels if c not in labels]
     if missing:
@@ -164,7 +168,8 @@ class Grades(Answer):
             raise DataError(f"Column {label!r} has only one class among {len(df)} images: "
                 f"{sorted(values.unique().astype(int))}", "Two classes are needed to learn and to evaluate")
         return df.assign(**{label: values.astype(int)})
-    def vocab(self, manifest, settings) -> list: return list(range(int(manifest[_one_column(settings)].max())+1))
+    def vocab(self, manifest, settings) -> list:
+        return list(range(int(manifest[_one_column(settings)].max())+1))
     def targets(self, store, manifest, settings) -> dict:
         return dict(labels=_one_column(settings), vocab=self.vocab(manifest, settings))
     def loss(self, settings, dls): return GradedLoss()
@@ -191,13 +196,16 @@ class Grades(Answer):
         told = not self.graded or label in self.graded
         return dict(positive=self.positive if told else label, negative=self.negative if told else 'not')
     def figures(self, table, subgroups) -> dict:
-        return evaluate_table(table, subgroups=subgroups, grade_names=list(range(table.filter(regex=r'^p_\d+$').shape[1])))
+        return evaluate_table(table, subgroups=subgroups,
+            grade_names=list(range(table.filter(regex=r'^p_\d+$').shape[1])))
     def lines(self, figures) -> list[str]:
         one = figures['labels'][0]
         out = [f"{_count(figures)}, {one['positives']} positive", f"AUROC {said(one['auroc'])}",
             f"average precision {said(one['average_precision'])}"]
-        out += [f"{k} at threshold {one['threshold']:.3f}: {said(one['operating'][k])}" for k in ('sensitivity','specificity')]
-        if figures['grades']: out.append(f"quadratic kappa of the grade {said(figures['grades']['quadratic kappa'])}")
+        out += [f"{k} at threshold {one['threshold']:.3f}: {said(one['operating'][k])}"
+            for k in ('sensitivity','specificity')]
+        if figures['grades']:
+            out.append(f"quadratic kappa of the grade {said(figures['grades']['quadratic kappa'])}")
         return out
 
     def row(self, table, threshold, vocab) -> pd.DataFrame:
@@ -205,7 +213,8 @@ class Grades(Answer):
         out = table.rename(columns={'grade_predicted': 'grade'})
         out.insert(1, 'call', (out.score>=threshold).astype(int))
         return out
-    def findings(self, r, vocab) -> tuple: return (Finding(self.positive, r['score'], bool(r['call']), r['grade']),)
+    def findings(self, r, vocab) -> tuple:
+        return (Finding(self.positive, r['score'], bool(r['call']), r['grade']),)
 
 # %% ../../nbs/66_tasks.kinds.ipynb #03bb7bb9
 @dataclass(frozen=True)
@@ -226,7 +235,8 @@ class Classes(Answer):
     def targets(self, store, manifest, settings) -> dict:
         return dict(labels=_one_column(settings), vocab=self.vocab(manifest, settings))
 
-    def truth(self, rows, settings) -> pd.DataFrame: return pd.DataFrame({'truth': rows[_one_column(settings)].to_numpy()})
+    def truth(self, rows, settings) -> pd.DataFrame:
+        return pd.DataFrame({'truth': rows[_one_column(settings)].to_numpy()})
     def scores(self, models, store, rows, vocab, show=None) -> pd.DataFrame:
         "`said`: the likeliest class, and `p_<class>`."
         p = self.probabilities(models, store, [store.position(i) for i in rows.image_id], show)
@@ -235,7 +245,8 @@ class Classes(Answer):
     def tune(self, valid, vocab): return None
     def thresholds(self, table, threshold):
         "The truth of each class as a column of 1 and 0: there is no threshold."
-        return table.assign(**{v: (table.truth==v).astype(int) for v in (c[2:] for c in table if c.startswith('p_'))})
+        return table.assign(**{v: (table.truth==v).astype(int)
+            for v in (c[2:] for c in table if c.startswith('p_'))})
 
     def names(self, settings) -> dict: return {}
     def figures(self, table, subgroups) -> dict:
@@ -246,7 +257,8 @@ class Classes(Answer):
             'accuracy': figure(len(table), proportion_ci, hits, None, table.patient_id)}
     def lines(self, figures) -> list[str]:
         out = [_count(figures), f"accuracy {said(figures['accuracy'])}"]
-        return out + [f"AUROC of {o['label']} ({o['positives']}) {said(o['auroc'])}" for o in figures['labels']]
+        return out + [f"AUROC of {o['label']} ({o['positives']}) {said(o['auroc'])}"
+            for o in figures['labels']]
 
     def row(self, table, threshold, vocab) -> pd.DataFrame:
         "`class`, its probability `score`, and `p_<class>`."
@@ -278,7 +290,8 @@ class Labels(Answer):
     def vocab(self, manifest, settings) -> list: return settings.labels
     def targets(self, store, manifest, settings) -> dict: return dict(labels=settings.labels)
 
-    def truth(self, rows, settings) -> pd.DataFrame: return rows[settings.labels].astype(float).reset_index(drop=True)
+    def truth(self, rows, settings) -> pd.DataFrame:
+        return rows[settings.labels].astype(float).reset_index(drop=True)
     def scores(self, models, store, rows, vocab, show=None) -> pd.DataFrame:
         "`p_<label>`."
         p = self.probabilities(models, store, [store.position(i) for i in rows.image_id], show)
@@ -296,15 +309,18 @@ class Labels(Answer):
 
     def names(self, settings) -> dict: return dict(labels=settings.labels)
     def figures(self, table, subgroups) -> dict:
-        return evaluate_table(table, subgroups=subgroups, labels=[c[2:] for c in table if c.startswith('p_')], missing='skip')
+        return evaluate_table(table, subgroups=subgroups, labels=[c[2:] for c in table if c.startswith('p_')],
+            missing='skip')
     def lines(self, figures) -> list[str]:
         out = [_count(figures)]
         if figures['mean']: out.append(f"mean AUROC {said(figures['mean']['auroc'])}")
-        return out + [f"AUROC of {o['label']} ({o['positives']}) {said(o['auroc'])}" for o in figures['labels']]
+        return out + [f"AUROC of {o['label']} ({o['positives']}) {said(o['auroc'])}"
+            for o in figures['labels']]
 
     def row(self, table, threshold, vocab) -> pd.DataFrame:
         "`p_<label>`, and `call_<label>` where there is a threshold."
-        calls = {f'call_{v}': (table[f'p_{v}']>=t).astype(int) for v,t in zip(vocab, threshold) if t is not None}
+        calls = {f'call_{v}': (table[f'p_{v}']>=t).astype(int) for v,t in zip(vocab, threshold)
+            if t is not None}
         return table.assign(**calls)
     def findings(self, r, vocab) -> tuple:
         call = {v: bool(r[f'call_{v}']) if f'call_{v}' in r else None for v in vocab}

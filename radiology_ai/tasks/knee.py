@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 # %% ../../nbs/70_tasks.knee.ipynb #19a7ad15
-from ..preprocess.store import recipe
+from ..preprocess.recipe import recipe
 from .base import Demo, Settings, Stage, Task
 from .kinds import Grades
 
@@ -36,7 +36,8 @@ def knee_augment(
 ):
     "The augmentation of the knee task: small rigid movements and exposure."
     from radiology_ai.vision.augment import BatchAugment
-    return BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.15, contrast=.2, gamma=(.8, 1.25),
+    return BatchAugment(rotation=10, translation=.06, scale=(.9, 1.1), brightness=.15, contrast=.2,
+        gamma=(.8, 1.25),
         noise=.02, seed=settings.seed)
 
 # %% ../../nbs/70_tasks.knee.ipynb #e93bdf23
@@ -58,5 +59,6 @@ KNEE = Task(
     usable=knee_found,
     remedy='Check that it is a frontal knee radiograph',
     shown={'side': 'side', 'score': 'knee_score'},
-    demo=Demo(simulated_knees, dict(label='schatzker', arch='resnet10t', pretrained=False, epochs=16, lr=4e-3, bs=16),
+    demo=Demo(simulated_knees, dict(label='schatzker', arch='resnet10t', pretrained=False, epochs=16, lr=4e-3,
+    bs=16),
         radius_mm=40, place='the joint'))

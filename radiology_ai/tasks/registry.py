@@ -35,7 +35,8 @@ def settings_table(
     "The settings of a task: `name`, `default`, `meaning`."
     kind = task_named(task).settings
     comments = setting_comments(kind)
-    return pd.DataFrame([(k, getattr(kind(), k), comments[k]) for k in comments], columns=['name','default','meaning'])
+    return pd.DataFrame([(k, getattr(kind(), k), comments[k]) for k in comments],
+        columns=['name','default','meaning'])
 
 # %% ../../nbs/79_tasks.registry.ipynb #667b9e13
 def train(

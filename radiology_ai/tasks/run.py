@@ -38,7 +38,8 @@ def write_record(
 def read_record(
     path, # a file of `write_record`
 ) -> dict|None:
-    "The record in a file; None where there is none, or somebody else's. Raises `DataError` for a newer format."
+    """The record in a file; None where there is none, or somebody else's. Raises `DataError` for a newer
+    format."""
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
     if not isinstance(found, dict) or found.get('radiology_ai')!=_MARKER['radiology_ai']: return None
@@ -61,14 +62,16 @@ def _leftover(p: Path) -> bool:
     "Whether a killed process has left it: a lock, or a temporary name of `atomic_path` or of a bundle."
     return p.name=='.lock' or p.name.startswith(tuple(f'.{n}-' for n in _WRITTEN))
 
-_WRITTEN = ('plan','run','manifest','split','predictions','scores','fit','model','report','checkpoint','evaluation')
+_WRITTEN = ('plan','run','manifest','split','predictions','scores','fit','model','report','checkpoint',
+    'evaluation')
 
 # %% ../../nbs/66_tasks.run.ipynb #7a7af29d
 @contextmanager
 def alone_in(
     out: Path, # the folder, made if need be
 ):
-    "The folder for this process alone; leftovers of killed ones are removed first. Raises `RadiologyError` while another one is in it."
+    """The folder for this process alone; leftovers of killed ones are removed first. Raises `RadiologyError`
+    while another one is in it."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'.lock', 'w') as f:
@@ -77,7 +80,8 @@ def alone_in(
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError: pass # no such locks on Windows
         except BlockingIOError as e:
-            raise RadiologyError(f"{out} is in use by another process", "Wait until it is done, or give another folder") from e
+            raise RadiologyError(f"{out} is in use by another process",
+                "Wait until it is done, or give another folder") from e
         try:
             for p in out.rglob('.*'):
                 if p.name!='.lock' and _leftover(p): _remove(p)
@@ -92,7 +96,8 @@ def replace_run(
     out: Path, # a run
 ):
     "Remove a run, so that another one can be made in its place. Raises `RadiologyError` where `out` is none."
-    if run_state(out)=='foreign': raise RadiologyError(f"{out} is no run of this library", "Choose another folder")
+    if run_state(out)=='foreign':
+        raise RadiologyError(f"{out} is no run of this library", "Choose another folder")
     if not out.exists(): return
     aside = out.with_name(f'.{out.name}-replaced')
     out.rename(aside)
@@ -112,12 +117,14 @@ class Run:
     @property
     def settings(self) -> dict: return self.record['settings']
 
-_TEXT = ('image_id','patient_id','study_id','path','split','PatientAge','PatientSex') # columns that are never numbers
+# columns that are never numbers
+_TEXT = ('image_id','patient_id','study_id','path','split','PatientAge','PatientSex')
 
 def read_exactly(
     path, # a CSV file that this library has written
 ) -> pd.DataFrame:
-    "A table as it was written: identifiers as text, numbers to the last bit, an empty cell among numbers as NaN."
+    """A table as it was written: identifiers as text, numbers to the last bit, an empty cell among numbers as
+    NaN."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return table.assign(**{c: _numbers(table[c]) for c in table if c not in _TEXT})
 
@@ -139,9 +146,13 @@ def read_run(
     path = Path(run)
     record = read_record(path/'run.json')
     if record is None and run_state(path)=='begun':
-        raise DataError(f"The run {path} is not finished", "Call train again with the same arguments: it goes on where it stopped")
-    lost = ['run.json']*(record is None) + [n for n in ('manifest.csv','predictions.csv') if not (path/n).exists()]
-    if lost: raise DataError(f"{path} is not a run: {lost[0]} is missing", "Give a folder that radiology_ai train has written")
+        raise DataError(f"The run {path} is not finished",
+            "Call train again with the same arguments: it goes on where it stopped")
+    lost = ['run.json']*(record is None) + [n for n in ('manifest.csv','predictions.csv')
+        if not (path/n).exists()]
+    if lost:
+        raise DataError(f"{path} is not a run: {lost[0]} is missing",
+            "Give a folder that radiology_ai train has written")
     return Run(path, record, read_exactly(path/'manifest.csv'), read_exactly(path/'predictions.csv'))
 
 # %% ../../nbs/66_tasks.run.ipynb #0d98a817
@@ -162,11 +173,14 @@ def load_models(
     task: Task|None=None,  # whose bundles they must be
     stage: str='',         # of a task with several
 ) -> list:
-    "The bundles at `path`. Raises `BundleError` where there is none, or where they do not belong together or to the task."
+    """The bundles at `path`. Raises `BundleError` where there is none, or where they do not belong together
+    or to the task."""
     bundles = [load_bundle(p) for p in model_folders(path, stage)]
     first = bundles[0]
-    if any((b.recipe.to_dict(), b.vocab, b.task)!=(first.recipe.to_dict(), first.vocab, first.task) for b in bundles):
-        raise BundleError(f"The models in {path} have different tasks, recipes or classes", "Give one of them")
+    if any((b.recipe.to_dict(), b.vocab, b.task)!=(first.recipe.to_dict(), first.vocab, first.task)
+            for b in bundles):
+        raise BundleError(f"The models in {path} have different tasks, recipes or classes",
+            "Give one of them")
     if task is not None and first.task!=task.name:
         raise BundleError(f"{path} is a model of {f'the task {first.task!r}' if first.task else 'no task'}, not of {task.name!r}",
             "Give a model of this task, or leave the task out")

@@ -26,7 +26,7 @@ from torch.amp import GradScaler
 
 # %% ../../nbs/46_train.callbacks.ipynb #e937c181
 from ..core import DataError, ModelError, progress
-from ..metrics.running import AUROC, scores_auroc
+from ..metrics.running import AUROC
 
 # %% ../../nbs/46_train.callbacks.ipynb #dcc7dc4a
 class ValidAUROC(AUROC):

@@ -11,7 +11,6 @@ __all__ = ['BatchAugment', 'rand_augment', 'expose_batch', 'Augmented']
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from fastai.torch_core import TensorMask
 from fastai.vision.core import TensorBBox, TensorPoint

@@ -10,7 +10,6 @@ __all__ = ['MixedLoss', 'MixUp', 'CutMix']
 # %% ../../nbs/42_vision.mix.ipynb #9e7df8c3
 import math
 
-import numpy as np
 import torch
 from fastai.torch_core import TensorMask
 from fasttransform import Transform

@@ -1,4 +1,4 @@
-"""A network, taught by headers alone, that sorts a mixed folder into wanted and other films, is sure before it accepts, and asks a reader where it is not
+"""A network, taught by headers alone, that sorts a mixed folder: it is sure before it accepts a film, and asks a reader where it is not
 
 Docs: https://lluissalord.github.io/radiology_ai/weak.scope.html.md"""
 
@@ -20,8 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Learner
-from fastai.torch_core import TensorCategory
-from fastai.vision.core import TensorImage
 from fastcore.basics import patch
 from fasttransform import Transform
 
@@ -143,7 +141,8 @@ class Outliers(Transform):
         if not 0<=p<1: raise DataError(f"p is {p}", "Give a share from 0 to below 1")
         if not kinds or set(kinds)-set(OUTLIERS):
             raise DataError(f"kinds are {kinds}", f"Choose among {', '.join(OUTLIERS)}")
-        self.other,self.p,self.kinds,self.seed,self.calls = other,p,tuple(kinds),seed,0
+        self.other,self.p,self.kinds = other,p,tuple(kinds)
+        self.seed,self.calls = seed,0
 
     def __call__(self, b, split_idx: int|None=0, **kwargs):
         if split_idx!=0: return b
@@ -252,14 +251,14 @@ class Neighbours:
         return out
 
 # %% ../../nbs/51_weak.scope.ipynb #490d060a
-class _SameViews(BatchAugment):
+class _SameDraw(BatchAugment):
     """The same gentle movement for all images of a batch, so that a film's score does not depend on its
     neighbours."""
     def draw(self, b, generator=None, flippable=None):
         return super().draw(1, generator)[torch.zeros(b, dtype=torch.long)]
 
-def _views():
-    return _SameViews(rotation=6, translation=.03, scale=(.93, 1.08), brightness=.05, contrast=.1,
+def _gentle_moves():
+    return _SameDraw(rotation=6, translation=.03, scale=(.93, 1.08), brightness=.05, contrast=.1,
         gamma=(.9, 1.1), noise=0., p=1., seed=0)
 
 @dataclass
@@ -270,7 +269,7 @@ class OutOfScope:
     scaling: TemperatureScaling      # of its logits
     near: Neighbours                 # of wanted films
     accept: float=.95                # confidence from which a film is sorted without a reader
-    views: int=4                     # moved views of a film besides itself
+    draws: int=4                     # moved copies of a film besides itself
     suspects: pd.DataFrame|None=field(default=None, repr=False) # validation films whose header the network contradicts
 
     def __post_init__(self):
@@ -280,9 +279,9 @@ class OutOfScope:
         if not .5<self.accept<1:
             raise DataError(f"accept is {self.accept}", "Give a confidence between 0.5 and 1, such as 0.95")
 
-def _predicted(model, batches, views, device='cpu') -> tuple[np.ndarray, np.ndarray]:
-    "(N, C) logits, the mean over views, and (N, F) features of the film itself."
-    aug,out,feats = _views(),[],[]
+def _predicted(model, batches, draws, device='cpu') -> tuple[np.ndarray, np.ndarray]:
+    "(N, C) logits, the mean over a film and its moved copies, and (N, F) features of the film itself."
+    aug,out,feats = _gentle_moves(),[],[]
     def logits(x):
         seen.append(model.head.pooled(model.body(x)))
         return model.head.logits(seen[-1])
@@ -291,8 +290,8 @@ def _predicted(model, batches, views, device='cpu') -> tuple[np.ndarray, np.ndar
         for b in batches:
             seen = []
             out.append(predict_tta(logits, (b if torch.is_tensor(b)
-                else b[0]).as_subclass(torch.Tensor).to(device), aug, views).float().cpu())
-            feats.append(seen[0].float().cpu()) # the first view is the film itself
+                else b[0]).as_subclass(torch.Tensor).to(device), aug, draws).float().cpu())
+            feats.append(seen[0].float().cpu()) # the first is the film itself
     return torch.cat(out).numpy(),torch.cat(feats).numpy()
 
 @patch(cls_method=True)
@@ -300,14 +299,14 @@ def fit(cls:OutOfScope,
     learn: Learner,      # of `scope_learner`, trained
     wanted,              # the class that is wanted, or several
     accept: float=.95,   # confidence from which a film is sorted without a reader
-    views: int=4,        # moved views of a film besides itself
+    draws: int=4,        # moved copies of a film besides itself
     slack: float=2.,     # of `Neighbours.fit`
 ) -> OutOfScope:
     """The filter, calibrated on the validation patients. `ModelError` where it would accept none of their
     wanted films."""
     wanted,dls = [wanted] if isinstance(wanted, str) else list(wanted),learn.dls
     rows = {s: ds.items for s,ds in (('train', dls.train_ds), ('valid', dls.valid_ds))}
-    got = {s: _predicted(learn.model, xray_test_dl(dls, r), views if s=='valid' else 0, dls.device)
+    got = {s: _predicted(learn.model, xray_test_dl(dls, r), draws if s=='valid' else 0, dls.device)
         for s,r in rows.items()}
     vocab,valid = list(dls.vocab),rows['valid']
     t,classes = dls.valid_ds.targets,[vocab.index(w) for w in wanted if w in vocab]
@@ -326,7 +325,7 @@ def fit(cls:OutOfScope,
     suspects = valid[wrong][['image_id', 'path',
         dls.labels]].assign(network=[vocab[i] for i in p[wrong].argmax(1)],
         share=p[wrong].max(1)).reset_index(drop=True)
-    out = cls(bundle, wanted, scaling, near, accept, views, suspects)
+    out = cls(bundle, wanted, scaling, near, accept, draws, suspects)
     sure = out.decide(*got['valid'])
     if not (sure[own]=='wanted').any():
         raise ModelError(f"None of the {int(own.sum())} wanted validation films reaches a confidence of "
@@ -352,7 +351,7 @@ SORTED = ['path', 'image_id', 'decision', 'confidence', 'distance', 'likeliest',
 
 @patch
 def sort(self:OutOfScope,
-    src,                    # a folder, a list of files or folders, a table of `index_dicoms`, or an `ImageStore` of the filter's recipe
+    src,                    # a folder, files, a table of `index_dicoms`, or an `ImageStore` of the filter's recipe
     store=None,             # where the store is written; None: a temporary folder
     rules=None,             # `HeaderRules` of the columns header and rule
     workers: int|None=None, # processes that read
@@ -381,7 +380,7 @@ def _sorted(self:OutOfScope, store, header, bs):
         device = next(self.bundle.model.parameters()).device
         logits,features = _predicted(self.bundle.model,
             xray_test_dl(store, store.index, bs, channels=self.bundle.meta['n_in'], device=device),
-            self.views, device)
+            self.draws, device)
         good = good.assign(decision=self.decide(logits, features), confidence=self.confidence(logits),
             distance=self.near.distance(features)/self.near.limit,
                            likeliest=[self.bundle.vocab[i] for i in logits.argmax(1)])
@@ -439,7 +438,7 @@ def save(self:OutOfScope,
     bank = to_bytes({'bank': np.ascontiguousarray(self.near.bank), 'center': self.near.center})
     card = dict(self.bundle.meta.get('card') or {},
         scope=dict(wanted=self.wanted, scaling=self.scaling.to_dict(), k=self.near.k, limit=self.near.limit,
-        views=self.views, sha256=hashlib.sha256(bank).hexdigest()))
+        views=self.draws, sha256=hashlib.sha256(bank).hexdigest()))
     path = save_bundle(self.bundle.model, path, self.bundle.recipe, self.bundle.vocab, task='scope',
         threshold=self.accept, card=card)
     with atomic_path(path/'neighbours.safetensors') as tmp: tmp.write_bytes(bank)
@@ -458,8 +457,10 @@ def load(cls:OutOfScope,
     if not isinstance(d, dict):
         raise BundleError(f"{Path(path).name} is no out-of-scope filter, but a network for "
             f"{bundle.task or 'something else'}", "Give a folder of OutOfScope.save")
-    if not file.is_file() or hashlib.sha256(data := file.read_bytes()).hexdigest()!=d.get('sha256'):
-        raise BundleError(f"neighbours.safetensors of {Path(path).name} is missing or not that of its network", "Copy the filter again from its source")
+    data = file.read_bytes() if file.is_file() else b''
+    if hashlib.sha256(data).hexdigest()!=d.get('sha256'):
+        raise BundleError(f"neighbours.safetensors of {Path(path).name} is missing or not that of its network",
+            "Copy the filter again from its source")
     try:
         return cls(bundle, d['wanted'], recalibration_from(d['scaling']),
             Neighbours(**from_bytes(data), k=int(d['k']), limit=float(d['limit'])), bundle.threshold,
