@@ -138,6 +138,10 @@ def _numbers(column: pd.Series):
     whole = len(there)==len(values) and all(v.lstrip('-').isdigit() for v in values)
     return pd.Series([int(v) for v in values] if whole else numbers, index=column.index)
 
+def _earlier(path: Path) -> bool:
+    "Whether it looks like a run of version 0.1."
+    return (path/'run.json').exists() and any(path.rglob('model/bundle.json')) and (path/'predictions.csv').exists()
+
 def read_run(
     run, # a `Run`, or its folder
 ) -> Run:
@@ -148,6 +152,8 @@ def read_run(
     if record is None and run_state(path)=='begun':
         raise DataError(f"The run {path} is not finished",
             "Call train again with the same arguments: it goes on where it stopped")
+    if record is None and _earlier(path):
+        raise DataError(f"{path} was made by an earlier version", "Predict from the bundle in it, or train it again")
     lost = ['run.json']*(record is None) + [n for n in ('manifest.csv','predictions.csv')
         if not (path/n).exists()]
     if lost:
