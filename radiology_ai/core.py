@@ -8,14 +8,17 @@ Docs: https://lluissalord.github.io/radiology_ai/core.html.md"""
 __all__ = ['PACKAGES', 'RadiologyError', 'DataError', 'StoreError', 'BundleError', 'ModelError', 'MissingPackageError',
            'DicomError', 'own_fault', 'file_fault', 'optional', 'shift', 'scale', 'transform_points', 'transform_boxes',
            'Radiograph', 'fit_size', 'resize_array', 'rng', 'atomic_path', 'plain', 'versions', 'file_digest',
-           'progress']
+           'OwnedFolder', 'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
+import fnmatch
 import hashlib
 import importlib
+import json
 import math
 import os
 import platform
+import shutil
 import re
 import sys
 import tempfile
@@ -315,6 +318,55 @@ def file_digest(
 ) -> str:
     "The SHA-256 of a file's bytes in hexadecimal digits. Raises `OSError`."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_core.ipynb #766b987a
+@dataclass(frozen=True)
+class OwnedFolder:
+    "A kind of folder that this library writes, by its marker and by all that it may hold."
+    kind: str        # what the marker says, such as 'run'
+    markers: tuple   # names of files one of which tells, in JSON: {"radiology_ai": kind, ...}
+    names: tuple     # patterns of the paths of files below it, such as 'fold_*/model/*'
+
+    def marked(self, folder) -> bool:
+        "Whether one of the markers is there and is ours."
+        return any(self._says(Path(folder)/m) for m in self.markers)
+
+    def _says(self, path) -> bool:
+        if not path.is_file() or path.stat().st_size>2**28: return False
+        try: found = json.loads(path.read_text(encoding='utf-8'))
+        except (OSError, ValueError, RecursionError): return False
+        return isinstance(found, dict) and found.get('radiology_ai')==self.kind
+
+    def foreign(self, folder) -> Path|None:
+        "The first file or link below the folder that we did not write; None if there is none."
+        folder = Path(folder)
+        for place,folders,files in os.walk(folder):
+            for name in sorted(files + [f for f in folders if os.path.islink(os.path.join(place, f))]):
+                path = (Path(place)/name).relative_to(folder)
+                if not any(fnmatch.fnmatchcase(path.as_posix(), p) for p in self.names): return folder/path
+        return None
+
+    def check(self, folder):
+        "Raises `RadiologyError` unless the folder is not there, is empty, or is ours to replace."
+        folder = Path(folder)
+        if not folder.exists() and not folder.is_symlink(): return
+        if folder.is_symlink() or not folder.is_dir():
+            raise RadiologyError(f"{folder} is no folder", "Give a new folder")
+        if not any(folder.iterdir()): return
+        strange = self.foreign(folder)
+        if strange is not None or not self.marked(folder):
+            what = (f"holds {strange.relative_to(folder)}, which this library did not write" if strange
+                else f"is no {self.kind} of this library")
+            raise RadiologyError(f"{folder} {what}", "Give a new folder; nothing of yours is ever replaced")
+
+    def remove(self, folder):
+        "Remove the folder if it is ours; raises `RadiologyError` otherwise."
+        self.check(folder)
+        folder = Path(folder)
+        if not folder.exists(): return
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name[:40]}-'))
+        os.rename(folder, aside/'old')
+        shutil.rmtree(aside)
 
 # %% ../nbs/00_core.ipynb #8d9b957a
 def progress(

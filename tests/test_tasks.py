@@ -158,6 +158,14 @@ def test_a_folder_in_use_a_newer_run_and_a_foreign_folder_are_refused(hospital, 
         with pytest.raises(RadiologyError, match='is no run'):
             train(h.task.name, h.store, h.labels, mine, overwrite=overwrite, **h.settings)
     assert (mine/'thesis.txt').read_text()=='mine'
+    shutil.copytree(h.run.path, tmp_path/'both')
+    (tmp_path/'both'/'model'/'thesis.txt').write_text('mine')
+    with pytest.raises(RadiologyError, match='holds model/thesis.txt, which this library did not write'):
+        train(h.task.name, h.store, h.labels, tmp_path/'both', overwrite=True, **h.settings)
+    assert (tmp_path/'both'/'run.json').exists()
+    (tmp_path/'both'/'model'/'thesis.txt').unlink()
+    train(h.task.name, h.store, h.labels, tmp_path/'both', overwrite=True, **h.settings)
+    assert digests(tmp_path/'both')==digests(h.run.path) and [p.name for p in tmp_path.iterdir() if p.name[0]=='.']==[]
 
 
 @pytest.mark.slow

@@ -26,16 +26,7 @@ from ..models.bundle import load_bundle, save_bundle
 from ..preprocess.store import ImageStore
 from .base import Settings, Stage, Task, make_settings, settings_text
 from .kinds import task_manifest
-from radiology_ai.tasks.run import (
-    Run,
-    alone_in,
-    read_exactly,
-    read_record,
-    read_run,
-    replace_run,
-    run_state,
-    write_record,
-)
+from .run import RUN, Run, alone_in, read_exactly, read_record, read_run, run_state, write_record
 from ..train.learner import xray_learner
 from ..train.record import run_record
 
@@ -249,6 +240,7 @@ def train_task(
     if state=='foreign' or state!='new' and not (resume or overwrite):
         raise RadiologyError(f"{out} is there already" + (' and is no run' if state=='foreign' else ''),
             "Choose another folder" + ('' if state=='foreign' else ', or give --overwrite'))
+    if overwrite: RUN.check(out)
     store = store if isinstance(store, ImageStore) else ImageStore(store)
     old = read_record(out/('run.json' if state=='whole' else 'plan.json'))
     old = old | {'store': old.get('store_fingerprint', old['store'])} if old else None
@@ -262,7 +254,7 @@ def train_task(
         if state=='whole':
             _tidy(out)
             return read_run(out)
-    if overwrite: replace_run(out)
+    if overwrite: RUN.remove(out)
     return _run(plan, out, show, say)
 
 def _run(plan, out, show, say) -> Run:
