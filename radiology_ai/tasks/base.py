@@ -42,6 +42,7 @@ class Settings:
     train: float=.6         # share of the patients
     valid: float=.2         # share of the patients; the rest is the test
     copies: float=.9        # correlation from which two stored images count as one film
+    no_patient: str='drop'  # images without a patient: drop, image (each is of another patient), or raise
 
     def __post_init__(self):
         for name,least in (('epochs', 1), ('bs', 2), ('min_per_class', 0), ('folds', 0), ('seed', 0)):
@@ -50,6 +51,8 @@ class Settings:
         if self.folds in (1, 2):
             raise DataError(f"The setting folds is {self.folds}",
                 "Give 0 for one split, or at least 3 folds: in turn one is the test, one the validation")
+        if self.no_patient not in ('drop','image','raise'):
+            raise DataError(f"The setting no_patient is {self.no_patient!r}", "Choose drop, image or raise")
         if not self.lr>0: raise DataError(f"The setting lr is {self.lr}", "Give a learning rate above 0")
         if not (self.train>0 and self.valid>0 and self.train+self.valid<1):
             raise DataError(f"The shares of the patients are train={self.train} and valid={self.valid}",
