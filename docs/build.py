@@ -166,6 +166,7 @@ def as_markdown(cell: dict, level: int) -> dict|None:
     text = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in cell.get('outputs', []))
     if not text.strip(): return None
     text = re.sub(r'^\s*---\s*\n', '', text).replace('__main__.', '')
+    text = re.sub(r"<class '[\w.]*?(\w+)'>", r'\1', text) # a default that is a class
     source = re.search(r'^\[source\]\((\S+?)\)(\{.*?\})?[^\S\n]*\n', text, re.M)
     if source: text = text.replace(source[0], '')
     where = f'\n\n{{.source}}\n[source]({source[1]})' if source else ''
