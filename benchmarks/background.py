@@ -64,10 +64,10 @@ def judged(part: str, seed: int) -> dict:
     deep = cv2.erode(e.field.astype(np.uint8), np.ones((7, 7), np.uint8), borderType=cv2.BORDER_CONSTANT,
         borderValue=1)>0
     m, letter = e.beam.marker, None
-    if (m is not None and e.field[min(int(m['row']), e.field.shape[0] - 1),
-            min(int(m['col']), e.field.shape[1] - 1)]):
-        letter = bool(f.parts.get('marker', np.zeros_like(f.mask))[int(m['row']) - 8:int(m['row']) + 8,
-            int(m['col']) - 8:int(m['col']) + 8].any())
+    if (m is not None and e.field[min(int(m['y']), e.field.shape[0] - 1),
+            min(int(m['x']), e.field.shape[1] - 1)]):
+        letter = bool(f.parts.get('marker', np.zeros_like(f.mask))[int(m['y']) - 8:int(m['y']) + 8,
+            int(m['x']) - 8:int(m['x']) + 8].any())
     return dict(seed=seed, collimated=not e.field.all(), outside=e.beam.outside,
         overlap=overlap(f.mask, e.field), peer=overlap(by_threshold(e.pixels), e.field),
         lost=float((body & ~f.mask).sum()/max(body.sum(), 1)),

@@ -30,11 +30,11 @@ from radiology_ai.phantom.xray import expose
 from radiology_ai.preprocess.knee import evened, locate_knees
 
 CROP_MM = 92       # what a crop of knee_oai shows, judged by the plateau's width
-ROW, COL = .59, .5 # where in the mean of the crops the middle of the joint space lies
+X, Y = .5, .59 # where in the mean of the crops the middle of the joint space lies
 
 
 def joints(crops: list, sides: list, n: int=112) -> list:
-    """(row, col) of the joint in each crop, as shares of its sides: the mean of all crops is laid over each,
+    """(x, y) of the joint in each crop, as shares of its sides: the mean of all crops is laid over each,
     by correlation, left knees mirrored."""
     a = [resize_array(c, (n, n)) for c in crops]
     a = np.stack([np.clip(evened(np.ascontiguousarray(c[:, ::-1] if s=='L' else c)), -3, 3)
@@ -49,29 +49,29 @@ def joints(crops: list, sides: list, n: int=112) -> list:
         at = np.array(at) - most
         at -= np.rint(at.mean(0)).astype(int)
         mean = np.mean([np.roll(c, -o, (0, 1)) for c, o in zip(a, at)], 0).astype(np.float32)
-    return [(ROW+y/n, COL+x/n if s=='R' else 1-COL-x/n) for (y, x), s in zip(at, sides)]
+    return [(X+x/n if s=='R' else 1-X-x/n, Y+y/n) for (y, x), s in zip(at, sides)]
 
 
 def in_black(r: Radiograph, at, gen):
-    "The crop at another size on a larger black film; the joint's place (row, col)."
+    "The crop at another size on a larger black film; the joint's place (x, y)."
     n = int(gen.integers(160, 330))
     knee, (h, w) = resize_array(r.pixels, (n, n)), (n*gen.uniform(1, 1.9, 2)).astype(int)
     film, top, left = np.zeros((h, w), np.float32), int(gen.integers(0, h-n+1)), int(gen.integers(0, w-n+1))
     film[top:top+n, left:left+n] = knee
-    return Radiograph(film, (CROP_MM/n,)*2), (top+n*at[0], left+n*at[1])
+    return Radiograph(film, (CROP_MM/n,)*2), (left+n*at[0], top+n*at[1])
 
 
 def in_leg(r: Radiograph, at, side: str, gen):
     """The crop laid over the joint of a simulated long leg with soft edges, the whole then turned; the
-    joint's place (row, col)."""
+    joint's place (x, y)."""
     p = simulate_knee(int(gen.integers(10**6)), side=side, size=400, fov=float(gen.uniform(260, 400)))
     leg = expose(p, gen, marker=False).pixels
     n = int(round(CROP_MM/p.spacing))
-    knee, (row, col) = resize_array(r.pixels, (n, n)), p.points['joint']
+    knee, joint = resize_array(r.pixels, (n, n)), p.points['joint']
     edge = np.minimum(np.arange(n)+1, np.arange(n)[::-1]+1)
     alpha = np.clip(np.minimum(edge[:, None], edge[None])/(.12*n), 0, 1).astype(np.float32)
     big = np.pad(leg, n, mode='edge')
-    y, x = int(row-n*at[0])+n, int(col-n*at[1])+n
+    x, y = (int(j-n*a)+n for j, a in zip(joint, at))
     under = big[y:y+n, x:x+n]
     knee = (knee-knee.mean())/max(knee.std(), .01)*under.std() + under.mean()
     big[y:y+n, x:x+n] = alpha*knee + (1-alpha)*under
@@ -79,8 +79,8 @@ def in_leg(r: Radiograph, at, side: str, gen):
     m = cv2.getRotationMatrix2D((film.shape[1]/2, film.shape[0]/2), float(np.clip(gen.normal(0, 8), -20, 20)),
         1)
     film = cv2.warpAffine(np.ascontiguousarray(film), m, film.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
-    joint = transform_points(np.vstack([m, [0, 0, 1]]), [x-n+n*at[1], y-n+n*at[0]])
-    return Radiograph(film, (p.spacing,)*2), (joint[1], joint[0])
+    joint = transform_points(np.vstack([m, [0, 0, 1]]), [x-n+n*at[0], y-n+n*at[1]])
+    return Radiograph(film, (p.spacing,)*2), tuple(joint)
 
 
 def letters(a, gen, mirrored):
@@ -115,8 +115,8 @@ def two_exposures(seed, side, gen):
         a, mm = expose(p, gen).pixels, mm or p.spacing
         size = tuple(max(1, round(n*p.spacing/mm)) for n in a.shape)
         films.append(resize_array(a, size))
-        knees.append((p.points['joint'][0]*size[0]/a.shape[0], left+p.points['joint'][1]*size[1]/a.shape[1],
-            s))
+        x, y = p.points['joint']
+        knees.append((left+x*size[1]/a.shape[1], y*size[0]/a.shape[0], s))
         left += size[1] + gap
     h, grey = max(f.shape[0] for f in films), float(gen.choice([0, 1]))
     films = [np.vstack([f, np.full((h-f.shape[0], f.shape[1]), grey, np.float32)]) for f in films]
@@ -125,13 +125,13 @@ def two_exposures(seed, side, gen):
 
 def near_an_edge(seed, side, gen):
     p = simulate_knee(seed, int(gen.integers(7)), side, 360)
-    a, (row, col), (h, w) = expose(p, gen).pixels, p.points['joint'], p.shape
+    a, (x, y), (h, w) = expose(p, gen).pixels, p.points['joint'], p.shape
     d = int(round(gen.uniform(20, 34)/p.spacing))
     t, l = 0, 0
-    if gen.random()<.5: t, h = (int(row)-d, h) if gen.random()<.5 else (0, int(row)+d)
-    else: l, w = (int(col)-d, w) if gen.random()<.5 else (0, int(col)+d)
+    if gen.random()<.5: t, h = (int(y)-d, h) if gen.random()<.5 else (0, int(y)+d)
+    else: l, w = (int(x)-d, w) if gen.random()<.5 else (0, int(x)+d)
     t, l = max(t, 0), max(l, 0)
-    return np.ascontiguousarray(a[t:h, l:w]), p.spacing, [(row-t, col-l, side)]
+    return np.ascontiguousarray(a[t:h, l:w]), p.spacing, [(x-l, y-t, side)]
 
 
 def unseen_framings(n: int):
@@ -142,9 +142,9 @@ def unseen_framings(n: int):
             a, mm, knees = make(3_000_000+k, side, gen)
             for known in (True, False):
                 found = locate_knees(film:=Radiograph(a, (mm, mm) if known else None))
-                for row, col, s in knees:
+                for x, y, s in knees:
                     yield row_of(f"unseen: {make.__name__.replace('_', ' ')}, spacing "
-                        f"{'' if known else 'un'}known", film, (row, col), s, mm, found)
+                        f"{'' if known else 'un'}known", film, (x, y), s, mm, found)
 
 
 def unseen_others(n: int):
@@ -184,7 +184,7 @@ def real_knees(data: Path, n: int):
     table['at'] = joints([r.pixels for r in crops], table.side)
     for i in table.sample(min(n, len(table)), random_state=0).index:
         r, side, at = crops[i], table.side[i], table['at'][i]
-        yield row_of('OAI crop', Radiograph(r.pixels), (r.shape[0]*at[0], r.shape[1]*at[1]), side,
+        yield row_of('OAI crop', Radiograph(r.pixels), (r.shape[1]*at[0], r.shape[0]*at[1]), side,
             CROP_MM/224)
         for name, (film, joint) in (('OAI in black', in_black(r, at, gen)),
                 ('OAI in a leg', in_leg(r, at, side, gen))):
@@ -199,7 +199,7 @@ def hospital(n: int):
         for t in truth[truth.broken==''].itertuples():
             r = read_radiograph(Path(d)/t.path)
             if t.body_part=='KNEE':
-                yield row_of('simulated hospital', r, (t.joint_row, t.joint_col), t.laterality, t.spacing_mm)
+                yield row_of('simulated hospital', r, (t.joint_x, t.joint_y), t.laterality, t.spacing_mm)
             else: yield row_of('simulated other', r, (-1e6, -1e6), '', 1)
 
 
@@ -228,7 +228,7 @@ def picture(rows, path):
         for k in r['knees']:
             x1, y1, x2, y2 = (int(v*f) for v in k.box)
             cv2.rectangle(a, (x1, y1), (x2, y2), (0, 255, 255), 1)
-            cv2.circle(a, (int(k.center[1]*f), int(k.center[0]*f)), 3, (0, 0, 255), -1)
+            cv2.circle(a, (int(k.center[0]*f), int(k.center[1]*f)), 3, (0, 0, 255), -1)
             cv2.putText(a, f'{k.side} {k.score:.2f}', (3, 14), 0, .45, (0, 255, 0), 1)
         tiles.append(cv2.copyMakeBorder(a, 0, 224-a.shape[0], 0, 224-a.shape[1], cv2.BORDER_CONSTANT))
     while len(tiles)%5: tiles.append(np.zeros_like(tiles[0]))

@@ -34,7 +34,7 @@ WIDTH = 75.   # mm of the plateau at which log size is 0
 
 
 def film(seed: int, part: str) -> tuple[Radiograph, list]:
-    "An exposed film and its knees as (row, col, side)."
+    "An exposed film and its knees as (x, y, side)."
     g = rng(seed, 'locator', part)
     if part=='knee':
         both, long = g.random()<.2, g.random()<.4
@@ -100,11 +100,11 @@ def narrowed(pixels: np.ndarray, knees: list, mm: float, g):
     "A narrow film around the joint, or one on its head, or the film as it is; and its knees."
     kind = g.random()
     if knees and kind<.45:
-        row, col, _ = knees[int(g.integers(len(knees)))]
+        mid, high, _ = knees[int(g.integers(len(knees)))]
         t, b, le, ri = (float(v)/mm for v in g.uniform(36, 90, 4))
-        r, c = max(0, int(row-t)), max(0, int(col-le))
-        knees = [(y-r, x-c, s) for y, x, s in knees if r<y<row+b and c<x<col+ri]
-        pixels = pixels[r:int(row+b), c:int(col+ri)]
+        r, c = max(0, int(high-t)), max(0, int(mid-le))
+        knees = [(x-c, y-r, s) for x, y, s in knees if r<y<high+b and c<x<mid+ri]
+        pixels = pixels[r:int(high+b), c:int(mid+ri)]
     elif not knees and kind<.5: # a part
         (h, w), (a, b) = pixels.shape, g.uniform(.35, 1, 2)
         r, c = int(g.uniform(0, 1-a)*h), int(g.uniform(0, 1-b)*w)
@@ -121,16 +121,16 @@ def view(r: Radiograph, knees: list, g, part: str):
     pixels, knees = narrowed(r.pixels, knees, r.spacing[0], g)
     h, w = pixels.shape
     if knees and g.random()<.8: # a knee in the view
-        row, col, _ = knees[int(g.integers(len(knees)))]
+        x, y, _ = knees[int(g.integers(len(knees)))]
         at = g.uniform(.12, .88, 2)*CANVAS
-    else: row, col, at = *(g.uniform(.1, .9, 2)*(h, w)), g.uniform(.2, .8, 2)*CANVAS
-    m = shift(*at)@rotation(turn)@scale(per, per)@shift(-col, -row)
+    else: y, x, at = *(g.uniform(.1, .9, 2)*(h, w)), g.uniform(.2, .8, 2)*CANVAS
+    m = shift(*at)@rotation(turn)@scale(per, per)@shift(-x, -y)
     a = clutter(other_grey(pixels, g), g)
     if per<.9: a = cv2.GaussianBlur(a, (0, 0), .45/per)
     out, mask = warped(a, m, (CANVAS, CANVAS))
     where = []
-    for row, col, s in knees:
-        x, y, _ = m@[col, row, 1]
+    for x, y, s in knees:
+        x, y, _ = m@[x, y, 1]
         if 4<x<CANVAS-4 and 4<y<CANVAS-4: where.append((x, y, s=='L', np.log(size)))
     return np.rint(K.evened(out, mask)*31).astype(np.int8), where
 
@@ -169,8 +169,8 @@ def scene(r: Radiograph, knees: list, g, part: str):
         2)*(np.array(size[::-1])-(w, h))))@rotation(turn)@shift(-w/2, -h/2)
     out, _ = warped(a, m, size, None if g.random()<.4 and (room==1).all()
         else float(g.choice([0., 0., 1., .5])))
-    knees = [(*transform_points(m, [x, y])[::-1], s) for y, x, s in knees]
-    return Radiograph(out, r.spacing), [k for k in knees if 0<k[0]<size[0] and 0<k[1]<size[1]]
+    knees = [(*transform_points(m, [x, y]), s) for x, y, s in knees]
+    return Radiograph(out, r.spacing), [k for k in knees if 0<k[0]<size[1] and 0<k[1]<size[0]]
 
 
 def proposed(r: Radiograph, knees: list, g, weights, truth: int=2):
@@ -179,12 +179,13 @@ def proposed(r: Radiograph, knees: list, g, weights, truth: int=2):
     mm, out = r.spacing, []
     assumed = [mm, *((n/max(r.shape),)*2 for n in K.LENGTHS)] if g.random()<.6 else [mm]
     found = [p for at in assumed for p in K.places(r.pixels, at, weights) if p.logit>-4.5]
-    for y, x, _ in knees*truth:
+    for x, y, _ in knees*truth:
         f = float(np.exp(g.normal(0, .13)))
-        found.append(K.Place(0, y+g.normal(0, 4)/mm[0], x+g.normal(0, 4)/mm[1], (mm[0]*f, mm[1]*f)))
+        dy, dx = g.normal(0, 4)/mm[0], g.normal(0, 4)/mm[1]
+        found.append(K.Place(0, x+dx, y+dy, (mm[0]*f, mm[1]*f)))
     for p in found:
         cut, (top, left, a, b) = K.cut_out(r.pixels, p)
-        at = [((x-left)/b, (y-top)/a) for y, x, _ in knees]
+        at = [((x-left)/b, (y-top)/a) for x, y, _ in knees]
         x, y = min(at, key=lambda o: np.hypot(o[0]-K.VIEW/2, o[1]-K.VIEW/2), default=(1e3, 1e3))
         far, size = max(abs(x-K.VIEW/2), abs(y-K.VIEW/2)), np.log(p.mm[0]/mm[0])
         good = far<9 and abs(size)<.45
@@ -380,8 +381,8 @@ def judge(job):
     r = Radiograph(other_grey(r.pixels, g), r.spacing if known else None)
     # two knees are told by their order
     best, found = K.locate_knees(r, threshold=0.), K.locate_knees(r, threshold=.3)
-    errors = [min(((np.hypot(k.center[0]-row, k.center[1]-col)*mm, k.side==side) for k in found),
-        default=(999., False)) for row, col, side in knees]
+    errors = [min(((np.hypot(k.center[0]-x, k.center[1]-y)*mm, k.side==side) for k in found),
+        default=(999., False)) for x, y, side in knees]
     return part, known, best[0].score if best else 0., max((e for e, _ in errors),
         default=np.nan), all(s for _, s in errors), len(knees)
 

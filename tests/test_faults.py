@@ -1,5 +1,6 @@
 """A fault of the program is told as what it is, and never blamed on a file; a user's script and folders are left
-alone."""
+alone; a point is (x, y) everywhere."""
+import re
 import subprocess
 import sys
 import warnings
@@ -10,10 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from radiology_ai.core import DicomError, own_fault
+from radiology_ai.core import DicomError, own_fault, rng
 from radiology_ai.dicom import codecs, deidentify, explore, file, index, quality, read, stored
-from radiology_ai.phantom.hospital import write_dicom
+from radiology_ai.findings import Finding, Reading
+from radiology_ai.phantom.chest import simulate_chest
+from radiology_ai.phantom.hospital import simulate_hospital, write_dicom
+from radiology_ai.phantom.knee import simulate_knee
+from radiology_ai.phantom.limbs import simulate_hand, simulate_hip
+from radiology_ai.phantom.xray import expose
 from radiology_ai.preprocess import recipe, scale
+from radiology_ai.preprocess.knee import locate_knees
+from radiology_ai.serve.outputs import finding_picture
 
 ROOT = Path(__file__).parents[1]
 
@@ -223,3 +231,55 @@ def test_a_table_that_is_no_index(tmp_path, monkeypatch):
         index.read_index(tmp_path/'index.parquet')
     monkeypatch.setattr(pd, 'read_parquet', unnamed)
     with pytest.raises(NameError): index.read_index(tmp_path/'index.parquet')
+
+
+def test_a_knee_off_the_diagonal():
+    "Right of the middle and above it, on a film as stored and on its mirror image."
+    p = simulate_knee(4, fov=220, dx=.16, dy=-.12)
+    x, y = p.points['joint']
+    assert x>.6*p.shape[1] and y<.45*p.shape[0]
+    film = expose(p, rng(4), collimate=False).radiograph()
+    for r, at in ((film, (x, y)), (film.flip(), (p.shape[1]-x, y))):
+        knee, = locate_knees(r)
+        x1, y1, x2, y2 = knee.box
+        assert np.hypot(*np.subtract(knee.center, at))*p.spacing<5
+        assert np.allclose(((x1+x2)/2, (y1+y2)/2), knee.center)
+    assert np.allclose(p.mirrored().points['joint'], (p.shape[1]-x, y))
+
+
+def test_points_of_other_bodies():
+    "Above and below are told by y, the patient's left and right by x."
+    chest, hand, hip = simulate_chest(3, size=256), simulate_hand(3, size=256), simulate_hip(3, size=256)
+    for side in ('right', 'left'):
+        (x, y), (x2, y2) = chest.points[f'{side}_apex'], chest.points[f'{side}_costophrenic']
+        assert y<y2 and chest.masks[f'{side}_lung'][int(y)+4, int(x)] and (x2<x)==(side=='right')
+    assert hand.points['tip3'][1]<hand.points['mcp3'][1]<hand.points['wrist'][1]
+    x, y = hip.points['head']
+    assert x<hip.points['symphysis'][0] and hip.masks['femur'][int(y), int(x)]
+
+
+def test_a_point_of_a_phantom_is_drawn_at_its_place():
+    "On a wide film, where rows taken for columns would fall elsewhere."
+    p = simulate_knee(3, 1, 'L', bilateral=True, size=320)
+    film, at = expose(p, rng(3)).radiograph(), np.array([p.points['joint'], p.points['joint_other']])
+    bare, drawn = (finding_picture(film, Reading('', findings=found)) for found in
+        ((), (Finding('joint', .1, False, points=at),)))
+    rows, cols = np.nonzero((bare!=drawn).any(-1))
+    f, right = 768/p.shape[0], cols>drawn.shape[1]/2
+    for (x, y), half in zip(at, (right, ~right)):
+        assert np.allclose((cols[half].mean(), rows[half].mean()), (x*f, y*f), atol=1)
+
+
+def test_the_truth_of_a_hospital_is_x_and_y(tmp_path):
+    "The place of a joint in the stored file, as the localiser finds it."
+    truth = simulate_hospital(tmp_path, n=8, size=192, seed=2, workers=1)
+    knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
+    off = [min((np.hypot(k.center[0]-t.joint_x, k.center[1]-t.joint_y)*t.spacing_mm for k in
+        locate_knees(read.read_radiograph(tmp_path/t.path))), default=np.inf) for t in knees.itertuples()]
+    assert len(off)>=5 and np.median(off)<3
+
+
+def test_only_spacings_are_row_and_column():
+    "DICOM gives millimetres as (row, column); nothing else in the package is told in that order."
+    lines = [(f.name, line) for f in (ROOT/'radiology_ai').rglob('*.py') for line in f.read_text().splitlines()]
+    assert [o for o in lines if re.search(r'\(row, col(umn)?\)', o[1]) and not re.search('mm|illimetre', o[1])]==[]
