@@ -18,8 +18,8 @@ import json
 import math
 import os
 import platform
-import shutil
 import re
+import shutil
 import sys
 import tempfile
 from contextlib import contextmanager

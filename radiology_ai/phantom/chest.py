@@ -407,9 +407,9 @@ def _add_opacities(grid, line, masks, gen, n, *, size, strength):
     return line,seen,np.array(boxes).reshape(-1, 4)
 
 def _landmarks(grid, body):
-    "Named points (row, col)."
+    "Named points (x, y) in pixels."
     pts = dict(carina=(0, -26*body.height), aortic_knob=(26+4*body.knob, -46*body.height))
     for name,s in (('right', -1), ('left', 1)):
         o = lung_outline(body, s)
         pts[f'{name}_apex'],pts[f'{name}_costophrenic'] = o[o[:,1].argmin()],o[o[:,1].argmax()]
-    return {k:grid.rowcol(v) for k,v in pts.items()}
+    return {k:grid.point(v) for k,v in pts.items()}

@@ -361,10 +361,10 @@ def _simulate(part, seed, grade, side, size, *, gen):
 
 def _frame(pixels, gen):
     """The part of an exposure that a film of another size would hold: at most 6 % cut at each border; the
-    pixels and the corner (row, col)."""
+    pixels and the corner (x, y)."""
     h,w = pixels.shape
     t,b,l,r = (int(v) for v in gen.uniform(0, .06, 4)*[h, h, w, w])
-    return np.ascontiguousarray(pixels[t:h-b, l:w-r]),(t, l)
+    return np.ascontiguousarray(pixels[t:h-b, l:w-r]),(l, t)
 
 # %% ../../nbs/09_phantom.hospital.ipynb #b3088cd5
 def _images(p, task, seed):
@@ -425,12 +425,12 @@ def _write_image(folder, p, seed, size, header, *, room, k, image):
         | number, **how)
     if broken: break_file(path, broken, gen)
     joint = phantom.points.get('joint', (np.nan, np.nan))
-    boxes = np.asarray(phantom.boxes, float).reshape(-1, 4) - [corner[1], corner[0]]*2
+    boxes = np.asarray(phantom.boxes, float).reshape(-1, 4) - [*corner]*2
     return dict(path=str(path.relative_to(folder)), patient_id=header['PatientID'],
         study_id=header['StudyInstanceUID'], image_id=uids['image'], body_part=part,
         view=phantom.view, laterality=phantom.side, fractured=float(grade>0) if part=='KNEE' else np.nan,
         schatzker=float(grade) if part=='KNEE' else np.nan,
-        joint_row=joint[0]-corner[0], joint_col=joint[1]-corner[1], spacing_mm=phantom.spacing,
+        joint_x=joint[0]-corner[0], joint_y=joint[1]-corner[1], spacing_mm=phantom.spacing,
         opacity=float(grade>0) if part=='CHEST' else np.nan,
         boxes=json.dumps(boxes.round(1).tolist()), broken=BREAKS[broken] if broken else '')
 

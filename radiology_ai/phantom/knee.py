@@ -135,12 +135,12 @@ def _metal(k, frame, shape, spacing, kev=50.):
 
 # %% ../../nbs/06_phantom.knee.ipynb #ed0465ae
 def _landmarks(k, frame):
-    "Named points of a knee as (row, col) in pixels."
+    "Named points of a knee as (x, y) in pixels."
     s,(to_tibia,to_femur) = k.size,_frames(k, frame)
     where = dict(joint=(frame, 0, 0), femur=(to_femur, 0, -25), tibia=(to_tibia, 0, 25),
         fibula_head=(to_tibia, float(fibula_axis(k, 18.)), 18),
                  patella=(to_femur, *patella_center(k)))
-    return {n: tuple(float(v) for v in (m@[x*s, z*s, 1])[1::-1]) for n,(m,x,z) in where.items()}
+    return {n: tuple(float(v) for v in (m@[x*s, z*s, 1])[:2]) for n,(m,x,z) in where.items()}
 
 def _film(k, side, size, bilateral, given):
     "Shape (H, W), spacing in mm and the knees' frames (mm to pixels), the labelled knee first."

@@ -185,7 +185,7 @@ def simulate_hand(
     points = dict(wrist=(-3, 14), **{f'mcp{f}': ends[f,0] for f in range(1, 6)},
         **{f'tip{f}': ends[f,len(_PHALANX[f])] for f in range(1, 6)})
     p = Phantom(np.maximum(line, 0).astype(np.float32), grid.spacing, 'HAND', 'PA', 'R', {},
-        {k:grid.rowcol(v) for k,v in points.items()},
+        {k:grid.point(v) for k,v in points.items()},
                 dict(bone=cortex+core>.3, flesh=flesh>.5), seed=int(seed))
     return p if side=='R' else p.mirrored()
 
@@ -315,6 +315,6 @@ def simulate_hip(
     points = dict(head=(0, 0), greater_trochanter=(-55+n[0], .22*(58+n[1])),
         lesser_trochanter=(-28+n[0], 64+n[1]), symphysis=(_MIDLINE, 40))
     p = Phantom(np.maximum(line, 0).astype(np.float32), grid.spacing, 'HIP', 'AP', 'R', {},
-        {k:grid.rowcol(v) for k,v in points.items()},
+        {k:grid.point(v) for k,v in points.items()},
                 dict(bone=cortex+core>.5, femur=thigh[0]+thigh[1]>.5, flesh=flesh>.5), seed=int(seed))
     return p if side=='R' else p.mirrored()

@@ -68,10 +68,10 @@ class Grid:
         "Body points (N, 2) x, y in mm as (N, 2) x, y in pixels."
         return transform_points(self.matrix, points)
 
-    def rowcol(self, point) -> tuple[float,float]:
-        "One body point x, y in mm as (row, col) in pixels."
-        x,y = transform_points(self.matrix, point)
-        return float(y),float(x)
+    def point(self, point) -> tuple[float,float]:
+        "One body point x, y in mm as (x, y) in pixels."
+        x,y = self.pixel(point)
+        return float(x),float(y)
 
 # %% ../../nbs/02_phantom.solids.ipynb #53cda009
 def _profile(q: np.ndarray, power: float) -> np.ndarray:

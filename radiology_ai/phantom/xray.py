@@ -26,7 +26,7 @@ class Phantom:
     view: str = 'AP'               # AP or PA
     side: str = ''                 # R, L or empty
     labels: dict = field(default_factory=dict)  # name to number
-    points: dict = field(default_factory=dict)  # name to (row, col)
+    points: dict = field(default_factory=dict)  # name to (x, y)
     masks: dict = field(default_factory=dict)   # name to (H, W) bool
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0,4)))  # (N, 4) x1 y1 x2 y2
     pose: np.ndarray|None = None   # (3, 3) canonical pixel to image pixel
@@ -47,7 +47,7 @@ class Phantom:
         m = shift(w, 0)@scale(-1, 1)
         return replace(self, line=np.ascontiguousarray(self.line[:, ::-1]),
             side={'R':'L','L':'R'}.get(self.side, ''),
-            points={k:(r, w-c) for k,(r,c) in self.points.items()}, boxes=transform_boxes(m, self.boxes),
+            points={k:(w-x, y) for k,(x,y) in self.points.items()}, boxes=transform_boxes(m, self.boxes),
             masks={k:np.ascontiguousarray(v[:, ::-1]) for k,v in self.masks.items()},
             pose=None if self.pose is None else m@self.pose)
 
@@ -83,7 +83,7 @@ def draw_collimator(
     m = np.where(gen.random(4)<.8, gen.uniform(.01, margin, 4), -.2)
     drawn_angle,drawn_rounded,corner = gen.normal(0, 1.5),gen.random()<.15,gen.uniform(.02, .06)
     angle,rounded = (drawn_angle if angle is None else angle),(drawn_rounded if rounded is None else rounded)
-    pts = np.array([(c,r) for r,c in phantom.points.values() if 0<=r<h and 0<=c<w]).reshape(-1, 2)
+    pts = np.array([(x,y) for x,y in phantom.points.values() if 0<=x<w and 0<=y<h]).reshape(-1, 2)
     a = np.radians(angle)
     rot = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]); mid = np.array([w/2, h/2])
     x1,y1,x2,y2 = -w*(.5-m[0]),-h*(.5-m[1]),w*(.5-m[2]),h*(.5-m[3])
@@ -106,15 +106,15 @@ def draw_marker(
     inside: np.ndarray|None=None, # (H, W) bool field that must hold it
     text: str|None=None,         # None: the phantom's side, or R or L on the matching side of a frontal view
 ) -> dict:
-    "A marker as a dict: text, row, col (middle, pixels), height (pixels), angle (degrees), mirrored, ring."
+    "A marker as a dict: text, x, y (middle, pixels), height (pixels), angle (degrees), mirrored, ring."
     h,w = phantom.shape
     drawn = 'LR'[int(gen.random()<.5)]
     text = text or phantom.side or drawn
     height = gen.uniform(.032, .055)*min(h, w)
-    rows,cols = gen.uniform(.07, .93, 24)*h,gen.uniform(.07, .93, 24)*w
+    y,x = gen.uniform(.07, .93, 24)*h,gen.uniform(.07, .93, 24)*w
     if not phantom.side:
         # patient's right is at the left
-        cols = np.where(text=='R', np.minimum(cols, w-cols), np.maximum(cols, w-cols))
+        x = np.where(text=='R', np.minimum(x, w-x), np.maximum(x, w-x))
     k = int(1.1*height)
     soft = phantom.line.copy()
     for m in phantom.masks.values(): soft[m] += 20           # never on what is to be read
@@ -122,8 +122,8 @@ def draw_marker(
     if inside is not None:
         soft = soft + 1000*(cv2.blur(inside.astype(np.float32), (2*k+1, 2*k+1),
             borderType=cv2.BORDER_CONSTANT)<.999)
-    best = int(np.argmin(soft[rows.astype(int), cols.astype(int)]))
-    return dict(text=text, row=float(rows[best]), col=float(cols[best]), height=float(height),
+    best = int(np.argmin(soft[y.astype(int), x.astype(int)]))
+    return dict(text=text, x=float(x[best]), y=float(y[best]), height=float(height),
                 angle=float(gen.choice([0, 0, 0, 90, -90, 180]) + gen.normal(0, 5)),
                 mirrored=bool(gen.random()<.08), ring=bool(gen.random()<.15))
 
@@ -142,9 +142,9 @@ def marker_mask(
     tile[n:2*n, left:left+glyph.shape[1]] = glyph
     if marker.get('ring'): cv2.circle(tile, (3*n//2, 3*n//2), int(1.05*n), 255, max(2, n//12), cv2.LINE_AA)
     if marker.get('mirrored'): tile = tile[:, ::-1]
-    a = np.radians(marker.get('angle', 0)); s = marker['height']/n; c,r = marker['col'],marker['row']
+    a = np.radians(marker.get('angle', 0)); s = marker['height']/n
     m = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])*s
-    off = np.array([c, r]) - m@np.full(2, 1.5*n)
+    off = np.array([marker['x'], marker['y']]) - m@np.full(2, 1.5*n)
     tile = cv2.GaussianBlur(np.ascontiguousarray(tile), (0,0), .4/s)
     return cv2.warpAffine(tile, np.column_stack([m, off]), shape[::-1],
         flags=cv2.INTER_LINEAR).astype(np.float32)/255

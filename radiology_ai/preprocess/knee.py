@@ -24,7 +24,7 @@ from ..core import Radiograph, RadiologyError, resize_array
 class Knee:
     "One knee in a radiograph; coordinates are those of its `pixels`."
     side: str       # R or L
-    center: tuple   # (row, col) of the middle of the joint space
+    center: tuple   # (x, y) of the middle of the joint space
     box: tuple      # x1, y1, x2, y2 around it, square in millimetres; may reach outside
     score: float    # 0 to 1: how sure it is a knee
     size_mm: float  # side of the box in millimetres; an estimate where the film's spacing is unknown
@@ -102,12 +102,12 @@ LENGTHS = (105, 150, 215, 305, 435) # mm that the longer side of a film of unkno
 class Place(NamedTuple):
     "Where a look sees a knee, in pixels of the film."
     logit: float  # how sure
-    row: float
-    col: float
+    x: float
+    y: float
     mm: tuple     # millimetres per pixel (row, column) at which the knee has the usual size
 
 def _peaks(heat, apart):
-    "Up to two places (row, col) of (h, w) `heat`: the best, and the best beside it."
+    "Up to two cells (i, j) of (h, w) `heat`: the best, and the best beside it."
     first = np.unravel_index(heat.argmax(), heat.shape)
     rows,cols = np.indices(heat.shape)
     beside = np.where((np.abs(cols-first[1])>=apart) & (np.abs(rows-first[0])<=apart), heat, -np.inf)
@@ -130,9 +130,9 @@ def places(
     heat,found = out[:2].max(0),[]
     for i,j in _peaks(heat, 70/MM/CELL):
         dx,dy,size = out[2:, i, j]
-        row,col = (float(((k + .5 + d)*CELL - PAD)*n/m)
-            for k,d,n,m in ((i, dy, pixels.shape[0], h), (j, dx, pixels.shape[1], w)))
-        found.append(Place(float(heat[i, j]), row, col, _resized(mm, size)))
+        x,y = (float(((k + .5 + d)*CELL - PAD)*n/m)
+            for k,d,n,m in ((j, dx, pixels.shape[1], w), (i, dy, pixels.shape[0], h)))
+        found.append(Place(float(heat[i, j]), x, y, _resized(mm, size)))
     return found
 
 # %% ../../nbs/21_preprocess.knee.ipynb #ebcba29b
@@ -148,7 +148,7 @@ def cut_out(
     of them a pixel of the view."""
     n,(h,w) = size+2*RIM,pixels.shape
     a,b = (max(2, round(n*MM/m)) for m in place.mm)
-    top,left = round(place.row-a/2),round(place.col-b/2)
+    top,left = round(place.y-a/2),round(place.x-b/2)
     r1,r2,c1,c2 = max(top, 0),min(top+a, h),max(left, 0),min(left+b, w)
     if r1>=r2 or c1>=c2: return np.zeros((size, size), np.float32),(top, left, a/n, b/n)
     part = np.zeros((a, b, 2), np.float32)
@@ -169,7 +169,7 @@ def second_look(
     view,(top,left,a,b) = cut_out(pixels, place)
     x = np.maximum(_run(view, SECOND, weights, 'second'), 0)
     logit,dx,dy,size = (float(v) for v in weights['second.w']@x.ravel() + weights['second.b'])
-    return Place(logit, top + (VIEW/2+8*dy)*a, left + (VIEW/2+8*dx)*b, _resized(place.mm, size))
+    return Place(logit, left + (VIEW/2+8*dx)*b, top + (VIEW/2+8*dy)*a, _resized(place.mm, size))
 
 def side_of(
     pixels: np.ndarray, # (H, W) in [0, 1]
@@ -229,9 +229,9 @@ def locate_knees(
     with _pools().limit(limits=1, user_api='blas'):
         found = _seen(small, None if spacing is None else (spacing[0]*k, spacing[1]*k), weights)
         (h,w),size = small.shape,found[0].mm if spacing is None else (spacing[0]*k, spacing[1]*k)
-        found = [f for f in found if _sigmoid(f.logit)>=threshold and 0<=f.row<=h and 0<=f.col<=w]
-        sides = (['RL'[f.col>found[1-i].col] for i,f in enumerate(found)] if len(found)==2
+        found = [f for f in found if _sigmoid(f.logit)>=threshold and 0<=f.x<=w and 0<=f.y<=h]
+        sides = (['RL'[f.x>found[1-i].x] for i,f in enumerate(found)] if len(found)==2
             else [side_of(small, f, weights) for f in found])
     a,b = mm/2/size[0]*k,mm/2/size[1]*k
-    return [Knee(s, (f.row*k, f.col*k), (f.col*k-b, f.row*k-a, f.col*k+b, f.row*k+a),
+    return [Knee(s, (f.x*k, f.y*k), (f.x*k-b, f.y*k-a, f.x*k+b, f.y*k+a),
         float(_sigmoid(f.logit)), float(mm)) for f,s in zip(found, sides)]

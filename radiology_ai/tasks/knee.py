@@ -46,7 +46,7 @@ def simulated_knees(folder, patients: int, seed: int=0, workers: int|None=None) 
     from radiology_ai.phantom.hospital import simulate_hospital
     truth = simulate_hospital(folder, n=patients, seed=seed, workers=workers)
     knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
-    return knees.rename(columns={'joint_col': 'x', 'joint_row': 'y'})
+    return knees.rename(columns={'joint_x': 'x', 'joint_y': 'y'})
 
 KNEE = Task(
     name='knee',
