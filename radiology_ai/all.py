@@ -125,6 +125,7 @@ from radiology_ai.metrics.recalibration import (
     VennAbers,
     recalibration_from,
 )
+from .metrics.running import AUROC
 from .models.backbone import create_backbone, create_model, list_backbones
 from .models.bundle import Bundle, export_onnx, load_bundle, save_bundle
 from .phantom.chest import simulate_chest
@@ -170,7 +171,7 @@ from .tasks.judge import Evaluation, heat_maps
 from .tasks.kinds import Classes, GradedLoss, Grades, Labels
 from .tasks.registry import TASKS, evaluate, report, train
 from .tasks.run import load_models, read_run
-from .train.callbacks import EMA, Plateau, ValidAUROC
+from .train.callbacks import EMA, Plateau
 from .train.checkpoint import Checkpoint
 from .train.learner import Training, predict_logits, predict_probabilities, xray_learner
 from .train.record import run_record

@@ -57,11 +57,11 @@ def network(seed: int=0) -> nn.Module:
     return XrayModel(body, head, {})
 
 
-def learner(cbs=(), batch_tfms=None, n_workers=0, seed=3, **kwargs):
+def learner(cbs=(), batch_tfms=None, workers=0, seed=3, **kwargs):
     store,manifest = images()
     tfms = [BatchAugment(seed=seed), noise] if batch_tfms is None else batch_tfms
     dls = xray_dataloaders(store, manifest, 'bar', bs=8, batch_tfms=tfms, seed=seed, device='cpu',
-        n_workers=n_workers)
+        workers=workers)
     return xray_learner(dls, network(), pretrained=False, lr=1e-2, seed=seed, cbs=list(cbs), **kwargs)
 
 
@@ -78,13 +78,13 @@ class Count(Callback):
     def before_batch(self): self.counter.value += 1
 
 
-def train(folder, plan, counter, n_workers=0):
+def train(folder, plan, counter, workers=0):
     "A whole run, in a process of its own."
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    if n_workers: multiprocessing.set_start_method('fork', force=True)
+    if workers: multiprocessing.set_start_method('fork', force=True)
     settings,how = PLANS[plan]
-    learn = learner([Count(counter)], n_workers=n_workers, **settings)
+    learn = learner([Count(counter)], workers=workers, **settings)
     learn.fit_two_phase(3, head_epochs=1, checkpoint=folder/'run', every=2, **how)
     write_checkpoint(folder/'done', dict(model=learn.model.state_dict(), history=learn.history,
         losses=[float(v) for v in learn.recorder.losses], lrs=list(map(float, learn.recorder.lrs))))
@@ -100,13 +100,13 @@ def processes():
     return context
 
 
-def run(processes, folder, plan, kills=(), n_workers=0) -> tuple[dict, int]:
+def run(processes, folder, plan, kills=(), workers=0) -> tuple[dict, int]:
     "The end of a run that is killed after so many steps of each process, and the number of kills that hit."
     folder.mkdir(exist_ok=True)
     hits = 0
     for steps in (*kills, None):
         counter = processes.Value('i', 0, lock=False)
-        p = processes.Process(target=train, args=(folder, plan, counter, n_workers))
+        p = processes.Process(target=train, args=(folder, plan, counter, workers))
         p.start()
         while p.is_alive() and (steps is None or counter.value<steps): time.sleep(.0005)
         if steps is not None and p.is_alive():
@@ -135,7 +135,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, processes, plan):
 
 def test_killed_runs_with_reading_processes(tmp_path, processes):
     whole,_ = run(processes, tmp_path/'whole', 'one_cycle')
-    killed,hits = run(processes, tmp_path/'killed', 'one_cycle', [5, 7], n_workers=2)
+    killed,hits = run(processes, tmp_path/'killed', 'one_cycle', [5, 7], workers=2)
     assert hits==2 and same(whole['model'], killed['model'])
 
 

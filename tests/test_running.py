@@ -38,7 +38,7 @@ from radiology_ai.metrics.running import (
     Specificity,
     scores_auroc,
 )
-from radiology_ai.train.callbacks import KeepBest, Plateau, ValidAUROC
+from radiology_ai.train.callbacks import KeepBest, Plateau
 
 
 def run(metrics, loss, logits, targets, sizes, *, vocab=None):
@@ -294,7 +294,7 @@ def test_in_an_xray_learner():
     data = list(zip(torch.tensor(x), torch.tensor(y)))
     dls = DataLoaders(DataLoader(data[:32], 8), DataLoader(data[32:], 6), device='cpu')
     dls.vocab = ['0','I','II','III']
-    metrics = [ValidAUROC(against=0), QuadraticKappa(), BalancedAccuracy(), Sensitivity(against=0),
+    metrics = [AUROC(against=0), QuadraticKappa(), BalancedAccuracy(), Sensitivity(against=0),
         Brier(label='II')]
     learn = xray_learner(dls, 'resnet10t', WeightedCrossEntropy(), metrics=metrics, pretrained=False,
         monitor='quadratic_kappa')

@@ -119,7 +119,7 @@ def xray_test_dl(
     vocab: list|None=None,  # the classes in order (one label column)
     *,
     channels: int|None=None,# 1 or 3; None: those of the `DataLoaders`, or 1
-    n_workers: int=0,       # processes that read; 0: this one
+    workers: int=0,       # processes that read; 0: this one
     device=None,            # None: that of the `DataLoaders`, or fastai's default
     regions=None,           # `BoxTargets` or `MaskTargets`
 ) -> XrayDL:
@@ -135,7 +135,7 @@ def xray_test_dl(
         raise DataError(f"{int((~is_known(targets)).sum())} rows have no {labels!r}",
             "Leave these rows out, or ask without labels")
     ds = XrayDataset(store, rows, targets, vocab, regions=regions)
-    return XrayDL(ds, bs, num_workers=n_workers, device=device or default_device(),
+    return XrayDL(ds, bs, num_workers=workers, device=device or default_device(),
         after_batch=batch_transforms(channels or 1, views=ds.views.shape[1]))
 
 # %% ../../nbs/35_data.load.ipynb #b1f0117d
@@ -149,7 +149,7 @@ class XrayDataLoaders(DataLoaders):
         rows,                     # rows of a manifest or of the store's index
         with_labels: bool=False,  # with targets
         bs: int|None=None,        # images in a batch; None: that of the training
-        **kwargs                  # n_workers, device as in `xray_test_dl`
+        **kwargs                  # workers, device as in `xray_test_dl`
     ) -> XrayDL:
         "A loader of other images of the same store in their order."
         if self.views is not None: rows = study_rows(rows, self.views)
@@ -220,7 +220,7 @@ def xray_dataloaders(
     min_per_class: int=1,        # of each class in every balanced batch; without labels: with and without a finding
     batch_tfms=None,             # a transform or function of training batches, or several, on the device
     vocab: list|None=None,       # classes in order (one column); None: sorted
-    n_workers: int=0,            # processes that read; 0: this one
+    workers: int=0,            # processes that read; 0: this one
     seed: int=0,                 # of the order of batches
     device=None,                 # None: fastai's default
     check_leakage: bool=True,    # refuse a manifest in which a patient is in two splits
@@ -245,7 +245,7 @@ def xray_dataloaders(
     if is_train.all(): raise DataError(f"No image of the split {valid!r} has a known label", "Add labels")
     sets = [XrayDataset(store, rows[m], None if targets is None else targets[m], vocab, i, regions=regions)
         for i,m in enumerate((is_train, ~is_train))]
-    make = lambda ds, s, tfms=None: XrayDL(ds, bs, s, num_workers=n_workers,
+    make = lambda ds, s, tfms=None: XrayDL(ds, bs, s, num_workers=workers,
         after_batch=batch_transforms(channels, tfms, ds.views.shape[1]))
     train_dl = make(sets[0], _sampler(sampler, sets[0], bs, min_per_class, seed), batch_tfms)
     dls = XrayDataLoaders(train_dl, make(sets[1], None), store=store, labels=labels, channels=channels,

@@ -141,7 +141,6 @@ def _shifted(logits, shift):
 # %% ../../nbs/41_losses.labels.ipynb #8bce8582
 def default_loss(
     target,               # a batch of targets
-    focal: bool=False,    # the same as kind='focal'
     weight=None,          # class weights, or positive weights of labels
     smoothing: float=0.,  # label smoothing
     kind: str='ce',       # 'ce', 'focal', 'asymmetric' (labels only) or 'logit_adjusted'
@@ -149,7 +148,7 @@ def default_loss(
     prior=None,           # (C,) share of each class or label, for 'logit_adjusted'
 ) -> nn.Module:
     "The loss for class numbers (integers) or for labels 1 / 0 / NaN (floats). Raises `ModelError`."
-    binary,kind = target.is_floating_point(),'focal' if focal else kind
+    binary = target.is_floating_point()
     if kind=='logit_adjusted':
         if prior is None:
             raise ModelError("Logit adjustment got no prior",

@@ -135,7 +135,7 @@ def ssl_dataloaders(
     train: str='train',       # the split to learn from
     valid: str='valid',       # the split to measure on
     channels: int=1,          # 1 or 3
-    n_workers: int=0,         # processes that read
+    workers: int=0,         # processes that read
     seed: int=0,              # of the order of batches
     device=None,              # None: fastai's default
     check_leakage: bool=True, # refuse a manifest in which a patient is in two splits
@@ -153,7 +153,7 @@ def ssl_dataloaders(
             "Add unlabelled images, or give a smaller bs")
     sampler = (PatientBatchSampler(train_ds.items.patient_id, bs, seed) if partners
         else ShuffledBatchSampler(len(train_ds), bs, seed, drop_last=True))
-    make = lambda ds, s: XrayDL(ds, bs, s, num_workers=n_workers,
+    make = lambda ds, s: XrayDL(ds, bs, s, num_workers=workers,
         after_batch=batch_transforms(channels, views=ds.views.shape[1]))
     return XrayDataLoaders(make(train_ds, sampler), make(valid_ds, None), store=store, labels=labels,
         channels=channels).to(device or default_device())

@@ -115,7 +115,7 @@ def semi_dataloaders(
     train: str='train',          # the split to train on
     channels: int=1,             # 1 or 3
     vocab: list|None=None,       # classes in order (one column); None: sorted
-    n_workers: int=0,            # processes that read; 0: this one
+    workers: int=0,            # processes that read; 0: this one
     seed: int=0,                 # of the order of batches
     device=None,                 # None: fastai's default
     check_leakage: bool=True,    # refuse a manifest in which a patient is in two splits, labelled or not
@@ -137,7 +137,7 @@ def semi_dataloaders(
     valid_ds = XrayDataset(store, held, held_targets, vocab, 1)
     codes = np.where(targets>=0, targets, np.nan) if targets.ndim==1 else targets
     sampler = PairedBatchSampler(codes, bs, mu, min_per_class, n_batches, seed=seed, among=among)
-    make = lambda ds, n, order: XrayDL(ds, n, order, num_workers=n_workers,
+    make = lambda ds, n, order: XrayDL(ds, n, order, num_workers=workers,
         after_batch=batch_transforms(channels))
     dls = XrayDataLoaders(make(train_ds, sampler.bs+sampler.n_unlabelled, sampler),
         make(valid_ds, valid_bs, None), store=store, labels=labels, channels=channels)

@@ -186,8 +186,8 @@ class Grades(Answer):
         return dict(labels=_one_column(settings), vocab=self.vocab(manifest, settings))
     def loss(self, settings, dls): return GradedLoss()
     def metrics(self):
-        from radiology_ai.train.callbacks import ValidAUROC
-        return [ValidAUROC(against=0)]
+        from radiology_ai.metrics.running import AUROC
+        return [AUROC(against=0)]
     def heat(self): return any_grade
 
     def truth(self, rows, settings) -> pd.DataFrame:

@@ -33,6 +33,7 @@ from fastcore.meta import delegates
 # %% ../../nbs/48_train.learner.ipynb #6099cbec
 from ..core import ModelError, RadiologyError, versions
 from ..losses.labels import default_loss
+from ..metrics.running import AUROC
 from ..models.backbone import create_model
 from ..models.run import run_model
 from radiology_ai.train.callbacks import (
@@ -44,7 +45,6 @@ from radiology_ai.train.callbacks import (
     Precision,
     SeededRun,
     TrainingBar,
-    ValidAUROC,
 )
 from .checkpoint import Checkpoint, starting_at
 from .optimizer import AdamW
@@ -177,7 +177,7 @@ def _watched(metrics, monitor, y):
     "The metrics, and the figure that decides on the best epoch: the validation loss for masks and boxes."
     if metrics is not None: return metrics,monitor
     if isinstance(y, (dict, TensorMask)): return [],'valid_loss' if monitor=='auroc' else monitor
-    return [ValidAUROC()],monitor
+    return [AUROC()],monitor
 
 def _own_callbacks(device, how: Training, monitor) -> list:
     "The callbacks of these settings."
@@ -200,7 +200,7 @@ def xray_learner(
     dls,                     # DataLoaders of pixels in [0, 1], such as `xray_dataloaders`
     arch='resnet18',         # a name of `list_backbones`, or a model with `.body` and `.head`
     loss_func=None,          # None: cross-entropy for class numbers, BCE for 1 / 0 / NaN labels
-    metrics=None,            # None: `ValidAUROC()`; for masks and boxes none
+    metrics=None,            # None: `AUROC()`; for masks and boxes none
     pretrained: bool=True,   # start from published weights where they can be had
     *,
     n_in: int|None=None,     # channels; None: those of a batch
