@@ -13,7 +13,6 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from .read import inverted
 
@@ -65,6 +64,7 @@ _MOST = 1500 # pieces looked at, those of the highest contrast
 
 def _chains(p):
     "Index arrays of pieces that stand in a row."
+    from scipy.sparse.csgraph import connected_components
     x,y,w,h = (p[k] for k in 'xywh')
     high,low = np.maximum(h[:, None], h),np.minimum(h[:, None], h)
     gap = np.maximum(x[:, None], x) - np.minimum((x + w)[:, None], x + w)
@@ -155,6 +155,7 @@ def _merged(boxes, shape):
     "Boxes that overlap as one, within the picture, in whole pixels."
     b = np.clip(np.c_[np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 0, [shape[1], shape[0]]*2).astype(int)
     if not len(b): return b
+    from scipy.sparse.csgraph import connected_components
     meet = (b[:, None, :2]<b[None, :, 2:]).all(2)
     n,group = connected_components(csr_matrix(meet & meet.T), directed=False)
     out = np.array([[*b[group==i, :2].min(0), *b[group==i, 2:].max(0)] for i in range(n)])

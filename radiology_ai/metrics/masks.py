@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 
 # %% ../../nbs/41_metrics.masks.ipynb #62f600bb
 from ..core import DataError
@@ -79,6 +78,7 @@ def _spacing(spacing, ndim: int) -> np.ndarray:
 
 def _distances(truth, mask, spacing):
     "Distances of the truth's outline to the mask's and back; None where one mask is empty."
+    from scipy.spatial import cKDTree
     a,b = _masks(truth, mask)
     if np.asarray(truth).dtype.kind=='f' and np.isnan(truth).any():
         raise DataError("A part of the truth is unknown",

@@ -11,7 +11,6 @@ __all__ = ['Recalibration', 'recalibration_from', 'TemperatureScaling', 'PlattSc
 import math
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 from scipy.special import expit, log_softmax, softmax
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #ac1bb548
@@ -201,6 +200,7 @@ class IsotonicCalibration(Recalibration):
 
     def fit(self, targets, scores, groups=None):
         "Needs images of both classes; `groups` are only counted."
+        from scipy.optimize import isotonic_regression
         t,s,_ = self._start(targets, scores, groups)
         x,which,n = np.unique(s, return_inverse=True, return_counts=True)
         y = np.clip(isotonic_regression(np.bincount(which, t)/n, weights=n).x, 0, 1)

@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
@@ -42,11 +41,13 @@ def list_backbones(
     pattern: str='*', # with the wildcards * and ?
 ) -> list[str]:
     "The names that `create_backbone` takes."
+    import timm
     return sorted(fnmatch.filter([*timm.list_models(), *EFFICIENTNETS, *CHEST], pattern))
 
 # %% ../../nbs/44_models.backbone.ipynb #d9b85977
 def _check_name(name: str):
     "Raises `ModelError` with near names for an unknown architecture."
+    import timm
     base = name.split('.')[0]
     known = ([base, *(n for n in timm.list_models(f'{base}*', pretrained=True) if n.startswith(base+'.'))]
         if timm.is_model(base) else list_backbones())
@@ -148,6 +149,7 @@ def _local(net, weights, n_in, name):
 
 def _timm(name, n_in, pretrained, kwargs):
     "A timm network, its normalisation for `n_in` channels and its number of features."
+    import timm
     if pretrained: kwargs = {**kwargs, 'pretrained_cfg_overlay': {'file': _timm_file(name)}}
     try: net = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=n_in, **kwargs)
     except (TypeError, AssertionError, RuntimeError, ValueError) as e:
@@ -160,6 +162,7 @@ def _timm(name, n_in, pretrained, kwargs):
 
 def _timm_file(name: str) -> str:
     "The local file with the published weights of a timm network."
+    import timm
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise ModelError(f"There are no published weights for {name}")

@@ -14,7 +14,6 @@ from dataclasses import KW_ONLY, dataclass, fields
 import numpy as np
 import torch
 from fastcore.basics import patch
-from kornia.geometry.transform import get_perspective_transform
 
 # %% ../../nbs/40_vision.draw.ipynb #e69a9294
 from ..core import DataError
@@ -77,6 +76,7 @@ def matrix(self:Draw,
     m[:,1,2] = h/2 - m[:,1,0]*w/2 - m[:,1,1]*h/2 + self.dy*h
     m[:,2,2] = 1
     if self.corners is not None:
+        from kornia.geometry.transform import get_perspective_transform
         frame = torch.tensor([[0., 0], [w, 0], [w, h], [0, h]], dtype=torch.float64).expand(len(self), 4, 2)
         m = get_perspective_transform(frame, frame + self.corners*torch.tensor([w, h])) @ m
     if self.crop is not None:

@@ -15,7 +15,6 @@ import math
 import cv2
 import numpy as np
 import torch
-from kornia.filters import gaussian_blur2d
 
 # %% ../../nbs/40_vision.exposure.ipynb #835de87a
 def _each(v, x): return v.to(x.device, x.dtype)[:,None,None,None]
@@ -40,6 +39,7 @@ def blur_(
     "Gaussian blur, the image mirrored at the border."
     on = (sigma>.05).nonzero()[:,0]
     if not len(on): return x
+    from kornia.filters import gaussian_blur2d
     width,s = kernel_width(sigma, x.shape),sigma[on].to(x.device, x.dtype)
     x[on.to(x.device)] = gaussian_blur2d(x[on.to(x.device)], (width, width), torch.stack([s, s], 1),
         border_type='reflect')
