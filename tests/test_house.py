@@ -202,12 +202,10 @@ def test_prediction_loads_no_training():
     assert loaded(code, ('fastai', 'kornia', 'sklearn', 'timm'))==[]
 
 
-RARE = ('sklearn', 'scipy.stats', 'scipy.optimize', 'timm', 'torchvision', 'torch._dynamo', 'kornia', 'sympy')
-
 @pytest.mark.slow
 @pytest.mark.parametrize('code', ['import radiology_ai.all', 'from radiology_ai.all import *'])
 def test_everything_is_imported_in_four_seconds(code):
-    assert loaded(code, RARE)==[]
+    assert loaded(code, ('timm', 'kornia', 'pydicom.examples', 'tensorboard', 'mlflow', 'lightly', 'distributed'))==[]
     assert seconds([sys.executable, '-c', code])<4
 
 
@@ -215,35 +213,6 @@ def test_everything_is_imported_in_four_seconds(code):
 def test_a_film_is_predicted_within_five_seconds(run, hospital, tmp_path):
     film = min((hospital/'dicom').rglob('*.dcm'))
     assert seconds([COMMAND, 'predict', run, film, '--out', tmp_path/'x.csv'])<5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('first', ['radiology_ai.all', 'fastai.metrics', 'sklearn.metrics'])
-def test_what_others_import_comes_when_it_is_used(first):
-    """fastai gets its parts of scikit-learn when it calls them, whatever is imported first, and torchvision and timm
-    the compiler of torch. Who imports these packages himself gets them whole."""
-    code = f"""
-import radiology_ai, sys, warnings
-warnings.simplefilter('ignore')
-import {first}, fastai.metrics, fastai.interpret, fastai.data.transforms as transforms, torch, timm
-early = [m for m in ('sklearn', 'scipy.stats', 'torch._dynamo') if m in sys.modules]
-assert {first!r}!='radiology_ai.all' or early==[], early
-assert not [m for m in sys.modules.values() if type(m) is radiology_ai._Later]
-assert not [f for f in sys.meta_path if getattr(f, 'name', '')[:6] in ('fastai', 'torchv', 'timm.m')]
-train, valid = transforms.TrainTestSplitter(random_state=0)(range(5))
-from sklearn.model_selection import train_test_split
-assert [[*train], [*valid]]==train_test_split(range(5), test_size=.2, random_state=0)
-from sklearn.metrics import f1_score
-assert fastai.metrics.skm.f1_score is fastai.interpret.skm.f1_score is f1_score
-x = torch.tensor([1., 2, 4])
-assert abs(fastai.metrics.PearsonCorrCoef().func(x.numpy(), x.numpy()**2) - .9897)<1e-3
-from torchvision.ops import roi_align
-torch.use_deterministic_algorithms(True)
-assert roi_align(torch.rand(1, 1, 8, 8), torch.tensor([[0., 0, 0, 4, 4]]), 2).shape==(1, 1, 2, 2)
-once = timm.layers.disable_compiler(lambda v: v + 1)
-assert once(1)==2 and torch._dynamo.utils.is_compile_supported
-"""
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_help_comes_within_a_second():
