@@ -15,6 +15,7 @@ from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.dicom.index import index_dicoms
 from radiology_ai.metrics.recalibration import TemperatureScaling
 from radiology_ai.models.bundle import load_bundle
+from radiology_ai.models.sealed import sealed
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.hospital import break_file, made_up_uid, write_dicom
 from radiology_ai.phantom.knee import simulate_knee
@@ -365,7 +366,7 @@ def test_saved_loaded_and_the_start_of_a_task(learnt, tmp_path):
         + b'\0\0\0\1')
     with pytest.raises(BundleError, match='neighbours'): OutOfScope.load(folder)
     meta = json.loads((folder/'bundle.json').read_text())
-    (folder/'bundle.json').write_text(json.dumps(meta | {'card': {}}))
+    (folder/'bundle.json').write_text(json.dumps(sealed(meta | {'card': {}})))
     with pytest.raises(BundleError, match='no out-of-scope filter'): OutOfScope.load(folder)
 
 

@@ -20,6 +20,7 @@ import pytest
 from conftest import fails, run_cli
 
 from radiology_ai.core import BundleError, DataError, RadiologyError
+from radiology_ai.models.sealed import sealed
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
 from radiology_ai.serve.predict import predict
@@ -221,7 +222,7 @@ def test_a_foreign_bundle_is_refused(hospital, tmp_path):
         bundle = tmp_path/f'bundle_{name}'
         shutil.copytree(hospital.run.path/'model', bundle)
         for meta in bundle.rglob('bundle.json'):
-            meta.write_text(json.dumps(json.loads(meta.read_text()) | {'task': name}))
+            meta.write_text(json.dumps(sealed(json.loads(meta.read_text()) | {'task': name})))
         with pytest.raises(BundleError, match=text): predict(bundle, files)
         with pytest.raises(BundleError, match='not of'): predict(bundle, files, task=hospital.task)
     other = replace(hospital.task, name='another')
