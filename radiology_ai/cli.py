@@ -145,7 +145,7 @@ def verify(
     """Read every byte of an image store and compare it with what was written; exit code 2 if something is
     wrong."""
     from radiology_ai.preprocess.store import ImageStore
-    s = ImageStore(store)
+    s = ImageStore(store, whole=False)
     faults = s.verify()
     if len(faults):
         f = faults.iloc[0]

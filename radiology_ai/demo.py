@@ -32,23 +32,29 @@ from .tasks.registry import task_named, train
 from .tasks.run import RUN
 
 # %% ../nbs/84_demo.ipynb #bbf85793
-_STORE = ('recipe.json', 'index.parquet', 'errors.parquet', '.lock', 'shards/[0-9]*', '.index-*', '.errors-*', '.recipe-*',
+_STORE = ('recipe.json', 'index.parquet', 'errors.parquet', '.lock', 'shards/[0-9]*', '.index-*', '.errors-*',
+    '.recipe-*',
     'shards/.[0-9]*-*')
-DEMO = OwnedFolder('demo', ('demo.json',), ('demo.json', 'index.parquet', 'labels.csv', 'predictions.csv', 'report.html',
-    'report.json', '.demo-*', '.index-*', '.predictions-*', '.report-*', *(f'hospital/{p}' for p in HOSPITAL.names),
-    *(f'store/{p}' for p in _STORE), *(f'run/{p}' for p in RUN.names), *(p for p in RUN.names if p.startswith('model/'))))
+DEMO = OwnedFolder('demo', ('demo.json',), ('demo.json', 'index.parquet', 'labels.csv', 'predictions.csv',
+    'report.html',
+    'report.json', '.demo-*', '.index-*', '.predictions-*', '.report-*',
+    *(f'hospital/{p}' for p in HOSPITAL.names),
+    *(f'store/{p}' for p in _STORE), *(f'run/{p}' for p in RUN.names),
+    *(p for p in RUN.names if p.startswith('model/'))))
 
 def fresh_folder(
     out: Path, # the folder to make
 ):
-    "Make `out`, or empty it where an earlier demonstration lies there. Raises `RadiologyError` for any other content."
+    """Make `out`, or empty it where an earlier demonstration lies there. Raises `RadiologyError` for any
+    other content."""
     DEMO.remove(out)
     out.mkdir(parents=True, exist_ok=True)
     _write(out, {})
 
 def _write(out: Path, figures: dict):
     "The marker of a demonstration, with its figures."
-    with atomic_path(out/'demo.json') as tmp: tmp.write_text(json.dumps({'radiology_ai': 'demo'} | figures, indent=1))
+    with atomic_path(out/'demo.json') as tmp:
+        tmp.write_text(json.dumps({'radiology_ai': 'demo'} | figures, indent=1))
 
 # %% ../nbs/84_demo.ipynb #056e458e
 def heat_near(

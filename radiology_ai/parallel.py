@@ -58,17 +58,40 @@ def _of_script(fn, items) -> bool:
     return b'__main__' in pickle.dumps((fn, items[:1]))
 
 # %% ../nbs/01_parallel.ipynb #4a1309f5
+_NO_MEMORY = 'ran out of memory'
+
+class _Reserve:
+    "Memory that is there when all other is taken: to say so needs some."
+    def __init__(self): self.kept = bytearray(2**22)
+
+    def free(self, e: MemoryError):
+        "Gives back the reserve, and what the functions that `e` went through still hold."
+        self.kept = None
+        while e is not None:
+            traceback.clear_frames(e.__traceback__)
+            e.__traceback__ = None
+            e = e.__context__
+
+    def renew(self):
+        try: self.kept = self.kept or bytearray(2**22)
+        except MemoryError: pass # the next time
+
 def _serve(conn, at, fn):
     "The life of a worker process."
     import cv2
     cv2.setNumThreads(1)
+    reserve = _Reserve()
     conn.send('ready')
     while (chunk := conn.recv()) is not None:
         out = []
         for i,item in chunk:
             at.value = i
             try: out.append((i, True, fn(item)))
+            except MemoryError as e:
+                reserve.free(e)
+                out.append((i, None, None))
             except Exception as e: out.append((i, False, _sendable(e)))
+            reserve.renew()
         at.value = -1
         conn.send(out)
 
@@ -137,15 +160,31 @@ def _supervise(context, fn, items, n, chunk, *, lost, seconds):
                     w = workers[k] = _Worker(context, fn, script)
                     todo += [[o] for o in rest if o[0]!=at]
                     if at>=0:
-                        answer = [(at, lost is not None, lost(items[at], cause) if lost
-                            else RadiologyError(f'A worker process {cause} at item {at} of {len(items)}',
-                            'Run again with workers=1 to see why, or leave it out'))]
+                        answer = [_without(at, items, cause, lost)]
                 if answer:
                     left -= len(answer)
-                    yield answer
+                    yield [o if o[1] is not None else _without(o[0], items, _NO_MEMORY, lost) for o in answer]
                 if w.ready and not w.chunk and todo: w.give(todo.pop())
     finally:
         for w in workers: w.end()
+
+def _without(i, items, cause, lost):
+    "What takes the place of a result that a worker could not give."
+    if lost: return i,True,lost(items[i], cause)
+    return i,False,RadiologyError(f'A worker process {cause} at item {i} of {len(items)}',
+        'Run again with workers=1 to see why, or leave it out')
+
+def _one_by_one(fn, items, lost):
+    "The results of `fn` in this process, where memory may run out at one of the items."
+    reserve = _Reserve()
+    for item in items:
+        try: out = fn(item)
+        except MemoryError as e:
+            if lost is None: raise
+            reserve.free(e)
+            out = lost(item, _NO_MEMORY)
+        reserve.renew()
+        yield out
 
 def run_parallel(
     fn,                        # a function of a module (it travels to other processes)
@@ -156,7 +195,7 @@ def run_parallel(
     *,
     show: bool|None=None,      # True, False, or None: a bar only on a terminal
     few: int=8,                # with fewer items than this no process is started
-    lost=None,                 # lost(item, cause) gives the result of an item whose worker died or hung; None: an error
+    lost=None,                 # lost(item, cause) gives the result of an item whose worker died, hung or ran out of memory; None: an error
     seconds: float=300,        # a worker that spends longer on one item hangs
 ):
     """Yields `fn(item)` for each of the `items`, in their order. The number of workers changes the time and
@@ -164,7 +203,7 @@ def run_parallel(
     items = list(items)
     n = worker_count(workers, len(items))
     if n==1 or len(items)<few:
-        yield from (fn(o) for o in progress(items, desc, show=show))
+        yield from _one_by_one(fn, progress(items, desc, show=show), lost)
         return
     method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
     context = multiprocessing.get_context(method)
@@ -177,7 +216,7 @@ def run_parallel(
     except _CannotStart:
         warnings.warn("Worker processes cannot start here (a script whose own functions or classes they need must "
             "have `if __name__ == '__main__':`); working in this process", stacklevel=2)
-        yield from (fn(o) for o in progress(items, desc, show=show))
+        yield from _one_by_one(fn, progress(items, desc, show=show), lost)
 
 def _in_order(answers):
     "The results of `_supervise` one by one in the order of the items; raises what an item raised."

@@ -23,6 +23,7 @@ EVERYTHING = dict(rotation=20, translation=.1, scale=(.8, 1.2), shear=8, flip=.5
 
 # --- in step
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CHAINS)
 def test_boxes_and_points_agree_with_the_warped_mask(name):
     "900 draws of each chain here, 10,000 in benchmarks/augment.py."

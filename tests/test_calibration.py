@@ -105,6 +105,7 @@ def test_standard_errors_are_the_sandwich_over_patients():
     assert half.to_numpy(float)==pytest.approx(1.959964*np.sqrt(np.diag(cov)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_coverage_over_simulated_test_sets():
     "The intervals hold the truth about as often as they say; a plain bootstrap of the ECE does not."
     inside,plain = [],[]

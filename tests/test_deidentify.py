@@ -52,6 +52,7 @@ def test_every_action_of_the_table(bench):
     assert total>2600 and right/total>=.9995, misses
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_no_original_byte_is_left(bench):
     found = bench.hospital_test(n=6)

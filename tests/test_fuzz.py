@@ -57,6 +57,7 @@ def test_the_account_sees_faults(bases, tmp_path):
         assert faults and word in ' '.join(faults), (kind, faults)
 
 
+@pytest.mark.slow
 def test_a_thousand_damaged_files(tmp_path):
     run = fuzz_dicom.fuzz(1000, seed=11, workers=2, findings=tmp_path)
     assert run.total==1000

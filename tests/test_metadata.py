@@ -283,6 +283,7 @@ def mixed(learnt):
     return truth, learnt['filter'].sort(folder, workers=1, show=False)
 
 
+@pytest.mark.slow
 def test_weak_labels_are_as_wrong_as_the_headers(learnt):
     t = learnt['labels'].assign(truth=learnt['labels'].path.map(learnt['truth']))
     assert .05<(t.label==UNSURE).mean()<.25 and .02<((t.label!=t.truth) & (t.label!=UNSURE)).mean()<.15
@@ -291,6 +292,7 @@ def test_weak_labels_are_as_wrong_as_the_headers(learnt):
         m.patient_id[m.split=='valid']) and UNSURE not in set(m.scope)
 
 
+@pytest.mark.slow
 def test_a_mixed_folder_is_sorted(mixed):
     truth, table = mixed
     assert list(table)==SORTED and table.path.tolist()==sorted(truth)
@@ -308,6 +310,7 @@ def test_a_mixed_folder_is_sorted(mixed):
         & (good.distance<=1)).all() and ((good.decision!='other') | (good.confidence<=.05)).all()
 
 
+@pytest.mark.slow
 def test_a_film_is_judged_by_itself(learnt, mixed):
     truth, table = mixed
     some = [p for p, part in truth.items() if part!='broken'][::16]
@@ -316,6 +319,7 @@ def test_a_film_is_judged_by_itself(learnt, mixed):
         atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_to_read_and_nothing_sure(learnt, tmp_path):
     (tmp_path/'a.dcm').write_bytes(b'nothing')
     assert learnt['filter'].sort(tmp_path, show=False).decision.tolist()==['unreadable']
@@ -332,6 +336,7 @@ def test_nothing_to_read_and_nothing_sure(learnt, tmp_path):
     with pytest.raises(DataError, match='recipe'): learnt['filter'].sort(other)
 
 
+@pytest.mark.slow
 def test_too_little_to_learn_from(learnt):
     store, labels = learnt['store'], learnt['labels']
     with pytest.raises(DataError, match='unsure by the rules'):
@@ -350,6 +355,7 @@ def test_too_little_to_learn_from(learnt):
         OutOfScope.fit(untrained, 'KNEE', draws=0)
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_the_start_of_a_task(learnt, tmp_path):
     folder = learnt['filter'].save(tmp_path/'filter')
     again, before = OutOfScope.load(folder), learnt['filter'].sort(learnt['store'])
@@ -370,6 +376,7 @@ def test_saved_loaded_and_the_start_of_a_task(learnt, tmp_path):
     with pytest.raises(BundleError, match='no out-of-scope filter'): OutOfScope.load(folder)
 
 
+@pytest.mark.slow
 def test_readers_have_the_last_word(learnt, mixed, tmp_path):
     truth, table = mixed
     table = table.assign(decision=table.decision.where(table.path.map(truth)!='HIP', UNSURE))
@@ -390,6 +397,7 @@ def test_readers_have_the_last_word(learnt, mixed, tmp_path):
     assert learnt['filter'].ask(table.assign(decision='other'), ['a'], tmp_path/'none')==[]
 
 
+@pytest.mark.slow
 def test_metadata_pretraining_repeats_and_learns(learnt, tmp_path):
     weights = []
     for _ in range(2):

@@ -294,6 +294,7 @@ def test_delong_and_wilson_cover_the_truth_by_patient():
     assert ((.93<=hits[:4]/n) & (hits[:4]/n<=.97)).all(), hits
     assert (hits[4:]/n<.92).all(), hits # as if all images were patients
 
+@pytest.mark.slow
 def test_bootstrap_covers_the_truth_by_patient():
     n,truth,hits = 1000,NormalDist().cdf(1.2/2**.5),np.zeros(3)
     for seed in range(n):

@@ -202,6 +202,7 @@ def test_facts_of_any_kind(tmp_path):
     assert numbers['claim'][25]['answer']=='best epoch by: auroc' and 'Doe' not in page.read_text()
 
 
+@pytest.mark.slow
 def test_chexnet_as_published(real_data, tmp_path):
     scores = pd.read_csv(real_data/'predictions/preds.csv.gz').rename(columns=lambda c: c.replace('prob_',
         'p_')).rename(columns={'Image Index': 'image_id'})

@@ -286,6 +286,7 @@ def test_validation_after_a_fit_leaves_the_best_weights():
     assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_in_an_xray_learner():
     from radiology_ai.train.learner import predict_logits, xray_learner
     gen = np.random.default_rng(4)

@@ -407,6 +407,7 @@ def test_loaders_pair_and_hide():
         device='cpu').one_batch()[1]
     assert torch.isnan(many[N_L:]).all() and not torch.isnan(many[:N_L]).all(1).any()
 
+@pytest.mark.slow
 @pytest.mark.parametrize('multi', [False, True])
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_learns_something(name, multi):

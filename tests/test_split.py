@@ -65,6 +65,7 @@ def test_no_patient_crosses_and_sizes_are_exact(df, seed):
     assert_no_leakage(s)
 
 
+@pytest.mark.slow
 @quick
 @given(manifests(), st.integers(2, 5), st.integers(0, 5))
 def test_folds_keep_patients_together(df, k, seed):
@@ -73,6 +74,7 @@ def test_folds_keep_patients_together(df, k, seed):
         range(k)) and folds.index.equals(df.index)
 
 
+@pytest.mark.slow
 @quick
 @given(manifests(), st.integers(0, 5))
 def test_same_seed_same_split_in_any_order_of_rows(df, seed):
@@ -95,6 +97,7 @@ def test_nan_never_counts(df, data):
     assert list(known)[-1]=='all'
 
 
+@pytest.mark.slow
 @quick
 @given(manifests(least=20), st.integers(0, 3))
 def test_every_split_gets_a_class_that_has_enough_patients(df, seed):
@@ -114,6 +117,7 @@ def test_every_split_gets_a_class_that_has_enough_patients(df, seed):
                         min_positives=int(have.sum())+1)
 
 
+@pytest.mark.slow
 @quick
 @given(manifests(), st.data())
 def test_patients_with_equal_images_stay_together(df, data):
@@ -141,6 +145,7 @@ def test_held_out_centres_are_the_whole_test(df, site):
     assert_no_leakage(s)
 
 
+@pytest.mark.slow
 @quick
 @given(manifests())
 def test_a_file_gives_the_split_back(tmp_path_factory, df):
@@ -207,6 +212,7 @@ def test_only_training_is_thinned():
     assert (train==0).sum()==(train==1).sum()==(df[df.split=='train'].label==1).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('patients', [None, 1000, 300])
 def test_chest_labels_are_spread_better_than_by_the_best_of_random_splits(real_data, patients):
     rows = pd.read_csv(real_data/'labels/nih/Data_Entry_2017_v2020.csv.gz').rename(

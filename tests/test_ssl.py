@@ -794,6 +794,7 @@ def odd():
     return m
 
 
+@pytest.mark.slow
 def test_lightly_is_loaded_when_a_method_is_made_and_sends_nothing():
     code = """
 import socket, sys

@@ -100,6 +100,7 @@ def started(src, out, workers=1, r="recipe('knee', size=64)"):
 def shards(out) -> int: return len(list(Path(out).glob('shards/0*.json')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 def test_killed_five_times_is_the_same_store(hospital, tmp_path, workers):
     gen, left = np.random.default_rng(workers), []
@@ -120,6 +121,7 @@ def test_killed_five_times_is_the_same_store(hospital, tmp_path, workers):
     same(tmp_path/'store', tmp_path/'whole')
 
 
+@pytest.mark.slow
 def test_two_files_of_a_shard_that_kill_their_process(pictures, tmp_path):
     shutil.copy(pictures/'11.png', pictures/'12.png')
     for _ in range(6):
@@ -229,6 +231,7 @@ def test_a_folder_that_cannot_be_written(pictures):
         with pytest.raises(StoreError, match='cannot be written'): again.to_png(folder/'locked/png')
 
 
+@pytest.mark.slow
 def test_loader_workers_share_the_store(pictures, tmp_path):
     "A store goes to the processes of a DataLoader and gives the same images there."
     from torch.utils.data import DataLoader
@@ -263,6 +266,7 @@ def cluster(tmp_path, request):
             p.wait()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker(hospital, cluster, tmp_path):
     """One of two workers is killed in the middle: nothing is lost, nothing comes twice, the bytes are those
     of one process."""
@@ -284,6 +288,7 @@ def test_a_cluster_that_loses_a_worker(hospital, cluster, tmp_path):
     same(tmp_path/'store', tmp_path/'here')
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_dies(hospital, cluster, tmp_path):
     "A clear error, whole shards, and the same call resumes, here without a cluster."
     address, processes = cluster
@@ -315,6 +320,7 @@ def test_a_cluster_worker_keeps_its_memory():
     assert kept<given/10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cluster', ['--nanny'], indirect=True)
 def test_a_file_that_kills_a_cluster_worker(pictures, cluster, tmp_path):
     "Nannies replace the workers that die; the file is listed."

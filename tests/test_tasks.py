@@ -75,6 +75,7 @@ def killed(words, ready, seconds: float=120):
     return alive
 
 
+@pytest.mark.slow
 def test_a_run_is_whole_and_clean(hospital):
     names = {p.name for p in hospital.run.path.iterdir()}
     assert {'run.json', 'run.toml', 'manifest.csv', 'predictions.csv', 'model'} <= names
@@ -116,6 +117,7 @@ def test_killed_folds_go_on(hospital, tmp_path):
     assert tested.image_id.is_unique and set(tested.image_id)==set(whole.manifest.image_id)
 
 
+@pytest.mark.slow
 def test_called_again_when_finished_it_says_so(hospital):
     before = {p: p.stat().st_mtime_ns for p in hospital.run.path.rglob('*') if p.is_file()}
     said = []
@@ -125,6 +127,7 @@ def test_called_again_when_finished_it_says_so(hospital):
     assert before=={p: p.stat().st_mtime_ns for p in hospital.run.path.rglob('*') if p.is_file()}
 
 
+@pytest.mark.slow
 def test_other_arguments_are_refused_with_the_remedy(hospital, tmp_path):
     h = hospital
     with pytest.raises(RadiologyError, match='the setting epochs was 1 and is 2.*--overwrite'):
@@ -141,6 +144,7 @@ def test_other_arguments_are_refused_with_the_remedy(hospital, tmp_path):
     assert not (tmp_path/'r').exists()
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_a_newer_run_and_a_foreign_folder_are_refused(hospital, tmp_path):
     h = hospital
     with alone_in(tmp_path/'busy'):
@@ -166,7 +170,8 @@ def test_a_folder_in_use_a_newer_run_and_a_foreign_folder_are_refused(hospital, 
     assert (tmp_path/'both'/'run.json').exists()
     (tmp_path/'both'/'model'/'thesis.txt').unlink()
     train(h.task.name, h.store, h.labels, tmp_path/'both', overwrite=True, **h.settings)
-    assert digests(tmp_path/'both')==digests(h.run.path) and [p.name for p in tmp_path.iterdir() if p.name[0]=='.']==[]
+    assert digests(tmp_path/'both')==digests(h.run.path) and [p.name for p in tmp_path.iterdir()
+        if p.name[0]=='.']==[]
 
 
 @pytest.mark.slow
@@ -180,6 +185,7 @@ def test_a_run_is_repeated_from_its_folder_alone(hospital, tmp_path):
         for p in hospital.run.path.rglob('model.safetensors')}
 
 
+@pytest.mark.slow
 def test_evaluation_and_report(hospital, tmp_path):
     evaluation = evaluate(hospital.run)
     assert set(evaluation.table.split)=={'test'} and len(evaluation.lines())>1
@@ -188,6 +194,7 @@ def test_evaluation_and_report(hospital, tmp_path):
     assert hospital.task.question in text and 'data:image' in text and hospital.task.title in text
 
 
+@pytest.mark.slow
 def test_elsewhere_a_leak_is_refused(hospital):
     with pytest.raises(DataError, match='in more than one split'):
         evaluate(hospital.run, hospital.store, hospital.labels)
@@ -205,6 +212,7 @@ def test_elsewhere_other_patients_are_evaluated(hospital, tmp_path):
 def numbers(table, columns) -> np.ndarray: return table[columns].to_numpy(float)
 
 
+@pytest.mark.slow
 def test_what_is_predicted_is_what_was_evaluated(hospital, tmp_path):
     evaluated = evaluate(hospital.run).table.set_index('image_id')
     table = predict(hospital.run, [Path(p) for p in evaluated.path], out=tmp_path/'p.csv', to=('csv', 'json'),
@@ -216,6 +224,7 @@ def test_what_is_predicted_is_what_was_evaluated(hospital, tmp_path):
     assert len(readings)==len(evaluated) and all(r['findings'] for r in readings)
 
 
+@pytest.mark.slow
 def test_a_foreign_bundle_is_refused(hospital, tmp_path):
     files = [hospital.folder/'dicom']
     for name, text in (('elbow', "'elbow', which this version does not know"), ('', 'no task')):
@@ -238,6 +247,7 @@ def test_prediction_loads_no_training():
     assert out.strip()=='[]'
 
 
+@pytest.mark.slow
 def test_an_image_store_of_another_recipe_is_refused(hospital, tmp_path):
     store = preprocess_folder(hospital.folder/'dicom', tmp_path/'store',
         replace(hospital.task.recipe, size=48), workers=1)

@@ -12,7 +12,6 @@ __all__ = ['SCHATZKER', 'KELLGREN_LAWRENCE', 'MANIFEST', 'LABEL_WORDS', 'Grade',
 # %% ../../nbs/30_data.labels.ipynb #40759246
 import csv
 import difflib
-import gzip
 import io
 import os
 import re
@@ -24,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
+from ..dicom.limits import MAX_COLUMNS, read_parquet, table_bytes
 
 # %% ../../nbs/30_data.labels.ipynb #ea6e137c
 class Grade(NamedTuple):
@@ -151,8 +151,7 @@ LABEL_WORDS = {'true': 1., 'false': 0., 'yes': 1., 'no': 0., 'positive': 1., 'ne
 
 def _decode(path: Path, found: list|None=None) -> str:
     "The text of a CSV, also if compressed with gzip."
-    data = path.read_bytes()
-    if data[:2]==b'\x1f\x8b': data = gzip.decompress(data)
+    data = table_bytes(path)
     if b'\0' in data[:4096] and data[:2] not in (b'\xff\xfe', b'\xfe\xff'):
         raise DataError(f"{path.name} is not a text table", "Save it as CSV (UTF-8) or parquet")
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'): return data.decode('utf-16')
@@ -185,6 +184,11 @@ def _decode_lines(name: str, data: bytes, found: list|None) -> str:
     found += mixed
     return ''.join(text)
 
+def _check_columns(path, n):
+    if n>MAX_COLUMNS:
+        raise DataError(f"{path.name} has {n} columns, above the limit of {MAX_COLUMNS}",
+            "Leave out what is no label")
+
 def _read_csv(path: Path, found: list|None=None) -> pd.DataFrame:
     "All cells as text, empty ones as NaN."
     text = _decode(path, found)
@@ -193,6 +197,7 @@ def _read_csv(path: Path, found: list|None=None) -> pd.DataFrame:
     text = text.lstrip('\r\n')
     header = text.splitlines()[0]
     sep = max(',;\t', key=header.count)
+    _check_columns(path, header.count(sep) + 1)
     try:
         df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, skipinitialspace=True,
             index_col=False, skip_blank_lines=False)
@@ -232,7 +237,7 @@ def read_labels(
     if path.suffix in ('.xlsx', '.xls'):
         raise DataError(f"{path.name} is an Excel file", "Save it as CSV (UTF-8)")
     if path.suffix=='.parquet':
-        try: df = pd.read_parquet(path)
+        try: df = read_parquet(path)
         except (OSError, ValueError) as e:
             raise DataError(f"{path.name} is not a readable parquet file ({e})", "Write it again") from e
     else: df = _read_csv(path)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core import DataError, StoreError, atomic_path, progress, transform_boxes
 from .regions import XYXY, image_mask
+from ..files import map_array, read_json
 from ..preprocess.intensity import move_mask
 
 # %% ../../nbs/33_data.targets.ipynb #e20d9a57
@@ -58,11 +59,12 @@ class MaskStore:
     ):
         self.path = Path(path)
         try:
-            self.meta = json.loads((self.path/'masks.json').read_text())
-            self.pixels = np.load(self.path/'masks.npy', mmap_mode='r')
-            self.known = np.load(self.path/'known.npy')
-        except (OSError, ValueError) as e:
-            raise StoreError(f"{self.path} holds no masks", "Make them with write_masks") from e
+            self.meta = read_json(self.path/'masks.json')
+            n = self.meta['images']
+            self.pixels = map_array(self.path/'masks.npy', 'uint8', (n, None, None))
+            self.known = np.array(map_array(self.path/'known.npy', bool, (n,)))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise StoreError(f"{self.path} holds no masks ({type(e).__name__}: {e})", "Make them with write_masks") from e
     def __len__(self): return len(self.pixels)
     def __getitem__(self, i) -> np.ndarray: return self.pixels[i]
     def __repr__(self):

@@ -28,10 +28,11 @@ from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from ..core import DataError, DicomError, atomic_path, own_fault
+from ..core import NO_MEMORY, DataError, DicomError, atomic_path, own_fault
 from .burned_in import black_out, find_text
 from .file import declared_frame, fragments, open_dicom
 from .index import image_files
+from .limits import MAX_PARSED, MAX_WALKED, settle_charset, shown_name
 from .profile import EDITION, OPTIONS, VOCABULARY, Profile, clean_words
 from .pseudonyms import Pseudonyms, dummy, read_key, shift_date, young_enough
 from .stored import decode_stored, pixel_value
@@ -48,16 +49,20 @@ class Walk:
     lost: set=field(default_factory=set)    # original values that must not be found again
     made: list=field(default_factory=list)  # values that were put in
     account: list=field(default_factory=list) # (place, keyword, code)
+    elements: int=0              # looked at so far
 
     def dataset(self, ds: Dataset, place: str='') -> Dataset:
         "A new data set with what may stay of `ds`."
+        settle_charset(ds)
         out,safe = Dataset(),self._declared_safe(ds)
         for tag in sorted(ds.keys()):
+            self._count()
             at = f'{place}({tag.group:04x},{tag.element:04x})'
             if tag.is_private:
                 if not self._private(ds, tag, safe, out): self.account.append((at, '', 'P'))
                 continue
             try: e = ds[tag]
+            except DicomError: raise
             except Exception as fault: # a value that contradicts its own type
                 if own_fault(fault): raise
                 self.account.append((at, keyword_for_tag(tag), 'X'))
@@ -66,6 +71,12 @@ class Walk:
             if code: self.account.append((at, e.keyword, code))
             if new is not None: out.add(new)
         return out
+
+    def _count(self):
+        "Refuses headers that would take minutes."
+        self.elements += 1
+        if self.elements>MAX_WALKED:
+            raise DicomError('', f'its header holds more than {MAX_WALKED} elements', 'Leave it out')
 
     def _element(self, e, at, nested):
         "The new element (None: it goes) and the code of what was done."
@@ -114,8 +125,11 @@ class Walk:
                 if not str(v).startswith('1.2.840.10008.')}
 
     def _remember_all(self, item):
+        settle_charset(item)
         for tag in list(item.keys()):
+            self._count()
             try: self._remember(item[tag])
+            except DicomError: raise
             except Exception as fault: # not readable: it goes anyway
                 if own_fault(fault): raise
 
@@ -137,6 +151,7 @@ class Walk:
         "Keeps a private element that is declared safe, with its creator; was it kept?"
         if not safe or tag.element<0x1000: return False
         creator_tag = pydicom.tag.Tag(tag.group, tag.element>>8)
+        if getattr(ds.get_item(tag), 'length', 0)>MAX_PARSED: return False
         try: creator,e = str(ds[creator_tag].value),ds[tag]
         except Exception as fault:
             if own_fault(fault): raise
@@ -178,7 +193,8 @@ def telling_parts(
     vr: str,    # value representation
     value: str, # an original value
 ) -> set:
-    "The texts by which the value could be recognised: words of a name, forms of a date, a number, a longer text."
+    """The texts by which the value could be recognised: words of a name, forms of a date, a number, a longer
+    text."""
     if vr=='PN': return words_of(value)
     if vr in ('DA', 'DT'): return date_forms(value)
     number = len(value)>=3 and any(c.isdigit() for c in value)
@@ -419,7 +435,8 @@ _CODES = ('X', 'Z', 'D', 'U', 'C', 'K', 'P', 'S')
 
 def _row(number, path, names):
     "The row of a file in the account, still without result."
-    return dict(number=number, source=names.short('path', path), path='', status='ok', cause='', patient='',
+    return dict(number=number, source=names.short('path', shown_name(path)), path='', status='ok', cause='',
+        patient='',
         text_boxes=0) | {c: 0 for c in _CODES}
 
 def _lost(job, cause):
@@ -442,6 +459,7 @@ def _one(job):
             _write_new(out, Path(job.target)/where)
     except DicomError as e:
         return row | dict(status='held' if isinstance(e, HeldBack) else 'error', cause=e.cause),[],('', '')
+    except MemoryError: return row | dict(status='error', cause=NO_MEMORY),[],('', '')
     except Exception as e: # hostile headers raise many types; their text may quote values
         if own_fault(e): raise
         return row | dict(status='error', cause=f'it cannot be written ({type(e).__name__})'),[],('', '')
@@ -467,6 +485,11 @@ def _check_places(files, roots, dst, key, link):
                     "It would undo the work: keep it elsewhere")
     if link is not None and Path(link).exists():
         raise DataError(f"The linking table {link} exists", "Give another path; nothing is overwritten")
+
+def _link(job, row, pair):
+    "The row of a file in the linking table."
+    return dict(original=shown_name(job.path), path=row['path'], status=row['status'], patient_id=pair[0],
+        patient=pair[1])
 
 def deidentify(
     src,                   # a file, a folder with all its subfolders, or a list of them
@@ -501,8 +524,7 @@ def deidentify(
         for job,(row,actions,pair) in zip(jobs, run_parallel(_one, jobs, workers, chunk=4, desc='de-identify',
                 show=show, lost=_lost, seconds=120)):
             rows.append(row)
-            links.append(dict(original=job.path, path=row['path'], status=row['status'], patient_id=pair[0],
-                patient=pair[1]))
+            links.append(_link(job, row, pair))
             f.write(json.dumps(dict(source=row['source'], path=row['path'], status=row['status'],
                 actions=actions)) + '\n')
     account = pd.DataFrame(rows)

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 
 from ..core import DataError, DicomError, atomic_path
 from .index import INDEX_COLUMNS, index_dicoms, read_index
+from .limits import table_bytes
 from .quality import RADIOGRAPHS, find_attention, find_duplicates, next_text, pixel_digest
 from .read import read_radiograph
 from ..parallel import run_parallel
@@ -95,7 +96,8 @@ def join_labels(
     columns=None,     # the label columns; None: those that hold nothing but 0, 1 and empty cells
 ) -> pd.DataFrame:
     "The labels (1, 0 or NaN) of the rows of `df`. `DataError` where nothing joins."
-    table = labels if isinstance(labels, pd.DataFrame) else pd.read_csv(labels, dtype={k: str for k in _KEYS})
+    table = (labels if isinstance(labels, pd.DataFrame)
+        else pd.read_csv(io.BytesIO(table_bytes(labels)), dtype={k: str for k in _KEYS}))
     if columns is None:
         columns = [k for k in table if k not in _KEYS
             and (v := pd.to_numeric(table[k], errors='coerce')).isin([0, 1]).any()
@@ -405,9 +407,11 @@ def _example_figure(e, size=150):
 def figures(self:Exploration) -> dict:
     """The figures by name: `elements`, `sizes`, with labels `labels`, and `examples` where there are
     radiographs."""
-    out = dict(elements=_element_figure(self), sizes=_size_figure(self))
-    if 'labels' in self.tables: out['labels'] = _label_figure(self)
-    if self.examples: out['examples'] = _example_figure(self)
+    import matplotlib.pyplot as plt
+    with plt.rc_context({'text.parse_math': False}): # a dollar sign in a header is no mathematics
+        out = dict(elements=_element_figure(self), sizes=_size_figure(self))
+        if 'labels' in self.tables: out['labels'] = _label_figure(self)
+        if self.examples: out['examples'] = _example_figure(self)
     return out
 
 @patch

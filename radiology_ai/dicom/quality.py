@@ -15,8 +15,9 @@ import warnings
 import numpy as np
 import pandas as pd
 
-from ..core import DicomError, file_digest, own_fault
+from ..core import NO_MEMORY, DicomError, own_fault
 from .file import file_kind, open_dicom, read_head
+from .limits import open_regular
 from .read import read_radiograph
 from .stored import decode_stored
 from .tags import laterality
@@ -34,6 +35,7 @@ def pixel_digest(
                 a = np.round(read_radiograph(path).pixels*65535).astype(np.uint16)
             else: a = decode_stored(open_dicom(path), frame=0, path=path)[0]
     except DicomError as e: return '',False,e.cause
+    except MemoryError: return '',False,NO_MEMORY
     except Exception as e: # what a decoder raises is about the file
         if own_fault(e): raise
         return '',False,f'the pixels cannot be decoded ({type(e).__name__})'
@@ -44,8 +46,17 @@ def pixel_digest(
 def bytes_digest(
     path, # any file
 ) -> str:
-    "SHA-256 of a file's bytes; '' if it cannot be read or is a pipe or device (to open one would wait for ever)."
-    try: return file_digest(path) if os.path.isfile(path) else ''
+    """SHA-256 of a file's bytes, of one above 256 MB of its length and both ends; '' if it cannot be read or is no
+    regular file."""
+    try:
+        with open_regular(path) as f:
+            n = os.fstat(f.fileno()).st_size
+            if n<=2**28: return hashlib.file_digest(f, 'sha256').hexdigest()
+            ends = hashlib.sha256(str(n).encode())
+            for at in (0, n - 2**24):
+                f.seek(at)
+                ends.update(f.read(2**24))
+            return ends.hexdigest()
     except OSError: return ''
 
 def find_duplicates(
@@ -135,7 +146,8 @@ _DOUBTS = { # what needs attention: why it matters, and what to do
         'Nothing with read_radiograph; check other tools'),
     'no body part': ('Other parts may be among them', 'Look at the contact sheet; filter by description'),
     'no side': ('Left and right cannot be brought to one convention', 'Use markers, or do not mirror'),
-    'small': ('Fewer than 256 pixels: a thumbnail, or another modality', 'Leave them out where detail matters'),
+    'small': ('Fewer than 256 pixels: a thumbnail, or another modality',
+    'Leave them out where detail matters'),
     'implausible date': ('Dates are wrong or shifted', 'Do not split by date'),
 }
 
@@ -147,7 +159,8 @@ def _several(df, key, value):
 
 def _twice_over(df, twice):
     "Masks over the files for what stands there twice, and for identifiers that contradict each other."
-    def within(kind, patients=1): return df.path.isin(twice.path[(twice.kind==kind) & (twice.patients>=patients)])
+    def within(kind, patients=1):
+        return df.path.isin(twice.path[(twice.kind==kind) & (twice.patients>=patients)])
     leaks = within('same pixels', 2)
     return {'same pixels, different patients': leaks, 'same pixels': within('same pixels') & ~leaks,
         'same SOP instance': within('same SOP instance'),
@@ -180,7 +193,8 @@ def _questions(df, twice, damaged, constant):
     good = df.error==''
     fine = good & ((df.SOPClassUID!='') | (df.TransferSyntaxUID!=''))
     negative = fine & (df.PhotometricInterpretation=='MONOCHROME1')
-    masks = {'unreadable': ~good, 'pixels damaged': df.path.isin(damaged), 'all pixels equal': df.path.isin(constant),
+    masks = {'unreadable': ~good, 'pixels damaged': df.path.isin(damaged),
+        'all pixels equal': df.path.isin(constant),
         'some are MONOCHROME1': negative & (negative.sum()<fine.sum())}
     masks |= _twice_over(df, twice)
     masks |= {what: fine & mask for what,mask in (_film_or_not(df) | _said_in_headers(df)).items()}

@@ -10,7 +10,6 @@ __all__ = ['window', 'inverted', 'to_grey', 'read_header', 'read_radiograph']
 # %% ../../nbs/14_dicom.read.ipynb #107658d6
 import math
 import warnings
-import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,8 +18,10 @@ import numpy as np
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
-from ..core import DicomError, Radiograph, file_fault, fit_size, resize_array, scale, shift
-from .file import MAX_PIXELS, file_kind, open_dicom, open_parts, pixel_limit, read_head
+from ..core import Radiograph, file_fault, fit_size, resize_array, scale, shift
+from .file import file_kind, open_dicom, open_parts, read_head
+from .limits import MAX_PIXELS
+from .still import LUMA, open_still, read_still
 from .stored import decode
 from .tags import TAGS, spacing, tags_of, value_of
 
@@ -38,6 +39,7 @@ def _lut(x, item, little=True):
     n,first,bits = (int(v) for v in item.LUTDescriptor)
     n,data = n or 65536,item.LUTData
     if first>32767 and (first+n>65536 or np.max(x)<first): first -= 65536 # a negative value read as unsigned
+    data = data[:2*n] if isinstance(data, bytes) else data[:n] if hasattr(data, '__len__') else data
     if isinstance(data, bytes): data = np.frombuffer(data[:len(data)//2*2], '<u2' if little else '>u2')
     data = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF
     if len(data)<n and len(data)*2>=n:
@@ -173,8 +175,6 @@ def to_grey(
     return out if len(out)==size[0] else cv2.resize(out, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 # %% ../../nbs/14_dicom.read.ipynb #78a63db8
-_luma = np.array([.299, .587, .114], np.float32)
-
 def _colour_grey(stored, ds, path):
     "(H, W, 3) stored colour or palette indices as (H, W) float32 in [0, 1], with a warning."
     warnings.warn(f'{Path(path).name or "image"}: a colour picture is turned to grey', stacklevel=2)
@@ -183,62 +183,7 @@ def _colour_grey(stored, ds, path):
         stored = apply_color_lut(stored, ds)
         top = float(2**(8*stored.dtype.itemsize) - 1) if stored.max()>255 else 255.
     else: top = float(2**int(ds.get('BitsStored') or 8*stored.dtype.itemsize) - 1)
-    return np.clip(stored.astype(np.float32)@_luma/top, 0, 1)
-
-# %% ../../nbs/14_dicom.read.ipynb #6111e847
-def _open_still(path):
-    "The still image opened by Pillow, not yet decoded."
-    from PIL import Image
-    with file_fault(path, 'the image cannot be read', _copy):
-        try: return Image.open(path, formats=['PNG', 'JPEG', 'TIFF'])
-        except Image.DecompressionBombError:
-            raise DicomError(path, 'it declares an absurd size', 'Leave it out') from None
-
-def _check_png(path):
-    "Refuses a PNG one of whose chunks differs from its own checksum (ISO 15948, 5.3)."
-    with open(path, 'rb') as f:
-        f.seek(8)
-        head = f.read(8)
-        while len(head)==8 and head[4:]!=b'IEND':
-            found = zlib.crc32(f.read(int.from_bytes(head[:4], 'big')), zlib.crc32(head[4:]))
-            if found!=int.from_bytes(f.read(4), 'big'):
-                raise DicomError(path, 'the image is damaged: a checksum is wrong', _copy)
-            head = f.read(8)
-
-def _read_still(path, frame, max_pixels):
-    "A PNG, JPEG or TIFF as (H, W) float32 in [0, 1]."
-    with file_fault(path, 'the image is damaged or ends early', _copy): # Pillow raises many types
-        return _still_grey(path, frame, max_pixels)
-
-def _still_grey(path, frame, max_pixels):
-    "What `_read_still` gives, with Pillow's own errors."
-    with _open_still(path) as im:
-        limit = pixel_limit(len(im.getbands()), 32 if im.mode in ('I', 'F') else 16, max_pixels)
-        if im.width*im.height>limit:
-            raise DicomError(path, f'it declares {im.height} x {im.width} pixels, above the limit of {limit}',
-                'Raise max_pixels if you trust the file')
-        if im.format=='PNG': _check_png(path)
-        n = getattr(im, 'n_frames', 1)
-        if n>1 and frame is None:
-            raise DicomError(path, f'it holds {n} frames', f'Choose one with frame=0 to {n-1}')
-        if frame: im.seek(frame)
-        white0 = im.format=='TIFF' and im.tag_v2.get(262)==0 and im.mode.startswith('I')
-        if (im.mode=='P' or im.mode.startswith(('LA', 'PA'))
-                or im.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBX', 'RGBa')):
-            im = im.convert('L' if im.mode=='LA' else 'RGB')
-        a = np.asarray(im)
-    if a.ndim==3:
-        a = a[..., :3]
-        if (a[..., 0]!=a[..., 1]).any() or (a[..., 1]!=a[..., 2]).any():
-            warnings.warn(f'{Path(path).name}: a colour picture is turned to grey', stacklevel=2)
-        return np.clip(a.astype(np.float32)@_luma/255, 0, 1)
-    if a.dtype==bool: return a.astype(np.float32)
-    if a.dtype==np.uint8: return a.astype(np.float32)/255
-    if a.dtype.kind not in 'ui':
-        raise DicomError(path, f'its pixels are of type {a.dtype}', 'Save it with 8 or 16 bits')
-    lo,hi = float(a.min()),float(a.max())
-    a = (a.astype(np.float32) - lo)/((hi - lo) or 1)
-    return 1 - a if white0 else a
+    return np.clip(stored.astype(np.float32)@LUMA/top, 0, 1)
 
 # %% ../../nbs/14_dicom.read.ipynb #f542f9bf
 def read_header(
@@ -248,7 +193,7 @@ def read_header(
     "The header values of a file without its pixel data. Still images give `Rows` and `Columns` only."
     if file_kind(path, read_head(path))=='dicom':
         return tags_of(open_dicom(path, pixels=False, tags=list(keywords)), keywords)
-    with _open_still(path) as im: return dict(Rows=im.height, Columns=im.width)
+    with open_still(path) as (im,_): return dict(Rows=im.height, Columns=im.width)
 
 def _read_dicom(path, size, crop, frame, max_pixels, *, verify, voi):
     "A DICOM file as a Radiograph before cropping, and already of the wanted size where nothing is cropped."
@@ -282,7 +227,7 @@ def read_radiograph(
     cause and remedy."""
     path = Path(path)
     if file_kind(path, read_head(path))=='still':
-        pixels = _read_still(path, frame, max_pixels)
+        pixels = read_still(path, frame, max_pixels)
         r = Radiograph(pixels, None, dict(Rows=pixels.shape[0], Columns=pixels.shape[1]), codec='pillow',
             path=str(path))
     else: r = _read_dicom(path, size, crop, frame, max_pixels, verify=verify, voi=voi)

@@ -17,29 +17,32 @@ from pydicom.dataset import Dataset
 
 from ..core import DicomError, own_fault
 from .codecs import Decoded, decode_frame, syntax_of
-from .file import MAX_PIXELS, PixelValue, declared_frame, fragments
+from .file import PixelValue, declared_frame, fragments
+from .limits import MAX_PIXELS
 from .tags import value_of
 
 # %% ../../nbs/13_dicom.stored.ipynb #3d3be762
 _copy = 'Copy the file again from its source'
-def _frame_ranges(value, ds, n_frames, path):
-    "The fragments of each frame, as (start, length)."
+def _parts_of(frame, value, ds, n_frames, path):
+    "The fragments of a frame, as (start, length)."
     table,*parts = fragments(value, n_frames, path)
-    if n_frames==1: return [parts]
-    if len(parts)==n_frames: return [[p] for p in parts]
-    offsets = np.frombuffer(value.read(*table), '<u4').astype(int)
+    if n_frames==1: return parts
+    if len(parts)==n_frames: return [parts[frame]]
+    told = value.read(*table) if table[1]==4*n_frames else b''
+    offsets = np.frombuffer(told, '<u4').astype(int)
     extended = ds.get('ExtendedOffsetTable')
-    if not len(offsets) and isinstance(extended, bytes):
-        offsets = np.frombuffer(extended[:len(extended)//8*8], '<u8').astype(int)
+    if not table[1] and isinstance(extended, bytes) and len(extended)==8*n_frames:
+        offsets = np.frombuffer(extended, '<u8').astype(int)
     # of the contents; the table counts from the first item's tag, 8 bytes before
     starts = [s - parts[0][0] for s,_ in parts]
     if len(offsets)!=n_frames or not set(offsets)<=set(starts): # no table, or a wrong one
-        offsets = [s for s,p in zip(starts, parts)
-            if value.read(p[0], 3)[:3] in (b'\xff\xd8\xff', b'\xff\x4f\xff')]
+        with value.opened() as read:
+            offsets = [s for s,p in zip(starts, parts)
+                if read(p[0], 3)[:3] in (b'\xff\xd8\xff', b'\xff\x4f\xff')]
     if len(offsets)!=n_frames:
         raise DicomError(path, f'its {n_frames} frames cannot be told apart in {len(parts)} fragments', _copy)
-    bounds = [*sorted(offsets), 2**62]
-    return [[p for s,p in zip(starts, parts) if a<=s<b] for a,b in zip(bounds, bounds[1:])]
+    a,b = [*sorted(offsets), 2**62][frame:frame + 2]
+    return [p for s,p in zip(starts, parts) if a<=s<b]
 
 def compressed_frame(
     value: PixelValue, # fragmented pixel data
@@ -51,7 +54,7 @@ def compressed_frame(
     path='',           # names the file in errors
 ) -> bytes:
     "The stream of one frame."
-    parts = _frame_ranges(value, ds, n_frames, path)[frame]
+    parts = _parts_of(frame, value, ds, n_frames, path)
     n = sum(l for _,l in parts)
     if n>limit:
         raise DicomError(path, f'its compressed frame has {n} bytes, more than {limit}',
@@ -199,7 +202,8 @@ def decode(
     return d._replace(array=_fit_bits(np.ascontiguousarray(a), ds, raw, d.exact, d.bits, path=path))
 
 def _rgb(a, ds, codec):
-    "A decoded frame without a third axis of length 1, and colours as red, green, blue where no decoder has done that."
+    """A decoded frame without a third axis of length 1, and colours as red, green, blue where no decoder has
+    done that."""
     if a.ndim==3 and a.shape[2]==1: return a[..., 0]
     full = str(ds.get('PhotometricInterpretation', '')).startswith('YBR_FULL')
     if a.ndim<3 or not full or codec.split()[0] not in ('raw', 'imagecodecs.packbits'): return a

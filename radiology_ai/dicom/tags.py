@@ -16,6 +16,7 @@ import pydicom
 from pydicom.config import disable_value_validation
 
 from ..core import own_fault
+from .limits import settle_charset
 
 # %% ../../nbs/11_dicom.tags.ipynb #50386442
 TAGS = '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID PatientSex PatientAge
@@ -32,11 +33,21 @@ EstimatedRadiographicMagnificationFactor PixelSpacingCalibrationType BurnedInAnn
 def _plain(v):
     "A pydicom value as a plain one: float, int, str or a list of them; None if empty."
     if v is None or v=='': return None
-    if isinstance(v, pydicom.Sequence): return str(v[0].get('CodeMeaning', '')) or None if len(v) else None
+    if isinstance(v, pydicom.Sequence): return _meaning(v[0]) if len(v) else None
     if isinstance(v, (list, tuple, pydicom.multival.MultiValue)): return [_plain(o) for o in v] or None
     if isinstance(v, int): return int(v)
     if isinstance(v, (float, pydicom.valuerep.DSdecimal)): return float(v)
-    return str(v).strip('\0 ') or None
+    return _text(v).strip('\0 ') or None
+
+def _text(v):
+    "As text that fits into every file: what is no letter in any encoding becomes a question mark."
+    v = str(v)
+    return v if v.isascii() else v.encode('utf-8', 'replace').decode('utf-8')
+
+def _meaning(item):
+    "The code meaning of an item of a code sequence."
+    settle_charset(item)
+    return _text(item.get('CodeMeaning', '')) or None
 
 def value_of(ds, k: str):
     "The element `k` of `ds` as a plain value; None where it is absent or not readable."

@@ -19,11 +19,16 @@ from .intervals import binary_probabilities, check_probabilities, group_numbers,
 from .logistic import log_odds, logistic_fit, newton, sandwich
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #cc4529d2
+def _told(v) -> str:
+    "A value for a message, short; a list or dict, which may be deep, by its type."
+    if isinstance(v, (list, tuple, dict, set)): return f'a {type(v).__name__}'
+    return 'a number of many digits' if isinstance(v, int) and abs(v)>10**60 else repr(str(v)[:60])
+
 def _number(low, high, whole=False):
     "Check of a number in [low, high]."
     def check(v, name):
         if isinstance(v, bool) or not isinstance(v, int if whole else (int, float)) or not low<=v<=high:
-            raise DataError(f"{name} is {str(v)[:60]!r}",
+            raise DataError(f"{name} is {_told(v)}",
                 f"It must be a {'whole ' if whole else ''}number from {low:g} to {high:g}")
         return v if whole else float(v)
     return check
@@ -33,7 +38,7 @@ def _numbers(low, high, rising='', whole=False):
     one = _number(low, high, whole)
     def check(v, name):
         if not isinstance(v, list) or not v:
-            raise DataError(f"{name} is {str(v)[:60]!r}", "It must be a list of numbers")
+            raise DataError(f"{name} is {_told(v)}", "It must be a list of numbers")
         a = np.array([one(o, f'{name}[{i}]') for i,o in enumerate(v)], int if whole else float)
         steps = np.diff(a)
         if rising and (steps<0).any() or rising=='strictly' and (steps==0).any():
@@ -88,7 +93,7 @@ def recalibration_from(
     kinds = {c.kind: c for c in Recalibration.__subclasses__()}
     if not isinstance(d, dict) or not isinstance(d.get('kind'), str) or d['kind'] not in kinds:
         raise DataError("The kind of the recalibration is "
-            f"{str(d.get('kind') if isinstance(d, dict) else d)[:60]!r}",
+            f"{_told(d.get('kind') if isinstance(d, dict) else d)}",
             f"Known are {', '.join(map(repr, kinds))}")
     o = kinds[d['kind']]()
     for name,keys in (('lacks', set(o.fields)-set(d)), ('has unknown', set(d)-set(o.fields)-{'kind'})):

@@ -11,7 +11,6 @@ __all__ = ['EFFICIENTNETS', 'CHEST', 'MODEL_SETTINGS', 'list_backbones', 'Backbo
 # %% ../../nbs/44_models.backbone.ipynb #67c28c6e
 import difflib
 import fnmatch
-import json
 import math
 import warnings
 from pathlib import Path
@@ -21,8 +20,9 @@ import torch
 from torch import nn
 
 # %% ../../nbs/44_models.backbone.ipynb #a83869e0
-from ..core import ModelError
+from ..core import BundleError, ModelError
 from ..losses.base import full_precision, grade_log_probabilities, largest_below
+from .sealed import read_meta
 from .weights import fit_weights, hub_file, read_weights, url_file
 
 # %% ../../nbs/44_models.backbone.ipynb #0f6d0fa3
@@ -130,12 +130,13 @@ MODEL_SETTINGS = ('name','n_out','n_in','dropout','pool','batchnorm','multi_labe
 
 def _from_bundle(name, weights, kwargs):
     """The architecture, weights and arguments of a bundle whose folder is given as the name; other names as
-    they are."""
-    if not (Path(name)/'bundle.json').is_file(): return str(name),weights,kwargs
-    try: network = dict(json.loads((Path(name)/'bundle.json').read_text(encoding='utf-8'))['network'])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ModelError(f"bundle.json of {Path(name).name} is broken ({e})",
-            "Copy the bundle again from its source") from e
+    they are. The name of an architecture is never a folder."""
+    import timm
+    known = (isinstance(name, str) and (timm.is_model(name.split('.')[0]) or name in EFFICIENTNETS
+        or name in CHEST))
+    if known or not (Path(name)/'bundle.json').is_file(): return str(name),weights,kwargs
+    try: network = read_meta(name)['network']
+    except BundleError as e: raise ModelError(e.what, e.remedy) from e
     return network['name'],name if weights is None else weights,{k: v for k,v in network.items()
         if k not in MODEL_SETTINGS} | kwargs
 

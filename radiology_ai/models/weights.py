@@ -8,9 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/models.weights.html.md"""
 __all__ = ['hub_file', 'url_file', 'read_weights', 'fit_weights', 'adapt_channels']
 
 # %% ../../nbs/43_models.weights.ipynb #ccc06d52
-import hashlib
 import http.client
-import json
 import re
 import threading
 import urllib.error
@@ -21,7 +19,8 @@ import torch
 from torch import nn
 
 # %% ../../nbs/43_models.weights.ipynb #16f01211
-from ..core import ModelError
+from ..core import BundleError, ModelError
+from .sealed import read_meta, read_state, tensors_digest
 
 # %% ../../nbs/43_models.weights.ipynb #4b29a218
 def _unreachable(
@@ -108,28 +107,33 @@ def _torch_file(path: Path) -> dict:
         raise ModelError(f"{path.name} holds no weights", hint)
     return {k: v.detach() for k,v in state.items() if torch.is_tensor(v)}
 
-def _bundle_file(path: Path) -> Path:
-    "The weights of a folder of `save_bundle`, checked against its sha256."
-    file = path/'model.safetensors'
-    try: sha = json.loads((path/'bundle.json').read_text(encoding='utf-8'))['sha256']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ModelError(f"{path} is no bundle ({e})",
-            "Give a folder that save_bundle or `radiology_ai train` has written, or a weight file") from e
-    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest()!=sha:
-        raise ModelError(f"model.safetensors of {path.name} is missing or has not the sha256 in bundle.json",
-            "Copy the bundle again from its source")
-    return file
+def _bundle_weights(path: Path) -> dict:
+    "The weights of a folder of `save_bundle`, checked."
+    if not (path/'bundle.json').exists():
+        raise ModelError(f"{path} is no bundle",
+            "Give a folder that save_bundle or `radiology_ai train` has written, or a weight file")
+    try: return read_state(path, read_meta(path))
+    except BundleError as e: raise ModelError(e.what, e.remedy) from e
+
+def _safetensors_file(path: Path) -> dict:
+    "The tensors of a file; where this library has written it (`save_body`), compared with their digest."
+    from safetensors import safe_open
+    with safe_open(path, 'pt') as f:
+        state,told = {k: f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+    if 'radiology_ai' in told and told.get('sha256')!=tensors_digest(state, told['radiology_ai']):
+        raise ModelError(f"{path.name} is not as it was written: the digest of its tensors is another",
+            "Copy the file again from its source")
+    return state
 
 def read_weights(
     path, # a safetensors file, a PyTorch file (.pt, .pth), or the folder of a bundle
 ) -> dict:
     "{name: tensor}, with the names of the file. Raises `ModelError`."
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
     path = Path(path)
-    if path.is_dir(): path = _bundle_file(path)
+    if path.is_dir(): return _bundle_weights(path)
     if not path.is_file(): raise ModelError(f"There is no weight file {path}", "Check the path")
-    try: return load_file(path)
+    try: return _safetensors_file(path)
     except (SafetensorError, ValueError): return _torch_file(path)
 
 # %% ../../nbs/43_models.weights.ipynb #e88e36ec

@@ -30,6 +30,8 @@ _WHOLE = (int, np.integer)
 _KINDS = {str: (str, 'a text'), bool: ((bool, np.bool_), 'True or False'), int: (_WHOLE, 'a whole number'),
     float: ((float, np.floating, *_WHOLE), 'a number')}
 
+def _is_whole(v) -> bool: return isinstance(v, _WHOLE) and not isinstance(v, bool)
+
 @dataclass(frozen=True)
 class Preprocess(Step):
     """How a radiograph becomes the square that a network sees: `Preprocess('hip', size=512, background='limb')(film)`.
@@ -49,22 +51,24 @@ class Preprocess(Step):
 
     def __post_init__(self):
         self._check_types()
-        if not (isinstance(self.size, (int, np.integer)) and 1<=self.size<=8192):
+        if not (_is_whole(self.size) and 1<=self.size<=8192):
             raise RadiologyError(f"The recipe's size is {self.size!r}", "Give whole pixels, 1 to 8192")
-        if self.version!=VERSION:
+        if not (_is_whole(self.version) and self.version==VERSION):
             raise RadiologyError(f"The recipe's version is {self.version!r}",
                 f"This library makes version {VERSION}: leave it out")
         if self.background not in ('', 'limb', 'chest'):
             raise RadiologyError(f"The recipe's background is {self.background!r}",
                 "Give 'limb' or 'chest', or '' to leave it")
-        if not self.mm>0: raise RadiologyError(f"The recipe's mm is {self.mm!r}", "Give millimetres above 0")
+        if not 0<self.mm<=10_000:
+            raise RadiologyError(f"The recipe's mm is {self.mm!r}",
+                "Give millimetres above 0, at most 10,000")
         if not 0<=self.low<self.high<=100:
             raise RadiologyError(f"The recipe's percentiles are {self.low} and {self.high}",
                 "Give 0 <= low < high <= 100")
-        if self.clip and not (self.clip>1 and self.tiles>=1):
+        if not 1<=self.tiles<=256 or self.clip and not 1<self.clip<=1e6:
             raise RadiologyError(f"The recipe's clip is {self.clip} with {self.tiles} tiles",
-                "Give clip=0 for no CLAHE, or clip above 1 and at least one tile")
-        if self.bits not in (8, 16):
+                "Give clip=0 for no CLAHE, or clip above 1, and 1 to 256 tiles")
+        if not (_is_whole(self.bits) and self.bits in (8, 16)):
             raise RadiologyError(f"The recipe's bits are {self.bits!r}", "Give 8 or 16")
 
     def _check_types(self):
@@ -87,8 +91,11 @@ class Preprocess(Step):
 
     @classmethod
     def from_dict(cls, d: dict) -> 'Preprocess':
-        "The recipe of `to_dict`. Raises `StoreError` for one of another version."
-        version = d.get('version', 1)
+        "The recipe of `to_dict`. Raises `StoreError` for one of another version, and for what is none."
+        version = d.get('version', 1) if isinstance(d, dict) else None
+        if not _is_whole(version) or not all(isinstance(k, str) for k in d):
+            raise StoreError(f"The recipe is {str(d)[:60]}, which is none",
+                "Take it from where it was made: it has been changed")
         unknown = sorted(set(d) - {f.name for f in fields(cls)})
         if version<VERSION:
             raise StoreError(f"The recipe {d.get('name')!r} has version {version}; this library makes "
@@ -97,7 +104,8 @@ class Preprocess(Step):
         if unknown or version>VERSION:
             raise StoreError(f"The recipe {d.get('name')!r} has version {version} and the unknown fields "
                 f"{unknown}", "Update radiology_ai")
-        return cls(**d)
+        try: return cls(**d)
+        except RadiologyError as e: raise StoreError(e.what, e.remedy) from e
 
 # %% ../../nbs/23_preprocess.recipe.ipynb #bc6fc973
 RECIPES = {r.name: r for r in (Preprocess('knee', knee=True, flip_left=True, background='limb', clip=2.),
@@ -160,7 +168,8 @@ def apply(self:Preprocess, r: Radiograph) -> Radiograph:
     if field and field.reason: facts['reason'] = '; '.join(filter(None, [facts['reason'], field.reason]))
     if box is None: out = square_pad(r.resize(self.size))
     else:
-        out = r.crop(transform_boxes(r.affine@np.linalg.inv(small.affine), box)).resize((self.size, self.size))
+        out = r.crop(transform_boxes(r.affine@np.linalg.inv(small.affine), box)).resize((self.size,
+            self.size))
     inside = _inside(r, small, out, field.mask if field else np.ones(small.shape, bool))
     black = lambda p: p if inside is None else p*inside
     pixels = black(percentile_window(out.pixels, self.low, self.high, inside))
@@ -215,7 +224,8 @@ def _record(r, source):
     "The row of the index of a prepared image."
     t,mm = r.tags,r.spacing or (np.nan, np.nan)
     return dict(image_id=str(t.get('SOPInstanceUID') or source.name or Path(source.path).name),
-        path=source.path, patient_id=str(t.get('PatientID') or ''), study_id=str(t.get('StudyInstanceUID') or ''),
+        path=source.path, patient_id=str(t.get('PatientID') or ''),
+        study_id=str(t.get('StudyInstanceUID') or ''),
         view=view(t), laterality=laterality(t), side=t['side'], flipped=t['flipped'],
         knee_found=t.get('knee_found'), score=float(t.get('score', np.nan)), reason=t['reason'],
         affine=[float(v) for v in r.affine.ravel()], spacing_row=float(mm[0]), spacing_col=float(mm[1]),

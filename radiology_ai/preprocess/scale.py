@@ -23,6 +23,7 @@ import pandas as pd
 from .. import __version__
 from ..core import DataError, StoreError, optional, own_fault, progress
 from ..dicom.index import image_files
+from ..dicom.limits import NOT_UTF8, shown_name
 from ..dicom.quality import bytes_digest
 from ..parallel import run_parallel, worker_count
 from .recipe import Preprocess, Source, prepare
@@ -43,6 +44,9 @@ def _sources(src) -> tuple[list, list]:
             src = src.drop(bad.index)
         paths = sorted({os.path.abspath(str(p)) for p in src.path})
     else: paths = image_files([str(p) for p in src] if not isinstance(src, (str, Path)) else src)
+    odd = [p for p in paths if shown_name(p)!=p]
+    known += [dict(path=shown_name(p), cause=NOT_UTF8, remedy='Rename it') for p in odd]
+    paths = [p for p in paths if p not in odd] if odd else paths
     root = os.path.commonpath([os.path.dirname(p) for p in paths]) if paths else ''
     return [Source(p, Path(os.path.relpath(p, root)).as_posix(), *_stamp(p)) for p in paths],known
 

@@ -16,6 +16,7 @@ import os
 import re
 import warnings
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -26,6 +27,7 @@ from fastcore.basics import patch
 from .. import __version__
 from ..core import DataError, Radiograph, StoreError, atomic_path
 from ..dicom.quality import bytes_digest
+from ..files import array_shape, map_array, open_file, plain_digest, quick_digest, read_json
 from .recipe import KEPT, Preprocess, Source, recipe
 
 # %% ../../nbs/24_preprocess.store.ipynb #6019af2c
@@ -58,25 +60,54 @@ def read_account(
     store,       # its folder
     number: int, # of the shard
 ) -> dict|None:
-    """The account of a shard: `sums` by part, and `files` (path, name, bytes, mtime, hash); None where the shard is
-    not whole."""
+    """The account of a shard: `sums` by part, `quick` (of its images) and `files` (path, name, bytes, mtime, hash); None
+    where the shard is not whole."""
     if not all(shard_file(store, number, part).exists() for part in SHARD_PARTS): return None
-    try: return json.loads(shard_file(store, number, '.json').read_text())
+    try: account = read_json(shard_file(store, number, '.json'))
     except (OSError, ValueError): return None
+    return account if _is_account(account) else None
 
-def _put(path, what) -> str:
-    "Write a table, an array, or a record for JSON, whole or not at all; SHA-256 of its bytes."
+def _is_account(a) -> bool:
+    "Are these the entries of an account?"
+    if not (isinstance(a, dict) and isinstance(a.get('sums'), dict) and isinstance(a.get('files'), list)):
+        return False
+    texts = [*a['sums'].values(), a.get('quick', '')]
+    return (set(a['sums'])==set(SHARD_PARTS) and all(isinstance(v, str) for v in texts)
+        and all(isinstance(f, list) and list(map(type, f))==[str, str, int, int, str] for f in a['files']))
+
+def _bytes_of(what):
+    "A table, an array, or a record for JSON as the bytes of its file."
     out = io.BytesIO()
     if isinstance(what, pd.DataFrame): what.to_parquet(out, index=False)
     elif isinstance(what, np.ndarray): np.save(out, what, allow_pickle=False)
     else: out.write(json.dumps(what, indent=1).encode())
+    return out.getbuffer()
+
+def _put(path, what) -> str:
+    "Write a table, an array, or a record for JSON, whole or not at all; SHA-256 of its bytes."
+    data = _bytes_of(what)
     with atomic_path(path) as tmp, open(tmp, 'wb') as f:
-        f.write(out.getbuffer())
+        f.write(data)
         f.flush()
         os.fsync(f.fileno()) # on the disk before it has its name
-    return hashlib.sha256(out.getbuffer()).hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 # %% ../../nbs/24_preprocess.store.ipynb #18be0f83
+def _begun_as(store: Path) -> tuple[Preprocess, int, str]:
+    "The recipe, the files in a shard and the version of the library that recipe.json tells."
+    file = store/'recipe.json'
+    try:
+        told = read_json(file)
+        if told['format']!=2:
+            raise StoreError(f"The store {store} was written by another version of radiology_ai",
+                "Delete it and preprocess again")
+        if type(told['shard_size']) is not int or not 1<=told['shard_size']<=10**6:
+            raise ValueError(f"its shard_size is {str(told['shard_size'])[:60]}")
+        return Preprocess.from_dict(told['recipe']),told['shard_size'],told.get('library')
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StoreError(f"{file} is damaged ({type(e).__name__}: {e})",
+            "Delete the store and preprocess again") from e
+
 class ShardWriter:
     """Writes the store of a recipe: within `alone`, `begin`; for each shard `open_shard`, `append` for each of its
     files, `seal`; at last `finish`. What is on the disk is whole at any moment."""
@@ -106,16 +137,8 @@ class ShardWriter:
         return self
 
     def _check_begun(self, shard_size):
-        file = self.path/'recipe.json'
-        try:
-            old = json.loads(file.read_text())
-            if old['format']!=2:
-                raise StoreError(f"The store {self.path} was written by another version of radiology_ai",
-                    "Delete it and preprocess again")
-            there,n = Preprocess.from_dict(old['recipe']).to_dict(),int(old['shard_size'])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise StoreError(f"{file} is damaged ({type(e).__name__})",
-                "Delete the store and preprocess again") from e
+        made_by,n,library = _begun_as(self.path)
+        there = made_by.to_dict()
         here = self.recipe.to_dict()
         if there!=here:
             other = ', '.join(f'{k} {v!r} there, {here[k]!r} here' for k,v in there.items() if here[k]!=v)
@@ -124,7 +147,7 @@ class ShardWriter:
         if shard_size not in (None, n):
             raise StoreError(f"The store {self.path} has shards of {n} files, not of {shard_size}",
                 "Leave shard_size out, or give another folder")
-        self.shard_size,self.library = n,old.get('library')
+        self.shard_size,self.library = n,library
 
     def check_library(self):
         "Raises `StoreError` where the store was begun by another version of the library."
@@ -157,7 +180,8 @@ def alone(self:ShardWriter):
             warnings.warn(f"{store} cannot be locked ({e.strerror}): do not write it from two runs at once",
                 stacklevel=3)
         for p in [*store.glob('.index-*.parquet'), *store.glob('.errors-*.parquet'),
-                *store.glob('.recipe-*.json'), *(store/'shards').glob('.[0-9]*-*')]:
+                *store.glob('.recipe-*.json'), *store.glob('.sums-*.json'),
+                *(store/'shards').glob('.[0-9]*-*')]:
             p.unlink(missing_ok=True)
         yield
 
@@ -192,7 +216,8 @@ def seal(self:ShardWriter) -> int:
         '.parquet': typed_table(self._records, STORE_COLUMNS),
         '.errors.parquet': typed_table(self._errors, ERROR_COLUMNS)}
     sums = {part: _put(shard_file(self.path, k, part), what) for part,what in parts.items()}
-    _put(shard_file(self.path, k, '.json'), dict(sums=sums, files=self._files))
+    _put(shard_file(self.path, k, '.json'), dict(sums=sums, quick=quick_digest(parts['.npy']),
+        files=self._files))
     return len(self._images)
 
 # %% ../../nbs/24_preprocess.store.ipynb #575cd4d7
@@ -202,7 +227,7 @@ def finish(self:ShardWriter,
     known=(),      # errors that were known before, as dicts of `ERROR_COLUMNS`
 ):
     "Write errors.parquet and index.parquet."
-    def read(part): return [pd.read_parquet(shard_file(self.path, k, part)) for k in range(n_shards)]
+    def read(part): return [_table(shard_file(self.path, k, part)) for k in range(n_shards)]
     index = pd.concat(read('.parquet') or [typed_table([], STORE_COLUMNS)], ignore_index=True)
     copy = index.image_id.duplicated()
     copies = []
@@ -213,8 +238,28 @@ def finish(self:ShardWriter,
             for p,i in zip(index.path[copy], index.image_id[copy])]
     errors = pd.concat([typed_table(list(known), ERROR_COLUMNS), *read('.errors.parquet'),
         typed_table(copies, ERROR_COLUMNS)], ignore_index=True)
-    _put(self.path/'errors.parquet', errors.sort_values('path', ignore_index=True, kind='stable'))
-    _put(self.path/'index.parquet', index[~copy].reset_index(drop=True))
+    errors = errors.sort_values('path', ignore_index=True, kind='stable')
+    index = index[~copy].reset_index(drop=True)
+    sums = {name: hashlib.sha256(_bytes_of(what)).hexdigest() for name,what in zip(_TABLES, (index, errors))}
+    _put(self.path/'sums.json', dict(recipe=plain_digest(self.recipe.to_dict()), **sums))
+    for name,what in zip(_TABLES[::-1], (errors, index)): _put(self.path/name, what)
+
+_TABLES = 'index.parquet','errors.parquet'
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, NotImplementedError) # what a damaged file raises
+
+def _table(path, columns=None) -> pd.DataFrame:
+    "A table of the store, read if it is a file."
+    open_file(path).close()
+    return pd.read_parquet(path, columns=columns)
+
+def _changed(store: Path, made_by: Preprocess) -> str:
+    """The part of a store that is not what sums.json tells, '' where all are. Raises `OSError` or `ValueError`; stores made
+    before had no such file."""
+    if not (store/'sums.json').exists(): return ''
+    told = read_json(store/'sums.json')
+    if not isinstance(told, dict): raise ValueError("sums.json holds no sums")
+    if told.get('recipe')!=plain_digest(made_by.to_dict()): return 'recipe.json'
+    return next((name for name in _TABLES if told.get(name)!=bytes_digest(str(store/name))), '')
 
 # %% ../../nbs/24_preprocess.store.ipynb #249478a6
 @patch
@@ -235,9 +280,9 @@ def listed(self:ShardWriter) -> set|None:
     "The paths in index and errors; None where there is no index that can be read."
     if not (self.path/'index.parquet').exists(): return None
     try:
-        return set().union(*(pd.read_parquet(self.path/f'{name}.parquet', columns=['path']).path
-            for name in ('index', 'errors')))
-    except (OSError, ValueError, KeyError): return None
+        if _changed(self.path, self.recipe): return None
+        return set().union(*(_table(self.path/name, ['path']).path for name in _TABLES))
+    except _UNREADABLE: return None
 
 @patch
 def reopen(self:ShardWriter,
@@ -267,34 +312,61 @@ class ImageStore:
     """The images of one recipe: `len(store)`, `store[i]` (size, size) uint8 or uint16, `.index` (a row an
     image), `.errors`, `.recipe`, `.peak` (the grey value of 1)."""
     def __init__(self,
-        path, # the store's folder
+        path,             # the store's folder
+        whole: bool=True, # False: open it although shards are missing or damaged, for `verify`
     ):
-        self.path = Path(path)
+        self.path,self.whole = Path(path),whole
         if not (self.path/'recipe.json').exists():
             raise StoreError(f"There is no image store in {self.path}",
                 "Make one with preprocess_folder, or check the path")
         if not (self.path/'index.parquet').exists():
             raise StoreError(f"The image store {self.path} is incomplete",
                 "Make the same call of preprocess_folder again: it resumes")
-        self.recipe = Preprocess.from_dict(
-            self._read(lambda: json.loads((self.path/'recipe.json').read_text())['recipe']))
-        self.index = self._read(lambda: pd.read_parquet(self.path/'index.parquet'))
-        self.errors = self._read(lambda: pd.read_parquet(self.path/'errors.parquet'))
-        self._where = self._read(lambda: self.index[['shard', 'row']].to_numpy())
-        self.peak,self._maps,self._positions = 2**self.recipe.bits-1,{},None
+        self.recipe,self._shard_size,_ = _begun_as(self.path)
+        if whole: self._read(self._as_written)
+        self.index,self.errors = (self._read(lambda n=name: _table(self.path/n)) for name in _TABLES)
+        self._where = self._read(self._places)
+        self.peak,self._maps,self._positions,self._rows = 2**self.recipe.bits-1,{},None,None
+        if whole: self._read(self._lengths)
 
     def _read(self, fn):
         try: return fn()
-        except (OSError, ValueError, KeyError) as e:
+        except _UNREADABLE as e:
             raise StoreError(f"The image store {self.path} is damaged ({type(e).__name__}: {e})",
-                "Make the same call of preprocess_folder again, or delete the store first") from e
+                "Make the same call of "
+                "preprocess_folder again, with content=True (--content), or delete the store first") from e
+
+    def _as_written(self):
+        if name := _changed(self.path, self.recipe): raise ValueError(f"{name} is not as it was written")
+
+    def _places(self) -> np.ndarray:
+        "(N, 2) shard and row of each image, checked."
+        for c in ('image_id','path','patient_id'):
+            if not len(self.index) or pd.api.types.infer_dtype(self.index[c], skipna=False)=='string':
+                continue
+            raise ValueError(f"the index holds {c} that are no text")
+        where = self.index[['shard', 'row']].to_numpy()
+        if where.dtype.kind!='i':
+            raise ValueError(f"the index holds numbers of shards or rows as {where.dtype}")
+        if len(where) and (where.min()<0 or (where.max(0)>=(_SHARDS, self._shard_size)).any()):
+            raise ValueError("the index tells of shards or rows that cannot be")
+        return where
+
+    def _lengths(self):
+        "Raises `ValueError` where a shard does not hold the images that the index tells of."
+        n = self.recipe.size
+        last = pd.Series(self._where[:, 1]).groupby(self._where[:, 0]).max()
+        for k,row in zip(last.index.tolist(), last.tolist()):
+            file = shard_file(self.path, k, '.npy')
+            (there,*_),_ = array_shape(file, self.recipe.dtype, (None, n, n))
+            if row>=there: raise ValueError(f"{file.name} holds {there} images, the index tells of {row+1}")
 
     def __len__(self) -> int: return len(self._where)
     def __repr__(self):
         n,deep = self.recipe.size,', 16 bits' if self.recipe.bits==16 else ''
         return (f"ImageStore({str(self.path)!r}: {len(self)} images of {n} x {n}{deep}, recipe {self.recipe.name!r}, "
             f"{len(self.errors)} errors)")
-    def __reduce__(self): return ImageStore,(self.path,)
+    def __reduce__(self): return ImageStore,(self.path, self.whole)
     def __iter__(self): return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> np.ndarray:
@@ -302,10 +374,33 @@ class ImageStore:
         try: shard,row = self._where[i]
         except IndexError as e:
             raise IndexError(f"The store has {len(self)} images, there is no image {i}") from e
-        if shard not in self._maps:
-            self._maps[shard] = self._read(lambda: np.load(shard_file(self.path, shard, '.npy'),
-                mmap_mode='r', allow_pickle=False))
+        if shard not in self._maps: self._maps[shard] = self._read(lambda: self._shard(int(shard)))
         return self._maps[shard][row]
+
+    def _shard(self, k: int) -> np.ndarray:
+        """The images of a shard, mapped, after a look whether they are those that were written of the files
+        in the index."""
+        n,file,account = self.recipe.size,shard_file(self.path, k, '.npy'),read_account(self.path, k)
+        if account is None: raise ValueError(f"the account {k:05d}.json is missing or damaged")
+        if self._rows is None: self._rows = pd.Series(self._where[:, 0]).groupby(self._where[:, 0]).indices
+        paths = set(self.index.path.iloc[self._rows[k]])
+        if not paths<={f[0] for f in account['files']}:
+            raise ValueError(f"shard {k:05d} was made of other files than the index tells")
+        images = map_array(file, self.recipe.dtype, (None, n, n))
+        if (account['quick']!=quick_digest(images) if 'quick' in account
+                else account['sums']['.npy']!=_digest_of(file)):
+            raise ValueError(f"{file.name} is not as it was written")
+        return images
+
+_SHARDS = 100_000 # names of files have five digits
+
+def _digest_of(file: Path) -> str:
+    "SHA-256 of a file, computed once as long as it stays the same."
+    s = file.stat()
+    return _known_digest(str(file), s.st_ino, s.st_mtime_ns, s.st_size)
+
+@lru_cache(2**14)
+def _known_digest(path, *when): return bytes_digest(path)
 
 # %% ../../nbs/24_preprocess.store.ipynb #7bc53696
 @patch
@@ -373,24 +468,24 @@ def verify(self:ImageStore,
         add('index.parquet', f'it holds the image {i} twice',
             'Delete index.parquet and make the same call of preprocess_folder again')
     if not faults: self._verify_index(add)
+    if not faults and self._read(lambda: _changed(self.path, self.recipe)):
+        add('sums.json', 'index, errors or recipe are not those that were written')
     return pd.DataFrame(faults, columns=['file', 'fault', 'remedy'])
 
 @patch
 def _verify_images(self:ImageStore, k, last, add):
     "Shape, type and length of the images of shard `k`, of which the index wants those up to row `last`."
     name,n = f'shards/{k:05d}.npy',self.recipe.size
-    try: a = np.load(self.path/name, mmap_mode='r', allow_pickle=False)
+    try: (there,*_),_ = array_shape(self.path/name, self.recipe.dtype, (None, n, n))
     except (OSError, ValueError) as e: return add(name, f'it cannot be opened ({e})')
-    if a.shape[1:]!=(n, n) or a.dtype!=self.recipe.dtype:
-        add(name, f'it holds {a.dtype} of shape {a.shape}, the recipe gives {self.recipe.dtype} of {n} x {n}')
-    elif last>=len(a): add(name, f'it holds {len(a)} images, the index wants {last+1}')
+    if last>=there: add(name, f'it holds {there} images, the index wants {last+1}')
 
 @patch
 def _verify_index(self:ImageStore, add):
     "The index against the tables of the shards."
     try:
-        tables = [pd.read_parquet(shard_file(self.path, k, '.parquet')) for k in range(len(self._accounts()))]
-    except (OSError, ValueError) as e: return add('shards', f'a table cannot be read ({e})')
+        tables = [_table(shard_file(self.path, k, '.parquet')) for k in range(len(self._accounts()))]
+    except _UNREADABLE as e: return add('shards', f'a table cannot be read ({e})')
     whole = pd.concat(tables or [typed_table([], STORE_COLUMNS)], ignore_index=True)
     whole = whole[~whole.image_id.duplicated()].reset_index(drop=True)
     if not whole.drop(columns='affine').equals(self.index.drop(columns='affine')):

@@ -19,6 +19,7 @@ from fastai.torch_core import TensorCategory
 # %% ../../nbs/51_pretrain.ssl.ipynb #0906362d
 from ..core import DataError, ModelError, atomic_path
 from ..models.backbone import Head, XrayModel, create_model
+from ..models.sealed import not_finite, tensors_digest
 from .collapse import Collapse
 from .methods import METHODS, MaskedModel, SiameseModel, SSLLoss, method_settings
 from .views import Views, radiograph_views, ssl_dataloaders
@@ -188,8 +189,12 @@ def save_body(
     learn, # of `ssl_learner`, after training
     path,  # of a safetensors file
 ):
-    "Write the weights of the body for `create_model(weights=path)`, whole or not at all."
+    """Write the weights of the body for `create_model(weights=path)`, with their digest, whole or not at all. Raises
+    `ModelError` where they are not finite."""
     from safetensors.torch import save_file
-    with atomic_path(path) as tmp:
-        save_file({k: v.detach().cpu().contiguous().clone()
-            for k,v in getattr(learn.model.body, 'net', learn.model.body).state_dict().items()}, tmp)
+    state = {k: v.detach().cpu().contiguous().clone()
+        for k,v in getattr(learn.model.body, 'net', learn.model.body).state_dict().items()}
+    bad = not_finite(state)
+    if bad: raise ModelError(f"The weights {bad} hold NaN or infinity", "Train again with a lower learning rate")
+    told = {'radiology_ai': 'body', 'sha256': tensors_digest(state, 'body')}
+    with atomic_path(path) as tmp: save_file(state, tmp, metadata=told)

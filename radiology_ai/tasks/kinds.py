@@ -73,7 +73,8 @@ def _joined(store, labels, no_patient: str) -> tuple[pd.DataFrame, int]:
         if no_patient!='drop': return everyone,0
         try: df = make_manifest(store.index, labels, no_patient='drop')
         except DataError as e:
-            raise DataError(f"None of the {len(everyone)} images has a patient", "Add a column patient_id to the labels, or "
+            raise DataError(f"None of the {len(everyone)} images has a patient",
+                "Add a column patient_id to the labels, or "
                 "say no_patient=image if each image is of another patient (--set no_patient=image)") from e
     return df,len(everyone)-len(df)
 

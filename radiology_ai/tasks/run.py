@@ -20,6 +20,7 @@ import pandas as pd
 
 # %% ../../nbs/66_tasks.run.ipynb #69c6fd2e
 from ..core import BundleError, DataError, OwnedFolder, RadiologyError, atomic_path, plain
+from ..files import read_json
 from ..models.bundle import load_bundle
 from .base import Task, near
 
@@ -40,7 +41,7 @@ def read_record(
 ) -> dict|None:
     """The record in a file; None where there is none, or somebody else's. Raises `DataError` for a newer
     format."""
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
+    try: found = read_json(path, 2**30)
     except (OSError, ValueError): return None
     if not isinstance(found, dict) or found.get('radiology_ai')!=_MARKER['radiology_ai']: return None
     if not isinstance(found.get('format'), int) or found['format']>FORMAT:
@@ -94,9 +95,11 @@ def _remove(p: Path):
 
 _BUNDLE = tuple(f'{at}model/{inner}{name}' for at in ('', 'fold_*/') for inner in ('', '*/')
     for name in ('bundle.json', 'model.safetensors'))
-RUN = OwnedFolder('run', ('run.json','plan.json'), ('run.json', 'run.toml', 'plan.json', 'manifest.csv', 'split.csv',
+RUN = OwnedFolder('run', ('run.json','plan.json'),
+    ('run.json', 'run.toml', 'plan.json', 'manifest.csv', 'split.csv',
     'predictions.csv', 'report.html', 'report.json', '.lock', 'fits/*/scores.csv', 'fits/*/fit.json',
-    'fits/*/checkpoint/checkpoint.safetensors', *(f'{at}.{n}-*' for n in _WRITTEN for at in ('', '*/')), *_BUNDLE))
+    'fits/*/checkpoint/checkpoint.safetensors', *(f'{at}.{n}-*' for n in _WRITTEN for at in ('', '*/')),
+    *_BUNDLE))
 
 # %% ../../nbs/66_tasks.run.ipynb #cb68ce74
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def _numbers(column: pd.Series):
 
 def _earlier(path: Path) -> bool:
     "Whether it looks like a run of version 0.1."
-    return (path/'run.json').exists() and any(path.rglob('model/bundle.json')) and (path/'predictions.csv').exists()
+    return ((path/'run.json').exists() and any(path.rglob('model/bundle.json'))
+        and (path/'predictions.csv').exists())
 
 def read_run(
     run, # a `Run`, or its folder
@@ -148,7 +152,8 @@ def read_run(
         raise DataError(f"The run {path} is not finished",
             "Call train again with the same arguments: it goes on where it stopped")
     if record is None and _earlier(path):
-        raise DataError(f"{path} was made by an earlier version", "Predict from the bundle in it, or train it again")
+        raise DataError(f"{path} was made by an earlier version",
+            "Predict from the bundle in it, or train it again")
     lost = ['run.json']*(record is None) + [n for n in ('manifest.csv','predictions.csv')
         if not (path/n).exists()]
     if lost:

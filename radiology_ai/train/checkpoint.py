@@ -24,6 +24,8 @@ from fastcore.foundation import L
 
 # %% ../../nbs/46_train.checkpoint.ipynb #b80f1ce8
 from ..core import ModelError, atomic_path
+from ..files import open_file, parse_json
+from ..models.sealed import tensors_digest
 
 # %% ../../nbs/46_train.checkpoint.ipynb #5d51a49c
 def pack(
@@ -66,18 +68,23 @@ def write_checkpoint(
     from safetensors.torch import save_file
     tensors = {}
     text = json.dumps(pack(state, tensors))
-    with atomic_path(path) as tmp: save_file(tensors, tmp, metadata={'radiology_ai': text})
+    told = {'radiology_ai': text, 'sha256': tensors_digest(tensors, text)}
+    with atomic_path(path) as tmp: save_file(tensors, tmp, metadata=told)
 
 def read_checkpoint(
     path, # a file of `write_checkpoint`
 ) -> dict:
-    "The state in a file. Raises `ModelError` for a file that is something else or damaged."
+    "The state in a file. Raises `ModelError` for a file that is something else, or not as it was written."
     from safetensors import SafetensorError, safe_open
     try:
+        open_file(path).close()
         with safe_open(path, 'pt') as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-            return unpack(json.loads((f.metadata() or {})['radiology_ai']), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError) as e:
+            tensors,told = {k: f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+        if 'sha256' not in told: raise ValueError("it has no digest, or an earlier version has written it")
+        if told['sha256']!=tensors_digest(tensors, told['radiology_ai']):
+            raise ValueError("its digest is another")
+        return unpack(parse_json(told['radiology_ai'].encode(), finite=False), tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ModelError(f"{Path(path).name} is not a checkpoint, or it is damaged ({e})",
             "Delete the folder to begin anew, or take it from a backup") from e
 
@@ -158,7 +165,8 @@ class Checkpoint(Callback):
             raise ModelError(f"{self.folder} holds another run: {k} was {_short(old.get(k))} and is "
                 f"{_short(self.identity.get(k))}{more}",
                 "Give the same data and arguments to go on, or another folder for a new run")
-        other = [f'{k} {v} -> {versions.get(k)}' for k,v in self.state['versions'].items() if v!=versions.get(k)]
+        other = [f'{k} {v} -> {versions.get(k)}' for k,v in self.state['versions'].items()
+            if v!=versions.get(k)]
         if other:
             warnings.warn(f"The run goes on with {', '.join(other)}: the last digits may differ",
                 stacklevel=3)

@@ -30,6 +30,7 @@ from ..data.labels import make_manifest
 from ..data.load import xray_dataloaders, xray_test_dl
 from ..data.split import patient_split
 from ..dicom.index import index_dicoms
+from ..files import read_bytes
 from ..losses.base import WeightedCrossEntropy
 from ..metrics.recalibration import TemperatureScaling, recalibration_from
 from ..models.bundle import Bundle, load_bundle, save_bundle
@@ -444,6 +445,16 @@ def save(self:OutOfScope,
     with atomic_path(path/'neighbours.safetensors') as tmp: tmp.write_bytes(bank)
     return path
 
+def _check_filter(d: dict, near: Neighbours):
+    "Raises `ValueError` for entries of a filter, or neighbours, that cannot be."
+    if not isinstance(d['wanted'], list) or not d['wanted']: raise ValueError("wanted is no list of classes")
+    if type(d['views']) is not int or not 0<=d['views']<=64: raise ValueError("views is no number from 0 to 64")
+    if type(d['limit']) not in (int, float) or not d['limit']>0: raise ValueError("limit is no number above 0")
+    bank,center = near.bank,near.center
+    if bank.ndim!=2 or center.shape!=bank.shape[1:] or not (np.isfinite(bank).all() and np.isfinite(center).all()):
+        raise ValueError("the neighbours are no finite features")
+    if type(d['k']) is not int or not 1<=d['k']<=len(bank): raise ValueError("k is no number of neighbours")
+
 @patch(cls_method=True)
 def load(cls:OutOfScope,
     path,         # a folder of `save`
@@ -457,14 +468,15 @@ def load(cls:OutOfScope,
     if not isinstance(d, dict):
         raise BundleError(f"{Path(path).name} is no out-of-scope filter, but a network for "
             f"{bundle.task or 'something else'}", "Give a folder of OutOfScope.save")
-    data = file.read_bytes() if file.is_file() else b''
+    try: data = read_bytes(file, 2**30)
+    except (OSError, ValueError): data = b''
     if hashlib.sha256(data).hexdigest()!=d.get('sha256'):
         raise BundleError(f"neighbours.safetensors of {Path(path).name} is missing or not that of its network",
             "Copy the filter again from its source")
     try:
-        return cls(bundle, d['wanted'], recalibration_from(d['scaling']),
-            Neighbours(**from_bytes(data), k=int(d['k']), limit=float(d['limit'])), bundle.threshold,
-            int(d['views']))
-    except (KeyError, TypeError, ValueError, SafetensorError) as e:
+        near = Neighbours(**from_bytes(data), k=d['k'], limit=d['limit'])
+        _check_filter(d, near)
+        return cls(bundle, d['wanted'], recalibration_from(d['scaling']), near, bundle.threshold, d['views'])
+    except (KeyError, TypeError, ValueError, SafetensorError, DataError, ModelError) as e:
         raise BundleError(f"bundle.json of {Path(path).name} is broken ({type(e).__name__}: {e})",
             "Copy the filter again from its source") from e
