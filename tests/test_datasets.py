@@ -448,7 +448,8 @@ NIH_ROWS = ['a.png,Mass,0,1,50,M,PA,1,1,1,1', 'b.png,No Finding,0,2,50,M,PA,1,1,
 def bad_nih(folder):
     (folder/'entry.csv').write_text('\n'.join([NIH_HEADER, *NIH_ROWS]) + '\n')
     (folder/'box.csv').write_text('Image Index,Finding Label,Bbox '
-        '[x,y,w,h]\na.png,Mass,10,10,20,20\na.png,Mass,1000,10,200,20\nb.png,Infiltrate,5,5,0,9\nz.png,Mass,1,1,2,2\nb.png,Masse,1,1,2,2\nb.png,Mass,1,x,2,2\n')
+        '[x,y,w,h]\na.png,Mass,10,10,20,20\na.png,Mass,1000,10,200,20\nb.png,Infiltrate,5,5,0,9\n'
+        'z.png,Mass,1,1,2,2\nb.png,Masse,1,1,2,2\nb.png,Mass,1,x,2,2\n')
     (folder/'images').mkdir()
     for name in 'acde': (folder/'images'/f'{name}.png').touch()
     return folder

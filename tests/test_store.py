@@ -253,7 +253,7 @@ def cluster(tmp_path, request):
     file, processes = tmp_path/'scheduler.json', []
     start = lambda name, *words: processes.append(subprocess.Popen([sys.executable, '-m',
         f'distributed.cli.dask_{name}', *words, '--scheduler-file', str(file), '--no-dashboard'],
-                                                                  env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True))
+        env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True))
     try:
         start('scheduler', '--host', '127.0.0.1', '--port', '0')
         while not file.exists(): time.sleep(.05)
