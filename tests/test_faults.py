@@ -8,11 +8,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 
 from radiology_ai.core import DicomError, own_fault, rng
-from radiology_ai.dicom import codecs, deidentify, explore, file, index, quality, read, stored
+from radiology_ai.dicom import codecs, deidentify, explore, file, index, quality, read, still, stored
 from radiology_ai.findings import Finding, Reading
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.hospital import simulate_hospital, write_dicom
@@ -83,7 +82,7 @@ PLACES = { # module and name of a function of ours, and a call that comes by it
     'grey': (read, '_grey_values', lambda f, p: read.read_radiograph(f)),
     'tags': (index, '_text_value', lambda f, p: index.index_row(f)),
     'index': (index, '_pixel_fault', lambda f, p: index.index_row(f)),
-    'still': (read, '_still_grey', lambda f, p: read.read_radiograph(p)),
+    'still': (still, '_grey', lambda f, p: read.read_radiograph(p)),
     'digest': (quality, 'decode_stored', lambda f, p: quality.pixel_digest(f)),
     'walk': (deidentify.Walk, '_element', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
     'values': (deidentify.Walk, '_remember', lambda f, p: deidentify.deidentify(f, f.parent/'out',
@@ -206,7 +205,7 @@ def test_a_folder_named_dl(tmp_path, kind):
     if kind=='folder': (tmp_path/'dl').mkdir()
     else: (tmp_path/'dl.py').write_text("print('run')\n")
     done = run_script(tmp_path, "import sys\nimport radiology_ai.dicom.read, gdcm\n"
-        "assert 'dl' not in sys.modules and not [f for f in sys.meta_path if f.__module__=='radiology_ai']\n"
+        "assert 'dl' not in sys.modules and 'gdcm' not in [getattr(f, 'name', '') for f in sys.meta_path]\n"
         "import dl\nprint(gdcm.Version.GetVersion()>'3', dl.__name__)\n")
     assert (done.returncode, done.stdout.splitlines()[-1:])==(0, ['True dl']), done.stderr
 
@@ -229,7 +228,7 @@ def test_a_table_that_is_no_index(tmp_path, monkeypatch):
     (tmp_path/'index.parquet').write_text('nonsense')
     with pytest.raises(Exception, match='not a readable parquet file'):
         index.read_index(tmp_path/'index.parquet')
-    monkeypatch.setattr(pd, 'read_parquet', unnamed)
+    monkeypatch.setattr(index, 'read_parquet', unnamed)
     with pytest.raises(NameError): index.read_index(tmp_path/'index.parquet')
 
 

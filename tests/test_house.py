@@ -204,15 +204,35 @@ def test_prediction_loads_no_training():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('code', ['import radiology_ai.all', 'from radiology_ai.all import *'])
-def test_everything_is_imported_in_four_seconds(code):
-    assert loaded(code, ('timm', 'kornia', 'pydicom.examples', 'tensorboard', 'mlflow', 'lightly', 'distributed'))==[]
-    assert seconds([sys.executable, '-c', code])<4
+def test_everything_is_imported_in_a_few_times_torch(code):
+    "Measured beside torch itself, which is a good third of it; what is not needed is not loaded."
+    assert loaded(code, ('timm', 'kornia', 'torch._dynamo', 'tensorboard', 'mlflow', 'lightly', 'distributed'))==[]
+    assert seconds([sys.executable, '-c', code])<3.3*seconds([sys.executable, '-c', 'import torch'])
 
 
 @pytest.mark.slow
 def test_a_film_is_predicted_within_five_seconds(run, hospital, tmp_path):
     film = min((hospital/'dicom').rglob('*.dcm'))
     assert seconds([COMMAND, 'predict', run, film, '--out', tmp_path/'x.csv'])<5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('first', ['radiology_ai.all', 'torch._dynamo', 'torchvision', 'timm'])
+def test_the_compiler_of_torch_comes_when_it_is_used(first):
+    "Whatever is imported first, torchvision and timm have the true compiler when they call it, and nothing stands in for it."
+    code = f"""
+import radiology_ai, sys, warnings
+warnings.simplefilter('ignore')
+import {first}, torch, torchvision, timm
+assert not [m for m in sys.modules.values() if type(m) is radiology_ai._Later]
+assert not [f for f in sys.meta_path if getattr(f, 'name', '')[:6] in ('torchv', 'timm.m')]
+from torchvision.ops import roi_align
+torch.use_deterministic_algorithms(True)
+assert roi_align(torch.rand(1, 1, 8, 8), torch.tensor([[0., 0, 0, 4, 4]]), 2).shape==(1, 1, 2, 2)
+once = timm.layers.disable_compiler(lambda v: v + 1)
+assert once(1)==2 and torch._dynamo.utils.is_compile_supported and torch._dynamo.disable(lambda: 3)()==3
+"""
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_help_comes_within_a_second():

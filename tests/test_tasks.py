@@ -204,7 +204,8 @@ def test_elsewhere_a_leak_is_refused(hospital):
 def test_elsewhere_other_patients_are_evaluated(hospital, tmp_path):
     truth = hospital.task.demo.simulate(tmp_path/'dicom', 40, 6, 1)
     store = preprocess_folder(tmp_path/'dicom', tmp_path/'store', hospital.store.recipe, workers=1)
-    other = evaluate(hospital.run, store, truth[['image_id', *hospital.columns]])
+    labels = truth.assign(patient_id='OTHER' + truth.patient_id)[['image_id', 'patient_id', *hospital.columns]]
+    other = evaluate(hospital.run, store, labels)
     assert 0<len(other.table)<=len(truth) and not set(other.table.image_id) & set(
         hospital.run.manifest.image_id)
 

@@ -74,7 +74,7 @@ def finding_picture(
     if reading.seen is not None: _rectangle(picture, reading.seen, f, _SEEN, thick)
     for finding in reading.findings: _draw(picture, finding, f, thick)
     for k,finding in enumerate(reading.found()[:6]):
-        at = (8, 24 + 22*k)
+        at = (16, 30 + 22*k)
         cv2.putText(picture, f'{finding.label} {finding.score:.2f}'.encode('ascii', 'replace').decode(), at,
             cv2.FONT_HERSHEY_SIMPLEX,
             .6, _FOUND, 1, cv2.LINE_AA)
