@@ -205,16 +205,17 @@ def _tidy(out: Path):
     "Remove what a whole run no longer needs."
     shutil.rmtree(out/'fits', ignore_errors=True)
     (out/'plan.json').unlink(missing_ok=True)
+    (out/'.lock').unlink(missing_ok=True)
 
 def _begin(plan: Plan, out: Path):
-    "Write what the run will be."
+    "Write what the run will be: the plan first, by which the folder is ours, and `run.toml` last."
     m,s = plan.manifest,plan.settings
+    write_record(out/'plan.json', plan.record)
     with atomic_path(out/'manifest.csv') as tmp: m.to_csv(tmp, index=False)
     if not s.folds: save_split(m, out/'split.csv', duplicates=plan.copies)
     text = settings_text(s, task=plan.task.name, data=str(plan.store.path.absolute()), labels='manifest.csv',
         format=1)
     with atomic_path(out/'run.toml') as tmp: tmp.write_text(text, encoding='utf-8')
-    write_record(out/'plan.json', plan.record)
 
 def _quiet(text): pass
 
@@ -260,12 +261,11 @@ def train_task(
 def _run(plan, out, show, say) -> Run:
     "Everything between the plan and the finished run, for one process alone."
     fresh = not out.exists()
-    try:
-        with alone_in(out):
-            if read_record(out/'plan.json') is None: _begin(plan, out)
+    with alone_in(out):
+        try:
+            if not (out/'run.toml').exists(): _begin(plan, out)
             _publish(plan, out, *_fit_all(plan, out, show, say))
-    except Exception:
-        if fresh and not any(out.glob('fits/*/*/checkpoint/*')):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+        except Exception:
+            if fresh and not any(out.glob('fits/*/*/checkpoint/*')): shutil.rmtree(out, ignore_errors=True)
+            raise
     return read_run(out)
