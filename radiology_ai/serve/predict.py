@@ -46,12 +46,13 @@ def models_and_task(
 ) -> tuple[list, Task]:
     """The bundles that answer, and their task. Raises `BundleError` for a task that is unknown, or another
     than asked for."""
+    stages = [p.parent for at in ('', 'fold_0/') for p in sorted(Path(path).glob(f'{at}model/*/bundle.json'))]
     if task is not None: task = task_named(task)
+    elif stages: task = known_task(TASKS, load_models(stages[0])[0].task, path) # of a task with several networks
     else:
-        stages = sorted(Path(path).glob('model/*/bundle.json')) # of a task with several
-        task = known_task(TASKS, load_models(stages[0].parent if stages else path)[0].task, path)
-    several = len(task.stages)>1 and not (Path(path)/'bundle.json').exists()
-    return load_models(path, task, task.stages[-1].name if several else ''),task
+        bundles = load_models(path)
+        return bundles,known_task(TASKS, bundles[0].task, path)
+    return load_models(path, task, task.stages[-1].name if stages else ''),task
 
 # %% ../../nbs/81_serve.predict.ipynb #52b6f435
 @contextmanager
