@@ -131,7 +131,20 @@ def many_targets(source: str) -> list[str]:
         for t in n.targets if isinstance(t, (ast.Tuple, ast.List)) and len(t.elts)>TARGETS]
 
 
-IN_MODULES = [long_functions, many_positional, walruses, collections_as_statements, many_targets]
+OWN_TABLES = {'to_csv', 'read_csv', 'to_excel', 'read_excel'} # of pandas; `tables` alone may call them
+
+
+def tables_elsewhere(source: str) -> list[str]:
+    "Tables that are not written and read by `tables`, which keeps each text and lets nobody else read them."
+    if "default_exp tables" in source or "../nbs/02_tables.ipynb" in source: return []
+    found = [n.func for n in ast.walk(parsed(source)) if isinstance(n, ast.Call)
+        and isinstance(n.func, ast.Attribute)]
+    return [f'line {f.lineno}: {f.attr}' for f in found if f.attr in OWN_TABLES
+        or getattr(f.value, 'id', '')=='csv' and f.attr in ('writer', 'DictWriter')]
+
+
+IN_MODULES = [tables_elsewhere, long_functions, many_positional, walruses, collections_as_statements,
+    many_targets]
 IN_CELLS = [long_lines, private_imports]
 
 
