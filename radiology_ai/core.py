@@ -279,6 +279,7 @@ def rng(
 @contextmanager
 def atomic_path(
     path, # the file to be written
+    private: bool=False, # only its owner may read it, from the first byte; False: as the umask says
 ):
     "Gives a temporary path beside `path`; moves it to `path` when the block ends well, removes it otherwise."
     path = Path(path)
@@ -288,8 +289,9 @@ def atomic_path(
     tmp = Path(tmp)
     try:
         yield tmp
-        umask = os.umask(0); os.umask(umask)
-        tmp.chmod(0o666 & ~umask)
+        if not private:
+            umask = os.umask(0); os.umask(umask)
+            tmp.chmod(0o666 & ~umask)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 

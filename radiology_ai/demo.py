@@ -26,6 +26,7 @@ from .phantom.hospital import HOSPITAL
 from .preprocess.scale import preprocess_folder
 from .preprocess.store import ImageStore
 from .serve.predict import models_and_task, predict
+from .tables import save_table
 from .tasks.base import Task
 from .tasks.judge import Evaluation, evaluate_run, heat_maps, report_run
 from .tasks.registry import task_named, train
@@ -117,7 +118,7 @@ def run_demo(
     truth = demo.simulate(out/'hospital', patients, seed, workers)
     store = _prepared(task, out, size or demo.size, workers, say)
     columns = task.settings(**settings).labels
-    truth[['image_id', *columns]].to_csv(out/'labels.csv', index=False)
+    save_table(truth[['image_id', *columns]], out/'labels.csv')
     say(f"training {settings.get('arch', task.settings().arch)} on {store.recipe.size} x {store.recipe.size} pixels: {out/'run'}")
     run = train(task, store, out/'labels.csv', out/'run', **settings | {'seed': seed})
     return _judge(task, run, store, truth, out, workers=workers, say=say)

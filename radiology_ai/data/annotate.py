@@ -10,6 +10,7 @@ __all__ = ['VOTES', 'HISTORY', 'assign_readers', 'Question', 'write_templates', 
            'labels_at']
 
 # %% ../../nbs/36_data.annotate.ipynb #7dfd0b82
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, atomic_path, rng
-from .labels import read_labels
+from .labels import read_cells
+from ..tables import escape_text, save_table, text_column, unescape_text
 
 # %% ../../nbs/36_data.annotate.ipynb #6a892e12
 def assign_readers(
@@ -58,6 +60,7 @@ class Question(NamedTuple):
     help: str=''      # a sentence that explains it
 
 _SHEET,_LISTS = 'read','answers'
+_LONGEST = 32_767 # characters of a cell of Excel
 
 def _questions(questions) -> list:
     out = [q if isinstance(q, Question) else Question(*q)
@@ -67,6 +70,17 @@ def _questions(questions) -> list:
         raise DataError(f"The questions are {names}",
             "Give each a name of its own, other than image_id, reader and comment")
     return out
+
+def _put_text(cell, value):
+    "Write a cell as text, whatever it begins with; empty where there is no value."
+    text = escape_text('' if value is None or value!=value else str(value), excel=True)
+    if len(text)>_LONGEST:
+        raise DataError(f"A text of the table has {len(text)} characters, which Excel cannot hold",
+            "Choose kind='csv'")
+    cell.value = text
+    cell.data_type,cell.number_format = 's','@'
+
+def _shown(text: str) -> str: return escape_text(text, excel=True)
 
 def _write_excel(path, table, questions):
     "A workbook with lists to choose from; text stays text, whatever it begins with."
@@ -79,21 +93,23 @@ def _write_excel(path, table, questions):
     sheet.title,sheet.freeze_panes = _SHEET,'B2'
     for i,row in enumerate([list(table.columns), *table.itertuples(index=False)], 1):
         for j,v in enumerate(row, 1):
-            cell = sheet.cell(i, j, '' if v is None or v!=v else str(v))
-            cell.data_type,cell.number_format,cell.font = 's','@',Font(bold=i==1)
+            cell = sheet.cell(i, j)
+            _put_text(cell, v)
+            cell.font = Font(bold=i==1)
     for j,q in enumerate(questions, 1):
         letter,column = get_column_letter(j),get_column_letter(list(table.columns).index(q.name)+1)
-        for i,v in enumerate([q.name, *map(str, q.answers)], 1): lists[f'{letter}{i}'] = v
+        for i,v in enumerate([q.name, *q.answers], 1): _put_text(lists[f'{letter}{i}'], v)
         if not q.answers: continue
         rule = DataValidation('list', formula1=f"{_LISTS}!${letter}$2:${letter}${len(q.answers)+1}",
-            allow_blank=True, showErrorMessage=True, errorTitle=q.name, error='Choose an answer of the list',
-                              showInputMessage=bool(q.help), promptTitle=q.name[:32],
-                              prompt=q.help[:255] or None)
+            allow_blank=True, showErrorMessage=True, errorTitle=_shown(q.name),
+            error='Choose an answer of the list',
+            showInputMessage=bool(q.help), promptTitle=_shown(q.name)[:32],
+            prompt=_shown(q.help)[:255] or None)
         sheet.add_data_validation(rule)
         rule.add(f'{column}2:{column}{len(table)+1}')
     for j,name in enumerate(table.columns, 1):
         sheet.column_dimensions[get_column_letter(j)].width = max(12,
-            min(60, 2+max(map(len, [str(name), *table[name].astype(str)]))))
+            min(60, 2+max(map(len, map(str, [name, *table[name]])))))
     book.save(path)
 
 def write_templates(
@@ -118,9 +134,9 @@ def write_templates(
         shown = rows[['image_id', 'reader', *(c for c in rows if c not in ('image_id', 'reader', 'block'))]]
         jobs[path] = shown.assign(**{q.name: '' for q in questions}, comment='')
     for path,table in jobs.items():
-        with atomic_path(path) as tmp:
-            if kind=='csv': table.to_csv(tmp, index=False, encoding='utf-8-sig')
-            else: _write_excel(tmp, table, questions)
+        if kind=='csv': save_table(table, path, encoding='utf-8-sig')
+        else:
+            with atomic_path(path, private=True) as tmp: _write_excel(tmp, table, questions)
     return list(jobs)
 
 # %% ../../nbs/36_data.annotate.ipynb #0298eb8d
@@ -129,9 +145,9 @@ VOTES = ['image_id', 'reader', 'question', 'value', 'comment', 'file', 'row']
 
 def _read_table(path: Path) -> pd.DataFrame:
     "All cells of a template as text, empty ones as ''."
-    if path.suffix.lower()!='.xlsx':
-        return read_labels(path).astype(object).where(lambda d: d.notna(),
-            '').map(lambda v: str(int(v)) if isinstance(v, float) and v==int(v) else str(v).strip())
+    if not path.is_file():
+        raise DataError(f"There is no file {path}", "Give the path of a table that was filled in")
+    if path.suffix.lower()!='.xlsx': return read_cells(path, exact=True)
     import zipfile
 
     from openpyxl import load_workbook
@@ -141,11 +157,27 @@ def _read_table(path: Path) -> pd.DataFrame:
     rows = list((book[_SHEET] if _SHEET in book.sheetnames
         else book.worksheets[0]).iter_rows(values_only=True))
     book.close()
-    text = lambda v: '' if v is None else str(int(v)) if isinstance(v,
-        float) and v==int(v) else str(v).strip()
-    rows = [[text(v) for v in r] for r in rows]
+    rows = [[_cell_text(v) for v in r] for r in rows]
     if not rows: raise DataError(f"{path.name} is empty", "Fill in the template")
-    return pd.DataFrame(rows[1:], columns=rows[0]).loc[:, [bool(c) for c in rows[0]]]
+    columns = {name: text_column(list(cells)) for name,*cells in zip(*rows) if name}
+    return pd.DataFrame(columns)
+
+def _cell_text(v) -> str:
+    if v is None: return ''
+    return str(int(v)) if isinstance(v, float) and v==int(v) else unescape_text(str(v), excel=True)
+
+def _known_answer(text: str, q: Question):
+    "The answer that is meant; None if it is not allowed. A whole number may have got a `.0`."
+    if not q.answers: return text
+    known = {str(a).strip().casefold(): a for a in q.answers}
+    return known.get(text.casefold(), known.get(re.sub(r'^(-?\d+)\.0+$', r'\1', text)))
+
+def _bare(pair) -> tuple: return tuple(v.strip() for v in pair)
+
+def _pairs_given(assignment) -> dict:
+    "The pairs (image, reader) as they were given, also by what is left of them without blanks at the ends."
+    pairs = list(zip(map(str, assignment.image_id), map(str, assignment.reader)))
+    return {_bare(p): p for p in pairs} | {p: p for p in pairs}
 
 def _file_votes(path, questions, given):
     "The votes and the problems of one file."
@@ -153,21 +185,19 @@ def _file_votes(path, questions, given):
     if missing := [c for c in ('image_id', 'reader', *(q.name for q in questions)) if c not in table]:
         return [],[f"{path.name}: there is no column {missing[0]!r} (columns: {', '.join(table.columns)})"]
     for i,row in enumerate(table.to_dict('records'), 2):
-        answers = {q.name: row[q.name] for q in questions if row[q.name]!=''}
+        answers = [(q, row[q.name].strip()) for q in questions if row[q.name].strip()]
         if not answers: continue
-        if given is not None and (row['image_id'], row['reader']) not in given:
-            problems.append(f"{path.name}, row {i}, column 'image_id': {row['image_id']!r} was not given to "
-                f"reader {row['reader']!r}")
+        pair = row['image_id'],row['reader']
+        who = pair if given is None else given.get(pair, given.get(_bare(pair)))
+        if who is None:
+            problems.append(f"{path.name}, row {i}, column 'image_id': {pair[0]!r} was not given to reader {pair[1]!r}")
             continue
-        for q in questions:
-            if (v := answers.get(q.name)) is None: continue
-            known = {str(a).casefold(): a for a in q.answers}
-            if q.answers and v.casefold() not in known:
+        for q,v in answers:
+            answer = _known_answer(v, q)
+            if answer is None:
                 allowed = ', '.join(map(str, q.answers))
                 problems.append(f"{path.name}, row {i}, column {q.name!r}: {v!r} is not one of {allowed}")
-            else:
-                votes.append((row['image_id'], row['reader'], q.name, known.get(v.casefold(), v),
-                    row.get('comment', ''), path.name, i))
+            else: votes.append((*who, q.name, answer, row.get('comment', '').strip(), path.name, i))
     return votes,problems
 
 def read_templates(
@@ -182,14 +212,13 @@ def read_templates(
     files = (sorted(p for p in Path(files).iterdir() if p.suffix.lower() in ('.xlsx', '.csv')
         and p.name[0] not in '.~') if isinstance(files, (str, Path)) and Path(files).is_dir()
         else [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)])
-    given = (None if assignment is None else set(zip(assignment.image_id.astype(str),
-        assignment.reader.astype(str))))
+    given = None if assignment is None else _pairs_given(assignment)
     votes,problems = [],[]
     for f in files:
         try: v,p = _file_votes(f, questions, given)
         except DataError as e: v,p = [],[str(e)]
         votes += v; problems += p
-    votes = pd.DataFrame(votes, columns=VOTES)
+    votes = pd.DataFrame({c: text_column([v[k] for v in votes]) for k,c in enumerate(VOTES)})
     key = ['image_id', 'reader', 'question']
     torn = votes[votes.groupby(key).value.transform('nunique')>1] if len(votes) else votes
     problems += [f"{g.file.iloc[-1]}, row {g.row.iloc[-1]}, column {k[2]!r}: reader {k[1]!r} answers "

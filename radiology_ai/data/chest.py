@@ -19,6 +19,8 @@ from ..core import DataError
 from .labels import Dataset, Problem, make_dataset, name_rows, read_table
 from .regions import XYXY, box_problems, fuse_boxes, mask_problems
 from .tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
+from ..dicom.limits import table_bytes
+from ..tables import foreign_table
 
 # %% ../../nbs/31_data.chest.ipynb #dddec508
 def _numbers(df, columns, found, file) -> pd.DataFrame:
@@ -104,7 +106,7 @@ def _nih_labels(df, tree, found, file) -> pd.DataFrame:
 
 def _official(df, path) -> np.ndarray:
     if not Path(path).is_file(): raise DataError(f"There is no file {path}", "Give train_val_list.txt")
-    listed = set(pd.read_csv(path, header=None, dtype=str)[0].str.strip())
+    listed = set(foreign_table(table_bytes(path), header=None, dtype=str)[0].str.strip())
     inside = df.image_id.isin(listed)
     if not inside.any():
         raise DataError(f"{Path(path).name} names none of the {len(df)} images",

@@ -6,8 +6,8 @@ Docs: https://lluissalord.github.io/radiology_ai/data.labels.html.md"""
 
 # %% auto #0
 __all__ = ['SCHATZKER', 'KELLGREN_LAWRENCE', 'MANIFEST', 'LABEL_WORDS', 'Grade', 'Problem', 'name_rows', 'find_problems',
-           'manifest_problems', 'validate_manifest', 'read_labels', 'make_manifest', 'Dataset', 'make_dataset',
-           'bare_name', 'read_table', 'find_images']
+           'manifest_problems', 'validate_manifest', 'read_cells', 'read_labels', 'make_manifest', 'Dataset',
+           'make_dataset', 'bare_name', 'read_table', 'find_images']
 
 # %% ../../nbs/30_data.labels.ipynb #40759246
 import csv
@@ -24,6 +24,7 @@ import pandas as pd
 
 from ..core import DataError
 from ..dicom.limits import MAX_COLUMNS, read_parquet, table_bytes
+from ..tables import foreign_table
 
 # %% ../../nbs/30_data.labels.ipynb #ea6e137c
 class Grade(NamedTuple):
@@ -189,25 +190,34 @@ def _check_columns(path, n):
         raise DataError(f"{path.name} has {n} columns, above the limit of {MAX_COLUMNS}",
             "Leave out what is no label")
 
-def _read_csv(path: Path, found: list|None=None) -> pd.DataFrame:
-    "All cells as text, empty ones as NaN."
+_HEADER = re.compile(r'(?:[^"\r\n]|"[^"]*")*')
+
+def read_cells(
+    path,              # a CSV, also compressed with gzip
+    found: list|None=None, # problems of the encoding are added here; None: they are errors
+    exact: bool=False, # blanks and words such as NA are text, and empty cells ''
+) -> pd.DataFrame:
+    "All cells as text, empty ones as NaN. Raises `DataError`."
+    path = Path(path)
     text = _decode(path, found)
     if not text.strip():
         raise DataError(f"{path.name} is empty", "Give a table with a header line and one line an image")
     text = text.lstrip('\r\n')
-    header = text.splitlines()[0]
+    header = _HEADER.match(text)[0]
     sep = max(',;\t', key=header.count)
     _check_columns(path, header.count(sep) + 1)
     try:
-        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, skipinitialspace=True,
+        df = foreign_table(text, sep=sep, dtype=str, keep_default_na=False, skipinitialspace=not exact,
             index_col=False, skip_blank_lines=False)
     except (pd.errors.ParserError, csv.Error) as e:
         raise DataError(f"{path.name} is not a regular table ({str(e).strip()})",
             "Give every line the same number of cells as the header") from e
     df.columns = [str(c).strip() for c in df.columns]
-    lines = text.splitlines()[1:] # blank lines hold no row, but they count: row i is line i + 2
+    # blank lines hold no row, but they count: row i is line i + 2
+    lines = list(io.StringIO(text, newline=None))[1:]
     df = df[np.array([line.strip()!='' for line in lines], bool) if len(lines)==len(df)
         else df.ne('').any(axis=1)]
+    if exact: return df
     df = df.apply(lambda c: c.str.strip())
     return df.where(~df.isin(['', 'NA', 'N/A', 'NaN', 'nan', 'None', 'null']))
 
@@ -240,7 +250,7 @@ def read_labels(
         try: df = read_parquet(path)
         except (OSError, ValueError) as e:
             raise DataError(f"{path.name} is not a readable parquet file ({e})", "Write it again") from e
-    else: df = _read_csv(path)
+    else: df = read_cells(path)
     if not len(df): raise DataError(f"{path.name} has no rows", "Give a table with one line an image")
     double = df.columns[df.columns.duplicated()]
     if len(double):
@@ -498,7 +508,7 @@ def read_table(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no file {path}", "Give the path of the label file as downloaded")
-    df = _read_csv(path, found)
+    df = read_cells(path, found)
     theirs = {bare_name(c): c for c in reversed(df.columns)}
     out = {}
     for ours,name in columns.items():

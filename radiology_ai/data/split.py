@@ -11,7 +11,6 @@ __all__ = ['patient_keys', 'patient_groups', 'patient_split', 'prevalence', 'spl
 # %% ../../nbs/32_data.split.ipynb #c196e69f
 import difflib
 import hashlib
-import io
 import json
 import re
 import warnings
@@ -20,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, atomic_path, rng
+from ..core import DataError, rng
+from ..files import read_bytes
+from ..tables import parse_table, save_table
 
 # %% ../../nbs/32_data.split.ipynb #e327aaab
 def _column(df, column, what='column'):
@@ -446,8 +447,7 @@ def save_split(
     table = pd.DataFrame({'image_id': _image_ids(df), 'patient_id': patient_keys(df),
         'split': df.split.fillna('').astype(str)}).sort_values('image_id')
     name = split_hash(table)
-    with atomic_path(path) as tmp:
-        tmp.write_text(f"# split {name}\n" + table.to_csv(index=False, lineterminator='\n'), encoding='utf-8')
+    save_table(table, path, head=f'# split {name}')
     return name
 
 def load_split(
@@ -458,11 +458,13 @@ def load_split(
     not have every image of `df` with the same patient."""
     path = Path(path)
     if not path.is_file(): raise DataError(f"There is no file {path}", "Give a file written by save_split")
-    head,_,body = path.read_text(encoding='utf-8').partition('\n')
+    try: head,_,body = read_bytes(path).decode('utf-8').partition('\n')
+    except ValueError as e: raise DataError(f"{path.name} is no text", "Give a file written by save_split") from e
     if not (found := re.match(r'# split ([0-9a-f]{16})\s*$', head)):
         raise DataError(f"{path.name} is no split: its first line has no hash",
             "Give a file written by save_split")
-    table = pd.read_csv(io.StringIO(body), dtype=str, keep_default_na=False)
+    try: table = parse_table(body, numbers=False).fillna('')
+    except DataError: table = pd.DataFrame()
     if list(table)!=['image_id', 'patient_id', 'split'] or split_hash(table)!=found[1]:
         raise DataError(f"{path.name} was changed: its rows do not have the hash {found[1]}",
             "Take the file as it was written")

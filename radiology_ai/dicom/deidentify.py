@@ -37,6 +37,7 @@ from .profile import EDITION, OPTIONS, VOCABULARY, Profile, clean_words
 from .pseudonyms import Pseudonyms, dummy, read_key, shift_date, young_enough
 from .stored import decode_stored, pixel_value
 from ..parallel import run_parallel
+from ..tables import save_table
 
 # %% ../../nbs/18_dicom.deidentify.ipynb #880f444c
 @dataclass
@@ -520,7 +521,7 @@ def deidentify(
     dst.mkdir(parents=True, exist_ok=True)
     jobs = [_Job(i, f, str(dst), secret, retain, burned_in) for i,f in enumerate(files)]
     rows,links = [],[]
-    with atomic_path(dst/'actions.jsonl') as tmp, tmp.open('w') as f:
+    with atomic_path(dst/'actions.jsonl', private=True) as tmp, tmp.open('w') as f:
         for job,(row,actions,pair) in zip(jobs, run_parallel(_one, jobs, workers, chunk=4, desc='de-identify',
                 show=show, lost=_lost, seconds=120)):
             rows.append(row)
@@ -530,8 +531,6 @@ def deidentify(
     account = pd.DataFrame(rows)
     for p in dst.rglob('*'): # what a killed process left half written
         if p.is_file() and (p.name.startswith('.') or not p.stat().st_size): p.unlink()
-    with atomic_path(dst/'account.csv') as tmp: account.to_csv(tmp, index=False)
-    if link is not None:
-        with atomic_path(link) as tmp: pd.DataFrame(links).to_csv(tmp, index=False)
-        Path(link).chmod(0o600)
+    save_table(account, dst/'account.csv')
+    if link is not None: save_table(pd.DataFrame(links), link)
     return account

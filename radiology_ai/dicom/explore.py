@@ -27,6 +27,7 @@ from .limits import table_bytes
 from .quality import RADIOGRAPHS, find_attention, find_duplicates, next_text, pixel_digest
 from .read import read_radiograph
 from ..parallel import run_parallel
+from ..tables import foreign_table
 
 # %% ../../nbs/17_dicom.explore.ipynb #092c00fe
 ELEMENTS = dict(Modality='modality', BodyPartExamined='body part', view='view', laterality='side',
@@ -97,7 +98,7 @@ def join_labels(
 ) -> pd.DataFrame:
     "The labels (1, 0 or NaN) of the rows of `df`. `DataError` where nothing joins."
     table = (labels if isinstance(labels, pd.DataFrame)
-        else pd.read_csv(io.BytesIO(table_bytes(labels)), dtype={k: str for k in _KEYS}))
+        else foreign_table(table_bytes(labels), dtype={k: str for k in _KEYS}))
     if columns is None:
         columns = [k for k in table if k not in _KEYS
             and (v := pd.to_numeric(table[k], errors='coerce')).isin([0, 1]).any()

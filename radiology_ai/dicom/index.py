@@ -442,7 +442,7 @@ def write_index(
     path,             # the `.parquet` file to write
 ) -> Path:
     "Writes an index, whole or not at all."
-    with atomic_path(path) as p: df.to_parquet(p, index=False)
+    with atomic_path(path, private=True) as p: df.to_parquet(p, index=False)
     return Path(path)
 
 def read_index(

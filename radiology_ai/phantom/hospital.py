@@ -28,6 +28,7 @@ from .chest import simulate_chest
 from .knee import simulate_knee
 from .limbs import simulate_hand, simulate_hip
 from .xray import expose
+from ..tables import save_table
 
 # %% ../../nbs/09_phantom.hospital.ipynb #2539db3e
 def _table(values, first, signed, little):
@@ -463,5 +464,5 @@ def simulate_hospital(
     rows = [r for rs in run_parallel(_write_patient, jobs, workers, chunk=4, desc='simulate', show=show)
         for r in rs]
     truth = pd.DataFrame(rows)
-    truth.to_csv(folder/'truth.csv', index=False)
+    save_table(truth, folder/'truth.csv')
     return truth

@@ -86,7 +86,8 @@ def _bytes_of(what):
 def _put(path, what) -> str:
     "Write a table, an array, or a record for JSON, whole or not at all; SHA-256 of its bytes."
     data = _bytes_of(what)
-    with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+    named = isinstance(what, pd.DataFrame) or isinstance(what, dict) and 'files' in what # of files or patients
+    with atomic_path(path, private=named) as tmp, open(tmp, 'wb') as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno()) # on the disk before it has its name

@@ -23,6 +23,7 @@ from ..core import DataError, atomic_path, plain, resize_array
 from ..data.regions import rle_encode
 from ..dicom.read import read_radiograph
 from ..findings import Finding, Reading
+from ..tables import save_table
 
 # %% ../../nbs/80_serve.outputs.ipynb #9f950cd6
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Answered:
 # %% ../../nbs/80_serve.outputs.ipynb #28adbe33
 def write_csv(answered: Answered, out: Path):
     "The table as CSV."
-    with atomic_path(out.with_suffix('.csv')) as tmp:
-        answered.table.to_csv(tmp, index=False, float_format='%.6f')
+    save_table(answered.table, out.with_suffix('.csv'), float_format='%.6f')
 
 # %% ../../nbs/80_serve.outputs.ipynb #ba15d7cb
 def finding_record(f: Finding) -> dict:
@@ -55,7 +55,7 @@ def reading_record(r: Reading) -> dict:
 def write_json(answered: Answered, out: Path):
     "All readings as one JSON file."
     record = {'task': answered.task, 'readings': [reading_record(r) for r in answered.readings]}
-    with atomic_path(out.with_suffix('.json')) as tmp:
+    with atomic_path(out.with_suffix('.json'), private=True) as tmp:
         tmp.write_text(json.dumps(record, indent=1), encoding='utf-8')
 
 # %% ../../nbs/80_serve.outputs.ipynb #cab0e8ab

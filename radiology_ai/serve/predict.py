@@ -34,6 +34,7 @@ from ..findings import Reading
 from ..preprocess.scale import preprocess_folder
 from ..preprocess.store import ImageStore
 from .outputs import Answered, check_outputs, picture_name, write_outputs
+from ..tables import save_table
 from ..tasks.base import Task
 from ..tasks.judge import heat_maps, mean_threshold
 from ..tasks.registry import TASKS, task_named
@@ -195,7 +196,7 @@ def explain(
     _check_some(table)
     table = table[['path','image_id', *(['score'] if 'score' in table else []), 'picture','hot_x','hot_y',
         'error','remedy']]
-    with atomic_path(out/'heat.csv') as tmp: table.to_csv(tmp, index=False, float_format='%.6f')
+    save_table(table, out/'heat.csv', float_format='%.6f')
     return table
 
 def _draw(table, i, heat, store, out):

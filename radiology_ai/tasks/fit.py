@@ -8,7 +8,6 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.fit.html.md"""
 __all__ = ['Plan', 'make_plan', 'score_table', 'stage_learner', 'train_task']
 
 # %% ../../nbs/67_tasks.fit.ipynb #d851c31e
-import hashlib
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from ..data.load import xray_dataloaders
 from ..data.split import patient_folds, patient_split, save_split, split_hash
 from ..models.bundle import load_bundle, save_bundle
 from ..preprocess.store import ImageStore
+from ..tables import save_table, table_digest
 from .base import Settings, Stage, Task, make_settings, settings_text
 from .kinds import task_manifest
 from .run import RUN, Run, alone_in, read_exactly, read_record, read_run, run_state, write_record
@@ -50,10 +50,6 @@ class Plan:
 
 _COPIES = ['image_a','image_b','similarity','correlation'] # columns of `find_copies`
 
-def _table_digest(df) -> str:
-    columns = sorted(df.columns, key=str)
-    return hashlib.sha256(df[columns].to_csv(index=False).encode()).hexdigest()
-
 def _has_split(manifest) -> bool:
     return 'split' in manifest and not (manifest.split.isna() | (manifest.split=='')).any()
 
@@ -70,7 +66,7 @@ def make_plan(
     manifest,flow = task_manifest(task, store, labels, settings)
     identity = {'task': task.name, 'settings': asdict(settings), 'store': store.fingerprint,
         'recipe': store.recipe.to_dict(),
-        'images': _table_digest(manifest), 'given split': _has_split(manifest)}
+        'images': table_digest(manifest), 'given split': _has_split(manifest)}
     if old is not None and plain(identity)=={k: old.get(k) for k in identity}:
         copies = pd.DataFrame(old['copies'], columns=_COPIES)
     else: copies = find_copies(store, ids=manifest.image_id.tolist(), least=settings.copies, show=show)
@@ -153,7 +149,7 @@ def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: di
         threshold=threshold,
         stage=stage.name, settings=asdict(s), answer=answer.spec(),
         card={'label': s.label, 'images': len(rows), 'patients': int(rows.patient_id.nunique())})
-    with atomic_path(folder/'scores.csv') as tmp: table.to_csv(tmp, index=False)
+    save_table(table, folder/'scores.csv')
     write_record(folder/'fit.json', {'fit': run_record(learn)})
     return learn.model
 
@@ -190,8 +186,7 @@ def _fit_all(plan: Plan, out: Path, show, say) -> tuple[list, list]:
 def _publish(plan: Plan, out: Path, tables, records):
     "Write the predictions and, last of all, `run.json`."
     s,m = plan.settings,plan.manifest
-    with atomic_path(out/'predictions.csv') as tmp:
-        pd.concat(tables, ignore_index=True).to_csv(tmp, index=False)
+    save_table(pd.concat(tables, ignore_index=True), out/'predictions.csv')
     parts = {} if s.folds else {f'{k} images': int((m.split==k).sum()) for k in ('train','valid','test')}
     errors = plan.store.errors
     unreadable = errors[['path','cause']].assign(path=errors.path.map(lambda p: Path(p).name))
@@ -211,7 +206,7 @@ def _begin(plan: Plan, out: Path):
     "Write what the run will be: the plan first, by which the folder is ours, and `run.toml` last."
     m,s = plan.manifest,plan.settings
     write_record(out/'plan.json', plan.record)
-    with atomic_path(out/'manifest.csv') as tmp: m.to_csv(tmp, index=False)
+    save_table(m, out/'manifest.csv')
     if not s.folds: save_split(m, out/'split.csv', duplicates=plan.copies)
     text = settings_text(s, task=plan.task.name, data=str(plan.store.path.absolute()), labels='manifest.csv',
         format=1)

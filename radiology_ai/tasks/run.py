@@ -10,7 +10,6 @@ __all__ = ['FORMAT', 'RUN', 'write_record', 'read_record', 'run_state', 'alone_i
 
 # %% ../../nbs/66_tasks.run.ipynb #19ca4239
 import json
-import math
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pandas as pd
 from ..core import BundleError, DataError, OwnedFolder, RadiologyError, atomic_path, plain
 from ..files import read_json
 from ..models.bundle import load_bundle
+from ..tables import load_table, text_column
 from .base import Task, near
 
 # %% ../../nbs/66_tasks.run.ipynb #0efab7ab
@@ -115,26 +115,14 @@ class Run:
     @property
     def settings(self) -> dict: return self.record['settings']
 
-# columns that are never numbers
-_TEXT = ('image_id','patient_id','study_id','path','split','PatientAge','PatientSex')
-
 def read_exactly(
     path, # a CSV file that this library has written
 ) -> pd.DataFrame:
     """A table as it was written: identifiers as text, numbers to the last bit, an empty cell among numbers as
-    NaN."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return table.assign(**{c: _numbers(table[c]) for c in table if c not in _TEXT})
-
-def _numbers(column: pd.Series):
-    "A column of text as whole numbers, numbers or truth values where all its cells are such."
-    values,there = column.tolist(),[v for v in column if v!='']
-    if not there: return column
-    if set(there)<={'True','False'}: return column=='True' if len(there)==len(values) else column
-    try: numbers = [float(v) if v!='' else math.nan for v in values]
-    except ValueError: return column
-    whole = len(there)==len(values) and all(v.lstrip('-').isdigit() for v in values)
-    return pd.Series([int(v) for v in values] if whole else numbers, index=column.index)
+    NaN, a text that is missing as ''."""
+    table = load_table(path)
+    text = [c for c in table if not pd.api.types.is_numeric_dtype(table[c]) or table[c].isna().all()]
+    return table.assign(**{c: text_column(table[c].astype(object).fillna('').tolist()) for c in text})
 
 def _earlier(path: Path) -> bool:
     "Whether it looks like a run of version 0.1."

@@ -23,6 +23,7 @@ from fastcore.foundation import L
 # %% ../../nbs/47_train.record.ipynb #bb0c5f81
 from ..core import plain, versions
 from ..data.split import split_hash
+from ..tables import table_digest
 from .checkpoint import Checkpoint
 
 # %% ../../nbs/47_train.record.ipynb #2832ea8c
@@ -30,8 +31,7 @@ def data_hash(
     items, # a manifest, or any table
 ) -> str:
     "sha256 of a table's contents: columns in alphabetical order, rows in theirs."
-    df = items[sorted(items.columns, key=str)] if isinstance(items, pd.DataFrame) else pd.DataFrame(items)
-    return hashlib.sha256(df.to_csv(index=False).encode()).hexdigest()
+    return table_digest(items if isinstance(items, pd.DataFrame) else pd.DataFrame(items))
 
 def _split_hash(tables) -> str|None:
     "The hash of which image (and patient, where it is known) is in which split."

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import DataError, rng
+from ..core import DataError, atomic_path, rng
 from ..data.annotate import Question, add_labels, assign_readers, majority, read_templates, write_templates
 from ..data.load import xray_test_dl
 
@@ -260,7 +260,7 @@ class ActiveLearning:
         plan = assign_readers(rows.image_id, readers, n, seed=self.seed+self.round)
         folder = self.folder/f'round{self.round:03d}'
         files = write_templates(plan.merge(rows[['image_id', 'path']]), [self.question], folder, kind)
-        plan.to_parquet(folder/'plan.parquet', index=False)
+        with atomic_path(folder/'plan.parquet', private=True) as tmp: plan.to_parquet(tmp, index=False)
         self.round += 1
         return files
 
@@ -276,7 +276,8 @@ class ActiveLearning:
         labels = combine(votes)
         self.history = add_labels(self.history, labels, self.question.name,
             f"round {self.round-1}, {votes.reader.nunique()} readers")
-        self.history.astype({'value': str}).to_parquet(self.folder/'history.parquet', index=False)
+        with atomic_path(self.folder/'history.parquet', private=True) as tmp:
+            self.history.astype({'value': str}).to_parquet(tmp, index=False)
         self._apply(labels.value.dropna())
         return labels
 
