@@ -1,0 +1,158 @@
+"""Commands are killed (SIGKILL) at moments spread over their running time and called again: are the bytes those of an
+undisturbed run, and is anything left beside the output, in TMPDIR, in /dev/shm, or running?
+
+    python benchmarks/kills.py [--kills 60] [--seed 0] [--folder FOLDER] [COMMAND ...]
+
+Linux. About 15 minutes on two cores. What two undisturbed runs write with different bytes is named and not compared."""
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+COMMAND = [sys.executable, '-c', 'from radiology_ai.cli import main; main()']
+TRAIN = ['--labels', 'labels.csv', '--label', 'schatzker', '--arch', 'resnet10t', '--epochs', '1', '--bs', '8',
+    '--no-pretrained', '--data', 'store']
+WORDS = { # words of each command, and its share of the kills
+    'index': (['index', 'dicom', '--workers', '2', '--out', 'OUT/out.parquet'], 8),
+    'explore': (['explore', 'dicom', '--pixels', '--workers', '2', '--out', 'OUT/out.html'], 7),
+    'preprocess': (['preprocess', 'dicom', '--recipe', 'knee', '--size', '64', '--workers', '2', '--shard-size', '4', '--out',
+        'OUT/out'], 9),
+    'deidentify': (['deidentify', 'dicom', '--key', 'key', '--link', 'OUT/link.csv', '--workers', '2', '--out', 'OUT/out'], 12),
+    'train': (['train', 'knee', *TRAIN, '--out', 'OUT/out'], 9),
+    'evaluate': (['evaluate', 'run', '--out', 'OUT/out'], 4),
+    'predict': (['predict', 'run', 'dicom', '--workers', '2', '--to', 'csv', '--to', 'json', '--out', 'OUT/out.csv'], 6),
+    'explain': (['explain', 'run', 'dicom', '--workers', '2', '--out', 'OUT/out'], 3),
+    'demo': (['demo', '--patients', '30', '--epochs', '1', '--workers', '2', '--out', 'OUT/out'], 2)}
+
+
+def digests(folder: Path) -> dict:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def marked(mark: str) -> list:
+    "Processes whose environment holds the mark."
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try: told = (p/'environ').read_bytes()
+        except OSError: continue
+        if f'KILLS_MARK={mark}'.encode() in told: found.append(int(p.name))
+    return found
+
+
+class Place:
+    "A folder with a small hospital, its store and run, in which commands are called."
+    def __init__(self, root: Path):
+        self.root, self.tmp = root, root/'tmp'
+        self.tmp.mkdir(parents=True)
+
+    def start(self, words, out: str, mark: str='none') -> subprocess.Popen:
+        env = os.environ | dict(TMPDIR=str(self.tmp), KILLS_MARK=mark, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+        return subprocess.Popen([*COMMAND, *(w.replace('OUT', out) for w in words)], cwd=self.root, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+    def call(self, words, out: str='.') -> float:
+        start, process = time.monotonic(), self.start(words, out)
+        text = process.communicate()[0]
+        if process.returncode: raise SystemExit(f'{" ".join(words)}: {text}')
+        return time.monotonic() - start
+
+    def make(self):
+        from radiology_ai.phantom.hospital import simulate_hospital
+        truth = simulate_hospital(self.root/'all', n=60, seed=5, size=256, show=False)
+        knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
+        knees[['image_id', 'path', 'fractured', 'schatzker']].to_csv(self.root/'labels.csv', index=False)
+        (self.root/'dicom').mkdir()
+        for k,p in enumerate([*knees.path[:30], *truth[truth.broken!=''].path[:4]]):
+            shutil.copy(self.root/'all'/p, self.root/'dicom'/f'{k:02d}.dcm')
+        (self.root/'key').write_bytes(b'k'*32)
+        self.call(['preprocess', 'all', '--recipe', 'knee', '--size', '64', '--out', 'store'])
+        self.call(['train', 'knee', *TRAIN, '--out', 'run'])
+
+    def undisturbed(self, name: str) -> tuple[float, dict, list]:
+        "Seconds of a run, the digests that every run gives, and the files that differ from run to run."
+        seconds, told = [], []
+        for _ in range(2):
+            (self.root/'whole').mkdir()
+            seconds.append(self.call(WORDS[name][0], 'whole'))
+            told.append(digests(self.root/'whole'))
+            shutil.rmtree(self.root/'whole')
+        same = {k: v for k,v in told[0].items() if told[1].get(k)==v}
+        return min(seconds), same, sorted(set(told[0]) - set(same))
+
+    def killed(self, name: str, seconds: float, k: int) -> tuple[bool, list]:
+        "Whether it was still running when it was killed, and what was running 5 seconds later."
+        mark = f'{name}{k}x{os.getpid()}'
+        process = self.start(WORDS[name][0], 'whole', mark)
+        try: process.wait(seconds)
+        except subprocess.TimeoutExpired: pass
+        alive = process.poll() is None
+        if alive and k%2: os.killpg(process.pid, signal.SIGKILL)
+        else: process.kill()
+        process.wait()
+        process.stdout.close()
+        end = time.monotonic() + 5
+        while marked(mark) and time.monotonic()<end: time.sleep(.05)
+        left = marked(mark)
+        for p in left: os.kill(p, signal.SIGKILL)
+        return alive, left
+
+    def once(self, name: str, moment: float, k: int, want: dict) -> dict:
+        "A kill, the second call, and what came of both."
+        shm = set(os.listdir('/dev/shm'))
+        (self.root/'whole').mkdir()
+        alive, orphans = self.killed(name, moment, k)
+        found = dict(moment=moment, alive=alive, orphans=len(orphans), between=len(os.listdir(self.tmp)))
+        process = self.start(WORDS[name][0], 'whole')
+        text = process.communicate()[0]
+        got = digests(self.root/'whole')
+        known = set(want) | self.differ
+        found |= dict(code=process.returncode, same=all(got.get(f)==d for f,d in want.items()),
+            more=sorted(set(got) - known), tmp=os.listdir(self.tmp), shm=sorted(set(os.listdir('/dev/shm')) - shm),
+            text=text.strip().splitlines()[-1:] if process.returncode else [])
+        shutil.rmtree(self.root/'whole')
+        for p in self.tmp.iterdir(): shutil.rmtree(p, ignore_errors=True)
+        return found
+
+    def series(self, name: str, kills: int, seed: int):
+        "All kills of a command, and its line of the table."
+        seconds, want, differ = self.undisturbed(name)
+        self.differ = set(differ)
+        draw = random.Random(f'{seed} {name}')
+        rows = [self.once(name, seconds*(k + draw.random())/kills, k, want) for k in range(kills)]
+        bad = [r for r in rows if r['code'] or not r['same'] or r['more'] or r['tmp'] or r['shm'] or r['orphans']]
+        print(f"{name:<11}{seconds:>8.1f}{kills:>7}{sum(r['alive'] for r in rows):>9}{sum(r['same'] for r in rows):>7}"
+            f"{sum(len(r['more']) for r in rows):>8}{sum(len(r['tmp']) for r in rows):>8}"
+            f"{sum(len(r['shm']) for r in rows):>10}{sum(r['orphans'] for r in rows):>9}   {', '.join(differ)[:70]}", flush=True)
+        for r in bad: print('   ', r, flush=True)
+        return rows, bad
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('commands', nargs='*', help=', '.join(WORDS))
+    parser.add_argument('--kills', type=int, default=60)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--folder', type=Path)
+    args = parser.parse_args()
+    names = args.commands or list(WORDS)
+    shares = sum(WORDS[n][1] for n in names)
+    place = Place(Path(tempfile.mkdtemp(prefix='kills-', dir=args.folder)))
+    place.make()
+    print('command     seconds  kills  running   same  beside  TMPDIR  /dev/shm  orphans   not compared', flush=True)
+    results = [place.series(n, max(1, round(args.kills*WORDS[n][1]/shares)), args.seed) for n in names]
+    shutil.rmtree(place.root)
+    rows, bad = [r for o in results for r in o[0]], [r for o in results for r in o[1]]
+    print(f"{len(rows)} kills, {sum(r['alive'] for r in rows)} of them while it ran: {len(bad)} with a fault; "
+        f"{sum(r['between']>0 for r in rows)} left something in TMPDIR until the second call")
+    sys.exit(bool(bad))
+
+
+if __name__=='__main__': main()
