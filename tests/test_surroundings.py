@@ -15,7 +15,7 @@ import pytest
 from conftest import COMMAND
 from test_store import small_disk
 
-from radiology_ai.core import DataError, StoreError, disk_remedy, progress, save_picture
+from radiology_ai.core import DataError, StoreError, atomic_path, disk_remedy, progress, save_picture
 from radiology_ai.dicom.deidentify import deidentify
 from radiology_ai.phantom.hospital import write_dicom
 from radiology_ai.preprocess.scale import preprocess_folder
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(SHELL is None or os.name!='posix', reason='the c
 def films(tmp_path_factory):
     "Twelve films, one of them of a patient and with a name beyond ASCII."
     folder, pixels = tmp_path_factory.mktemp('films')/'säle', np.random.default_rng(0).random((64, 64), np.float32)
+    folder.mkdir()
     for k in range(12):
         write_dicom(folder/f'{"Jörg" if k==3 else k}.dcm', pixels, header=dict(PatientID=f'MRN-{k:04d}',
             SpecificCharacterSet='ISO_IR 192', PatientName='Müller^Ünal', SOPInstanceUID=f'1.2.5.{k}'))
@@ -101,12 +102,24 @@ def test_a_full_disk_ends_deidentify_which_goes_on_elsewhere(films, tmp_path, wo
             deidentify(films, disk/'out', key=key, workers=workers, show=False)
         with pytest.raises(OSError, match='No space left'):
             (disk/'fill').write_bytes(bytes(2**20))
-        with pytest.raises(OSError, match='No space left'): save_picture(disk/'p.png', np.eye(99, dtype=np.uint8))
-        assert not (disk/'p.png').exists()
+        with pytest.raises(OSError, match='No space left') as e: save_picture(disk/'p.png', np.eye(99, dtype=np.uint8))
+        assert e.value.filename==str(disk/'p.png') and not (disk/'p.png').exists()
         shutil.copytree(disk/'out', tmp_path/'out')
     account = deidentify(films, tmp_path/'out', key=key, workers=1, show=False)
     pd.testing.assert_frame_equal(account, whole)
     for p in account.path: assert (tmp_path/'out'/p).read_bytes()==(tmp_path/'whole'/p).read_bytes()
+
+
+class Rust(Exception): "How a library of another language tells it."
+
+
+@pytest.mark.parametrize('told', [Rust('I/O error: No space left on device (os error 28)'), OSError('[Errno 28] Error writing')])
+def test_what_the_disk_refuses_is_told_with_the_file(tmp_path, told):
+    with pytest.raises(OSError) as e, atomic_path(tmp_path/'weights.safetensors'): raise told
+    assert (e.value.errno, e.value.filename)==(errno.ENOSPC, str(tmp_path/'weights.safetensors'))
+    with pytest.raises(FileNotFoundError, match='nowhere'), atomic_path(tmp_path/'x'): open(tmp_path/'nowhere')
+    with pytest.raises(Rust, match='^damaged$'), atomic_path(tmp_path/'x'): raise Rust('damaged')
+    assert list(tmp_path.iterdir())==[]
 
 
 # Signals
