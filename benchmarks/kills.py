@@ -17,17 +17,21 @@ import time
 from pathlib import Path
 
 COMMAND = [sys.executable, '-c', 'from radiology_ai.cli import main; main()']
-TRAIN = ['--labels', 'labels.csv', '--label', 'schatzker', '--arch', 'resnet10t', '--epochs', '1', '--bs', '8',
+TRAIN = ['--labels', 'labels.csv', '--label', 'schatzker', '--arch', 'resnet10t', '--epochs', '1', '--bs',
+    '8',
     '--no-pretrained', '--data', 'store']
 WORDS = { # words of each command, and its share of the kills
     'index': (['index', 'dicom', '--workers', '2', '--out', 'OUT/out.parquet'], 8),
     'explore': (['explore', 'dicom', '--pixels', '--workers', '2', '--out', 'OUT/out.html'], 7),
-    'preprocess': (['preprocess', 'dicom', '--recipe', 'knee', '--size', '64', '--workers', '2', '--shard-size', '4', '--out',
+    'preprocess': (['preprocess', 'dicom', '--recipe', 'knee', '--size', '64', '--workers', '2',
+    '--shard-size', '4', '--out',
         'OUT/out'], 9),
-    'deidentify': (['deidentify', 'dicom', '--key', 'key', '--link', 'OUT/link.csv', '--workers', '2', '--out', 'OUT/out'], 12),
+    'deidentify': (['deidentify', 'dicom', '--key', 'key', '--link', 'OUT/link.csv', '--workers', '2',
+    '--out', 'OUT/out'], 12),
     'train': (['train', 'knee', *TRAIN, '--out', 'OUT/out'], 9),
     'evaluate': (['evaluate', 'run', '--out', 'OUT/out'], 4),
-    'predict': (['predict', 'run', 'dicom', '--workers', '2', '--to', 'csv', '--to', 'json', '--out', 'OUT/out.csv'], 6),
+    'predict': (['predict', 'run', 'dicom', '--workers', '2', '--to', 'csv', '--to', 'json', '--out',
+    'OUT/out.csv'], 6),
     'explain': (['explain', 'run', 'dicom', '--workers', '2', '--out', 'OUT/out'], 3),
     'demo': (['demo', '--patients', '30', '--epochs', '1', '--workers', '2', '--out', 'OUT/out'], 2)}
 
@@ -47,6 +51,16 @@ def marked(mark: str) -> list:
     return found
 
 
+def shared() -> set:
+    """Shared memory of processes of Python or torch; of others that work here meanwhile, only what stays for
+    a second."""
+    def found():
+        return {n for n in os.listdir('/dev/shm') if n.startswith(('pym-', 'psm_', 'torch_', 'sem.'))}
+    first = found()
+    time.sleep(1)
+    return first & found()
+
+
 class Place:
     "A folder with a small hospital, its store and run, in which commands are called."
     def __init__(self, root: Path):
@@ -54,7 +68,8 @@ class Place:
         self.tmp.mkdir(parents=True)
 
     def start(self, words, out: str, mark: str='none') -> subprocess.Popen:
-        env = os.environ | dict(TMPDIR=str(self.tmp), KILLS_MARK=mark, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+        env = os.environ | dict(TMPDIR=str(self.tmp), KILLS_MARK=mark, OMP_NUM_THREADS='1',
+            CUDA_VISIBLE_DEVICES='')
         return subprocess.Popen([*COMMAND, *(w.replace('OUT', out) for w in words)], cwd=self.root, env=env,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
@@ -106,7 +121,7 @@ class Place:
 
     def once(self, name: str, moment: float, k: int, want: dict) -> dict:
         "A kill, the second call, and what came of both."
-        shm = set(os.listdir('/dev/shm'))
+        shm = shared()
         (self.root/'whole').mkdir()
         alive, orphans = self.killed(name, moment, k)
         found = dict(moment=moment, alive=alive, orphans=len(orphans), between=len(os.listdir(self.tmp)))
@@ -115,7 +130,7 @@ class Place:
         got = digests(self.root/'whole')
         known = set(want) | self.differ
         found |= dict(code=process.returncode, same=all(got.get(f)==d for f,d in want.items()),
-            more=sorted(set(got) - known), tmp=os.listdir(self.tmp), shm=sorted(set(os.listdir('/dev/shm')) - shm),
+            more=sorted(set(got) - known), tmp=os.listdir(self.tmp), shm=sorted(shared() - shm),
             text=text.strip().splitlines()[-1:] if process.returncode else [])
         shutil.rmtree(self.root/'whole')
         for p in self.tmp.iterdir(): shutil.rmtree(p, ignore_errors=True)
@@ -127,7 +142,8 @@ class Place:
         self.differ = set(differ)
         draw = random.Random(f'{seed} {name}')
         rows = [self.once(name, seconds*(k + draw.random())/kills, k, want) for k in range(kills)]
-        bad = [r for r in rows if r['code'] or not r['same'] or r['more'] or r['tmp'] or r['shm'] or r['orphans']]
+        bad = [r for r in rows if r['code'] or not r['same'] or r['more'] or r['tmp'] or r['shm']
+            or r['orphans']]
         print(f"{name:<11}{seconds:>8.1f}{kills:>7}{sum(r['alive'] for r in rows):>9}{sum(r['same'] for r in rows):>7}"
             f"{sum(len(r['more']) for r in rows):>8}{sum(len(r['tmp']) for r in rows):>8}"
             f"{sum(len(r['shm']) for r in rows):>10}{sum(r['orphans'] for r in rows):>9}   {', '.join(differ)[:70]}", flush=True)
@@ -146,7 +162,8 @@ def main():
     shares = sum(WORDS[n][1] for n in names)
     place = Place(Path(tempfile.mkdtemp(prefix='kills-', dir=args.folder)))
     place.make()
-    print('command     seconds  kills  running   same  beside  TMPDIR  /dev/shm  orphans   not compared', flush=True)
+    print('command     seconds  kills  running   same  beside  TMPDIR  /dev/shm  orphans   not compared',
+        flush=True)
     results = [place.series(n, max(1, round(args.kills*WORDS[n][1]/shares)), args.seed) for n in names]
     shutil.rmtree(place.root)
     rows, bad = [r for o in results for r in o[0]], [r for o in results for r in o[1]]

@@ -88,7 +88,8 @@ def test_a_living_process_keeps_its_own(tmp, tmp_path):
     process.kill(), process.wait()
 
 
-LIKE = ['.table-mine.csv', '.table-abcdefgh.csv', 'radiology_ai-notes', '.table-12s34-abcdefgh.csv', '.recipe-mine', '.model-old']
+LIKE = ['.table-mine.csv', '.table-abcdefgh.csv', 'radiology_ai-notes', '.table-12s34-abcdefgh.csv',
+    '.recipe-mine', '.model-old']
 
 
 def test_what_only_looks_like_ours_stays(tmp, tmp_path):
@@ -101,14 +102,16 @@ def test_what_only_looks_like_ours_stays(tmp, tmp_path):
     (tmp_path/'out'/gone).symlink_to(target)
     core._swept.clear()
     with atomic_path(tmp_path/'out/x.csv') as p: p.write_text('whole')
-    assert names(tmp)==sorted(LIKE) and names(tmp_path/'out')==sorted([*LIKE, gone, 'x.csv']) and target.exists()
+    assert names(tmp)==sorted(LIKE) and names(tmp_path/'out')==sorted([*LIKE, gone,
+        'x.csv']) and target.exists()
 
 
 def test_of_another_container_or_machine_a_lock_tells(tmp, tmp_path):
     out = tmp_path/'out'
     out.mkdir()
     with temporary(out/'x.csv') as own: name = own.name
-    container, machine = re.sub('n[0-9a-f]{8}-', 'n00000000-', name), re.sub('b[0-9a-f]{8}n', 'b00000000n', name)
+    container = re.sub('n[0-9a-f]{8}-', 'n00000000-', name)
+    machine = re.sub('b[0-9a-f]{8}n', 'b00000000n', name)
     files = [out/n for n in (container, machine, container.replace('.x', '.held'))]
     def sweep(hours):
         for f in files:
@@ -121,7 +124,8 @@ def test_of_another_container_or_machine_a_lock_tells(tmp, tmp_path):
     with files[2].open('rb+') as held:
         import fcntl
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert sweep(0)==[True, True, True] and sweep(1)==[False, True, True] and sweep(25)==[False, False, True]
+        assert sweep(0)==[True, True, True] and sweep(1)==[False, True, True] and sweep(25)==[False, False,
+            True]
 
 
 def test_a_bundle_that_was_moved_aside_comes_back(tmp, tmp_path):
@@ -153,8 +157,10 @@ def test_runs_and_stores_take_away_only_what_is_exactly_ours(tmp, tmp_path):
     assert run_state(run)=='foreign'
     (store/'shards').mkdir(parents=True)
     (store/'recipe.json').write_text('{}')
-    for name in ('.index-mine.parquet', 'shards/.00001-mine.npy', '.index-a1b2c3d4.parquet', 'shards/.00001-a1b2c3d4.npy',
-            'shards/.00001.errors-a1b2c3d4.parquet'): (store/name).write_text('x')
+    for name in ('.index-mine.parquet', 'shards/.00001-mine.npy', '.index-a1b2c3d4.parquet',
+            'shards/.00001-a1b2c3d4.npy',
+            'shards/.00001.errors-a1b2c3d4.parquet'):
+        (store/name).write_text('x')
     with ShardWriter(store, 'plain').alone(): pass
     assert {n for n in names(store) if n!='.lock'}=={'.index-mine.parquet', 'recipe.json', 'shards'}
     assert names(store/'shards')==['.00001-mine.npy']
@@ -201,7 +207,8 @@ def films(tmp_path_factory):
     pixels = expose(pixels, rng(3, 'film')).pixels
     for k in range(16):
         n = 4 if k==15 else k
-        write_dicom(folder/f'{k:02d}.dcm', pixels, header=dict(PatientID=f'MRN-{n//2:04d}', PatientName='DOE^JANE',
+        write_dicom(folder/f'{k:02d}.dcm', pixels,
+            header=dict(PatientID=f'MRN-{n//2:04d}', PatientName='DOE^JANE',
             StudyInstanceUID='1.2.3', SeriesInstanceUID='1.2.4', SOPInstanceUID=f'1.2.5.{n}'))
     (folder/'07.dcm').write_bytes(b'broken')
     return folder
@@ -256,7 +263,8 @@ def test_deidentify_killed_and_called_again_ends_with_the_same_bytes(films, whol
     assert 'MRN' not in told and str(films) not in told
 
 
-@pytest.mark.parametrize('left', ['half a line', 'no account', 'account', 'no plan', 'a copy is gone', 'parts'])
+@pytest.mark.parametrize('left', ['half a line', 'no account', 'account', 'no plan', 'a copy is gone',
+    'parts'])
 def test_every_moment_is_gone_on_from(films, whole, tmp_path, left):
     for name,data in whole[0].items():
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +301,8 @@ def test_without_a_key_it_begins_anew_over_its_own_only(films, tmp_path):
     out = tmp_path/'out'
     killed(films, tmp_path, 3, None)
     before = {p.name for p in out.glob('P*')}
-    with pytest.raises(DataError, match='it was begun without a key'): deidentify(films, out, key=KEY, show=False)
+    with pytest.raises(DataError, match='it was begun without a key'):
+        deidentify(films, out, key=KEY, show=False)
     (out/'thesis.txt').write_text('mine')
     with pytest.raises(RadiologyError, match='holds thesis.txt, which this library did not write'):
         deidentify(films, out, show=False)
@@ -301,7 +310,8 @@ def test_without_a_key_it_begins_anew_over_its_own_only(films, tmp_path):
     (out/'thesis.txt').unlink()
     with pytest.warns(UserWarning, match='begun without a key.*begun anew'):
         account = deidentify(films, out, workers=1, show=False)
-    assert len(account)==16 and not before & {p.name for p in out.glob('P*')} and not (out/'journal.jsonl').exists()
+    assert len(account)==16 and not before & {p.name
+        for p in out.glob('P*')} and not (out/'journal.jsonl').exists()
     with pytest.raises(DataError, match='not an empty folder'): deidentify(films, out, show=False)
 
 
@@ -309,7 +319,8 @@ def test_another_call_is_refused_by_name(films, tmp_path):
     killed(films, tmp_path, 3)
     (tmp_path/'link.csv').unlink(missing_ok=True)
     before = contents(tmp_path)
-    for given,why in ((dict(key=b'another key of tests'), 'the key or the files are others'), (dict(), 'begun with a key'),
+    for given,why in ((dict(key=b'another key of tests'), 'the key or the files are others'),
+            (dict(), 'begun with a key'),
             (dict(key=KEY, retain='uids'), 'retain was'), (dict(key=KEY, burned_in='hold'), 'burned_in was')):
         with pytest.raises(DataError, match=why): deidentify(films, tmp_path/'out', **given, show=False)
     (tmp_path/'link.csv').write_text('mine')

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(SHELL is None or os.name!='posix', reason='the c
 @pytest.fixture(scope='module')
 def films(tmp_path_factory):
     "Twelve films, one of them of a patient and with a name beyond ASCII."
-    folder, pixels = tmp_path_factory.mktemp('films')/'säle', np.random.default_rng(0).random((64, 64), np.float32)
+    folder = tmp_path_factory.mktemp('films')/'säle'
+    pixels = np.random.default_rng(0).random((64, 64), np.float32)
     folder.mkdir()
     for k in range(12):
         write_dicom(folder/f'{"Jörg" if k==3 else k}.dcm', pixels, header=dict(PatientID=f'MRN-{k:04d}',
@@ -98,11 +99,13 @@ def test_a_full_disk_ends_deidentify_which_goes_on_elsewhere(films, tmp_path, wo
     key = b'a secret key for tests'
     whole = deidentify(films, tmp_path/'whole', key=key, workers=1, show=False)
     with small_disk(tmp_path/'disk', '64k') as disk:
-        with pytest.raises(DataError, match='No space left on device.*Free some space; with a key the same call'):
+        with pytest.raises(DataError,
+                match='No space left on device.*Free some space; with a key the same call'):
             deidentify(films, disk/'out', key=key, workers=workers, show=False)
         with pytest.raises(OSError, match='No space left'):
             (disk/'fill').write_bytes(bytes(2**20))
-        with pytest.raises(OSError, match='No space left') as e: save_picture(disk/'p.png', np.eye(99, dtype=np.uint8))
+        with pytest.raises(OSError, match='No space left') as e:
+            save_picture(disk/'p.png', np.eye(99, dtype=np.uint8))
         assert e.value.filename==str(disk/'p.png') and not (disk/'p.png').exists()
         shutil.copytree(disk/'out', tmp_path/'out')
     account = deidentify(films, tmp_path/'out', key=key, workers=1, show=False)
@@ -113,11 +116,13 @@ def test_a_full_disk_ends_deidentify_which_goes_on_elsewhere(films, tmp_path, wo
 class Rust(Exception): "How a library of another language tells it."
 
 
-@pytest.mark.parametrize('told', [Rust('I/O error: No space left on device (os error 28)'), OSError('[Errno 28] Error writing')])
+@pytest.mark.parametrize('told', [Rust('I/O error: No space left on device (os error 28)'),
+    OSError('[Errno 28] Error writing')])
 def test_what_the_disk_refuses_is_told_with_the_file(tmp_path, told):
     with pytest.raises(OSError) as e, atomic_path(tmp_path/'weights.safetensors'): raise told
     assert (e.value.errno, e.value.filename)==(errno.ENOSPC, str(tmp_path/'weights.safetensors'))
-    with pytest.raises(FileNotFoundError, match='nowhere'), atomic_path(tmp_path/'x'): open(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='nowhere'), atomic_path(tmp_path/'x'):
+        open(tmp_path/'nowhere')
     with pytest.raises(Rust, match='^damaged$'), atomic_path(tmp_path/'x'): raise Rust('damaged')
     assert list(tmp_path.iterdir())==[]
 
@@ -137,17 +142,20 @@ def group(pid: int) -> list:
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='processes are looked up in /proc')
 @pytest.mark.parametrize('number, everybody', [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_ends_with_one_line(films, tmp_path, number, everybody):
-    words = [COMMAND, 'preprocess', films, '--recipe', 'plain', '--size', '32', '--workers', '2', '--shard-size', '1',
+    words = [COMMAND, 'preprocess', films, '--recipe', 'plain', '--size', '32', '--workers', '2',
+        '--shard-size', '1',
         '--out', tmp_path/'s']
     many = tmp_path/'many'
     many.mkdir()
     for k in range(400): (many/f'{k}.dcm').symlink_to(films/'1.dcm')
     words[2] = many
     (tmp_path/'tmp').mkdir()
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True, start_new_session=True, env=os.environ | dict(TMPDIR=str(tmp_path/'tmp')))
     end = time.monotonic() + 60
-    while process.poll() is None and not list(tmp_path.glob('s/shards/*.npy')) and time.monotonic()<end: time.sleep(.005)
+    while process.poll() is None and not list(tmp_path.glob('s/shards/*.npy')) and time.monotonic()<end:
+        time.sleep(.005)
     (os.killpg if everybody else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode==128 + number, err
