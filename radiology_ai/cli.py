@@ -9,7 +9,11 @@ __all__ = ['app', 'Workers', 'Seed', 'Overwrite', 'Told', 'index', 'explore', 'd
            'tasks', 'evaluate', 'predict', 'explain', 'demo', 'main']
 
 # %% ../nbs/85_cli.ipynb #8931c3e8
+import io
+import os
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -297,25 +301,112 @@ def demo(
     result = run_demo(out, task, seed, patients, workers, say=typer.echo, **given)
     for line in result.lines(): typer.echo(line)
 
+# %% ../nbs/85_cli.ipynb #5e4feb6b
+class _Outlet(io.FileIO):
+    "A stream of the process that goes nowhere once its reader has left."
+    def write(self, data):
+        try: return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+def _open_streams(own: bool):
+    """Closed standard streams go nowhere; where they are this command's own they escape what their encoding
+    cannot say."""
+    for fd in range(3):
+        try: os.fstat(fd)
+        except OSError: os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ('stdin', 'stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, 'r' if name=='stdin' else 'w', encoding='utf-8'))
+        elif own and name!='stdin' and stream is getattr(sys, f'__{name}__') and os.name=='posix':
+            raw = io.BufferedWriter(_Outlet(stream.fileno(), 'w', closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, 'backslashreplace',
+                line_buffering=stream.line_buffering))
+
+def _read_names():
+    "In a locale of ASCII, start anew in UTF-8: names of files have any letters."
+    if os.name!='posix' or sys.getfilesystemencoding()!='ascii': return
+    os.environ['PYTHONUTF8'] = '1'
+    os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
+
+class _Interrupted(BaseException): "Raised where a signal arrives."
+
+_GOES_ON = ('deidentify', 'preprocess', 'train') # commands that go on where they stopped
+
+def _importing(frame) -> bool:
+    "Is a module being imported there? Libraries of C++ abort where their import is interrupted."
+    while frame is not None:
+        if frame.f_code.co_filename.startswith('<frozen importlib'): return True
+        frame = frame.f_back
+    return False
+
+class _Signals:
+    "Ctrl-C and SIGTERM within its block raise once; `number` is the signal that came, or 0."
+    def __init__(self, args: list, direct: bool):
+        self.args,self.direct = args,direct # the words of the command; may the process be ended on the spot?
+        self.number,self.since,self.before = 0,0.,{}
+
+    def __enter__(self):
+        for s in (signal.SIGINT, signal.SIGTERM):
+            try:
+                if signal.getsignal(s)!=signal.SIG_IGN: self.before[s] = signal.signal(s, self._hear)
+            except ValueError: pass # not in the main thread
+        return self
+
+    def __exit__(self, *error):
+        for s,handler in self.before.items(): signal.signal(s, handler)
+
+    def ignore(self):
+        self.before = dict.fromkeys(self.before, signal.SIG_IGN)
+
+    def _hear(self, number, frame):
+        if not self.number:
+            self.number,self.since = number,time.monotonic()
+            if not self.direct or not _importing(frame): raise _Interrupted
+            os._exit(self.tell())
+        if time.monotonic() - self.since>2: os._exit(128 + number)
+
+    def tell(self) -> int:
+        "Say what is kept; the exit code."
+        command = self.args[0] if self.args else ''
+        kept = "What is done is kept: the same command goes on where it stopped"
+        if command=='deidentify' and not any(a.partition('=')[0]=='--key' for a in self.args):
+            kept = "Without --key the same command begins anew"
+        elif command not in _GOES_ON: kept = "The same command begins anew"
+        typer.echo(f'radiology_ai: interrupted. {kept}', err=True)
+        sys.stderr.flush()
+        return 128 + self.number
+
 # %% ../nbs/85_cli.ipynb #899f9084
 def main(
     args: list[str]|None=None, # the words after `radiology_ai`; by default those of the process
 ) -> int:
     "Run the command line; returns through `sys.exit` with 0, or with 2 after an error."
-    args = list(sys.argv[1:] if args is None else args)
+    if args is None: _read_names()
+    given,args = args,list(sys.argv[1:] if args is None else args)
     debug = '--debug' in args
     if not debug: _quiet_warnings()
     args = [a for a in args if a!='--debug']
-    try: code = app(args, standalone_mode=False)
-    except Exception as e:
-        if debug: raise
-        line = _one_line(e)
-        if line: typer.echo(f'radiology_ai: {line}', err=True)
-        code = 2
-    except KeyboardInterrupt:
-        typer.echo('radiology_ai: interrupted', err=True)
-        code = 130
+    _open_streams(own=given is None)
+    with _Signals(args, given is None) as signals:
+        try: code = app(args, standalone_mode=False)
+        except BaseException as e:
+            if signals.number: code = signals.tell()
+            elif debug or not isinstance(e, (Exception, SystemExit)): raise
+            else: code = _told(e)
+        if given is None: signals.ignore() # the end of the process is not to be interrupted
     sys.exit(code if isinstance(code, int) else 0)
+
+def _told(e: BaseException) -> int:
+    "The exit code of an error, which is told on one line."
+    if isinstance(e, SystemExit): return e.code
+    line = _one_line(e)
+    if line: typer.echo(f'radiology_ai: {line}', err=True)
+    return 2
 
 def _quiet_warnings():
     "Warnings of the library on one line; those that speak to programmers not at all."

@@ -7,10 +7,12 @@ Docs: https://lluissalord.github.io/radiology_ai/core.html.md"""
 # %% auto #0
 __all__ = ['NO_MEMORY', 'PACKAGES', 'RadiologyError', 'DataError', 'StoreError', 'BundleError', 'ModelError',
            'MissingPackageError', 'DicomError', 'own_fault', 'file_fault', 'optional', 'shift', 'scale',
-           'transform_points', 'transform_boxes', 'Radiograph', 'fit_size', 'resize_array', 'rng', 'atomic_path',
-           'plain', 'versions', 'file_digest', 'OwnedFolder', 'progress']
+           'transform_points', 'transform_boxes', 'Radiograph', 'fit_size', 'resize_array', 'rng', 'is_temporary',
+           'sweep', 'temporary', 'atomic_path', 'save_picture', 'alone', 'disk_remedy', 'plain', 'versions',
+           'file_digest', 'OwnedFolder', 'on_terminal', 'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
+import errno
 import fnmatch
 import hashlib
 import importlib
@@ -22,9 +24,12 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -275,25 +280,212 @@ def rng(
     words = [b for k in keys for b in (str(k).encode() + b'\0')]
     return np.random.default_rng(np.random.SeedSequence([int(seed), *words]))
 
+# %% ../nbs/00_core.ipynb #0c1e2be1
+_TEMPORARY = re.compile(
+    r'(?P<stem>radiology_ai|\..*)-(?P<pid>\d+)s(?P<start>\d+)b(?P<boot>[0-9a-f]{8})n(?P<space>[0-9a-f]{8})'
+    r'-[a-z0-9_]{8}(\.[^/]*)?', re.S)
+
+def _begun(pid: int) -> int|None:
+    "When a process of this machine began, in ticks; None where it has ended, 0 where that cannot be told."
+    try:
+        with open(f'/proc/{pid}/stat', 'rb') as f: told = f.read().rpartition(b')')[2].split()
+        return None if told[0] in (b'Z', b'X') else int(told[19])
+    except (FileNotFoundError, ProcessLookupError):
+        if os.path.exists('/proc/self/stat'): return None
+    except OSError: return 0
+    if os.name=='nt': return 0
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return None
+    except OSError: pass
+    return 0
+
+@lru_cache(1)
+def _machine() -> tuple[str, str]:
+    "The boot of this machine, and the space in which its processes are counted, as hexadecimal digits."
+    try: boot = Path('/proc/sys/kernel/random/boot_id').read_text()
+    except OSError: boot = platform.node()
+    try: space = os.readlink('/proc/self/ns/pid')
+    except OSError: space = ''
+    return tuple(hashlib.sha256(t.encode()).hexdigest()[:8] for t in (boot, space))
+
+def _stamp() -> str:
+    boot,space = _machine()
+    return f'{os.getpid()}s{_begun(os.getpid()) or 0}b{boot}n{space}'
+
+def _ended(made, path: Path) -> bool:
+    "Has the process that made a temporary file or folder ended? `made` is the match of its name."
+    if (made['boot'], made['space'])==_machine():
+        begun = _begun(int(made['pid']))
+        return begun is None or begun!=int(made['start'])!=0!=begun
+    still = time.time() - path.lstat().st_mtime
+    if still<(2 if made['boot']==_machine()[0] else 86400):
+        return False # a lock of another machine may not be seen
+    try:
+        import fcntl
+        with open(path/'.lock' if path.is_dir() else path, 'rb+') as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError): return False
+    return True
+
+def is_temporary(
+    name: str,      # of a file or folder
+    stems: tuple=(),# names without the dot, such as 'index', of which those of earlier versions count too
+) -> bool:
+    "Whether it is the name of a temporary file or folder of this library."
+    if _TEMPORARY.fullmatch(name): return True
+    return any(re.fullmatch(rf'\.{re.escape(s)}-[a-z0-9_]{{8}}(\.\w+)?', name) for s in stems)
+
+# %% ../nbs/00_core.ipynb #08f14082
+_swept = {} # folders, and when
+
+def sweep(
+    folder, # where temporary files and folders of this library may lie
+):
+    "Remove those whose processes have ended; at most once a minute."
+    if time.monotonic() - _swept.get(str(folder), -math.inf)<60: return
+    _swept[str(folder)] = time.monotonic()
+    me = os.getuid() if hasattr(os, 'getuid') else None
+    try:
+        with os.scandir(folder) as found: names = [e.name for e in found if '-' in e.name]
+    except OSError: return
+    for made in filter(None, map(_TEMPORARY.fullmatch, names)):
+        path = Path(folder)/made[0]
+        try:
+            owner = path.lstat().st_uid
+            if not path.is_symlink() and (me is None or owner==me) and _ended(made, path): _discard(path)
+        except OSError: pass # another process was faster
+
+def _discard(path: Path):
+    "Remove a temporary file or folder; what had been moved aside goes back if its place is empty."
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    try: home = path.parent/Path((path/'.lock').read_text(encoding='utf-8')).name
+    except (OSError, ValueError): home = path.parent
+    if (path/'old').exists() and not home.exists(): os.rename(path/'old', home)
+    shutil.rmtree(path, ignore_errors=True)
+
+@contextmanager
+def temporary(
+    beside=None,        # the file or folder that it becomes or serves; None: it lies where the system keeps such files
+    *,
+    folder: bool=False, # rather than a file
+    suffix: str='',     # of its name
+):
+    """The path of a new temporary file or folder, removed when the block ends, or by the next process if this one is killed. A
+    folder's `old` is moved to `beside` if nothing is there then."""
+    place = Path(tempfile.gettempdir()) if beside is None else Path(beside).parent
+    stem = 'radiology_ai' if beside is None else f'.{Path(beside).stem[:40]}'
+    sweep(place)
+    make = dict(dir=place, prefix=f'{stem}-{_stamp()}-', suffix=suffix)
+    if folder:
+        path = Path(tempfile.mkdtemp(**make))
+        held = os.open(path/'.lock', os.O_RDWR | os.O_CREAT, 0o600)
+        os.write(held, os.fsencode('' if beside is None else Path(beside).name))
+    else:
+        held,path = tempfile.mkstemp(**make)
+        path = Path(path)
+    try:
+        _hold(held)
+        yield path
+    except Exception as e:
+        if beside is None: raise
+        raise _by_the_disk(e, beside) from e.__cause__
+    finally:
+        if os.name!='nt': os.close(held)
+        _discard(path)
+
+def _by_the_disk(e: Exception, path) -> Exception:
+    """The error, or where it says in its own way that the disk refused something, an `OSError` that names the
+    file."""
+    if isinstance(e, OSError) and e.filename is not None: return e
+    said = re.search(r'\(os error (\d+)\)|\[Errno (\d+)\]', str(e))
+    if said is None or isinstance(e, RadiologyError): return e
+    number = int(said[1] or said[2])
+    return OSError(number, os.strerror(number), str(path))
+
+def _hold(fd):
+    "Lock an open file as long as it is open; on Windows, where open files cannot be moved, close it."
+    if os.name=='nt':
+        os.close(fd)
+        return
+    import fcntl
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: pass # a file system without locks
+
 # %% ../nbs/00_core.ipynb #f4cd1507
 @contextmanager
 def atomic_path(
     path, # the file to be written
-    private: bool=False, # only its owner may read it, from the first byte; False: as the umask says
+    *,
+    private: bool=False, # may only its owner read it?
 ):
     "Gives a temporary path beside `path`; moves it to `path` when the block ends well, removes it otherwise."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem[:40]}-', suffix=path.suffix)
-    os.close(fd)
-    tmp = Path(tmp)
-    try:
+    try: sweep(tempfile.gettempdir())
+    except OSError: pass # there is no place for temporary files
+    with temporary(path, suffix=path.suffix) as tmp:
         yield tmp
-        if not private:
-            umask = os.umask(0); os.umask(umask)
-            tmp.chmod(0o666 & ~umask)
+        umask = os.umask(0); os.umask(umask)
+        tmp.chmod(0o600 if private else 0o666 & ~umask)
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+
+def save_picture(
+    path,               # the file
+    pixels: np.ndarray, # (H, W) grey, or (H, W, 3) RGB, uint8 or uint16
+):
+    "Write a picture whole or not at all. Raises `OSError` where the disk refuses it."
+    data = cv2.imencode('.png', pixels[...,::-1] if pixels.ndim==3 else pixels)[1]
+    with atomic_path(path) as tmp: tmp.write_bytes(data.tobytes())
+
+# %% ../nbs/00_core.ipynb #0de507c6
+@contextmanager
+def alone(
+    folder: Path, # made if need be
+):
+    """The folder for this process alone. Raises `RadiologyError` while another one is in it. On Windows there
+    is no lock."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder) as held:
+        try: yield folder
+        finally:
+            if held: (folder/'.lock').unlink(missing_ok=True)
+
+@contextmanager
+def _locked(folder: Path):
+    "Holds the lock of a folder; yields whether it is the one that lies there."
+    path = folder/'.lock'
+    for _ in range(100):
+        with open(path, 'a') as f:
+            try:
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError: pass
+            except BlockingIOError as e:
+                raise RadiologyError(f"{folder} is in use by another process",
+                    "Wait until it is done, or give another folder") from e
+            except OSError as e:
+                warnings.warn(f"{folder} cannot be locked ({e.strerror}): do not write it from two calls at once",
+                    stacklevel=6)
+            if path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()): # not removed meanwhile
+                yield True
+                return
+
+_REMEDIES = {errno.ENOSPC: "Free some space",
+    getattr(errno, 'EDQUOT', errno.ENOSPC): "Free some space, your quota is used up",
+    errno.EMFILE: "Allow more open files (ulimit -n), or use fewer workers",
+    errno.ENFILE: "Close other programs",
+    errno.EACCES: "Check its permissions, or choose another folder",
+    errno.EPERM: "Check its permissions, or choose another folder",
+    errno.EROFS: "Choose another folder, this one can only be read", errno.ENOMEM: "Use fewer workers"}
+
+def disk_remedy(
+    e: OSError, # raised where something was to be written
+) -> str:
+    "What a user can do about it."
+    return _REMEDIES.get(e.errno, "Choose another folder, or check this one")
 
 # %% ../nbs/00_core.ipynb #a4c491f1
 def plain(
@@ -351,6 +543,7 @@ class OwnedFolder:
         for place,folders,files in os.walk(folder):
             for name in sorted(files + [f for f in folders if os.path.islink(os.path.join(place, f))]):
                 path = (Path(place)/name).relative_to(folder)
+                if is_temporary(name): continue
                 if not any(fnmatch.fnmatchcase(path.as_posix(), p) for p in self.names): return folder/path
         return None
 
@@ -372,11 +565,13 @@ class OwnedFolder:
         self.check(folder)
         folder = Path(folder)
         if not folder.exists(): return
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name[:40]}-'))
-        os.rename(folder, aside/'old')
-        shutil.rmtree(aside)
+        with temporary(folder, folder=True) as aside: os.rename(folder, aside/'gone')
 
 # %% ../nbs/00_core.ipynb #8d9b957a
+def on_terminal() -> bool:
+    "Is standard error a terminal?"
+    return sys.stderr is not None and sys.stderr.isatty()
+
 def progress(
     items,                # an iterable
     desc: str='',         # what is being done
@@ -385,5 +580,6 @@ def progress(
 ):
     "`items` with a progress bar."
     from tqdm import tqdm
-    return tqdm(items, desc=desc, total=total, disable=None if show is None else not show, leave=False,
+    return tqdm(items, desc=desc, total=total, disable=not (on_terminal() if show is None else show),
+        leave=False,
         dynamic_ncols=True)

@@ -11,15 +11,16 @@ __all__ = ['worker_count', 'run_parallel']
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
-from multiprocessing import spawn
+from contextlib import ExitStack, contextmanager
+from multiprocessing import process, resource_tracker, spawn, util
 from multiprocessing.connection import wait
 
-from .core import RadiologyError, progress
+from .core import RadiologyError, progress, temporary
 
 # %% ../nbs/01_parallel.ipynb #a11f6925
 def worker_count(
@@ -57,6 +58,44 @@ def _of_script(fn, items) -> bool:
     "Is something that workers get defined in the script that was started?"
     return b'__main__' in pickle.dumps((fn, items[:1]))
 
+# %% ../nbs/01_parallel.ipynb #0009839e
+@contextmanager
+def _undisturbed():
+    "Processes that are started inside never hear Ctrl-C; this one hears it at the end of the block."
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    resource_tracker.ensure_running() # its start would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+def _place_for_sockets():
+    "Gives multiprocessing a temporary folder of this library for its own, once in a process."
+    config = getattr(process.current_process(), '_config', None)
+    if config is None or config.get('tempdir'): return
+    stack = ExitStack()
+    folder = str(stack.enter_context(temporary(folder=True)))
+    if len(os.fsencode(folder))>85: # the address of a socket is short
+        stack.close()
+        return
+    config['tempdir'] = folder
+    # after multiprocessing's own
+    util.Finalize(None, _forget, (stack, config, os.getpid()), exitpriority=-200)
+
+def _forget(stack, config, owner):
+    if os.getpid()!=owner: return
+    config['tempdir'] = None
+    stack.close()
+
+def _end_with_parent():
+    "Ends this process as soon as the one that wanted it has ended."
+    parent = multiprocessing.parent_process()
+    def watch():
+        parent.join()
+        os._exit(1)
+    if parent is not None: threading.Thread(target=watch, daemon=True).start()
+
 # %% ../nbs/01_parallel.ipynb #4a1309f5
 _NO_MEMORY = 'ran out of memory'
 
@@ -80,6 +119,12 @@ def _serve(conn, at, fn):
     "The life of a worker process."
     import cv2
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
+    try: _work(conn, at, fn)
+    except (EOFError, OSError): pass # there is nobody any more who wants it
+
+def _work(conn, at, fn):
     reserve = _Reserve()
     conn.send('ready')
     while (chunk := conn.recv()) is not None:
@@ -114,7 +159,7 @@ class _Worker:
         self.since = time.monotonic()
         self.ready = False
         self.process = context.Process(target=_serve, args=(there, self.at, fn), daemon=True)
-        with _script_left_alone(script): self.process.start()
+        with _script_left_alone(script), _undisturbed(): self.process.start()
         there.close()
 
     def give(self, chunk):
@@ -207,6 +252,7 @@ def run_parallel(
         return
     method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
     context = multiprocessing.get_context(method)
+    _place_for_sockets()
     preload = [m for m in ('radiology_ai.core', fn.__module__) if m!='__main__']
     if method=='forkserver': context.set_forkserver_preload(preload)
     try:

@@ -8,12 +8,15 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.child.html.md"""
 __all__ = ['in_child', 'Child']
 
 # %% ../../nbs/11_dicom.child.ipynb #509d6aa8
+import math
 import os
 import queue
 import subprocess
 import sys
-import tempfile
 import threading
+
+# %% ../../nbs/11_dicom.child.ipynb #c7e7e656
+from ..core import temporary
 
 # %% ../../nbs/11_dicom.child.ipynb #eca35f46
 _CHILD = """
@@ -21,6 +24,8 @@ import os, sys
 out = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1)
 try: import resource
 except ImportError: resource = None
+try: from signal import alarm
+except ImportError: alarm = abs # Windows
 sys.modules['dl'] = sys.modules['DLFCN'] = None # of Python 2: gdcm imports them where they are, or what has their name
 import gdcm, imagecodecs
 
@@ -47,12 +52,15 @@ def by_gdcm(name):
 allow(2**32)
 print('ready', file=out, flush=True)
 for line in sys.stdin:
-    decoder,memory,name = line.strip().split(' ', 2)
+    decoder,memory,seconds,name = line.strip().split(' ', 3)
     try:
+        alarm(int(seconds)) # whoever asked may have been killed
         if int(memory): allow(taken() + int(memory))
         b = dict(openjph=openjph, jpeg2k=jpeg2k, gdcm=by_gdcm)[decoder](name)
     except Exception: b = None
-    finally: allow(2**32)
+    finally:
+        alarm(0)
+        allow(2**32)
     if b is not None:
         with open(name, 'wb') as f: f.write(b)
     print('no' if b is None else 'ok', file=out, flush=True)
@@ -92,16 +100,14 @@ class Child:
         "The pixels. `ValueError` where it refuses, crashes, hangs or takes too much."
         with self.lock:
             if not self.process or self.owner!=os.getpid(): self._start()
-            fd,name = tempfile.mkstemp(suffix='.dcm')
-            try:
-                with os.fdopen(fd, 'wb') as f: f.write(file)
-                answer = self._ask(f'{decoder} {memory} {name}\n', seconds)
+            with temporary(suffix='.dcm') as path:
+                path.write_bytes(file)
+                answer = self._ask(f'{decoder} {memory} {math.ceil(seconds) + 5} {path}\n', seconds)
                 if answer not in ('ok', 'no'):
                     self._stop()
                     raise ValueError(f'it {answer}')
                 if answer=='no': raise ValueError('it refused')
-                with open(name, 'rb') as f: return f.read()
-            finally: os.unlink(name)
+                return path.read_bytes()
 
     def _ask(self, line, seconds):
         "What the child answers to a line."

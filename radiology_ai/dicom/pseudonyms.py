@@ -19,7 +19,7 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from ..core import DataError
+from ..core import DataError, temporary
 
 # %% ../../nbs/17_dicom.pseudonyms.ipynb #8e5a77a4
 class Pseudonyms:
@@ -54,15 +54,22 @@ def read_key(
     "The secret as bytes; at least 16 of them, or 16 letters."
     if key is None: return secrets.token_bytes(32)
     if isinstance(key, Path):
-        if not key.exists():
-            with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
-                f.write(secrets.token_bytes(32))
+        if not key.exists(): _draw_key(key)
         key = key.read_bytes()
     if len(key)<16:
         raise DataError(f"The secret key has {len(key)} bytes or letters",
             "Give at least 16, or key=Path('new.key') to have one drawn and written")
     return (hashlib.scrypt(key.encode(), salt=b'radiology_ai', n=2**14, r=8, p=1) if isinstance(key, str)
         else bytes(key))
+
+def _draw_key(path):
+    "A new key in a file that only its owner can read; it is there as a whole or not at all, and replaces none."
+    with temporary(path) as tmp:
+        tmp.write_bytes(secrets.token_bytes(32))
+        try: os.link(tmp, path)
+        except FileExistsError: pass
+        except OSError: # a file system without links
+            if not path.exists(): os.replace(tmp, path)
 
 # %% ../../nbs/17_dicom.pseudonyms.ipynb #62cb1f36
 _DUMMY = dict(AS='000Y', DA='19000101', DT='19000101000000', TM='000000', DS='0', IS='0', UR='urn:removed',

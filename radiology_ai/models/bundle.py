@@ -11,7 +11,6 @@ __all__ = ['ACTIVATIONS', 'save_bundle', 'Bundle', 'load_bundle', 'export_onnx']
 import json
 import math
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from radiology_ai.core import (
     RadiologyError,
     file_digest,
     optional,
+    temporary,
     versions,
 )
 from .backbone import create_model
@@ -91,8 +91,8 @@ def _write(path: Path, model, meta: dict) -> Path:
     "The weights and bundle.json in a folder that takes its place when it is complete."
     from safetensors.torch import save_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}-') as d:
-        tmp = Path(d)/'bundle'
+    with temporary(path, folder=True) as d:
+        tmp = d/'bundle'
         tmp.mkdir()
         state = {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
         bad = not_finite(state)
@@ -106,7 +106,7 @@ def _write(path: Path, model, meta: dict) -> Path:
                 "strings, lists and dicts as answer, card, settings, threshold and vocab") from e
         check_meta(meta, path.name, "Change the argument of save_bundle")
         (tmp/'bundle.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
-        if path.exists(): path.rename(Path(d)/'old')
+        if path.exists(): path.rename(d/'old')
         tmp.rename(path)
     return path
 
@@ -219,8 +219,8 @@ def export_onnx(
         if hasattr(m, 'set_swish'): m.set_swish(memory_efficient=False)
     x = torch.rand(2, bundle.meta['n_in'], size, size, generator=torch.Generator().manual_seed(0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}-') as d:
-        tmp = Path(d)/'model.onnx'
+    with temporary(path, folder=True) as d:
+        tmp = d/'model.onnx'
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')
             torch.onnx.export(model, (x,), str(tmp), input_names=['pixels'], output_names=['logits'],

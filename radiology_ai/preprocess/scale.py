@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .. import __version__
-from ..core import DataError, StoreError, optional, own_fault, progress
+from ..core import DataError, StoreError, disk_remedy, optional, own_fault, progress
 from ..dicom.index import image_files
 from ..dicom.limits import NOT_UTF8, shown_name
 from ..dicom.quality import bytes_digest
@@ -129,7 +129,7 @@ def _settled(item, out):
 
 def _here(items, note: Path, show):
     "Prepare `items` in this process; `note` names the files that may crash it."
-    suspects = note.read_text().split('\n') if note.exists() else []
+    suspects = note.read_text(encoding='utf-8').split('\n') if note.exists() else []
     lost = []
     for item in progress(items, 'preprocess', show=show):
         path = item.source.path
@@ -137,7 +137,7 @@ def _here(items, note: Path, show):
             out = _apart(item)
             if out[0] is None: lost.append(path)
         else:
-            note.write_text('\n'.join([*lost, path]))
+            note.write_text('\n'.join([*lost, path]), encoding='utf-8')
             out = prepare(*item)
         yield out
 
@@ -300,7 +300,7 @@ def preprocess_folder(
                 return _checked(ImageStore(writer.path), writer.new, allow_empty)
     except OSError as e:
         raise StoreError(f"The store {writer.path} cannot be written ({e.strerror or e})",
-            "Free some space, or choose another folder, or check its permissions; the same call then resumes") from e
+            f"{disk_remedy(e)}; the same call then resumes") from e
     return _checked(ImageStore(writer.path), False, allow_empty)
 
 def _make_whole(job, update):

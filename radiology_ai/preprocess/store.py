@@ -25,7 +25,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .. import __version__
-from ..core import DataError, Radiograph, StoreError, atomic_path
+from ..core import DataError, Radiograph, StoreError, atomic_path, disk_remedy, is_temporary
 from ..dicom.quality import bytes_digest
 from ..files import array_shape, map_array, open_file, plain_digest, quick_digest, read_json
 from .recipe import KEPT, Preprocess, Source, recipe
@@ -157,7 +157,13 @@ class ShardWriter:
                 "Go on with that version, or delete the store and begin again")
 
 # %% ../../nbs/24_preprocess.store.ipynb #8cf24eff
-def _of_a_begun_store(p): return p.name in ('shards', '.lock') or p.name.startswith('.recipe-')
+def _of_a_begun_store(p): return p.name in ('shards', '.lock') or is_temporary(p.name, ('recipe',))
+
+def _left_behind(store: Path) -> list:
+    "What a killed run has left half written."
+    found = [p for p in store.glob('.*') if is_temporary(p.name, ('index', 'errors', 'recipe', 'sums'))]
+    return found + [p for p in (store/'shards').glob('.[0-9]*')
+        if is_temporary(p.name, (p.name[1:6], f'{p.name[1:6]}.errors'))]
 
 @patch
 @contextmanager
@@ -169,7 +175,7 @@ def alone(self:ShardWriter):
     if store.exists() and not self.begun and not all(map(_of_a_begun_store, store.iterdir())):
         raise StoreError(f"The folder {store} is not empty and no store", "Give a new folder")
     (store/'shards').mkdir(parents=True, exist_ok=True)
-    with open(store/'.lock', 'w') as f:
+    with open(store/'.lock', 'a') as f:
         try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,10 +186,7 @@ def alone(self:ShardWriter):
         except OSError as e:
             warnings.warn(f"{store} cannot be locked ({e.strerror}): do not write it from two runs at once",
                 stacklevel=3)
-        for p in [*store.glob('.index-*.parquet'), *store.glob('.errors-*.parquet'),
-                *store.glob('.recipe-*.json'), *store.glob('.sums-*.json'),
-                *(store/'shards').glob('.[0-9]*-*')]:
-            p.unlink(missing_ok=True)
+        for p in _left_behind(store): p.unlink(missing_ok=True)
         yield
 
 # %% ../../nbs/24_preprocess.store.ipynb #72d39bbf
@@ -546,4 +549,4 @@ def _write_png(self:ImageStore, file, image, peak):
         with atomic_path(file) as tmp: tmp.write_bytes(data.tobytes())
     except OSError as e:
         raise StoreError(f"{file} cannot be written ({e.strerror or e})",
-            "Free some space or choose another folder") from e
+            disk_remedy(e)) from e

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/80_serve.outputs.ipynb #2a4cafa3
-from ..core import DataError, atomic_path, plain, resize_array
+from ..core import DataError, atomic_path, plain, resize_array, save_picture
 from ..data.regions import rle_encode
 from ..dicom.read import read_radiograph
 from ..findings import Finding, Reading
@@ -102,8 +102,7 @@ def write_png(answered: Answered, out: Path):
     "A picture of every file that was answered, in a folder of the table's name."
     for k,r in enumerate(answered.readings):
         if not r.ok: continue
-        with atomic_path(out.with_suffix('')/picture_name(k, r.path)) as tmp:
-            cv2.imwrite(str(tmp), finding_picture(read_radiograph(r.path), r)[...,::-1])
+        save_picture(out.with_suffix('')/picture_name(k, r.path), finding_picture(read_radiograph(r.path), r))
 
 # %% ../../nbs/80_serve.outputs.ipynb #88594d7b
 OUTPUTS: dict[str, Callable] = {'csv': write_csv, 'json': write_json, 'png': write_png}

@@ -8,7 +8,6 @@ Docs: https://lluissalord.github.io/radiology_ai/serve.predict.html.md"""
 __all__ = ['BOX', 'models_and_task', 'stored', 'predicted_rows', 'readings_of', 'predict', 'heat_picture', 'explain']
 
 # %% ../../nbs/81_serve.predict.ipynb #3e70eefb
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +24,8 @@ from radiology_ai.core import (
     plain,
     progress,
     resize_array,
+    save_picture,
+    temporary,
     transform_boxes,
 )
 from ..dicom.index import image_files
@@ -65,8 +66,8 @@ def stored(
 ):
     "A temporary `ImageStore` of `paths`."
     files = image_files(paths if isinstance(paths, (str, Path)) else [str(p) for p in paths])
-    with tempfile.TemporaryDirectory(prefix='radiology_ai-') as tmp:
-        yield preprocess_folder(files, Path(tmp)/'store', recipe, workers=workers, show=show,
+    with temporary(folder=True) as tmp:
+        yield preprocess_folder(files, tmp/'store', recipe, workers=workers, show=show,
             allow_empty=True)
 
 # %% ../../nbs/81_serve.predict.ipynb #8ca7adc1
@@ -203,6 +204,6 @@ def _draw(table, i, heat, store, out):
     "One picture, and its row of the table."
     seen,film = store.radiograph(i),read_radiograph(table.path[i])
     name = picture_name(i, table.path[i])
-    with atomic_path(out/name) as tmp: cv2.imwrite(str(tmp), heat_picture(film, seen, heat)[...,::-1])
+    save_picture(out/name, heat_picture(film, seen, heat))
     x,y = seen.to_stored(hottest(heat))
     table.loc[i, ['picture','hot_x','hot_y']] = [name, round(x, 1), round(y, 1)]

@@ -9,7 +9,6 @@ __all__ = ['Plan', 'make_plan', 'score_table', 'stage_learner', 'train_task']
 
 # %% ../../nbs/67_tasks.fit.ipynb #d851c31e
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/67_tasks.fit.ipynb #99ef837c
-from ..core import RadiologyError, atomic_path, plain, versions
+from ..core import RadiologyError, atomic_path, on_terminal, plain, versions
 from ..data.duplicates import find_copies
 from ..data.load import xray_dataloaders
 from ..data.split import patient_folds, patient_split, save_split, split_hash
@@ -231,7 +230,7 @@ def train_task(
     Raises `DataError`, `StoreError`, `ModelError` or `RadiologyError`; a run that could not begin leaves nothing behind."""
     s = make_settings(task.settings, given, settings)
     out = Path(out)
-    show = sys.stderr.isatty() if show is None else show
+    show = on_terminal() if show is None else show
     state = run_state(out)
     if state=='foreign' or state!='new' and not (resume or overwrite):
         raise RadiologyError(f"{out} is there already" + (' and is no run' if state=='foreign' else ''),

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../../nbs/66_tasks.run.ipynb #69c6fd2e
-from ..core import BundleError, DataError, OwnedFolder, RadiologyError, atomic_path, plain
+from ..core import BundleError, DataError, OwnedFolder, alone, atomic_path, is_temporary, plain, sweep
 from ..files import read_json
 from ..models.bundle import load_bundle
 from ..tables import load_table, text_column
@@ -61,7 +61,7 @@ def run_state(
 
 def _leftover(p: Path) -> bool:
     "Whether a killed process has left it: a lock, or a temporary name of `atomic_path` or of a bundle."
-    return p.name=='.lock' or p.name.startswith(tuple(f'.{n}-' for n in _WRITTEN))
+    return p.name=='.lock' or is_temporary(p.name, _WRITTEN)
 
 _WRITTEN = ('plan','run','manifest','split','predictions','scores','fit','model','report','checkpoint',
     'evaluation')
@@ -73,21 +73,11 @@ def alone_in(
 ):
     """The folder for this process alone; leftovers of killed ones are removed first. Raises `RadiologyError`
     while another one is in it."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out/'.lock', 'w') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass # no such locks on Windows
-        except BlockingIOError as e:
-            raise RadiologyError(f"{out} is in use by another process",
-                "Wait until it is done, or give another folder") from e
-        try:
-            for p in out.rglob('.*'):
-                if p.name!='.lock' and _leftover(p): _remove(p)
-            yield out
-        finally: (out/'.lock').unlink(missing_ok=True)
+    with alone(out) as out:
+        for p in list(out.rglob('.*')):
+            sweep(p.parent)
+            if not is_temporary(p.name) and is_temporary(p.name, _WRITTEN): _remove(p) # of an earlier version
+        yield out
 
 def _remove(p: Path):
     if p.is_dir() and not p.is_symlink(): shutil.rmtree(p, ignore_errors=True)

@@ -10,7 +10,6 @@ __all__ = ['OUTLIERS', 'SORTED', 'scope_manifest', 'Outliers', 'scope_learner', 
 
 # %% ../../nbs/51_weak.scope.ipynb #ee3e4a24
 import hashlib
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from fastcore.basics import patch
 from fasttransform import Transform
 
 # %% ../../nbs/51_weak.scope.ipynb #5c8e1e83
-from ..core import BundleError, DataError, ModelError, atomic_path, rng
+from ..core import BundleError, DataError, ModelError, atomic_path, rng, temporary
 from ..data.annotate import Question, assign_readers, majority, write_templates
 from ..data.labels import make_manifest
 from ..data.load import xray_dataloaders, xray_test_dl
@@ -364,8 +363,8 @@ def sort(self:OutOfScope,
     the limit, the `likeliest` class, what the `header` says, and the `cause` where it cannot be read."""
     if isinstance(src, ImageStore): return self._sorted(src, metadata_labels(src.index, rules), bs)
     index = src if isinstance(src, pd.DataFrame) else index_dicoms(src, workers, show)
-    with tempfile.TemporaryDirectory() as tmp:
-        s = preprocess_folder(index, store or Path(tmp)/'store', self.bundle.recipe, workers, show=show,
+    with temporary(folder=True) as tmp:
+        s = preprocess_folder(index, store or tmp/'store', self.bundle.recipe, workers, show=show,
             allow_empty=True)
         return self._sorted(s, metadata_labels(index, rules), bs)
 
