@@ -120,7 +120,8 @@ def plant(source: Path, target: Path):
     for k, name in enumerate(ODD_NAMES):
         (odd/os.fsdecode(name)).write_bytes(films[0].read_bytes()[:400*k])
     grey = np.random.default_rng(0).integers(0, 255, (80, 60, 3), dtype=np.uint8)
-    for k in range(2): Image.fromarray(grey).save(odd/f'QYPICTURE_{k}.png')
+    (target/'Qypictures').mkdir()
+    for k in range(2): Image.fromarray(grey).save(target/f'Qypictures/QYPICTURE_{k}.png')
 
 
 STEPS = dict(index='index h --out o/index.parquet', again='index h --out o/index.parquet --debug',
@@ -139,7 +140,11 @@ STEPS = dict(index='index h --out o/index.parquet', again='index h --out o/index
 @pytest.fixture(scope='module')
 def said(place):
     "What each step said."
-    return {name: command(*words.split()) for name, words in STEPS.items()}
+    import time
+    o={}
+    for name, words in STEPS.items():
+        t=time.time(); o[name]=command(*words.split()); print(name, round(time.time()-t,1), file=sys.__stdout__)
+    return o
 
 
 @pytest.mark.parametrize('step', STEPS)
@@ -155,3 +160,121 @@ def test_nothing_that_is_handed_on_holds_a_name(place, said):
     assert leaks(place/'home')==leaks(place/'tmp')=={}
     for p in (place/'o').rglob('*'):
         if any(p.match(a) for a in OWN): assert p.stat().st_mode & 0o777==0o600, p
+
+
+def test_the_tables_tell_who_it_was(place, said):
+    for name in ('o/index.unreadable.csv', 'o/store/unreadable.csv', 'o/run/unreadable.csv', 'o/p.unreadable.csv',
+            'o/heat/unreadable.csv'):
+        table = pd.read_csv(place/name)
+        assert list(table)==['number', 'path', 'cause'] and table.path.str.contains('Qyodd_folder').any()
+        assert table.path.is_unique and (table.cause.str.len()>3).all()
+    by_number = pd.read_csv(place/'o/index.unreadable.csv').set_index('number').path
+    assert (by_number==pd.read_parquet(place/'o/index.parquet').path[by_number.index-1].to_numpy()).all()
+    predicted = pd.read_csv(place/'o/p.csv', keep_default_na=False)
+    for p in (place/'o/p').glob('*.png'): assert predicted.error[int(p.stem)-1]==''
+    heat = pd.read_csv(place/'o/heat/heat.csv', keep_default_na=False)
+    drawn = heat[heat.picture!='']
+    assert len(drawn) and all(int(p[:4])==k+1 for k, p in drawn.picture.items())
+    shown = set(map(int, re.findall(r'image (\d+)', (place/'o/report/report.html').read_text())))
+    rows = pd.read_csv(place/'o/run/predictions.csv')
+    assert shown and all(rows.split[k-1]=='test' for k in shown)
+
+
+# What fails
+
+FAILS = dict(file='predict o/run h/Qyodd_folder/QYPICTURE_0.gif --out o/x.csv',
+    unreadable='predict o/run {film} --out o/x.csv', missing='explain o/run h/Qyfolder_nowhere --out o/x',
+    empty='index h/Qyempty_folder --out o/x.parquet', no_store='train knee --data h/Qyodd_folder --labels labels.csv '
+    '--label schatzker --out o/x', label='train knee --data o/store --labels labels.csv --label patient_id --out o/x',
+    leak='evaluate o/run --data o/store --labels labels.csv --out o/x', target='deidentify h --out o/deid',
+    changed='preprocess h/Qyodd_folder --recipe knee --size 64 --workers 1 --out o/store',
+    none='preprocess h/Qyodd_folder --recipe knee --size 64 --workers 1 --out o/x',
+    join='train knee --data o/store --labels other.csv --label schatzker --out o/x',
+    twice='train knee --data o/store --labels twice.csv --label schatzker --out o/x', fault='index h --out o/x.parquet')
+
+
+@pytest.mark.parametrize('debug', [False, True])
+@pytest.mark.parametrize('name', FAILS)
+def test_no_error_holds_a_name(place, said, name, debug):
+    (place/'h/Qyempty_folder').mkdir(exist_ok=True)
+    labels = pd.read_csv(place/'labels.csv')
+    labels.assign(image_id='QYFILE_' + labels.index.astype(str)).to_csv(place/'other.csv', index=False)
+    pd.concat([labels, labels]).to_csv(place/'twice.csv', index=False)
+    words = FAILS[name].format(film=place/'h/Qyodd_folder/QYMATHS$\\frac{1$.dcm').split()
+    broken = patch('radiology_ai.dicom.index.index_dicoms', side_effect=lambda *a, **k: 1/len(os.listdir(a[0]/'QYFILE_gone')))
+    with broken if name=='fault' else contextlib.nullcontext():
+        code, text = command(*words, *['--debug']*debug)
+    assert code==(1 if debug else 2) and ('Traceback' in text)==debug, text
+    assert not spoken(text.encode('utf-8', 'surrogateescape')), text
+    if name=='unreadable' and not debug: assert 'file 1: ' in text
+
+
+def test_warnings_and_logging_of_a_python_session_hold_no_name(place):
+    from radiology_ai.dicom.read import read_radiograph
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        read_radiograph(place/'h/Qypictures/QYPICTURE_0.png')
+    assert 'a file: a colour picture' in str(told[0].message)
+    assert file_label('QYFILE.dcm')=='a file'
+
+
+def test_logging_in_a_command_holds_no_name(place):
+    def summary(df):
+        logging.getLogger('somebody').warning('odd: %s and %s', df.path.iloc[-1], df.PatientID.max())
+        return pd.DataFrame()
+    with patch('radiology_ai.dicom.explore.summarise', summary), patch.object(logging.root, 'handlers', []):
+        _, text = command('index', 'h', '--out', 'o/log.parquet')
+    assert re.search(r'odd: file \d+ and #\d+', text), text
+
+
+# Where names are said
+
+@pytest.mark.parametrize('how', ['terminal', 'names'])
+def test_names_are_said_where_they_are_asked_for_and_do_no_harm(place, said, how):
+    words = ['index', 'h/Qyodd_folder', '--out', 'o/shown.parquet'] + ['--names']*(how=='names')
+    _, text = command(*words, stream=Terminal if how=='terminal' else io.StringIO)
+    for name in ('QYF\\udcfcLE.dcm', 'QYRED\\x1b[31m.dcm', 'QYLINE\\nline.dcm', 'QYTURN\\u202e.dcm', 'QYMATHS$\\frac{1$.dcm'):
+        assert f'  {name}: ' in text, text
+    assert all(line.isprintable() for line in text.splitlines())
+    _, text = command('index', 'h', '--out', 'o/shown.parquet', *words[4:],
+        stream=Terminal if how=='terminal' else io.StringIO)
+    assert '  Qyodd_folder/' in text or '  Qyfolder_' in text # relative to the folder that was given
+    code, text = command('predict', 'o/run', place/'h/Qyodd_folder/QYRED\x1b[31m.dcm', '--out', 'o/x.csv', *words[4:],
+        stream=Terminal if how=='terminal' else io.StringIO)
+    assert code==2 and 'radiology_ai: QYRED\\x1b[31m.dcm: ' in text and text.count('\n')==1
+
+
+def test_names_that_are_asked_for_stand_in_what_is_handed_on(place, said):
+    command('evaluate', '--names', 'o/run', '--out', 'o/named')
+    page = (place/'o/named/report.html').read_text()
+    assert 'QYMATHS$' in page and 'QYRED\\x1b[31m.dcm' in page and re.search(r'image \d+: [\d.]+', page)
+    command('explain', 'o/run', 'h', '--out', 'o/named_heat', '--names', '--workers', 1)
+    assert any('Qyfile' in p.name for p in (place/'o/named_heat').glob('*.png'))
+
+
+# Text on axes
+
+def test_text_on_axes_is_no_mathematics(tmp_path):
+    import matplotlib.pyplot as plt
+    ax = Radiograph(np.zeros((8, 8), np.float32)).show(title='$\\frac{1$ \x1b[31m')
+    write_text(ax.set_yticks, range(2), ['$\\frac{1$', '$x'])
+    ax.figure.savefig(tmp_path/'a.png')
+    assert ax.get_title()=='$\\frac{1$ \\x1b[31m'
+    plt.close(ax.figure)
+
+
+WRITERS = {'set_title', 'set_xlabel', 'set_ylabel', 'text', 'annotate', 'suptitle', 'set_xticklabels', 'set_yticklabels',
+    'figtext'}
+
+
+def test_nobody_writes_onto_axes_but_by_write_text():
+    package = Path(__file__).parent.parent/'radiology_ai'
+    drawing = [p for p in package.rglob('*.py') if any(f'.{w}(' in p.read_text() for w in WRITERS)]
+    calls = [f'{p.name}:{n.lineno}' for p in drawing for n in ast.walk(ast.parse(p.read_text()))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in WRITERS]
+    assert calls==[]
+
+
+@pytest.mark.parametrize('text, wanted', [('a\x1b[2Jb', 'a\\x1b[2Jb'), ('\u202egpj', '\\u202egpj'), ('a\r\nb', 'a\\r\\nb'),
+    ('\udcfc', '\\udcfc'), ('é 心 $', 'é 心 $'), ('\u2028\x9b', '\\u2028\\x9b'), (7, '7')])
+def test_harmless(text, wanted): assert harmless(text)==wanted
