@@ -94,7 +94,8 @@ def place(tmp_path_factory, hospital):
     labels = knees[['image_id']].assign(patient_id='QYID' + knees.patient_id, schatzker=np.arange(len(knees))%2*3)
     labels.to_csv(root/'labels.csv', index=False)
     old = os.getcwd()
-    with patch.dict(os.environ, HOME=str(root/'home'), TMPDIR=str(root/'tmp')), patch.object(tempfile, 'tempdir', None):
+    homes = patch.dict(os.environ, HOME=str(root/'home'), TMPDIR=str(root/'tmp'))
+    with homes, patch.object(tempfile, 'tempdir', None):
         os.chdir(root)
         yield root
         os.chdir(old)
@@ -108,7 +109,8 @@ def plant(source: Path, target: Path):
         to = target/f'Qyfolder_{at.parts[0]}'/f'Qyfile_{"_".join(at.parts[1:])}'
         to.parent.mkdir(exist_ok=True)
         shutil.copy(p, to)
-        with contextlib.suppress(Exception), pydicom.config.disable_value_validation(), warnings.catch_warnings():
+        with (contextlib.suppress(Exception), pydicom.config.disable_value_validation(),
+                warnings.catch_warnings()):
             warnings.simplefilter('ignore')
             ds = pydicom.dcmread(p)
             for k, v in HEADER.items(): setattr(ds, k, v)
@@ -127,8 +129,8 @@ def plant(source: Path, target: Path):
 STEPS = dict(index='index h --out o/index.parquet', again='index h --out o/index.parquet --debug',
     explore='explore h --pixels --out o/explore.html --workers 1',
     preprocess='preprocess h --recipe knee --size 64 --workers 1 --out o/store',
-    train='train knee --data o/store --labels labels.csv --label schatzker --arch resnet10t --epochs 1 --bs 8 --out o/run '
-    '--no-pretrained',
+    train='train knee --data o/store --labels labels.csv --label schatzker --arch resnet10t --epochs 1 --bs 8 '
+    '--out o/run --no-pretrained',
     evaluate='evaluate o/run --out o/report',
     elsewhere='evaluate o/run --data o/store --labels labels.csv --out o/there',
     predict='predict o/run h --out o/p.csv --to csv --to json --to png --workers 1',
@@ -186,7 +188,8 @@ FAILS = dict(file='predict o/run h/Qyodd_folder/QYPICTURE_0.gif --out o/x.csv',
     changed='preprocess h/Qyodd_folder --recipe knee --size 64 --workers 1 --out o/store',
     none='preprocess h/Qyodd_folder --recipe knee --size 64 --workers 1 --out o/x',
     join='train knee --data o/store --labels other.csv --label schatzker --out o/x',
-    twice='train knee --data o/store --labels twice.csv --label schatzker --out o/x', fault='index h --out o/x.parquet')
+    twice='train knee --data o/store --labels twice.csv --label schatzker --out o/x',
+    fault='index h --out o/x.parquet')
 
 
 @pytest.mark.parametrize('debug', [False, True])
@@ -197,7 +200,8 @@ def test_no_error_holds_a_name(place, said, name, debug):
     labels.assign(image_id='QYFILE_' + labels.index.astype(str)).to_csv(place/'other.csv', index=False)
     pd.concat([labels, labels]).to_csv(place/'twice.csv', index=False)
     words = FAILS[name].format(film=place/'h/Qyodd_folder/QYMATHS$\\frac{1$.dcm').split()
-    broken = patch('radiology_ai.dicom.index.index_dicoms', side_effect=lambda *a, **k: 1/len(os.listdir(a[0]/'QYFI' + 'LE_gone')))
+    def gone(folder, **more): os.listdir(folder/('QYFI' + 'LE_gone'))
+    broken = patch('radiology_ai.dicom.index.index_dicoms', gone)
     with broken if name=='fault' else contextlib.nullcontext():
         code, text = command(*words, *['--debug']*debug)
     assert code==(1 if debug else 2) and ('Traceback' in text)==debug, text
@@ -229,7 +233,8 @@ def test_logging_in_a_command_holds_no_name(place):
 def test_names_are_said_where_they_are_asked_for_and_do_no_harm(place, said, how):
     words = ['index', 'h/Qyodd_folder', '--out', 'o/shown.parquet'] + ['--names']*(how=='names')
     _, text = command(*words, stream=Terminal if how=='terminal' else io.StringIO)
-    for name in ('QYF\\udcfcLE.dcm', 'QYRED\\x1b[31m.dcm', 'QYLINE\\nline.dcm', 'QYTURN\\u202e.dcm', 'QYMATHS$\\frac{1$.dcm'):
+    for name in ('QYF\\udcfcLE.dcm', 'QYRED\\x1b[31m.dcm', 'QYLINE\\nline.dcm', 'QYTURN\\u202e.dcm',
+            'QYMATHS$\\frac{1$.dcm'):
         assert f'  {name}: ' in text, text
     assert all(line.isprintable() for line in text.splitlines())
     _, text = command('index', 'h', '--out', 'o/shown.parquet', *words[4:],
@@ -259,7 +264,8 @@ def test_text_on_axes_is_no_mathematics(tmp_path):
     plt.close(ax.figure)
 
 
-WRITERS = {'set_title', 'set_xlabel', 'set_ylabel', 'text', 'annotate', 'suptitle', 'set_xticklabels', 'set_yticklabels',
+WRITERS = {'set_title', 'set_xlabel', 'set_ylabel', 'text', 'annotate', 'suptitle', 'set_xticklabels',
+    'set_yticklabels',
     'figtext'}
 
 
@@ -271,6 +277,7 @@ def test_nobody_writes_onto_axes_but_by_write_text():
     assert calls==[]
 
 
-@pytest.mark.parametrize('text, wanted', [('a\x1b[2Jb', 'a\\x1b[2Jb'), ('\u202egpj', '\\u202egpj'), ('a\r\nb', 'a\\r\\nb'),
+@pytest.mark.parametrize('text, wanted', [('a\x1b[2Jb', 'a\\x1b[2Jb'), ('\u202egpj', '\\u202egpj'),
+    ('a\r\nb', 'a\\r\\nb'),
     ('\udcfc', '\\udcfc'), ('é 心 $', 'é 心 $'), ('\u2028\x9b', '\\u2028\\x9b'), (7, '7')])
 def test_harmless(text, wanted): assert harmless(text)==wanted
