@@ -174,7 +174,7 @@ def test_a_killed_preprocessing_resumes(hospital, store, tmp_path):
 # Bad input
 
 def test_a_missing_or_empty_folder(tmp_path):
-    assert 'nowhere' in fails('index', tmp_path/'nowhere', '--out', tmp_path/'i.parquet')
+    assert '(path 1) does not exist' in fails('index', tmp_path/'nowhere', '--out', tmp_path/'i.parquet')
     (tmp_path/'empty').mkdir()
     for words in (['index', tmp_path/'empty', '--out', tmp_path/'i.parquet'],
             ['preprocess', tmp_path/'empty', '--out', tmp_path/'s']):
