@@ -198,7 +198,8 @@ def test_a_single_bad_file(hospital, run, tmp_path, kind, cause):
         del ds.PixelData
         ds.save_as(bad)
     line = refuses('predict', run, bad, '--out', tmp_path/'p.csv')
-    assert bad.name in line and cause in line.lower()
+    assert 'file 1: ' in line and bad.name not in line and cause in line.lower()
+    assert bad.name in refuses('predict', run, bad, '--out', tmp_path/'p.csv', '--names')
     assert not (tmp_path/'p.csv').exists()
 
 

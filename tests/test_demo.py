@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp('demo')/'out'
-    return out, run_cli('demo', '--out', out).stdout
+    return out, run_cli('demo', '--out', out, '--names').stdout
 
 
 def test_demo_reaches_its_figures(demo):
