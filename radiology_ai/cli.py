@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -26,7 +27,8 @@ app = typer.Typer(name='radiology_ai', add_completion=False, no_args_is_help=Tru
     context_settings=dict(help_option_names=['-h','--help']),
     help="From DICOM radiographs and few labels to trained, explained and honestly evaluated models. "
     "Research software, not a medical device.",
-    epilog="Any command takes --debug, which shows the traceback of an error.")
+    epilog="Any command takes --debug, which shows the traceback of an error, and --names, which says the names of "
+    "files and folders everywhere: in logs, reports and runs too. They are often the patient's.")
 
 Workers = Annotated[Optional[int], typer.Option(help="Worker processes; by default one a core.", min=1)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same figures.", min=0)]
@@ -39,16 +41,20 @@ def _fail(what: str, remedy: str=''):
     from radiology_ai.core import RadiologyError
     raise RadiologyError(what, remedy)
 
-def _errors(table, root=None):
-    """Tell how many files could not be used, and the first ones with their cause; paths below `root` are
-    shortened."""
-    if not len(table): return
-    typer.echo(f"{len(table)} file(s) could not be used:")
-    for r in table.head(10).itertuples():
-        path = Path(r.path)
-        inside = root is not None and path.is_relative_to(Path(root).absolute())
-        typer.echo(f"  {path.relative_to(Path(root).absolute()) if inside else path.name}: {r.cause}")
-    if len(table)>10: typer.echo(f"  and {len(table)-10} more")
+def _say(text: str=''):
+    "A line, or several, without anything that a terminal obeys."
+    from radiology_ai.core import harmless
+    for line in str(text).split('\n'): typer.echo(harmless(line))
+
+def _errors(bad, every, out: Path):
+    """Tell how many of `every` files could not be used, the first ones with their cause, and in a table beside `out`
+    which they are."""
+    from radiology_ai.names import called, numbered, write_unreadable
+    beside = write_unreadable(out, numbered(bad, every))
+    if not len(bad): return
+    _say(f"{len(bad)} file(s) could not be used, see {beside.name}:")
+    for r in bad.head(10).itertuples(): _say(f"  {called(r.path, sys.stdout)}: {r.cause}")
+    if len(bad)>10: _say(f"  and {len(bad)-10} more")
 
 # %% ../nbs/85_cli.ipynb #e6160d07
 @app.command()
@@ -64,9 +70,9 @@ def index(
     df = index_dicoms(folder, workers=workers, previous=out)
     write_index(df, out)
     bad = df[df.error!='']
-    typer.echo(summarise(df).to_string())
-    _errors(bad.rename(columns=dict(error='cause')), folder)
-    typer.echo(f"{len(df)} files, {len(df)-len(bad)} readable: {out}")
+    _say(summarise(df).to_string())
+    _errors(bad.rename(columns=dict(error='cause')), df.path, out)
+    _say(f"{len(df)} files, {len(df)-len(bad)} readable: {out}")
 
 @app.command()
 def explore(
@@ -81,9 +87,9 @@ def explore(
     "What is in this folder: one page of tables, pictures and what needs attention."
     from radiology_ai.dicom.explore import explore_dicoms
     found = explore_dicoms(folder, labels=labels, pixels='all' if pixels else False, workers=workers)
-    typer.echo(found.attention[['what', 'files']].to_string(index=False) if len(found.attention)
+    _say(found.attention[['what', 'files']].to_string(index=False) if len(found.attention)
         else "Nothing needs attention.")
-    typer.echo(f"{len(found.index)} files: {found.to_html(out) or out}")
+    _say(f"{len(found.index)} files: {found.to_html(out) or out}")
 
 @app.command()
 def deidentify(
@@ -109,8 +115,8 @@ def deidentify(
         workers=workers)
     bad = account[account.status!='ok']
     for (status, cause),n in bad.groupby(['status', 'cause']).size().items():
-        typer.echo(f"{status}: {n} file(s), {cause}")
-    typer.echo(f"{len(account) - len(bad)} of {len(account)} files: {out}")
+        _say(f"{status}: {n} file(s), {cause}")
+    _say(f"{len(account) - len(bad)} of {len(account)} files: {out}")
 
 # %% ../nbs/85_cli.ipynb #2e29657a
 @app.command()
@@ -139,8 +145,8 @@ def preprocess(
     r = named(recipe, **{k: v for k,v in dict(size=size, bits=bits).items() if v is not None})
     store = preprocess_folder(folder, out, r, workers=workers, scheduler=scheduler, shard_size=shard_size,
         update=update, content=content)
-    _errors(store.errors, folder)
-    typer.echo(f"{len(store)} images of {r.size} x {r.size}: {out}")
+    _errors(store.errors, [*store.index.path, *store.errors.path], out)
+    _say(f"{len(store)} images of {r.size} x {r.size}: {out}")
 
 @app.command()
 def verify(
@@ -155,7 +161,7 @@ def verify(
         f = faults.iloc[0]
         more = '' if len(faults)==1 else f" and {len(faults)-1} more fault(s)"
         _fail(f"The image store {store} is not whole: {f.file}: {f.fault}{more}", f.remedy)
-    typer.echo(f"{len(s)} images, {len(s.errors)} errors listed, all as written: {store}")
+    _say(f"{len(s)} images, {len(s.errors)} errors listed, all as written: {store}")
 
 # %% ../nbs/85_cli.ipynb #2d43895d
 Told = Annotated[Optional[str], typer.Option('--task',
@@ -164,6 +170,7 @@ Told = Annotated[Optional[str], typer.Option('--task',
 def _settings(settings: Optional[Path], given: list[str], options: dict) -> tuple[dict, dict, dict]:
     "Settings from a file, from words name=value and from options; and what a run's file says beside them."
     from radiology_ai.tasks.base import read_settings
+    from radiology_ai.tasks.run import store_of
     file,run = read_settings(settings) if settings else ({}, {})
     words = {}
     for word in given:
@@ -171,6 +178,7 @@ def _settings(settings: Optional[Path], given: list[str], options: dict) -> tupl
         if not sign: _fail(f"--set {word} has no value", "Write --set name=value")
         words[name.strip()] = value.strip()
     if settings and 'labels' in run: run['labels'] = str(settings.parent/run['labels'])
+    if settings and 'data' not in run and 'task' in run: run['data'] = store_of(settings.parent) or None
     return file,words | {k: v for k,v in options.items() if v is not None},run
 
 @app.command()
@@ -212,9 +220,9 @@ def train(
             "Give it, or --settings of a run")
     from radiology_ai.tasks.registry import evaluate as evaluated
     from radiology_ai.tasks.registry import train as trained
-    done = trained(*wanted.values(), settings=file, overwrite=overwrite, say=typer.echo, **words)
-    for line in evaluated(done).lines(): typer.echo(line)
-    typer.echo(f"run: {out}")
+    done = trained(*wanted.values(), settings=file, overwrite=overwrite, say=_say, **words)
+    for line in evaluated(done).lines(): _say(line)
+    _say(f"run: {out}")
 
 @app.command()
 def tasks(
@@ -245,8 +253,8 @@ def evaluate(
     from radiology_ai.tasks.registry import report
     evaluation = evaluated(run, data, labels, task)
     page = report(run, evaluation, data, out or run, task)
-    for line in evaluation.lines(): typer.echo(line)
-    typer.echo(f"report: {page}")
+    for line in evaluation.lines(): _say(line)
+    _say(f"report: {page}")
 
 # %% ../nbs/85_cli.ipynb #e7b18784
 @app.command()
@@ -263,9 +271,8 @@ def predict(
     "Predict single files or whole folders; files that cannot be read are rows with their cause."
     from radiology_ai.serve.predict import predict as predicted
     table = predicted(model, paths, out, to or ['csv'], workers, task=task)
-    _errors(table[table.error!=''].rename(columns=dict(error='cause')),
-        paths[0] if paths[0].is_dir() else None)
-    typer.echo(f"{int((table.error=='').sum())} of {len(table)} files predicted: {out}")
+    _errors(table[table.error!=''].rename(columns=dict(error='cause')), table.path, out)
+    _say(f"{int((table.error=='').sum())} of {len(table)} files predicted: {out}")
 
 # %% ../nbs/85_cli.ipynb #b8e4b47a
 @app.command()
@@ -279,9 +286,8 @@ def explain(
     "Draw where the network looked (GradCAM), laid back onto the original radiographs."
     from radiology_ai.serve.predict import explain as explained
     table = explained(model, paths, out, workers, task=task)
-    _errors(table[table.error!=''].rename(columns=dict(error='cause')),
-        paths[0] if paths[0].is_dir() else None)
-    typer.echo(f"{int((table.error=='').sum())} pictures: {out}")
+    _errors(table[table.error!=''].rename(columns=dict(error='cause')), table.path, out)
+    _say(f"{int((table.error=='').sum())} pictures: {out}")
 
 # %% ../nbs/85_cli.ipynb #8344a49f
 @app.command()
@@ -298,8 +304,8 @@ def demo(
     "Simulate a hospital folder, then index, preprocess, train, evaluate, explain and predict."
     from radiology_ai.demo import run_demo
     given = {} if epochs is None else dict(epochs=epochs)
-    result = run_demo(out, task, seed, patients, workers, say=typer.echo, **given)
-    for line in result.lines(): typer.echo(line)
+    result = run_demo(out, task, seed, patients, workers, say=_say, **given)
+    for line in result.lines(): _say(line)
 
 # %% ../nbs/85_cli.ipynb #5e4feb6b
 class _Outlet(io.FileIO):
@@ -390,13 +396,17 @@ def main(
     given,args = args,list(sys.argv[1:] if args is None else args)
     debug = '--debug' in args
     if not debug: _quiet_warnings()
-    args = [a for a in args if a!='--debug']
     _open_streams(own=given is None)
-    with _Signals(args, given is None) as signals:
-        try: code = app(args, standalone_mode=False)
+    from radiology_ai.names import speaking
+    words = [a for a in args if a not in ('--debug','--names')]
+    with _Signals(words, given is None) as signals, speaking(words, '--names' in args) as speech:
+        try: code = app(list(speech.words), standalone_mode=False)
         except BaseException as e:
             if signals.number: code = signals.tell()
-            elif debug or not isinstance(e, (Exception, SystemExit)): raise
+            elif not isinstance(e, (Exception, SystemExit)): raise
+            elif debug and isinstance(e, Exception):
+                traceback.print_exc()
+                code = 1
             else: code = _told(e)
         if given is None: signals.ignore() # the end of the process is not to be interrupted
     sys.exit(code if isinstance(code, int) else 0)
@@ -411,14 +421,17 @@ def _told(e: BaseException) -> int:
 def _quiet_warnings():
     "Warnings of the library on one line; those that speak to programmers not at all."
     for category in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', category)
-    warnings.formatwarning = lambda message, *args, **kwargs: f'radiology_ai: warning: {message}\n'
+    from radiology_ai.core import harmless
+    warnings.formatwarning = lambda message, *args, **kwargs: f'radiology_ai: warning: {harmless(message)}\n'
 
 def _one_line(e: Exception) -> str:
     "What a user reads of an error."
-    from radiology_ai.core import RadiologyError
+    from radiology_ai.core import DicomError, RadiologyError, harmless
+    from radiology_ai.names import called
     if type(e).__name__=='NoArgsIsHelpError': return ''
     if hasattr(e, 'format_message'): text = f'{e.format_message()} See --help'
+    elif isinstance(e, DicomError): text = f'{called(e.path, sys.stderr)}: {e.cause}. {e.remedy}'.removesuffix('. ')
     elif isinstance(e, RadiologyError): text = str(e)
     elif isinstance(e, OSError): text = f'{e.strerror or e}: {e.filename}' if e.filename else str(e)
     else: text = f'unexpected {type(e).__name__}: {e}. Run again with --debug and report it'
-    return ' '.join(text.split())
+    return harmless(' '.join(text.split()))

@@ -7,9 +7,9 @@ Docs: https://lluissalord.github.io/radiology_ai/core.html.md"""
 # %% auto #0
 __all__ = ['NO_MEMORY', 'PACKAGES', 'RadiologyError', 'DataError', 'StoreError', 'BundleError', 'ModelError',
            'MissingPackageError', 'DicomError', 'own_fault', 'file_fault', 'optional', 'shift', 'scale',
-           'transform_points', 'transform_boxes', 'Radiograph', 'fit_size', 'resize_array', 'rng', 'is_temporary',
-           'sweep', 'temporary', 'atomic_path', 'save_picture', 'alone', 'disk_remedy', 'plain', 'versions',
-           'file_digest', 'OwnedFolder', 'on_terminal', 'progress']
+           'transform_points', 'transform_boxes', 'harmless', 'write_text', 'Radiograph', 'fit_size', 'resize_array',
+           'rng', 'is_temporary', 'sweep', 'temporary', 'atomic_path', 'save_picture', 'alone', 'disk_remedy', 'plain',
+           'versions', 'file_digest', 'OwnedFolder', 'on_terminal', 'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
 import errno
@@ -153,6 +153,27 @@ def transform_boxes(
     corners = transform_points(affine, b.reshape(-1,4)[:, [0,1,2,1,2,3,0,3]].reshape(-1,4,2))
     return np.concatenate([corners.min(1), corners.max(1)], 1).reshape(b.shape)
 
+# %% ../nbs/00_core.ipynb #e0a7d216
+def harmless(
+    text, # of others
+) -> str:
+    """The text with what does not print (control characters, line breaks, writing directions, bytes that are not UTF-8) as
+    \\x1b."""
+    text = str(text)
+    if text.isprintable(): return text
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+def write_text(
+    put,    # a method of matplotlib, such as `ax.set_title`
+    *args,  # its arguments: text is made harmless
+    **style # of the text
+):
+    "Write text onto axes as it stands, without mathematics."
+    def plain_text(x):
+        if isinstance(x, str): return '\n'.join(map(harmless, x.split('\n')))
+        return [plain_text(v) for v in x] if isinstance(x, list) else x
+    return put(*map(plain_text, args), parse_math=False, **style)
+
 # %% ../nbs/00_core.ipynb #c6df374e
 @dataclass
 class Radiograph:
@@ -268,7 +289,7 @@ def show(self:Radiograph, ax=None, title: str|None=None, size: float=3.):
     ax = ax or plt.subplots(figsize=(size, size*self.shape[0]/self.shape[1]))[1]
     ax.imshow(self.pixels, cmap='gray', vmin=0, vmax=1)
     ax.set_axis_off()
-    if title: ax.set_title(title, fontsize=9)
+    if title: write_text(ax.set_title, title, fontsize=9)
     return ax
 
 # %% ../nbs/00_core.ipynb #3486f5f9

@@ -18,7 +18,7 @@ from fastai.data.transforms import Category
 from fastai.torch_core import TensorCategory, TensorMask, TensorMultiCategory
 from fastai.vision.core import TensorImage
 
-from ..core import DataError
+from ..core import DataError, write_text
 from .codes import check_columns
 from .regions import XYXY
 
@@ -58,7 +58,7 @@ class BoxTargets:
     def draw(self, ax, target, k):
         for (x1,y1,x2,y2),l in zip(target['boxes'][k].tolist(), target['labels'][k].tolist()):
             ax.add_patch(_outline((x1, y1), x2-x1, y2-y1))
-            if len(self.vocab)>1: ax.text(x1, y1, self.vocab[l], color='yellow', fontsize=7)
+            if len(self.vocab)>1: write_text(ax.text, x1, y1, str(self.vocab[l]), color='yellow', fontsize=7)
 
 class MaskTargets:
     "Masks of stored images as targets: `batch(positions)` is a `TensorMask` (B, H, W) of 0 and 1."

@@ -24,6 +24,7 @@ import pandas as pd
 
 from ..core import DataError
 from ..dicom.limits import MAX_COLUMNS, read_parquet, table_bytes
+from ..names import file_label, note_ids
 from ..tables import foreign_table
 
 # %% ../../nbs/30_data.labels.ipynb #ea6e137c
@@ -170,7 +171,7 @@ def _decode_lines(name: str, data: bytes, found: list|None) -> str:
     lines = data.splitlines(keepends=True)
     utf8 = [_is_utf8(line) for line in lines]
     if all(line.isascii() for line,good in zip(lines, utf8) if good):
-        warnings.warn(f"{name} is not UTF-8 (line {utf8.index(False)+1}); it is read as Windows-1252",
+        warnings.warn(f"{file_label(name)} is not UTF-8 (line {utf8.index(False)+1}); it is read as Windows-1252",
             stacklevel=5)
         return data.decode('cp1252', errors='replace')
     text = [line.decode('utf-8-sig' if good else 'cp1252', errors='replace')
@@ -262,7 +263,7 @@ def read_labels(
                 and path.suffix!='.parquet')):
             df[c] = _to_number(df[c], path.name, c in labels)
         elif c.lower() in _IDS: df[c] = df[c].astype(object).where(df[c].notna(), None)
-    return df.reset_index(drop=True)
+    return note_ids(df.reset_index(drop=True))
 
 # %% ../../nbs/30_data.labels.ipynb #bba1b693
 def _parts(path) -> tuple:
@@ -336,7 +337,7 @@ def _base(index: pd.DataFrame) -> pd.DataFrame:
     df['image_id'] = df.image_id.where(~_blank(df.image_id), df.path.map(str))
     if (double := df.image_id.duplicated()).any():
         warnings.warn(f"{int(double.sum())} files hold an image that another file holds too (such as "
-            f"{df.path[double].iloc[0]}); the first is kept", stacklevel=3)
+            f"{file_label(df.path[double].iloc[0])}); the first is kept", stacklevel=3)
         df = df[~double].reset_index(drop=True)
     for c in ('split','view','laterality'):
         if c not in df: df[c] = ''
@@ -482,8 +483,8 @@ def make_dataset(
     boxes,masks = (None if t is None else t[t.image_id.isin(df.image_id)].reset_index(drop=True)
         for t in (boxes, masks))
     if notes:
-        warnings.warn(f"{file or 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)}, such as "
-            f"{notes[0]} (all of them: `problems` of the data set)", stacklevel=3)
+        warnings.warn(f"{file_label(file) if file else 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)} "
+            "(all of them: `problems` of the data set)", stacklevel=3)
     return Dataset(df, boxes, masks, _problem_table([*everything, *notes]), (*labels, *(grades or {})))
 
 def _problem_table(found) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from fastai.vision.data import get_grid
 from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
 
-from ..core import DataError
+from ..core import DataError, write_text
 from .codes import category_codes, check_classes, grades, is_known, label_matrix
 from .dataset import BoxTargets, MaskTargets, XrayDataset, study_rows
 from .sampler import BalancedBatchSampler, ShuffledBatchSampler
@@ -77,7 +77,7 @@ class XrayDL(TfmdDL):
             ax.set_axis_off()
             if region is not None: self.dataset.regions.draw(ax, region, k)
             if y and self.dataset.vocab is not None:
-                ax.set_title(self.dataset.title(y[0][k].cpu()), fontsize=9)
+                write_text(ax.set_title, self.dataset.title(y[0][k].cpu()), fontsize=9)
 
     def new(self, dataset=None, cls=None, shuffle=None, **kwargs):
         """A loader over the same images with the same transforms; in order, without the sampler, for

@@ -81,8 +81,7 @@ def patient_groups(
         # a tuple is never the text of a patient
         nodes.append([known.get(i) or ('elsewhere', str(p)) for i,p in zip(image, other)])
     if not any(isinstance(n, str) for side in nodes for n in side):
-        warnings.warn(f"None of the {len(duplicates)} pairs names an image of the table (such as "
-            f"{duplicates.image_a.iloc[0]})", stacklevel=2)
+        warnings.warn(f"None of the {len(duplicates)} pairs names an image of the table", stacklevel=2)
     names = sorted(set(keys)) + sorted({n for side in nodes for n in side if not isinstance(n, str)})
     number = {n: i for i,n in enumerate(names)}
     a,b = ([number[n] for n in side] for side in nodes)

@@ -21,7 +21,7 @@ import pandas as pd
 import pydicom
 from fastcore.basics import patch
 
-from ..core import DataError, DicomError, atomic_path
+from ..core import DataError, DicomError, atomic_path, harmless, write_text
 from .index import INDEX_COLUMNS, index_dicoms, read_index
 from .limits import table_bytes
 from .quality import RADIOGRAPHS, find_attention, find_duplicates, next_text, pixel_digest
@@ -277,12 +277,12 @@ def _bars(ax, names, counts, title, color=_BLUE, *, most=24):
     names,counts = [_short(str(o), most) for o in names],np.asarray(counts, float)
     ax.barh(range(len(counts)), counts, color=[_GREY if n in (_NONE, 'others') else color for n in names],
         height=.72)
-    for i,n in enumerate(counts): ax.text(n, i, f' {int(n)}', va='center', fontsize=7)
-    ax.set_yticks(range(len(counts)), names, fontsize=7.5)
+    for i,n in enumerate(counts): write_text(ax.text, n, i, f' {int(n)}', va='center', fontsize=7)
+    write_text(ax.set_yticks, range(len(counts)), names, fontsize=7.5)
     ax.set_ylim(max(len(counts), 5) - .4, -.6)
     ax.set_xlim(0, max(counts.max() if len(counts) else 1, 1)*1.18)
     ax.set_xticks([])
-    ax.set_title(title, fontsize=9, loc='left', fontweight='bold')
+    write_text(ax.set_title, title, fontsize=9, loc='left', fontweight='bold')
     ax.spines[['top', 'right', 'bottom']].set_visible(False)
     ax.tick_params(length=0)
 
@@ -315,10 +315,10 @@ def _columns(ax, part, title):
         part = pd.concat([known.rename_axis('value').reset_index(), part[part.value==_NONE]])
     ax.bar(range(len(part)), part.files, color=[_GREY if v==_NONE else _BLUE for v in part.value], width=.8)
     step = max(1, -(-len(part)//8))
-    ax.set_xticks(range(0, len(part), step), ['?' if v==_NONE else v.split('-')[0]
+    write_text(ax.set_xticks, range(0, len(part), step), ['?' if v==_NONE else v.split('-')[0]
         for v in part.value[::step]], fontsize=7)
     ax.tick_params(length=0, labelsize=7)
-    ax.set_title(title, fontsize=9, loc='left', fontweight='bold')
+    write_text(ax.set_title, title, fontsize=9, loc='left', fontweight='bold')
     ax.spines[['top', 'right']].set_visible(False)
 
 # %% ../../nbs/17_dicom.explore.ipynb #e6c7c0fb
@@ -346,7 +346,7 @@ def _size_figure(e):
     axes[2].set(xlabel='images', ylabel='patients')
     for ax,title in zip(axes, ('size in pixels',
             f'pixel spacing ({int(good.spacing_row.isna().sum())} unknown)', 'images a patient')):
-        ax.set_title(title, fontsize=9, loc='left', fontweight='bold')
+        write_text(ax.set_title, title, fontsize=9, loc='left', fontweight='bold')
         ax.tick_params(labelsize=7)
         ax.xaxis.label.set_size(8); ax.yaxis.label.set_size(8)
         ax.spines[['top', 'right']].set_visible(False)
@@ -368,13 +368,13 @@ def _label_figure(e, most=4):
         ax.axvline(t.prevalence[0], color=_GREY, lw=.7)
         ax.hlines(t.index, t.low, t.high, color=_BLUE, lw=1.6)
         ax.plot(t.prevalence, t.index, 'o', color=_BLUE, ms=4, clip_on=False)
-        ax.set_yticks(t.index, [f'{_short(v, 20)}  ({n})' if b=='all'
+        write_text(ax.set_yticks, t.index, [f'{_short(v, 20)}  ({n})' if b=='all'
             else f'{b.replace("manufacturer", "maker")}: {_short(v, 20)}  ({n})'
             for b,v,n in zip(t.by, t.value, t.labelled)], fontsize=7.5)
         ax.set_ylim(len(t) - .4, -.6)
         ax.set_xlim(0, min(1, t.high.max()*1.05))
-        ax.set_xlabel('share of positives, with 95 % interval', fontsize=8)
-        ax.set_title(_short(name), fontsize=9, loc='left', fontweight='bold')
+        write_text(ax.set_xlabel, 'share of positives, with 95 % interval', fontsize=8)
+        write_text(ax.set_title, _short(name), fontsize=9, loc='left', fontweight='bold')
         ax.tick_params(axis='x', labelsize=7)
         ax.spines[['top', 'right']].set_visible(False)
     return fig
@@ -397,10 +397,10 @@ def _example_figure(e, size=150):
             ax.imshow(r.pixels, cmap='gray', vmin=0, vmax=1)
             break
         else:
-            ax.text(.5, .5, 'none of three\ncould be decoded', ha='center', va='center', fontsize=8,
+            write_text(ax.text, .5, .5, 'none of three\ncould be decoded', ha='center', va='center', fontsize=8,
                 color=_RED)
         way_of_grey = photometric.replace('MONOCHROME', 'MONO')
-        ax.set_title(f'{part} {way}\n{way_of_grey}, {count} file{"s"*(count>1)}', fontsize=8)
+        write_text(ax.set_title, f'{part} {way}\n{way_of_grey}, {count} file{"s"*(count>1)}', fontsize=8)
     return fig
 
 # %% ../../nbs/17_dicom.explore.ipynb #b07927ab
@@ -408,11 +408,9 @@ def _example_figure(e, size=150):
 def figures(self:Exploration) -> dict:
     """The figures by name: `elements`, `sizes`, with labels `labels`, and `examples` where there are
     radiographs."""
-    import matplotlib.pyplot as plt
-    with plt.rc_context({'text.parse_math': False}): # a dollar sign in a header is no mathematics
-        out = dict(elements=_element_figure(self), sizes=_size_figure(self))
-        if 'labels' in self.tables: out['labels'] = _label_figure(self)
-        if self.examples: out['examples'] = _example_figure(self)
+    out = dict(elements=_element_figure(self), sizes=_size_figure(self))
+    if 'labels' in self.tables: out['labels'] = _label_figure(self)
+    if self.examples: out['examples'] = _example_figure(self)
     return out
 
 @patch
@@ -428,6 +426,10 @@ def _repr_html_(self:Exploration):
     if 'share' in t: t = t.assign(share=t.share.map('{:.1%}'.format))
     tables = self.tables['overview'].to_html(index=False) + t.to_html(index=False)
     return f"<p><b>{html.escape(repr(self))}</b></p>{tables}"
+
+def _readable(t):
+    "A table whose texts are harmless."
+    return t.map(lambda v: harmless(v) if isinstance(v, str) else v)
 
 @patch
 def to_html(self:Exploration,
@@ -449,7 +451,7 @@ def to_html(self:Exploration,
     for name,t in self.tables.items():
         if name not in ('overview', 'duplicates'):
             t = t.drop(columns='example', errors='ignore').head(60).round(3)
-            parts.append(f"<h2>{name}</h2>{t.to_html(index=False)}")
+            parts.append(f"<h2>{name}</h2>{_readable(t).to_html(index=False)}")
     with atomic_path(path) as p: p.write_text('\n'.join(parts), encoding='utf-8')
     return Path(path)
 

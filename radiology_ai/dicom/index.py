@@ -42,6 +42,7 @@ from radiology_ai.dicom.limits import (
 )
 from .read import read_header
 from .tags import TAGS, laterality, spacing, tags_of, view
+from ..names import file_label, note_files, note_ids
 from ..parallel import run_parallel
 
 # %% ../../nbs/15_dicom.index.ipynb #3f646976
@@ -53,7 +54,14 @@ def image_files(
     folder, # searched with all its subfolders; or one file; or a list of files and folders
 ) -> list[str]:
     "Absolute paths of all files that may be images, sorted. `DataError` where there are none."
-    if isinstance(folder, (list, tuple)): return sorted({p for f in folder for p in image_files(f)})
+    roots = folder if isinstance(folder, (list, tuple)) else [folder]
+    note_files((), roots)
+    out = sorted({p for f in roots for p in _files_of(f)})
+    note_files(out)
+    return out
+
+def _files_of(folder) -> list[str]:
+    "The files of one folder, or the file."
     folder = os.path.join(os.getcwd(), os.fspath(folder))
     if os.path.isfile(folder): return [folder]
     folder = str(Path(folder))
@@ -62,7 +70,7 @@ def image_files(
     if not out:
         raise DataError(f"The folder {folder} holds no image files",
             "Give a folder with DICOM, PNG, JPEG or TIFF files")
-    return sorted(out)
+    return out
 
 def _below(folder):
     "The files in a folder and its subfolders; links to folders are not followed."
@@ -71,7 +79,7 @@ def _below(folder):
         d = todo.pop()
         try: entries = [*os.scandir(d)]
         except OSError as e:
-            warnings.warn(f'The folder {d} cannot be opened ({type(e).__name__}); its files are not in the table',
+            warnings.warn(f'The folder {file_label(d)} cannot be opened ({type(e).__name__}); its files are not in the table',
                 stacklevel=2)
             continue
         for o in entries:
@@ -428,11 +436,11 @@ def index_dicoms(
     rows = list(run_parallel(_row, todo, workers, chunk=256, desc='index', show=show,
         few=_FEW if workers is None else 2, seconds=60,
                              lost=lambda p, cause: _row(p, f'the process that read it {cause}')))
-    if kept is None: return _table(rows)
+    if kept is None: return note_ids(_table(rows))
     df = (pd.concat([_table(rows), kept], ignore_index=True) if rows else kept).sort_values('path',
         ignore_index=True)
     df.attrs['index_version'] = _VERSION
-    return df
+    return note_ids(df)
 
 _FEW = 5_000 # with fewer files the start of processes takes longer than the work, where the disk is fast
 
@@ -460,4 +468,4 @@ def read_index(
             "Make it again with write_index") from e
     missing = [k for k in ('path', 'error', 'SOPInstanceUID') if k not in df]
     if missing: raise DataError(f"{path} has no column {', '.join(missing)}", "Make it with index_dicoms")
-    return df
+    return note_ids(df)

@@ -24,6 +24,7 @@ from .limits import MAX_PIXELS
 from .still import LUMA, open_still, read_still
 from .stored import decode
 from .tags import TAGS, spacing, tags_of, value_of
+from ..names import file_label
 
 # %% ../../nbs/14_dicom.read.ipynb #2fa9a82c
 _copy = 'Copy the file again from its source'
@@ -113,7 +114,7 @@ def _used_range(stored, ends, x, pad, small, *, u):
 def _grey_values(stored, ds, path, which):
     """float32 in [0, 1]: for every number that can occur, indexed by the number read as unsigned; of 32-bit
     images for each pixel."""
-    name,small = Path(path or 'image').name,stored.dtype.itemsize<=2
+    small = stored.dtype.itemsize<=2
     little = ds.original_encoding[1] is not False
     u = np.dtype(f'u{stored.dtype.itemsize}')
     ends = [int(v) for v in (cv2.minMaxLoc(stored)[:2] if small else (stored.min(), stored.max()))]
@@ -126,7 +127,7 @@ def _grey_values(stored, ds, path, which):
     if y is not None and lo<hi:
         shown = y[(x>=lo) & (x<=hi)]
         if shown.size and shown.min()==shown.max():
-            warnings.warn(f'{name}: the window of the header would show nothing; the used range is shown instead',
+            warnings.warn(f'{file_label(path or "image")}: the window of the header would show nothing; the used range is shown instead',
                 stacklevel=2)
             y = None
     if y is None:
@@ -177,7 +178,7 @@ def to_grey(
 # %% ../../nbs/14_dicom.read.ipynb #78a63db8
 def _colour_grey(stored, ds, path):
     "(H, W, 3) stored colour or palette indices as (H, W) float32 in [0, 1], with a warning."
-    warnings.warn(f'{Path(path).name or "image"}: a colour picture is turned to grey', stacklevel=2)
+    warnings.warn(f'{file_label(path or "image")}: a colour picture is turned to grey', stacklevel=2)
     if stored.ndim==2:
         from pydicom.pixels import apply_color_lut
         stored = apply_color_lut(stored, ds)

@@ -12,7 +12,6 @@ import os
 import warnings
 import zlib
 from contextlib import contextmanager
-from pathlib import Path
 from struct import Struct
 
 import numpy as np
@@ -32,6 +31,7 @@ from radiology_ai.dicom.limits import (
     LeashedFile,
     open_regular,
 )
+from ..names import file_label
 
 # %% ../../nbs/13_dicom.still.ipynb #4914b9c8
 _copy = 'Copy the file again from its source'
@@ -163,7 +163,7 @@ def _grey(a, white0, path):
     if a.ndim==3:
         a = a[..., :3]
         if (a[..., 0]!=a[..., 1]).any() or (a[..., 1]!=a[..., 2]).any():
-            warnings.warn(f'{Path(path).name}: a colour picture is turned to grey', stacklevel=2)
+            warnings.warn(f'{file_label(path)}: a colour picture is turned to grey', stacklevel=2)
         return np.clip(a.astype(np.float32)@LUMA/255, 0, 1)
     if a.dtype==bool: return a.astype(np.float32)
     if a.dtype==np.uint8: return a.astype(np.float32)/255

@@ -20,6 +20,7 @@ from .codecs import Decoded, decode_frame, syntax_of
 from .file import PixelValue, declared_frame, fragments
 from .limits import MAX_PIXELS
 from .tags import value_of
+from ..names import file_label
 
 # %% ../../nbs/13_dicom.stored.ipynb #3d3be762
 _copy = 'Copy the file again from its source'
@@ -146,7 +147,7 @@ def _fit_bits(a, ds, raw, exact, depth, *, path):
     u,s = np.dtype(f'u{alloc//8}'),np.dtype(f'i{alloc//8}')
     low = int(ds.get('HighBit') if ds.get('HighBit') is not None else bits-1) + 1 - bits
     if not 0<=low<=alloc-bits: # it contradicts the other two
-        warnings.warn(f'{Path(path).name or "image"}: HighBit {low + bits - 1} is impossible with {bits} '
+        warnings.warn(f'{file_label(path or "image")}: HighBit {low + bits - 1} is impossible with {bits} '
             f'bits stored of {alloc}; {bits - 1} is taken', stacklevel=2)
         low = 0
     if raw or exact and (depth or alloc)==alloc: # whole words

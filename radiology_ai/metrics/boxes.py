@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/42_metrics.boxes.ipynb #21b5ae66
-from ..core import DataError
+from ..core import DataError, write_text
 
 # %% ../../nbs/42_metrics.boxes.ipynb #7729a1fb
 def show_boxes(
@@ -35,9 +35,9 @@ def show_boxes(
         for x1,y1,x2,y2 in np.reshape(np.asarray(rows, float), (-1, 4)):
             ax.add_patch(plt.Rectangle((x1, y1), x2-x1, y2-y1, fill=False, ec=color, ls=style, lw=1.5))
     for (x1,y1,*_),s in zip(np.reshape(np.asarray(boxes, float), (-1, 4)), () if scores is None else scores):
-        ax.text(x1, y1, f"{s:.2f}", color='orange', fontsize=8, va='bottom',
+        write_text(ax.text, x1, y1, f"{s:.2f}", color='orange', fontsize=8, va='bottom',
             bbox=dict(fc='black', alpha=.6, pad=.5, lw=0))
-    ax.set_title(title, fontsize=9)
+    write_text(ax.set_title, title, fontsize=9)
     ax.set_axis_off()
     return ax
 

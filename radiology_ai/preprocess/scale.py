@@ -25,6 +25,7 @@ from ..core import DataError, StoreError, disk_remedy, optional, own_fault, prog
 from ..dicom.index import image_files
 from ..dicom.limits import NOT_UTF8, shown_name
 from ..dicom.quality import bytes_digest
+from ..names import note_files
 from ..parallel import run_parallel, worker_count
 from .recipe import Preprocess, Source, prepare
 from .store import ImageStore, ShardWriter
@@ -81,6 +82,7 @@ def _plan(writer, sources, workers=1, content=False):
     shards = dict(enumerate(sources[i:i+n] for i in range(0, len(sources), n)))
     accounts = writer.accounts(deep=content)
     was = {f[0]: f for a in accounts.values() for f in a['files']}
+    note_files(list(was))
     listed = writer.listed()
     known = set(was) | (listed or set())
     hashes = (dict(zip(was, run_parallel(bytes_digest, list(was), workers, chunk=8, desc='compare')))

@@ -28,6 +28,7 @@ from .. import __version__
 from ..core import DataError, Radiograph, StoreError, atomic_path, disk_remedy, is_temporary
 from ..dicom.quality import bytes_digest
 from ..files import array_shape, map_array, open_file, plain_digest, quick_digest, read_json
+from ..names import note_files, note_ids
 from .recipe import KEPT, Preprocess, Source, recipe
 
 # %% ../../nbs/24_preprocess.store.ipynb #6019af2c
@@ -236,10 +237,9 @@ def finish(self:ShardWriter,
     copy = index.image_id.duplicated()
     copies = []
     if copy.any():
-        first = index.drop_duplicates('image_id').set_index('image_id').path
-        copies = [dict(path=p, cause=f'it is a copy of {Path(first[i]).name}',
+        copies = [dict(path=p, cause='it is a copy of another file',
             remedy='Nothing to do: the image is stored once')
-            for p,i in zip(index.path[copy], index.image_id[copy])]
+            for p in index.path[copy]]
     errors = pd.concat([typed_table(list(known), ERROR_COLUMNS), *read('.errors.parquet'),
         typed_table(copies, ERROR_COLUMNS)], ignore_index=True)
     errors = errors.sort_values('path', ignore_index=True, kind='stable')
@@ -329,6 +329,8 @@ class ImageStore:
         self.recipe,self._shard_size,_ = _begun_as(self.path)
         if whole: self._read(self._as_written)
         self.index,self.errors = (self._read(lambda n=name: _table(self.path/n)) for name in _TABLES)
+        note_files([*self.index.path, *self.errors.path])
+        note_ids(self.index)
         self._where = self._read(self._places)
         self.peak,self._maps,self._positions,self._rows = 2**self.recipe.bits-1,{},None,None
         if whole: self._read(self._lengths)

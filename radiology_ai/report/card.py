@@ -60,7 +60,7 @@ class ReportData:
     missing: str='n/a'                # the mean over labels of which some lack a class: 'n/a', or 'skip' them
     manifest: pd.DataFrame|None=None  # all images with `image_id`, `patient_id`, `split` (and `fold` in cross-validation)
     flow: dict=field(default_factory=dict)     # name to number of images, in order; keys that begin with '-' were left out
-    unreadable: object=None           # table or list of dicts with `path` and `cause`
+    unreadable: object=None           # table or list of dicts with `cause`, and `number` or `path`
     curves: list=field(default_factory=list)   # training curves: one table or list of dicts (a row an epoch) for each fit
     examples: list=field(default_factory=list) # of `Example`
     facts: dict=field(default_factory=dict)    # of the run; dicts inside become tables of their own
@@ -168,7 +168,10 @@ def characteristics(
     return {'splits': list(parts), 'rows': rows}
 
 # %% ../../nbs/63_report.card.ipynb #e39595ce
-PRIVATE = re.compile(r'patient.?name|birth|address|telephone|physician|operator', re.I)
+PRIVATE = re.compile(r'patient.?name|birth|address|telephone|physician|operator|institution|accession'
+    r'|(study|series).?description|^(patient|image|study|series).?id|host.?name|user.?name', re.I)
+
+_WHERE = re.compile(r'(/|[A-Za-z]:[\\/])[^\s,;:]*$') # a path of this machine
 
 def public(
     o, # nested dicts and lists
@@ -177,7 +180,7 @@ def public(
     text."""
     if isinstance(o, dict): return {str(k): public(v) for k,v in o.items() if not PRIVATE.search(str(k))}
     if isinstance(o, (list, tuple)): return [public(v) for v in o]
-    if isinstance(o, Path): return o.name
+    if isinstance(o, Path) or isinstance(o, str) and _WHERE.match(o): return Path(o).name
     known = o is None or isinstance(o, (bool, int, float, str)) or hasattr(o, 'tolist')
     return o if known else str(o)
 
@@ -195,7 +198,7 @@ def run_facts(
 
 def fact_text(v) -> str:
     "A value as text: a path as its last part, a list or dict on one line."
-    if isinstance(v, Path): return v.name
+    if isinstance(v, Path) or isinstance(v, str) and _WHERE.match(v): return Path(v).name
     if isinstance(v, dict): return ', '.join(f'{k}: {fact_text(o)}' for k,o in v.items())
     if isinstance(v, (list, tuple)): return ', '.join(map(fact_text, v))
     text = 'none' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)

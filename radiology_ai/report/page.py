@@ -11,6 +11,7 @@ __all__ = ['SMALL', 'choose_examples', 'said', 'label_charts', 'training_charts'
 import base64
 import json
 import math
+from dataclasses import replace
 from importlib.resources import files
 from itertools import groupby
 from operator import itemgetter
@@ -21,8 +22,9 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/64_report.page.ipynb #d8083156
-from ..core import DataError, atomic_path, plain, versions
+from ..core import DataError, atomic_path, harmless, plain, versions
 from ..explain import heat_overlay
+from ..names import names_asked, shown, write_unreadable
 from radiology_ai.report.card import (
     OPEN,
     Example,
@@ -203,10 +205,15 @@ def data_uri(
     return 'data:image/jpeg;base64,' + base64.b64encode(buffer).decode()
 
 def _unreadable(rows) -> list[dict]:
-    "File names and causes."
+    "Numbers of files, or their names where these were asked for, and causes."
+    return [{'file': shown(r['path']) if names_asked() and 'path' in r else f"file {r['number']}",
+        'cause': harmless(r['cause'])} for r in _with_numbers(rows)]
+
+def _with_numbers(rows) -> list[dict]:
+    "The files with a `number`: their own, or their place in the list."
     if rows is None: return []
     rows = rows.to_dict('records') if isinstance(rows, pd.DataFrame) else rows
-    return [{'file': Path(str(r['path'])).name, 'cause': str(r['cause'])} for r in rows]
+    return [{'number': k, **r} for k,r in enumerate(rows, 1)]
 
 def _environment():
     "The template engine with the formats of the page."
@@ -283,7 +290,7 @@ def render(
         sections_of_card=model_card(d, e, counts), claim=claim_answers(d, e, split, counts), open=OPEN,
         sections=_contents(d, own, e, training), warnings=warnings_of(d, e, split),
         threshold_from=d.threshold_from or e['threshold_from'] or 'validation patients', draws=e['draws'],
-        json_name=json_name)
+        rows_in='predictions.csv' if 'row' in d.table else 'images.csv', json_name=json_name)
 
 # %% ../../nbs/64_report.page.ipynb #b5f6a6be
 def _figures(d: ReportData, seed: int, draws: int) -> dict:
@@ -299,6 +306,36 @@ def _figures(d: ReportData, seed: int, draws: int) -> dict:
             "Give the figures of this table, or none")
     return d.figures
 
+def _image_numbers(d: ReportData) -> dict:
+    "Numbers by image: the column `row` of the table, or its place in the table; examples beside follow."
+    ids = d.table.image_id.astype(str).tolist()
+    out = dict(zip(ids, map(int, d.table['row'] if 'row' in d.table else range(1, len(ids)+1))))
+    films = [*d.examples, *(p for s in d.sections for p in s.parts)]
+    beside = dict.fromkeys(str(x.image_id) for x in films if getattr(x, 'image_id', ''))
+    return out | {i: max(out.values(), default=0) + k for k,i in enumerate((i for i in beside if i not in out), 1)}
+
+def _handed_on(d: ReportData, e: dict) -> tuple[ReportData, dict, dict]:
+    "The same with numbers for identifiers of images; and the images that are shown, by number."
+    numbers,seen = _image_numbers(d),{}
+    def called(i):
+        seen[numbers[str(i)]] = str(i)
+        return f"image {numbers[str(i)]}" + (f": {harmless(i)}" if names_asked() else '')
+    def film(x): return replace(x, image_id=called(x.image_id)) if getattr(x, 'image_id', '') else x
+    worst = [{'image' if k=='image_id' else k: called(v) if k=='image_id' else v for k,v in w.items()}
+        for w in e['worst']]
+    d = replace(d, examples=[film(x) for x in d.examples],
+        sections=[replace(s, parts=[film(p) for p in s.parts]) for s in d.sections])
+    return d,e | {'worst': worst},seen
+
+def _write_images(path: Path, d: ReportData, seen: dict):
+    "Which images the numbers mean, for the owner's eyes alone, where the table has no `row` of another one."
+    if 'row' in d.table or not seen: return
+    ids = pd.DataFrame({'number': sorted(seen), 'image_id': [seen[k] for k in sorted(seen)]})
+    there = [c for c in ('image_id','patient_id','path') if c in d.table]
+    known = d.table[there].astype(str).drop_duplicates('image_id')
+    with atomic_path(path) as tmp: ids.merge(known, 'left', on='image_id').to_csv(tmp, index=False)
+    path.chmod(0o600)
+
 def write_report(
     path,                          # a folder (then `report.html` in it), or a file that ends in .html
     data: ReportData|None=None,    # the content, or
@@ -307,10 +344,14 @@ def write_report(
     **kwargs                       # the fields of `ReportData`
 ) -> Path:
     """Write the page and, beside it, its numbers as JSON; returns the page's path. The same content gives the
-    same bytes. Raises `DataError`."""
+    same bytes. Raises `DataError`.
+
+    Neither holds identifiers: images and files have numbers, which the column `row` of the table tells, or `images.csv` and
+    `unreadable.csv` beside the page."""
     d,path = data or ReportData(**kwargs),Path(path)
     page = path if path.suffix.lower() in ('.html','.htm') else path/'report.html'
-    e,split,counts = _figures(d, seed, draws),None,[]
+    d,e,seen = _handed_on(d, _figures(d, seed, draws))
+    split,counts = None,[]
     if d.manifest is not None:
         split,counts = split_facts(d.manifest, check_predictions(d.table, d.labels).table)
     numbers = {'title': d.title, 'task': d.task, **e,
@@ -323,4 +364,7 @@ def write_report(
     with atomic_path(page.with_suffix('.json')) as tmp:
         tmp.write_text(json.dumps(plain(public(numbers)), indent=1), encoding='utf-8')
     with atomic_path(page) as tmp: tmp.write_text(html, encoding='utf-8')
+    bad = pd.DataFrame(_with_numbers(d.unreadable))
+    if len(bad) and 'number' not in pd.DataFrame(d.unreadable): write_unreadable(path, bad)
+    _write_images(page.parent/'images.csv' if page!=path else page.with_suffix('.images.csv'), d, seen)
     return page

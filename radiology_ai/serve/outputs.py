@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/80_serve.outputs.ipynb #2a4cafa3
-from ..core import DataError, atomic_path, plain, resize_array, save_picture
+from ..core import DataError, atomic_path, harmless, plain, resize_array, save_picture
 from ..data.regions import rle_encode
 from ..dicom.read import read_radiograph
 from ..findings import Finding, Reading
+from ..names import names_asked
 from ..tables import save_table
 
 # %% ../../nbs/80_serve.outputs.ipynb #9f950cd6
@@ -94,13 +95,16 @@ def _draw(picture, finding, f, thick):
     for x,y in () if finding.points is None else np.asarray(finding.points)*f:
         cv2.circle(picture, (int(round(x)), int(round(y))), 2*thick, _FOUND, -1)
 
-def picture_name(k: int, path: str) -> str:
-    "The name of the picture of file number `k`."
-    return f'{k:04d}_{Path(path).stem[:100]}.png'
+def picture_name(
+    number: int, # of the file, its row in the table from 1
+    path: str,   # of the file
+) -> str:
+    "The name of the picture of a file; the file's own name is in it where names were asked for."
+    return f'{number:04d}' + (f'_{harmless(Path(path).stem[:50])}' if names_asked() else '') + '.png'
 
 def write_png(answered: Answered, out: Path):
     "A picture of every file that was answered, in a folder of the table's name."
-    for k,r in enumerate(answered.readings):
+    for k,r in enumerate(answered.readings, 1):
         if not r.ok: continue
         save_picture(out.with_suffix('')/picture_name(k, r.path), finding_picture(read_radiograph(r.path), r))
 

@@ -20,7 +20,6 @@ from radiology_ai.core import (
     DicomError,
     Radiograph,
     RadiologyError,
-    atomic_path,
     plain,
     progress,
     resize_array,
@@ -192,7 +191,9 @@ def explain(
         good = np.flatnonzero(table.error=='')
         heat = heat_maps(bundles[0].model, store, good, task.answer.heat())
         table = table.assign(picture='', hot_x=np.nan, hot_y=np.nan)
-        for i,h in progress(list(zip(good, heat)), 'draw', show=show): _draw(table, i, h, store, out)
+        number = {p: k for k,p in enumerate(sorted([*table.path, *store.errors.path]), 1)}
+        for i,h in progress(list(zip(good, heat)), 'draw', show=show):
+            _draw(table, i, h, store, out/picture_name(number[table.path[i]], table.path[i]))
         table = _with_errors(table, store)
     _check_some(table)
     table = table[['path','image_id', *(['score'] if 'score' in table else []), 'picture','hot_x','hot_y',
@@ -200,10 +201,9 @@ def explain(
     save_table(table, out/'heat.csv', float_format='%.6f')
     return table
 
-def _draw(table, i, heat, store, out):
+def _draw(table, i, heat, store, path):
     "One picture, and its row of the table."
     seen,film = store.radiograph(i),read_radiograph(table.path[i])
-    name = picture_name(i, table.path[i])
-    save_picture(out/name, heat_picture(film, seen, heat))
+    save_picture(path, heat_picture(film, seen, heat))
     x,y = seen.to_stored(hottest(heat))
-    table.loc[i, ['picture','hot_x','hot_y']] = [name, round(x, 1), round(y, 1)]
+    table.loc[i, ['picture','hot_x','hot_y']] = [path.name, round(x, 1), round(y, 1)]

@@ -21,11 +21,24 @@ from ..data.duplicates import find_copies
 from ..data.load import xray_dataloaders
 from ..data.split import patient_folds, patient_split, save_split, split_hash
 from ..models.bundle import load_bundle, save_bundle
+from ..names import names_asked, numbered, write_unreadable
 from ..preprocess.store import ImageStore
 from ..tables import save_table, table_digest
 from .base import Settings, Stage, Task, make_settings, settings_text
 from .kinds import task_manifest
-from .run import RUN, Run, alone_in, read_exactly, read_record, read_run, run_state, write_record
+from radiology_ai.tasks.run import (
+    RUN,
+    Run,
+    alone_in,
+    named_copies,
+    numbered_copies,
+    read_exactly,
+    read_record,
+    read_run,
+    run_state,
+    write_place,
+    write_record,
+)
 from ..train.learner import xray_learner
 from ..train.record import run_record
 
@@ -47,8 +60,6 @@ class Plan:
         return [(f'fold_{k}', np.where(fold==k, 'test', np.where(fold==(k+1)%n, 'valid', 'train')))
             for k in range(n)]
 
-_COPIES = ['image_a','image_b','similarity','correlation'] # columns of `find_copies`
-
 def _has_split(manifest) -> bool:
     return 'split' in manifest and not (manifest.split.isna() | (manifest.split=='')).any()
 
@@ -67,10 +78,10 @@ def make_plan(
         'recipe': store.recipe.to_dict(),
         'images': table_digest(manifest), 'given split': _has_split(manifest)}
     if old is not None and plain(identity)=={k: old.get(k) for k in identity}:
-        copies = pd.DataFrame(old['copies'], columns=_COPIES)
+        copies = named_copies(old['copies'], manifest)
     else: copies = find_copies(store, ids=manifest.image_id.tolist(), least=settings.copies, show=show)
     manifest = _divided(manifest, settings, copies)
-    record = identity | {'split_hash': split_hash(manifest), 'copies': copies.to_dict('records'),
+    record = identity | {'split_hash': split_hash(manifest), 'copies': numbered_copies(copies, manifest),
         'flow': flow}
     return Plan(task, settings, store, manifest, copies, plain(record))
 
@@ -188,11 +199,12 @@ def _publish(plan: Plan, out: Path, tables, records):
     save_table(pd.concat(tables, ignore_index=True), out/'predictions.csv')
     parts = {} if s.folds else {f'{k} images': int((m.split==k).sum()) for k in ('train','valid','test')}
     errors = plan.store.errors
-    unreadable = errors[['path','cause']].assign(path=errors.path.map(lambda p: Path(p).name))
+    bad = numbered(errors, [*plan.store.index.path, *errors.path])
+    write_unreadable(out, bad)
+    said = ['number','path','cause'] if names_asked() else ['number','cause']
     write_record(out/'run.json', plan.record | {'flow': plan.record['flow'] | parts,
-        'store': str(plan.store.path.absolute()),
         'store_fingerprint': plan.record['store'], 'fits': records,
-        'unreadable': unreadable.to_dict('records'), 'versions': versions()})
+        'unreadable': bad[said].to_dict('records'), 'versions': versions()})
     _tidy(out)
 
 def _tidy(out: Path):
@@ -207,8 +219,8 @@ def _begin(plan: Plan, out: Path):
     write_record(out/'plan.json', plan.record)
     save_table(m, out/'manifest.csv')
     if not s.folds: save_split(m, out/'split.csv', duplicates=plan.copies)
-    text = settings_text(s, task=plan.task.name, data=str(plan.store.path.absolute()), labels='manifest.csv',
-        format=1)
+    write_place(out, plan.store.path)
+    text = settings_text(s, task=plan.task.name, labels='manifest.csv', format=1)
     with atomic_path(out/'run.toml') as tmp: tmp.write_text(text, encoding='utf-8')
 
 def _quiet(text): pass

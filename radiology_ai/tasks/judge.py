@@ -21,12 +21,13 @@ from ..data.duplicates import find_copies
 from ..data.split import assert_no_leakage
 from ..explain import gradcam
 from ..metrics.intervals import Interval
+from ..names import names_asked
 from ..preprocess.store import ImageStore
 from ..report.card import Example, ReportData
 from ..report.page import choose_examples, write_report
 from .base import Task, make_settings
 from .kinds import channels_of, stored_batches, task_manifest
-from .run import load_models, read_run
+from .run import load_models, named_copies, read_run
 
 # %% ../../nbs/68_tasks.judge.ipynb #405fcb03
 @dataclass
@@ -63,10 +64,11 @@ def evaluate_run(
             "Give a run of this task")
     s = make_settings(task.settings, run.settings)
     if store is None:
-        copies = pd.DataFrame(run.record['copies'])
+        copies = named_copies(run.record['copies'], run.manifest)
         if not s.folds:
             assert_no_leakage(run.manifest, duplicates=copies) # somebody may have edited the table
-        table = run.predictions[run.predictions.split=='test'].reset_index(drop=True)
+        table = run.predictions.assign(row=np.arange(1, len(run.predictions)+1))
+        table = table[table.split=='test'].reset_index(drop=True)
     else:
         table = _elsewhere(task, run, s, store if isinstance(store, ImageStore) else ImageStore(store),
             labels)
@@ -90,7 +92,7 @@ def _elsewhere(task, run, s, store, labels) -> pd.DataFrame:
     other = task_manifest(task, store, labels, s)[0].assign(split='test')
     learnt = run.manifest[run.manifest.split!='test'].assign(split='train')
     try:
-        copies = find_copies(ImageStore(run.record['store']), store, learnt.image_id.tolist(),
+        copies = find_copies(ImageStore(run.record['store'] or run.path), store, learnt.image_id.tolist(),
             other.image_id.tolist(),
             s.copies, show=False)
     except StoreError:
@@ -133,7 +135,7 @@ def report_run(
     "Write `report.html` and `report.json` of an evaluation; returns the page."
     run = read_run(run)
     record,s = run.record,run.settings
-    if store is None and (Path(record['store'])/'index.parquet').exists(): store = record['store']
+    if store is None and (Path(record['store'] or run.path)/'index.parquet').exists(): store = record['store']
     facts = {'task': task.name, 'architecture': s['arch'], 'seed': s['seed'],
         'split hash': record['split_hash'],
         'settings': s, 'recipe': record['recipe'], 'versions': record['fits'][0]['versions']}
@@ -143,11 +145,17 @@ def report_run(
     d = ReportData(title=task.title, table=evaluation.table, figures=evaluation.figures, task=task.question,
         subgroups=tuple(_shown(task, evaluation.table)), grade_names=grades['names'] if grades else None,
         manifest=run.manifest,
-        flow={f'- {k}' if k in left_out else k: v for k,v in flow.items()}, unreadable=record['unreadable'],
+        flow={f'- {k}' if k in left_out else k: v for k,v in flow.items()}, unreadable=_unreadable(run),
         curves=[_curves(r) for r in record['fits']], facts=facts,
         examples=examples_of(task, run, evaluation, store) if store is not None else [],
         **task.answer.names(make_settings(task.settings, s)))
     return write_report(Path(out or run.path), replace(d, **more))
+
+def _unreadable(run) -> list[dict]:
+    "Files of the store that could not be used by their numbers; with their paths where names were asked for."
+    table = run.path/'unreadable.csv'
+    if not names_asked() or not table.exists(): return run.record['unreadable']
+    return pd.read_csv(table, dtype={'path': str}, keep_default_na=False).to_dict('records')
 
 def _curves(record: dict) -> list[dict]:
     "The epochs of a fit, without times."
