@@ -2,6 +2,8 @@
 
     python benchmarks/fuzz_dicom.py --n 100000 --seed 0 --workers 2 [--seconds 900] [--findings FOLDER]
     python benchmarks/fuzz_dicom.py --one 4711 [--seed 0]      # makes one file again and reads it in this process
+    python benchmarks/fuzz_dicom.py --files 100000 --seed 0    # files of a grammar (fuzz_grammar.py) through four commands
+    python benchmarks/fuzz_dicom.py --file 4711 [--seed 0]     # one of these again
     python benchmarks/fuzz_dicom.py --bombs                    # small files that ask for gigabytes: time and memory of the refusal
 
 File number i depends on nothing but the seed and i. Each is made from an intact file of some transfer syntax (`base_files`) by one
@@ -1075,12 +1077,19 @@ def main():
     parser.add_argument('--findings', type=Path, default=Path(tempfile.gettempdir())/'fuzz_findings',
         help='folder for the files with faults')
     parser.add_argument('--one', type=int, help='the number of one file')
+    parser.add_argument('--files', type=int, help='files of the grammar through index, read, preprocess and deidentify')
+    parser.add_argument('--first', type=int, default=0, help='number of the first of these')
+    parser.add_argument('--file', type=int, help='the number of one file of the grammar')
+    parser.add_argument('--memory', type=int, default=2**30, help='bytes of address space for --files; 0: no limit')
     parser.add_argument('--judge', action='store_true', help='used by the script itself')
     parser.add_argument('--bombs', action='store_true',
         help='time and memory of refusing decompression bombs')
     parser.add_argument('--bomb', help='used by the script itself: one file')
     args = parser.parse_args()
     if args.judge: return judge()
+    if args.files is not None or args.file is not None:
+        import fuzz_commands
+        return fuzz_commands.main(args)
     if args.bomb: return print(json.dumps(refusal(args.bomb)))
     if args.bombs: return bomb_table()
     if args.one is not None: return one(args.seed, args.one)

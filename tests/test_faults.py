@@ -75,7 +75,8 @@ def test_high_bit_that_contradicts(film):
 
 
 PLACES = { # module and name of a function of ours, and a call that comes by it
-    'header': (file, '_parse', lambda f, p: file.open_dicom(f)),
+    'header': (file, '_read', lambda f, p: file.open_dicom(f)),
+    'settled': (file, '_settle', lambda f, p: file.open_dicom(f)),
     'size': (file, 'pixel_limit', lambda f, p: file.open_dicom(f) and read.read_radiograph(f)),
     'bits': (stored, '_fit_bits', lambda f, p: read.read_radiograph(f)),
     'raw': (stored, '_raw_frame', lambda f, p: read.read_radiograph(f)),

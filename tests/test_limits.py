@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -22,18 +23,23 @@ from PIL import Image
 
 from radiology_ai.core import DataError, DicomError
 from radiology_ai.data.labels import read_labels
+from radiology_ai.data.targets import _one_mask
 from radiology_ai.dicom import limits
 from radiology_ai.dicom.child import in_child
 from radiology_ai.dicom.codecs import check_cost, stream_info
 from radiology_ai.dicom.deidentify import deidentify
 from radiology_ai.dicom.explore import explore_dicoms, join_labels
+from radiology_ai.dicom.file import open_dicom
 from radiology_ai.dicom.index import index_dicoms, index_row, read_index, write_index
-from radiology_ai.dicom.quality import bytes_digest
+from radiology_ai.dicom.pseudonyms import read_key
+from radiology_ai.dicom.quality import ENDS, bytes_digest, find_duplicates
 from radiology_ai.dicom.read import read_radiograph
+from radiology_ai.dicom.stored import decode_stored
 from radiology_ai.parallel import run_parallel
 from radiology_ai.phantom.hospital import write_dicom
 from radiology_ai.preprocess.recipe import Preprocess
 from radiology_ai.preprocess.scale import preprocess_folder
+from radiology_ai.tasks.base import read_settings
 
 J2K, JPG, JLL = (f'1.2.840.10008.1.2.4.{n}' for n in (90, 51, 70))
 SOFT = np.linspace(0, 1, 64*64, dtype=np.float32).reshape(64, 64)
@@ -153,6 +159,19 @@ def tiff(pages, **changes):
     return bytes(out)
 
 
+def stripped(side, compression, data, rows, bits=8):
+    "A TIFF all of whose strips are the same bytes."
+    n = -(-side//rows)
+    tail = struct.pack(f'<{2*n}I', *[8]*n, *[len(data)]*n)
+    at = 8 + len(data)
+    places = (at, at + 4*n) if n>1 else (8, len(data))
+    tags = {256: (4, 1, side), 257: (4, 1, side), 258: (3, 1, bits), 259: (3, 1, compression), 262: (3, 1, 1),
+        273: (4, n, places[0]), 277: (3, 1, 1), 278: (4, 1, rows), 279: (4, n, places[1])}
+    entries = b''.join(struct.pack('<HHII', t, *v) for t, v in sorted(tags.items()))
+    return (b'II*\0' + struct.pack('<I', at + len(tail)) + data + tail + struct.pack('<H', len(tags)) + entries
+        + bytes(4))
+
+
 def png(*chunks, hole=0):
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
@@ -220,6 +239,10 @@ BOMBS = dict(
     + b''.join(struct.pack('<IHHHII', 126 + 18*k, 1,
         256, 3, 1, 8) for k in range(100_000)) + bytes(4),
     tiff_tile=lambda: tiff(1, t322=(4, 60_000), t323=(4, 100_000), t324=(4, 8), t325=(4, 64)),
+    tiff_same_strips=lambda: stripped(7000, 8, zlib.compress(bytes(90_000_000), 0), 1),
+    tiff_scans=lambda: stripped(6000, 7, progressive(6000, 90), 6000),
+    scans_40_of_49_MP=lambda: in_dicom(progressive(7000, 37), 7000, JPG),
+    scans_220=lambda: in_dicom(progressive(3000, 220), 3000, JPG),
     png_texts=lambda: png(*[(b'tEXt', b'k%d\0v'%k) for k in range(50_000)]),
     png_packed_text=lambda: png((b'zTXt', b'a\0\0' + zlib.compress(bytes(2**27), 1))),
     jpeg_segments=lambda: jpeg_still(3_000_000), jpeg_scans=lambda: progressive(1000, 5000),
@@ -298,7 +321,7 @@ def test_holes(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['items_of_known_length', 'window', 'scans_5000', 'precincts_2x2',
     'frames_60000', 'tiff_pages', 'zeros',
-    'tiff_tile', 'deflated_frames', 'group_2'])
+    'tiff_tile', 'deflated_frames', 'group_2', 'tiff_same_strips', 'tiff_scans', 'scans_220'])
 def test_refused_by_name(name, tmp_path):
     "The cause says what is too much, also where a parser takes the refusal for its own fault."
     path = tmp_path/'bomb.dcm'
@@ -308,7 +331,7 @@ def test_refused_by_name(name, tmp_path):
         precincts_2x2='precincts',
         frames_60000='60000 frames', tiff_pages='pages', zeros='elements', tiff_tile='entry',
         deflated_frames='bytes of deflated',
-        group_2='elements')
+        group_2='elements', tiff_same_strips='strips', tiff_scans='scans', scans_220='scans')
     assert any(w in e.value.cause for w in words[name].split('|')), e.value.cause
     assert 'bomb.dcm' in str(e.value)
 
@@ -365,6 +388,62 @@ def test_a_child_is_ended():
     assert in_child.decode('jpeg2k', stream)==bytes(64*64)
 
 
+def test_a_large_picture_of_few_bytes_is_decoded_in_a_child(monkeypatch, tmp_path):
+    "Its code-blocks may ask for passes over data that is not there; an honest one gives the same pixels there."
+    side = 2200
+    noise = np.random.default_rng(0).integers(0, 60, (side, side)).astype(np.uint16)
+    for part, child in ((400, True), (side, False)):
+        smooth = np.outer(np.arange(side), np.ones(side)).astype(np.uint16)//16
+        smooth[:part, :part] += noise[:part, :part]
+        stream = imagecodecs.jpeg2k_encode(smooth, codecformat='j2k', bitspersample=16, reversible=True)
+        path = tmp_path/'large.dcm'
+        path.write_bytes(meta(J2K) + header(side, side) + encapsulated([stream]))
+        asked = []
+        real = in_child.decode
+        monkeypatch.setattr(in_child, 'decode', lambda *a, real=real, asked=asked: asked.append(a[0]) or real(*a))
+        stored = decode_stored(open_dicom(path), path=path)[0]
+        monkeypatch.undo()
+        assert np.array_equal(stored, smooth) and bool(asked)==child
+        assert read_radiograph(path, size=200).codec.startswith('pillow') # at a quarter it is small
+
+
+@pytest.mark.skipif(not hasattr(resource, 'RLIMIT_AS'), reason='this system has no such limit')
+def test_the_child_starts_under_a_hard_limit(tmp_path):
+    "A limit that cannot be raised is kept to."
+    code = ("import resource; from radiology_ai.dicom.child import in_child\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3*2**30,)*2)\n"
+        "import imagecodecs, numpy as np\nb = imagecodecs.jpeg2k_encode(np.zeros((8, 8), np.uint8), codecformat='j2k')\n"
+        "print(len(in_child.decode('jpeg2k', b)))")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip()=='64', done.stderr
+
+
+# ---------------------------------------------------------------- what is said of bytes
+
+def test_a_digest_is_of_all_bytes(tmp_path):
+    "Two files that differ in their middle are not the same, however large they are."
+    for name in 'ab': with_hole(tmp_path/name, b'head', 40*2**20, b'tail')
+    with open(tmp_path/'b', 'r+b') as f:
+        f.seek(20*2**20)
+        f.write(b'x')
+    a, b = tmp_path/'a', tmp_path/'b'
+    assert bytes_digest(a)!=bytes_digest(b)
+    assert bytes_digest(a, whole=False)==bytes_digest(b, whole=False) and bytes_digest(a, whole=False).startswith(ENDS)
+
+
+def test_the_same_bytes_are_the_same_bytes(tmp_path):
+    "Of three large films with one header, two are the same."
+    head = meta() + header(4800, 4800) + struct.pack('<HH2sHI', 0x7FE0, 0x10, b'OW', 0, 4800*4800*2)
+    for name in 'abc': with_hole(tmp_path/f'{name}.dcm', head, 4800*4800*2)
+    with open(tmp_path/'c.dcm', 'r+b') as f:
+        f.seek(20*2**20)
+        f.write(b'x')
+    df = index_dicoms(tmp_path)
+    assert (df.error=='').all()
+    twice = find_duplicates(df)
+    assert [Path(p).stem for p in twice.path[twice.kind=='same bytes']]==['a', 'b']
+
+
 # ---------------------------------------------------------------- only files
 
 def films(folder, n=3):
@@ -405,7 +484,43 @@ def test_tables_are_files(tmp_path):
     with pytest.raises(DataError, match='not a regular file'): join_labels(df, tmp_path/'labels.csv')
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes')
+def test_settings_keys_masks_and_books_are_files(tmp_path):
+    for name in ('settings.toml', 'key', 'mask.png', 'book.xlsx', 'b.csv'): os.mkfifo(tmp_path/name)
+    with pytest.raises(DataError, match='settings file'): read_settings(tmp_path/'settings.toml')
+    with pytest.raises(DataError, match='cannot be read'): read_key(tmp_path/'key')
+    with pytest.raises(DataError, match='cannot be read'): _one_mask(tmp_path/'mask.png', 'a')
+    with pytest.raises(DataError, match='not a readable Excel file'), limits.open_workbook(tmp_path/'book.xlsx'): pass
+    for name in ('settings.toml', 'key'):
+        (tmp_path/name).unlink()
+        with_hole(tmp_path/name, b'', 10**9)
+    with pytest.raises(DataError, match='settings file'): read_settings(tmp_path/'settings.toml')
+    with pytest.raises(DataError, match='cannot be read'): read_key(tmp_path/'key')
+
+
 # ---------------------------------------------------------------- tables
+
+def book(path, xml=b'', name='xl/worksheets/sheet1.xml'):
+    "An Excel file one of whose parts is replaced."
+    from openpyxl import Workbook
+    made = Workbook()
+    made.active.append(['image_id', 'answer'])
+    made.save(path)
+    with zipfile.ZipFile(path) as z: parts = {i.filename: z.read(i) for i in z.infolist()}
+    if xml: parts[name] = xml(parts[name])
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        for k, v in parts.items(): z.writestr(k, v)
+    return path
+
+
+def test_packed_books(tmp_path):
+    with limits.open_workbook(book(tmp_path/'good.xlsx')) as b: assert len(list(b.active.iter_rows()))==1
+    with pytest.raises(DataError, match='unpacks to'):
+        with limits.open_workbook(book(tmp_path/'large.xlsx', lambda b: b + b' '*2**26)): pass
+    wide = book(tmp_path/'wide.xlsx', lambda b: b.replace(b'A1:B1', b'A1:XFD1048576'))
+    with pytest.raises(DataError, match='1048576 rows'):
+        with limits.open_workbook(wide): pass
+
 
 def test_packed_tables(tmp_path):
     bomb = tmp_path/'labels.csv.gz'

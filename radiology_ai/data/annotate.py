@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..core import DataError, atomic_path, rng
 from .labels import read_cells
+from ..dicom.limits import open_workbook
 from ..tables import escape_text, save_table, text_column, unescape_text
 
 # %% ../../nbs/36_data.annotate.ipynb #6a892e12
@@ -148,15 +149,9 @@ def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(f"There is no file {path}", "Give the path of a table that was filled in")
     if path.suffix.lower()!='.xlsx': return read_cells(path, exact=True)
-    import zipfile
-
-    from openpyxl import load_workbook
-    try: book = load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as e:
-        raise DataError(f"{path.name} is not a readable Excel file", "Save it as .xlsx or as CSV") from e
-    rows = list((book[_SHEET] if _SHEET in book.sheetnames
-        else book.worksheets[0]).iter_rows(values_only=True))
-    book.close()
+    with open_workbook(path) as book:
+        rows = list((book[_SHEET] if _SHEET in book.sheetnames
+            else book.worksheets[0]).iter_rows(values_only=True))
     rows = [[_cell_text(v) for v in r] for r in rows]
     if not rows: raise DataError(f"{path.name} is empty", "Fill in the template")
     columns = {name: text_column(list(cells)) for name,*cells in zip(*rows) if name}

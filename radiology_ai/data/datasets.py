@@ -30,6 +30,7 @@ from radiology_ai.data.labels import (
     read_table,
 )
 from .regions import XYXY, box_problems, mask_problems
+from ..dicom.limits import open_regular
 
 # %% ../../nbs/31_data.datasets.ipynb #d979b306
 SUFFIXES = ('.dcm', '.dicom', '.png', '.jpg', '.jpeg', '.tif', '.tiff')
@@ -249,8 +250,9 @@ def _mask_files(m, images, file) -> tuple[pd.DataFrame, list]:
         if pd.isna(r.path): why = f"there is no file {r['mask']} in {images}"
         elif pd.notna(r.image):
             try:
-                with Image.open(r.path) as mask, Image.open(r.image) as image: (w,h),size = mask.size,image.size
-            except (UnidentifiedImageError, OSError) as e: why = f"cannot be read ({e})"
+                with open_regular(r.path) as a, open_regular(r.image) as b, Image.open(a) as mask, Image.open(b) as image:
+                    (w,h),size = mask.size,image.size
+            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e: why = f"cannot be read ({e})"
             else:
                 m.loc[i, ['width', 'height']] = [w, h]
                 if (w,h)!=size: why = f"the mask has {w} x {h} pixels, its image {size[0]} x {size[1]}"

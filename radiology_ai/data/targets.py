@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..core import DataError, StoreError, atomic_path, progress, transform_boxes
 from .regions import XYXY, image_mask
-from ..files import map_array, read_json
+from ..dicom.limits import MAX_STILL
+from ..files import map_array, read_bytes, read_json
 from ..preprocess.intensity import move_mask
 
 # %% ../../nbs/33_data.targets.ipynb #e20d9a57
@@ -114,7 +115,8 @@ def _one_mask(m, image_id):
     "(H, W) of run lengths, an array or a file."
     if isinstance(m, pd.DataFrame): return image_mask(m, m.image_id.iloc[0])
     if isinstance(m, (str, Path)):
-        a = cv2.imread(str(m), cv2.IMREAD_UNCHANGED)
+        try: a = cv2.imdecode(np.frombuffer(read_bytes(m, MAX_STILL), np.uint8), cv2.IMREAD_UNCHANGED)
+        except (OSError, ValueError, cv2.error): a = None
         if a is None: raise DataError(f"The mask {m} of image {image_id} cannot be read", "Give PNG files")
         m = a
     if (m := np.asarray(m)).ndim!=2:

@@ -30,7 +30,9 @@ sys.modules['dl'] = sys.modules['DLFCN'] = None # of Python 2: gdcm imports them
 import gdcm, imagecodecs
 
 def allow(n):
-    if resource: resource.setrlimit(resource.RLIMIT_AS, (n, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    if not resource: return
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (n if most==resource.RLIM_INFINITY else min(n, most), most))
 
 def taken():
     try:

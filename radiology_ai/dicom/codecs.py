@@ -31,6 +31,7 @@ from radiology_ai.dicom.limits import (
     MAX_PRECINCTS,
     MAX_SCANNED,
     MAX_SEGMENTS,
+    TRUSTED_PIXELS,
 )
 
 # %% ../../nbs/12_dicom.codecs.ipynb #c07f4a1d
@@ -74,7 +75,7 @@ def check_cost(
 ):
     "Raises `DicomError` for a stream that asks for more work than its picture is worth."
     pixels = max(1, info.get('rows', 0)*info.get('cols', 0)*info.get('samples', 1))
-    limits = dict(scans=max(16, min(1000, MAX_SCANNED//pixels)), precincts=MAX_PRECINCTS, packets=MAX_PACKETS,
+    limits = dict(scans=max(16, min(128, MAX_SCANNED//pixels)), precincts=MAX_PRECINCTS, packets=MAX_PACKETS,
         blocks=MAX_BLOCKS)
     for what,most in limits.items():
         if info.get(what, 0)>most:
@@ -280,11 +281,14 @@ def second_opinion(
     info: dict,      # as of `stream_info`
     ds,              # its header
     dtype, shape,    # of the frame
+    *,
+    seconds: float=20, # after which the decoder is ended
 ) -> tuple[np.ndarray,str]:
     """The frame by another decoder (gdcm; OpenJPH for HTJ2K) and that decoder's name. `ValueError` where it
     cannot."""
     decoder = 'openjph' if info['kind']=='htj2k' else 'gdcm'
-    out = in_child.decode(decoder, data if decoder=='openjph' else _bare_file(data, info, ds, shape))
+    file = data if decoder=='openjph' else _bare_file(data, info, ds, shape)
+    out = in_child.decode(decoder, file, seconds)
     if len(out)!=int(np.prod(shape))*dtype.itemsize: raise ValueError(f'{len(out)} bytes')
     return np.frombuffer(out, dtype).reshape(shape),decoder
 
@@ -305,9 +309,9 @@ def _apart(one, two, bits):
     d = np.abs((one.astype(np.int64) - two + half)%(2*half) - half)
     return int((d>0).sum()),int(d.max()) if d.size else 0
 
-def _verified(one, codec, data, info, ds, *, dtype, shape, path):
+def _verified(one, codec, data, info, ds, *, dtype, shape, path, seconds):
     "The frame, if a second decoder agrees."
-    try: two,second = second_opinion(data, info, ds, dtype, shape)
+    try: two,second = second_opinion(data, info, ds, dtype, shape, seconds=seconds)
     except ValueError as e:
         raise DicomError(path, f'the second decoder does not confirm {codec}: {e}',
             'Ask the source for another copy, or read it without verify') from None
@@ -318,12 +322,22 @@ def _verified(one, codec, data, info, ds, *, dtype, shape, path):
             'Ask the source for an uncompressed or lossless copy')
     return f'{codec} + {second}'
 
+def _trusted(info, data, r=0):
+    """Is the time that a stream takes, at a reduced resolution, told by its size and its header? The code-blocks of
+    JPEG 2000 may be empty and ask for all passes."""
+    if info['kind'] not in ('jpeg2k', 'htj2k'): return True
+    pixels = info['rows']*info['cols']*info['samples']//4**r
+    return info['plain'] and (pixels<=TRUSTED_PIXELS or 8*len(data)>=pixels)
+
+def _time(shape):
+    "Seconds after which a decoder is ended."
+    return CHILD_SECONDS + int(np.prod(shape))/1e7
+
 def _guarded(data, info, shape, path):
-    """A JPEG 2000 frame whose cost its main header does not tell, decoded in a child with limits of time and
-    memory."""
+    """A JPEG 2000 frame whose cost is not told, decoded in a child with limits of time and memory."""
     dtype = np.dtype(f"{'i' if info['signed'] else 'u'}{1 if info['bits']<=8 else 2 if info['bits']<=16 else 4}")
     n = int(np.prod(shape))
-    try: out = in_child.decode('jpeg2k', data, CHILD_SECONDS + n/1e7, CHILD_MEMORY + 16*n)
+    try: out = in_child.decode('jpeg2k', data, _time(shape), CHILD_MEMORY + 16*n)
     except ValueError as e:
         raise DicomError(path, f'the compressed pixel data is damaged: its decoder {str(e)[3:]}',
             _copy) from None
@@ -349,13 +363,13 @@ def decode_frame(
     check_stream(data, info, shape, dtype.itemsize*8, path)
     exact = info.get('exact', True)
     r = halvings(info, least) if info.get('plain', True) and not verify else 0
-    while r:
+    while r and _trusted(info, data, r):
         try: return Decoded(decode_reduced(data, info, r), f'pillow.jpeg2k/{2**r}', 2**r, False, info['bits'])
         except (OSError, ValueError): r -= 1 # some odd sizes fail at a level
     # native decoders raise their own types
     with file_fault(path, 'the compressed pixel data is damaged', _copy):
-        a,codec = (second_opinion(data, info, ds, dtype, shape) if info['kind']=='other'
-            else _imagecodecs(data, info, ds, dtype, shape) if info.get('plain', True)
+        a,codec = (second_opinion(data, info, ds, dtype, shape, seconds=_time(shape)) if info['kind']=='other'
+            else _imagecodecs(data, info, ds, dtype, shape) if _trusted(info, data)
             else _guarded(data, info, shape, path))
     if a.shape[:2]!=shape[:2]:
         raise DicomError(path, f'the compressed pixel data is damaged: it decodes to shape {a.shape}', _copy)
@@ -364,5 +378,6 @@ def decode_frame(
             _copy)
     flat = len(data)>4096 + a.size//256 and a.min()==a.max()
     if (verify or flat) and codec!='gdcm':
-        codec = _verified(a, codec, data, info, ds, dtype=dtype, shape=shape, path=path)
+        codec = _verified(a, codec, data, info, ds, dtype=dtype, shape=shape, path=path,
+            seconds=20 if verify else _time(shape))
     return Decoded(a, codec, 1, exact, info.get('bits', 0))

@@ -475,8 +475,10 @@ def _one(job):
             warnings.simplefilter('ignore')
             out,walk,n = _clean_file(path, names, Profile(job.retain), job.burned_in)
             uids = [str(out.get(k, '')) for k in ('StudyInstanceUID', 'SeriesInstanceUID')]
+            name = re.sub(r'[^0-9.]', '', str(out.SOPInstanceUID)).strip('.')
+            if not name: raise DicomError(path, _UNKNOWN, 'Leave it out')
             where = Path(out.PatientID, *(f'{k}{names.short(k, u)}' for k,u in zip(('ST', 'SE'), uids)),
-                f'{re.sub(r"[^0-9.]", "", str(out.SOPInstanceUID))}.dcm')
+                f'{name}.dcm')
             _write_part(out, _part(job.target, job.number))
     except DicomError as e:
         return row | dict(status='held' if isinstance(e, HeldBack) else 'error', cause=e.cause),[],('', '')

@@ -198,12 +198,27 @@ def _inflate(f, path, pixels, max_pixels):
 
 def _at_pixels(tag, vr, length): return tag>=0x7FE00000
 
+def _read(f, tags):
+    return pydicom.dcmread(f, force=True, stop_before_pixels=True, specific_tags=tags, defer_size=2**22)
+
+_PIXEL_MARKS = b'\xe0\x7f\x10\0',b'\x7f\xe0\0\x10'
+
+def _parse_head(path, tags, head):
+    """The header and the position of the pixel data where both are in the first bytes of a file, which are too few to
+    ask for much; None otherwise, and where something is wrong."""
+    if not any(m in head for m in _PIXEL_MARKS) or transfer_syntax(head)[0]==DeflatedExplicitVRLittleEndian: return None
+    f = BytesIO(head)
+    try: ds = _read(f, tags)
+    except Exception: return None # the file is parsed again, and tells
+    at = f.tell()
+    if head[at:at+4] not in _PIXEL_MARKS or at + 12>len(head): return None
+    ds.filename,ds.buffer = str(path),None
+    return ds,at
+
 def _parse(f, path, tags, head, *, pixels, max_pixels):
     "The header of the open file `f` and the stream behind it, positioned at the pixel data."
     syntax,start = transfer_syntax(head)
-    if syntax!=DeflatedExplicitVRLittleEndian:
-        return pydicom.dcmread(f.hold(path), force=True, stop_before_pixels=True, specific_tags=tags,
-            defer_size=2**22),f
+    if syntax!=DeflatedExplicitVRLittleEndian: return _read(f.hold(path), tags),f
     f.seek(start)
     stream = LeashedBytes(_inflate(f, path, pixels, max_pixels)).hold(path)
     ds = read_dataset(stream, False, True, stop_when=_at_pixels)
@@ -217,7 +232,10 @@ _PIXEL_TAGS = {(0x7FE0, 0x10): 'OW', (0x7FE0, 8): 'OF', (0x7FE0, 9): 'OD'}
 def _pixel_value(stream, ds, path):
     "The pixel data at the position of `stream`; None if there is none."
     stream.free()
-    at,raw = stream.tell(),stream.read(12)
+    return _value_at(stream.tell(), stream.read(12), ds, path, stream)
+
+def _value_at(at, raw, ds, path, stream=None):
+    "The pixel data element at byte `at`, which begins with the bytes `raw`; None if it is no such."
     implicit,little = ds.original_encoding
     order = 'little' if little else 'big'
     tag = tuple(int.from_bytes(raw[i:i+2], order) for i in (0, 2))
@@ -226,6 +244,28 @@ def _pixel_value(stream, ds, path):
     vr = 'OB' if not implicit and raw[4:6]==b'OB' and tag[1]==0x10 else _PIXEL_TAGS[tag]
     if isinstance(stream, BytesIO): return PixelValue(n, vr, data=stream.getbuffer()[at + skip:at + skip + n])
     return PixelValue(n, vr, str(path), at + skip)
+
+def _settle(ds, path):
+    "Checks a header that was parsed."
+    settle_charset(ds)
+    check_values(ds, path)
+    ds.get('Rows') # converts early what must be right
+
+def _open_long(path, tags, head, *, pixels, max_pixels):
+    "As `open_parts`, of a file whose header is parsed on the leash."
+    with LeashedFile(open_regular(path, 0)) as f:
+        try: ds,stream = _parse(f, path, tags, head, pixels=pixels, max_pixels=max_pixels)
+        except zlib.error: raise DicomError(path, 'the deflated data set is damaged', _copy) from None
+        except Exception:
+            if f.refused is None: raise
+            raise f.refused from None
+        _settle(ds, path)
+        if stream is f and f.tell()>os.path.getsize(path):
+            raise DicomError(path, 'an element claims more bytes than the file has', _copy)
+        if stream.tell()>MAX_HEADER:
+            raise DicomError(path, f'its header has {stream.tell()} bytes, above the limit of {MAX_HEADER}',
+                'Leave it out')
+        return ds,_pixel_value(stream, ds, path)
 
 def open_parts(
     path,              # a DICOM file, with or without preamble and file meta
@@ -239,23 +279,13 @@ def open_parts(
     if file_kind(path, head)!='dicom':
         raise DicomError(path, 'it is a still image, not DICOM', 'Use read_radiograph')
     with (file_fault(path, 'the header is damaged', _copy), warnings.catch_warnings(),
-            disable_value_validation(),
-            LeashedFile(open_regular(path, 0)) as f):
+            disable_value_validation()):
         warnings.simplefilter('ignore')
-        try: ds,stream = _parse(f, path, tags, head, pixels=pixels, max_pixels=max_pixels)
-        except zlib.error: raise DicomError(path, 'the deflated data set is damaged', _copy) from None
-        except Exception:
-            if f.refused is None: raise
-            raise f.refused from None
-        settle_charset(ds)
-        check_values(ds, path)
-        ds.get('Rows') # converts early what must be right
-        if stream is f and f.tell()>os.path.getsize(path):
-            raise DicomError(path, 'an element claims more bytes than the file has', _copy)
-        if stream.tell()>MAX_HEADER:
-            raise DicomError(path, f'its header has {stream.tell()} bytes, above the limit of {MAX_HEADER}',
-                'Leave it out')
-        return ds,_pixel_value(stream, ds, path)
+        found = _parse_head(path, tags, head)
+        if found is None: return _open_long(path, tags, head, pixels=pixels, max_pixels=max_pixels)
+        ds,at = found
+        _settle(ds, path)
+        return ds,_value_at(at, head[at:at+12], ds, path)
 
 # %% ../../nbs/11_dicom.file.ipynb #c8630fbe
 def _end(value):

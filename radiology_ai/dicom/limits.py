@@ -8,9 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.limits.html.md"""
 __all__ = ['MAX_PIXELS', 'MAX_FRAMES', 'MAX_HEADER', 'MAX_READS', 'MAX_ELEMENTS', 'MAX_DEPTH', 'MAX_VALUE', 'MAX_PARSED',
            'MAX_ITEMS', 'MAX_WALKED', 'MAX_FRAGMENTS', 'MAX_STORED', 'MAX_SEGMENTS', 'MAX_PACKETS', 'MAX_PRECINCTS',
            'MAX_BLOCKS', 'MAX_SCANNED', 'MAX_PAGES', 'MAX_CHUNKS', 'MAX_CHUNK', 'MAX_PIECES', 'MAX_STILL', 'MAX_TABLE',
-           'MAX_COLUMNS', 'MAX_CELLS', 'CHILD_SECONDS', 'CHILD_MEMORY', 'NOT_UTF8', 'NotAFile', 'open_regular',
-           'shown_name', 'LeashedFile', 'LeashedBytes', 'check_values', 'text_codecs', 'settle_charset', 'table_bytes',
-           'read_parquet']
+           'MAX_COLUMNS', 'MAX_CELLS', 'MAX_BOOK', 'MAX_SHEET', 'CHILD_SECONDS', 'CHILD_MEMORY', 'TRUSTED_PIXELS',
+           'NOT_UTF8', 'NotAFile', 'open_regular', 'shown_name', 'LeashedFile', 'LeashedBytes', 'check_values',
+           'text_codecs', 'settle_charset', 'table_bytes', 'read_parquet', 'open_workbook']
 
 # %% ../../nbs/10_dicom.limits.ipynb #1908dd0d
 import codecs
@@ -18,9 +18,11 @@ import gzip
 import io
 import os
 import zlib
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
+from zipfile import BadZipFile, ZipFile
 
 import pandas as pd
 from pydicom.charset import convert_encodings, python_encoding
@@ -42,14 +44,14 @@ MAX_DEPTH = 64            # sequences of undefined length within sequences
 MAX_VALUE = 2**16         # bytes of a value that is parsed
 MAX_PARSED = 2**21        # bytes of all long values that are parsed
 MAX_ITEMS = 10_000        # of a header's sequences
-MAX_WALKED = 20_000       # elements that are de-identified
+MAX_WALKED = 12_000       # elements that are de-identified
 MAX_FRAGMENTS = 2**12     # of compressed pixel data, besides one a frame
 MAX_STORED = 2**29        # bytes of pixel data that are held in memory as a whole
 MAX_SEGMENTS = 2**12      # markers in front of the picture in a JPEG or JPEG 2000 stream
 MAX_PACKETS = 2**19       # of a JPEG 2000 stream: precincts by layers
 MAX_PRECINCTS = 2**16     # of a JPEG 2000 stream
 MAX_BLOCKS = 2**18        # code-blocks of a JPEG 2000 stream
-MAX_SCANNED = 2**31       # pixels that all scans of a JPEG stream pass over
+MAX_SCANNED = 2**29       # pixels that all scans of a JPEG stream pass over
 MAX_PAGES = 2**9          # of a TIFF
 MAX_CHUNKS = 2**10        # of a PNG, besides those of the picture
 MAX_CHUNK = 2**23         # bytes of these together
@@ -58,9 +60,12 @@ MAX_STILL = 2**27         # bytes of a JPEG, or of the picture of a PNG
 MAX_TABLE = 2**27         # bytes of a text table
 MAX_COLUMNS = 5_000       # of a table
 MAX_CELLS = 2**27         # of a parquet table
+MAX_BOOK = 2**25          # bytes that an Excel file unpacks to
+MAX_SHEET = 2**22         # cells of a sheet, as it says itself
 # for a stream whose cost cannot be told from its header; a second more for each 10 million pixels
 CHILD_SECONDS = 2.
 CHILD_MEMORY = 2**29      # bytes for its decoder
+TRUSTED_PIXELS = 2**22    # of a JPEG 2000 stream: with fewer, or with a byte for eight, it is decoded in this process
 
 # %% ../../nbs/10_dicom.limits.ipynb #334e6081
 class NotAFile(OSError): "A pipe, a device, a socket or a folder in place of a file."
@@ -229,3 +234,29 @@ def read_parquet(
                 "Give a smaller table")
         f.seek(0)
         return pd.read_parquet(f)
+
+# %% ../../nbs/10_dicom.limits.ipynb #160ddb24
+@contextmanager
+def open_workbook(
+    path, # an .xlsx file
+):
+    """The workbook of openpyxl, read only. `DataError` where it is no regular file, no workbook, or unpacks to too
+    much."""
+    from openpyxl import load_workbook
+    name = Path(shown_name(path)).name
+    try:
+        with open_regular(path) as f:
+            with ZipFile(f) as z: size = sum(o.file_size for o in z.infolist())
+            if size>MAX_BOOK:
+                raise DataError(f"{name} unpacks to {size} bytes", "Give a smaller table, or CSV")
+            f.seek(0)
+            book = load_workbook(f, read_only=True, data_only=True)
+            try:
+                for sheet in book.worksheets:
+                    if (sheet.max_row or 0)*(sheet.max_column or 0)>MAX_SHEET:
+                        raise DataError(f"{name} has a sheet of {sheet.max_row} rows and {sheet.max_column} columns",
+                            "Delete its empty rows and columns, or give CSV")
+                yield book
+            finally: book.close()
+    except (BadZipFile, KeyError, ValueError, NotImplementedError, OSError) as e:
+        raise DataError(f"{name} is not a readable Excel file", "Save it as .xlsx or as CSV") from e

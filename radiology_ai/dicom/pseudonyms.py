@@ -20,6 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from ..core import DataError, temporary
+from ..files import read_bytes
 
 # %% ../../nbs/17_dicom.pseudonyms.ipynb #8e5a77a4
 class Pseudonyms:
@@ -55,7 +56,10 @@ def read_key(
     if key is None: return secrets.token_bytes(32)
     if isinstance(key, Path):
         if not key.exists(): _draw_key(key)
-        key = key.read_bytes()
+        try: key = read_bytes(key, 2**20)
+        except (OSError, ValueError) as e:
+            raise DataError(f"The key file {key.name} cannot be read ({type(e).__name__})",
+                "Give a file of 16 bytes or more") from e
     if len(key)<16:
         raise DataError(f"The secret key has {len(key)} bytes or letters",
             "Give at least 16, or key=Path('new.key') to have one drawn and written")

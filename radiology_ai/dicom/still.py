@@ -69,7 +69,7 @@ def _count_pages(f, path) -> int:
     order = '<' if f.read(2)==b'II' else '>'
     u2,u4,entry = Struct(order + 'H'),Struct(order + 'I'),Struct(order + 'HHI')
     f.seek(4)
-    at,seen = f.read(4),set()
+    at,seen,marks = f.read(4),set(),None
     while len(at)==4 and (p := u4.unpack(at)[0]) and p not in seen:
         seen.add(p)
         if len(seen)>MAX_PAGES:
@@ -77,17 +77,42 @@ def _count_pages(f, path) -> int:
         f.seek(p)
         n = f.read(2)
         data = f.read(12*u2.unpack(n)[0]) if len(n)==2 else b''
+        at,page = f.read(4),{}
         for i in range(0, len(data) - 11, 12):
             tag,kind,count = entry.unpack_from(data, i)
-            if (count>(2**25 if _WIDE.get(kind, 1)==1 else 2**20) or tag in (322, 323)
-                    and _side(data, i, kind, order)>MAX_VALUE):
+            first = int.from_bytes(data[i+8:i+8+_WIDE.get(kind, 4)], 'little' if order=='<' else 'big')
+            if count>(2**25 if _WIDE.get(kind, 1)==1 else 2**20) or tag in (322, 323) and first>MAX_VALUE:
                 raise DicomError(path, f'its entry {tag} is too long', 'Do not trust this file')
-        at = f.read(4)
+            page[tag] = first,kind,count
+        marks = _check_page(f, path, page, order, marks)
     return max(1, len(seen))
 
-def _side(data, i, kind, order):
-    "The side of a tile."
-    return int.from_bytes(data[i+8:i+8+_WIDE.get(kind, 4)], 'little' if order=='<' else 'big')
+def _check_page(f, path, page, order, marks):
+    """Refuses a page of a TIFF whose strips or tiles claim more bytes than there are, for they may all be the same, and
+    one of JPEG with too many scans; `marks` is how many scans the file has, None: not counted yet."""
+    size = os.fstat(f.fileno()).st_size
+    for tag in (279, 325):
+        first,kind,n = page.get(tag, (0, 4, 1))
+        if kind in (3, 4) and n*_WIDE[kind]>4:
+            f.seek(first)
+            found = f.read(n*_WIDE[kind])
+            whole = found[:len(found)//_WIDE[kind]*_WIDE[kind]]
+            first = int(np.frombuffer(whole, f'{order}u{_WIDE[kind]}').sum(dtype=np.uint64))
+        if first>2*size + 2**16:
+            raise DicomError(path, 'its strips claim more bytes than the file has', 'Do not trust this file')
+    if page.get(259, (1,))[0] not in (6, 7): return marks
+    if marks is None: marks = _count_scans(f, path, size)
+    side = lambda tag, otherwise: page.get(tag, (otherwise,))[0] or otherwise
+    width,height = side(256, 1),side(257, 1)
+    strip = side(322, width)*side(323, min(height, side(278, height))) # or a tile
+    check_cost(dict(rows=height, cols=width, samples=side(277, 1), scans=marks*strip//max(strip, width*height)), path)
+    return marks
+
+def _count_scans(f, path, size):
+    "How many scans the JPEG streams in a file may have."
+    if size>MAX_STILL: raise DicomError(path, f'it has more than {MAX_STILL} bytes', 'Do not trust this file')
+    f.seek(0)
+    return f.read(MAX_STILL).count(b'\xff\xda')
 
 # %% ../../nbs/13_dicom.still.ipynb #2a026e70
 def _looked_at(path, whole):

@@ -209,7 +209,7 @@ def prepare(
     """(size, size) uint8 or uint16, its record, the file's hash; or (None, record with `cause` and `remedy`,
     hash) where it cannot be used."""
     path = source.path
-    def bad(cause, remedy): return None,dict(path=path, cause=cause, remedy=remedy),bytes_digest(path)
+    def bad(cause, remedy): return None,dict(path=path, cause=cause, remedy=remedy),bytes_digest(path, whole=False)
     try: r = recipe(read_radiograph(path))
     except RadiologyError as e: return bad(getattr(e, 'cause', e.what), e.remedy)
     except MemoryError: return bad('there was not enough memory for it', 'Use fewer workers, or leave it out')

@@ -24,7 +24,7 @@ from .. import __version__
 from ..core import DataError, StoreError, disk_remedy, optional, own_fault, progress
 from ..dicom.index import image_files
 from ..dicom.limits import NOT_UTF8, shown_name
-from ..dicom.quality import bytes_digest
+from ..dicom.quality import ENDS, bytes_digest
 from ..names import note_files
 from ..parallel import run_parallel, worker_count
 from .recipe import Preprocess, Source, prepare
@@ -85,12 +85,14 @@ def _plan(writer, sources, workers=1, content=False):
     note_files(list(was))
     listed = writer.listed()
     known = set(was) | (listed or set())
-    hashes = (dict(zip(was, run_parallel(bytes_digest, list(was), workers, chunk=8, desc='compare')))
-        if content else {})
+    told = [p for p,f in was.items() if content and not f[4].startswith(ENDS)] # of the others not all bytes are known
+    hashes = dict(zip(told, run_parallel(bytes_digest, told, workers, chunk=8, desc='compare'))) if told else {}
     def same(s):
         "Is a file what it was?"
         if s.path not in was or s.name!=was[s.path][1]: return False
-        return hashes[s.path]==was[s.path][4] if content else [s.bytes, s.mtime]==was[s.path][2:4]
+        alike = [s.bytes, s.mtime]==was[s.path][2:4]
+        if not content: return alike
+        return hashes[s.path]==was[s.path][4] if s.path in hashes else alike
     kept = {k for k,a in accounts.items() if k in shards
         and [f[0] for f in a['files']]==[s.path for s in shards[k]] and all(map(same, shards[k]))}
     other = [(k, s) for k,shard in shards.items() if k not in kept for s in shard]
@@ -116,7 +118,8 @@ def _prepare(item): return prepare(*item)
 def _lost(item, cause): return cause # in place of a result
 
 def _error(item, cause, remedy='Leave it out: the file is damaged'):
-    return None,dict(path=item.source.path, cause=cause, remedy=remedy),bytes_digest(item.source.path)
+    path = item.source.path
+    return None,dict(path=path, cause=cause, remedy=remedy),bytes_digest(path, whole=False)
 
 def _apart(item):
     "Try a file on which a process died in two others."

@@ -23,6 +23,7 @@ import pandas as pd
 
 # %% ../../nbs/65_tasks.base.ipynb #8376850e
 from ..core import DataError, RadiologyError
+from ..files import read_bytes
 from ..preprocess.recipe import Preprocess
 
 # %% ../../nbs/65_tasks.base.ipynb #eee575c6
@@ -131,9 +132,9 @@ def read_settings(
     """The settings in a file by name, and `task`, `data`, `labels` and `format` where they are told. Raises
     `DataError`."""
     path = Path(path)
-    try: found = tomllib.loads(path.read_text(encoding='utf-8'))
+    try: found = tomllib.loads(read_bytes(path, 2**20).decode('utf-8'))
     except FileNotFoundError as e: raise DataError(f"There is no file {path}", "Check the path") from e
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{path.name} is no settings file ({e})",
             "Write TOML: a line 'name = value' for each setting") from e
     run = {k: found.pop(k) for k in RUN_KEYS if k in found}

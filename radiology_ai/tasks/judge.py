@@ -25,6 +25,7 @@ from ..names import names_asked
 from ..preprocess.store import ImageStore
 from ..report.card import Example, ReportData
 from ..report.page import choose_examples, write_report
+from ..tables import load_table
 from .base import Task, make_settings
 from .kinds import channels_of, stored_batches, task_manifest
 from .run import load_models, named_copies, read_run
@@ -155,7 +156,7 @@ def _unreadable(run) -> list[dict]:
     "Files of the store that could not be used by their numbers; with their paths where names were asked for."
     table = run.path/'unreadable.csv'
     if not names_asked() or not table.exists(): return run.record['unreadable']
-    return pd.read_csv(table, dtype={'path': str}, keep_default_na=False).to_dict('records')
+    return load_table(table).to_dict('records')
 
 def _curves(record: dict) -> list[dict]:
     "The epochs of a fit, without times."
