@@ -4,7 +4,7 @@ import copy
 import doctest
 import inspect
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from itertools import product
 from statistics import NormalDist
 
@@ -40,7 +40,7 @@ from radiology_ai.metrics.intervals import (
     wilson_ci,
 )
 from radiology_ai.metrics.operating import cost_threshold, f_threshold, operating_point, threshold_for, youden_threshold
-from radiology_ai.metrics.ranking import auroc, auroc_ci, average_precision, delong_test
+from radiology_ai.metrics.ranking import auroc, auroc_ci, average_precision, delong_covariance, delong_test
 
 NAN = float('nan')
 
@@ -183,7 +183,6 @@ def brute_covariance(t, scores, g):
 @pytest.mark.parametrize('patients', [None, 25])
 @pytest.mark.parametrize('decimals', [0, 9])
 def test_delong_is_brute_force(patients, decimals):
-    z = NormalDist().inv_cdf(.975)
     for seed in range(5):
         t,a,g = scored(seed, 60, decimals, patients)
         b = np.round(a + np.random.default_rng(seed).normal(size=60), decimals)
@@ -192,11 +191,113 @@ def test_delong_is_brute_force(patients, decimals):
             tables = [(s[t>0][:,None]>s[t==0]) + .5*(s[t>0][:,None]==s[t==0]) for s in (a, b)]
             close(cov, sum(np.cov([o.mean(axis) for o in tables])/tables[0].shape[1-axis] for axis in (0, 1)),
                 1e-14)
-        close(auroc_ci(t, a, g), (theta[0], max(0, theta[0] - z*cov[0,0]**.5),
-            min(1, theta[0] + z*cov[0,0]**.5)))
+        close(delong_covariance(t>0, [a, b], g)[1], cov, 1e-14)
         r,se = delong_test(t, a, b, g),(cov[0,0] + cov[1,1] - 2*cov[0,1])**.5
         close((r.a, r.b, r.difference.value, r.z), (*theta, theta[0]-theta[1], (theta[0]-theta[1])/se), 1e-10)
-        close(r.p, 2*stats.norm.sf(abs(r.z)), 1e-10); close((r.difference.high-r.difference.low)/2, z*se)
+
+def score_ends(theta, v, m, n):
+    "The score interval of an AUROC without clusters, by trying every value: variance v, m positives, n negatives."
+    few,edge = min(m, n)-1,.5/(m*n)
+    def spread(x): return x*(1-x)/(m*n)*(1 + ((m+n)/2-1)*((1-x)/(2-x) + x/(1+x)))
+    ratio = sum(v)/spread(np.clip(theta, edge, 1-edge))
+    prior = 5 if ratio>1 else 15
+    freedom = sum(v)**2/(v[0]**2/(m-1) + v[1]**2/(n-1)) if sum(v)>0 else few
+    q = stats.t.ppf(.975, freedom+5) if ratio>1 else stats.norm.ppf(.975)
+    x = np.linspace(0, 1, 400_001)
+    inside = x[(x-theta)**2<=q*q*(prior + few*ratio)/(prior + few)*spread(x) + 1e-18]
+    return inside.min(),inside.max()
+
+@pytest.mark.parametrize('shift', [0., 1., 2.5, 9.])
+@pytest.mark.parametrize('size', [(2, 30), (5, 7), (40, 60)])
+def test_the_interval_of_the_auroc_is_newcombes_with_delongs_variance(shift, size):
+    gen = np.random.default_rng([int(10*shift), *size])
+    t = np.r_[np.ones(size[0]), np.zeros(size[1])]
+    for decimals in (1, 9):
+        s = np.round(gen.normal(size=len(t)) + shift*t, decimals)
+        table = (s[t>0][:,None]>s[t==0]) + .5*(s[t>0][:,None]==s[t==0])
+        v = [table.mean(axis).var(ddof=1)/len(table.mean(axis)) for axis in (1, 0)]
+        ci = auroc_ci(t, s)
+        close(ci[1:], score_ends(table.mean(), v, *size), 5e-6)
+        assert 0<=ci.low<ci.value<=ci.high<=1
+        # the same from every function that has it
+        assert ci==bootstrap_ci(auroc, t, s) and ci==auroc_ci(t, s, np.arange(len(t)))
+        row = label_table(t[:,None], s[:,None], draws=20, mean=False).iloc[0]
+        close(row[['auroc','auroc_low','auroc_high']], ci); close(auroc_table(t[:,None], s[:,None]).iloc[0,:3], ci)
+
+def test_one_positive_patient_is_refused_by_the_same_words_everywhere():
+    t,s = np.r_[1., np.zeros(30)],np.r_[.95, np.random.default_rng(0).random(30)]
+    words = '1 patients have a positive and 30 a negative image'
+    for f in (lambda: auroc_ci(t, s), lambda: auroc_ci(t, s, method='bootstrap'), lambda: bootstrap_ci(auroc, t, s),
+            lambda: bootstrap_ci(average_precision, t, s), lambda: bootstrap_ci(skm.roc_auc_score, t, s),
+            lambda: delong_test(t, s, -s), lambda: paired_bootstrap(average_precision, t, s, -s),
+            lambda: auroc_ci(np.r_[t, 1, 1], np.r_[s, .9, .8], np.r_[np.arange(31), 0, 0])): # three images of one
+        with pytest.raises(DataError, match=words): f()
+    for table in (label_table(t[:,None], s[:,None], draws=20), auroc_table(t[:,None], s[:,None]),
+            auroc_table(t[:,None], s[:,None], method='bootstrap', draws=20), compare_models(t, {'a': s, 'b': -s}, draws=20)):
+        assert words in table.reason.iloc[0]
+    assert operating_point(t, s, .9).loc['sensitivity', ['low','high']].tolist()==list(wilson_ci(1, 1)[1:])
+
+def bounded(value, values, m, low=0, high=1):
+    "Ends of the score interval of a figure between limits, from its draws."
+    p,se = (value-low)/(high-low),np.std(values)*(m/(m-1))**.5/(high-low)
+    at = np.clip(p, .25/m, 1-.25/m)
+    ratio = (2 + (m-1)*se**2*m/(at*(1-at)))/(m+1) if 0<p<1 else 1
+    n,q = m/ratio,stats.t.ppf(.975, m+4)
+    mid,half = (p + q*q/2/n)/(1+q*q/n),q*(p*(1-p)/n + q*q/4/n/n)**.5/(1+q*q/n)
+    return low + (high-low)*np.array([mid-half, mid+half])
+
+PERFECT = {'kappa': (quadratic_kappa, -1), 'mcc': (mcc, -1), 'balanced': (balanced_accuracy, 0)}
+
+@pytest.mark.parametrize('name', PERFECT)
+def test_perfect_figures_have_a_width(name):
+    metric,low = PERFECT[name]
+    y = np.tile([0, 1], 5)
+    ci = bootstrap_ci(metric, y, y, draws=50)
+    assert ci.value==1 and ci.high==1 and low<ci.low<.85
+    assert bootstrap_ci(metric, np.tile(y, 20), np.tile(y, 20), draws=50).low>ci.low # more patients are surer
+
+def test_perfect_means_have_a_width():
+    t = np.tile([0, 1, 2], 10)
+    table = label_table(t, np.eye(3)[t]*.8+.1, draws=50)
+    assert (table.auroc==1).all() and table.auroc_low.between(.85, .95).all()
+    assert bootstrap_ci(macro_auroc, t, np.eye(3)[t], draws=50).low<.97
+    ci = mean_ci(np.ones(5))
+    close(ci[1:], bounded(1, [1], 5)); assert ci.low<.65
+    with pytest.raises(DataError, match='The figure is 3 in all draws'): mean_ci([3., 3., 3.])
+    with pytest.raises(DataError, match='beyond its limits'): mean_ci([3., 3., 4.], limits=(0, 1))
+    inverted = bootstrap_ci(auroc, t>1, -1.*t)
+    assert inverted.value==inverted.low==0 and .05<inverted.high<.3
+
+@pytest.mark.parametrize('positives', [5, 10])
+@pytest.mark.parametrize('shift', [.36, 1., 3.])
+def test_intervals_hold_with_few_positives(positives, shift):
+    truth,held,gen = NormalDist().cdf(shift/2**.5),[],np.random.default_rng([positives, int(100*shift)])
+    t = np.r_[np.ones(positives), np.zeros(60)]
+    for _ in range(1000):
+        ci = auroc_ci(t, gen.normal(size=len(t)) + shift*t)
+        held.append(ci.low<=truth<=ci.high)
+    assert .93<=np.mean(held)<=.99, np.mean(held)
+
+@pytest.mark.parametrize('positives', [5, 10, 50])
+def test_equal_models_differ_in_one_study_of_twenty(positives):
+    alarms,gen = [],np.random.default_rng(positives)
+    t = np.r_[np.ones(positives), np.zeros(60)]
+    for _ in range(600):
+        shared = .7*gen.normal(size=len(t)) + t
+        alarms.append(delong_test(t, *(shared + .7*gen.normal(size=(2, len(t))))).p<.05)
+    assert stats.binom.ppf(.001, 600, .03)/600<=np.mean(alarms)<=stats.binom.ppf(.999, 600, .07)/600, np.mean(alarms)
+
+def test_four_images_prove_nothing():
+    r = delong_test([0, 0, 1, 1], [.1, .2, .8, .9], [.9, .8, .2, .1])
+    close(r.p, 1/3); assert r.difference.value==1 and r.difference.low<=0
+    five = delong_test([0]*5 + [1]*5, np.arange(10.), -np.arange(10.)) # 252 ways to choose five of ten
+    assert 2/252<=five.p<.05 and 0<five.difference.low<five.difference.high<=1
+    for seed in range(20): # p and interval agree, at every level
+        t,a,_ = scored(seed, 40)
+        b = np.random.default_rng(seed).normal(size=40) + .5*t
+        for level in (.8, .95, .99):
+            r = delong_test(t, a, b, level=level)
+            assert (r.p<1-level)==(r.difference.low>0 or r.difference.high<0)
 
 def test_patients_with_one_image_are_no_clusters():
     t,s,_ = scored(0)
@@ -207,9 +308,9 @@ def test_patients_with_one_image_are_no_clusters():
 def test_perfect_scores_are_not_certain():
     for method in ('delong', 'bootstrap'):
         ci = auroc_ci([0]*10 + [1]*10, np.arange(20), method=method)
-        assert ci.value==ci.high==1 and ci.low==wilson_ci(10, 10).low
+        assert ci.value==ci.high==1 and .8<ci.low<.9 and ci==auroc_ci([0]*10 + [1]*10, np.arange(20))
     table = label_table([0]*10 + [1]*10, np.c_[-np.arange(20.), np.arange(20.)], thresholds=9.5)
-    assert (table.auroc==1).all() and (table.auroc_low[:2]<.8).all() and (
+    assert (table.auroc==1).all() and (table.auroc_low[:2]<.9).all() and (
         table.ap_low[:2]<.9).all() and table.MCC_low[1]<.9
 
 
@@ -224,7 +325,9 @@ def test_bootstrap_is_a_plain_loop_over_the_same_draws():
         rows = [np.repeat(np.arange(120), o.astype(int))
             for o in np.concatenate(list(Draws(g, strata, draws=60, seed=4)), 1).T]
         wanted = ends([theirs(t[i], given_scores[i]) for i in rows], few)
-        close(bootstrap_ci(metric, t, given_scores, g, draws=60, seed=4)[1:], wanted, 1e-6)
+        m = len(set(g[t>0])) if metric is average_precision else few
+        close(bootstrap_ci(replace(metric, interval=None), t, given_scores, g, draws=60, seed=4)[1:],
+            bounded(theirs(t, given_scores), [theirs(t[i], given_scores[i]) for i in rows], m, *metric.limits), 1e-6)
         close(bootstrap_ci(theirs, t, given_scores, g, draws=60, seed=4,
             stratify=strata is not None)[1:], wanted)
     close(mean_ci(s, g, draws=60, seed=4)[1:], ends([s[i].mean() for i in rows], len(set(g))), 1e-6)
@@ -267,8 +370,13 @@ def test_undefined_draws_are_replaced_or_left_out():
 def test_counted_metrics_bootstrap_like_a_loop(metric):
     gen = np.random.default_rng(5)
     t = gen.integers(0, 3, 80); p = np.where(gen.random(80)<.6, t, gen.integers(0, 3, 80))
-    close(bootstrap_ci(metric, t, p, draws=40), bootstrap_ci(lambda a, b: metric(a, b), t, p, draws=40,
-        stratify=metric is balanced_accuracy), 1e-9)
+    fast,slow = replace(metric, interval=None),replace(metric, interval=None, weighted=None)
+    close(bootstrap_ci(fast, t, p, draws=40), bootstrap_ci(slow, t, p, draws=40), 1e-9)
+    if metric is balanced_accuracy: # the shares of each class, their distances added in squares
+        each = [proportion_ci(p==k, t==k) for k in range(3)]
+        ci = bootstrap_ci(metric, t, p)
+        close(ci.value-ci.low, sum((o.value-o.low)**2 for o in each)**.5/3)
+        close(ci.high-ci.value, sum((o.value-o.high)**2 for o in each)**.5/3)
 
 
 # ---- do the intervals hold the truth? ----------------------------------------------------------------------------
@@ -367,11 +475,18 @@ def test_paired_bootstrap_is_its_definition():
     b = a + np.random.default_rng(4).normal(size=100)
     r = paired_bootstrap(average_precision, t, a, b, g, draws=100, seed=2)
     w = np.concatenate(list(Draws(g, draws=100, seed=2)), 1)
-    d = [skm.average_precision_score(t, a, sample_weight=o)
-        - skm.average_precision_score(t, b, sample_weight=o) for o in w.T]
-    few = min(len(set(g[t>0])), len(set(g[t==0])))
-    close(r.difference[1:], ends(d, few), 1e-6)
-    close(r.p, 2*stats.t.cdf(stats.norm.ppf((1 + min(np.sum(np.array(d)<=0),
+    d = np.array([[skm.average_precision_score(t, s, sample_weight=o) for s in (a, b)] for o in w.T])
+    m,x,y = len(set(g[t>0])),skm.average_precision_score(t, a),skm.average_precision_score(t, b)
+    (la,ua),(lb,ub) = bounded(x, d[:,0], m),bounded(y, d[:,1], m)
+    rho = np.corrcoef(d.T)[0,1]*(m-1)**2/((m-1)**2+1)
+    far = lambda p, q: (p*p + q*q - 2*rho*p*q)**.5
+    close(r.difference, (x-y, x-y - far(x-la, ub-y), x-y + far(ua-x, y-lb)), 1e-6)
+    at_p = paired_bootstrap(average_precision, t, a, b, g, draws=100, seed=2, level=1-r.p).difference
+    close(min(abs(at_p.low), abs(at_p.high)), 0, 1e-5)
+    plain = paired_bootstrap(lambda t, s: s[t>0].mean(), t, a, b, g, draws=100, seed=2) # without limits
+    few,d = min(len(set(g[t>0])), len(set(g[t==0]))),[(o*(t>0)*(a-b)).sum()/(o*(t>0)).sum() for o in w.T]
+    close(plain.difference[1:], ends(d, few), 1e-9)
+    close(plain.p, 2*stats.t.cdf(stats.norm.ppf((1 + min(np.sum(np.array(d)<=0),
         np.sum(np.array(d)>=0)))/101)/(few/(few-1))**.5, few-1))
     assert bootstrap_p(np.zeros(100))==1 and bootstrap_p(np.r_[np.full(999, .1), NAN])==2/1000
     assert paired_bootstrap(auroc, t, a, a, g, draws=20)[:2]==((0, 0, 0), 1)
@@ -413,7 +528,7 @@ def test_label_table_is_its_parts():
     cuts = [.5, .6, .7, .8]
     table = label_table(t, s, list('wxyz'), g, cuts, draws=200, seed=3)
     w = np.concatenate(list(Draws(g, draws=200, seed=3)), 1).astype(float)
-    drawn = []
+    drawn,patients = [],[]
     for c,name in enumerate('wxyz'):
         k,row = np.isfinite(t[:,c]),table.loc[name]
         y,x = t[k,c],s[k,c]
@@ -422,17 +537,19 @@ def test_label_table_is_its_parts():
             (y==0).sum(), len(set(g[k])), cuts[c])
         drawn.append([skm.roc_auc_score(y, x, sample_weight=o[k]) for o in w.T])
         few = min(len(set(g[k & (t[:,c]==v)])) for v in (0, 1))
-        close(row[['auroc_low','auroc_high']], ends(drawn[-1], few), 1e-6)
+        patients.append(few)
+        close(row[['auroc_low','auroc_high']], auroc_ci(y, x, g[k])[1:])
         op = operating_point(t[:,c], s[:,c], cuts[c], g)
         for f in ('sensitivity', 'specificity', 'PPV', 'NPV', 'accuracy'):
             close(row[[f, f'{f}_low', f'{f}_high']], op.loc[f, ['value','low','high']])
         close(row[['F1','MCC','balanced accuracy']], op.value[['F1','MCC','balanced accuracy']])
         called = s[:,c]>=cuts[c]
-        close(row[['F1_low','F1_high']], ends([skm.f1_score(y, called[k], sample_weight=o[k]) for o in w.T],
-            few), 1e-6)
+        close(row[['F1_low','F1_high']], bounded(skm.f1_score(y, called[k]),
+            [skm.f1_score(y, called[k], sample_weight=o[k]) for o in w.T], few), 1e-6)
     mean = table.loc['mean']
     close(mean.auroc, table.auroc[:4].mean())
-    close(mean[['auroc_low','auroc_high']], ends(np.mean(drawn, 0), len(set(g))), 1e-6)
+    close(mean[['auroc_low','auroc_high']], bounded(mean.auroc, np.mean(drawn, 0),
+        16/np.sum(1/np.array(patients))), 1e-6)
     assert mean.n==np.isfinite(t).any(1).sum() and not table.reason.any()
 
 def test_a_label_without_positives_is_never_silently_left_out():
@@ -604,7 +721,7 @@ def test_further_metrics_in_the_table_of_labels():
     t,s,g = labelled(1)
     def above(t, s): return float(np.mean(s[t>0]>.5))
     share = Metric(above, weighted=lambda t, s: lambda w: ((t>0) & (s>.5))@w/((t>0)@w),
-        at_limit=lambda *a: None)
+        limits=(0, 1))
     table = label_table(t, s, groups=g, draws=100, metrics={'above': share})
     plain = label_table(t, s, groups=g, draws=100)
     pd.testing.assert_frame_equal(table[plain.columns], plain)

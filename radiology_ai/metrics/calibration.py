@@ -17,7 +17,18 @@ from scipy.sparse import csr_array
 
 # %% ../../nbs/41_metrics.calibration.ipynb #5898e077
 from ..core import DataError
-from .intervals import Interval, binary_probabilities, bootstrap, normal_quantile, vector, wilson_ci
+from radiology_ai.metrics.intervals import (
+    FREEDOM,
+    Interval,
+    binary_probabilities,
+    bootstrap,
+    draws_ci,
+    normal_quantile,
+    rarest,
+    student_quantile,
+    vector,
+    wilson_ci,
+)
 from .logistic import log_odds, logistic_fit
 
 # %% ../../nbs/41_metrics.calibration.ipynb #6293c5e1
@@ -120,8 +131,9 @@ def calibration_ci(
 ) -> pd.DataFrame:
     """Rows ece, brier, slope, intercept, in the large: value, low, high, n, patients and, where it is not
     defined, the reason."""
+    normal_quantile(level)
     t,s,g = binary_probabilities(targets, scores, groups)
-    z,which,d = normal_quantile(level),_bins(s, bins, by)[1],s-t
+    which,d,patients = _bins(s, bins, by)[1],s-t,len(np.unique(g))
     gaps = csr_array((d, (which, np.arange(len(t)))), shape=(which.max()+1, len(t)))
     def evaluate(w): return np.vstack([gaps@w, (d*d)[None]@w])/w.sum(0)
     def cox(k, x, offset=0.):
@@ -129,17 +141,17 @@ def calibration_ci(
             raise DataError(f"All {len(t)} targets are {int(t[0])}",
                 "Slope and intercept need images of both classes")
         beta,cov = logistic_fit(x, t, g, offset)
-        half = z*math.sqrt(cov[k,k])
+        half = student_quantile(level, rarest(t, g)-1+FREEDOM)*math.sqrt(cov[k,k])
         return Interval(float(beta[k]), float(beta[k]-half), float(beta[k]+half))
     x = np.stack([log_odds(s), np.ones(len(t))], 1)
     gap,brier = np.bincount(which, d)/len(t),float(np.mean(d*d))
     try: drawn,why = bootstrap(evaluate, g, draws=draws, seed=seed),''
     except DataError as e: drawn,why = None,e.what
     figures = {'ece': lambda: _ece_interval(gap, drawn[:,:-1], level),
-        'brier': lambda: Interval(brier, *(float(o[0]) for o in _quantiles(drawn[:,-1:], level))),
+        'brier': lambda: draws_ci(brier, drawn[:,-1], (0, 1), level, patients),
                'slope': lambda: cox(0, x), 'intercept': lambda: cox(1, x),
                'in the large': lambda: cox(0, x[:,1:], x[:,0])}
-    rows,patients = {},len(np.unique(g))
+    rows = {}
     for name,f in figures.items():
         try:
             if name in ('ece','brier') and why: raise DataError(why)

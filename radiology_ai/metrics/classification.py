@@ -25,10 +25,13 @@ from radiology_ai.metrics.intervals import (
     binary,
     bootstrap,
     check_draws,
-    fewest,
+    draws_ci,
     group_numbers,
     known,
-    percentile_ci,
+    mean_of,
+    proportion_ci,
+    rarest,
+    rests_on,
     vector,
     weighted_form,
 )
@@ -75,7 +78,12 @@ def _macro(targets, scores):
     ranked = [Ranked(*o) for o in zip(t.T, s.T)]
     return lambda w: np.mean([r.auroc(w) for r in ranked], 0)
 
-@partial(Metric, weighted=_macro, by_class=True)
+def _rests_on_classes(t, g) -> float:
+    "Patients that a mean over classes against the rest rests on."
+    columns = _one_hot(t, int(np.nanmax(t))+1).T if t.ndim==1 else t.T
+    return mean_of(rarest(c[k], g[k]) for c in columns for k in [~np.isnan(c)] if len(set(c[k].tolist()))==2)
+
+@partial(Metric, weighted=_macro, by_class=True, limits=(0, 1), rests=_rests_on_classes)
 def macro_auroc(
     targets,              # (N,) class numbers or (N, C) of 1, 0 or NaN
     scores,               # (N, C)
@@ -104,6 +112,7 @@ def macro_auroc(
 # %% ../../nbs/42_metrics.classification.ipynb #c9ddda95
 class _Label:
     "One label: figures of R draws from weights (N, R), and the intervals of the label itself."
+    ranks = dict(auroc=auroc, ap=average_precision)
     def __init__(self, t, s, g, threshold, aucs, *, metrics, **kwargs):
         refuse_constant(binary(t, s)[1][0])
         self.t,self.s,self.g = t,s,g
@@ -114,6 +123,7 @@ class _Label:
         self.cells = (csr_array((np.ones(len(at), np.float32), (cell[at], at)), shape=(4, len(t))) if len(at)
             else None)
         self.there,self.metrics = np.flatnonzero(~np.isnan(t)),metrics
+        self.patients = rarest(t[self.there], g[self.there])
         self.further = {k: weighted_form(m, t[self.there], s[self.there]) for k,m in metrics.items()}
         self.value = {k: float(v[0]) for k,v in self.figures(np.ones((len(t), 1))).items()}
 
@@ -123,15 +133,20 @@ class _Label:
         out |= {k: f(w[self.there]) for k,f in self.further.items()}
         return out if self.cells is None else out | call_rates(self.cells@w, **self.kwargs)
 
+    def limits(self, k) -> tuple|None:
+        "The limits of a figure, None where they are not known."
+        m = (self.ranks | self.metrics).get(k)
+        return getattr(m, 'limits', None) if m is not None else (-1, 1) if k=='MCC' else (0, 1)
+
     def intervals(self, drawn, level) -> dict[str, Interval]:
         "Each figure with its interval; `drawn` holds the (draws,) values of each."
         t,s,g = self.t[self.there]>0,self.s[self.there],self.g[self.there]
-        patients,out = fewest(t, g),{}
-        for k,m in (dict(auroc=auroc, ap=average_precision) | self.metrics).items():
+        out = {}
+        for k,m in (self.ranks | self.metrics).items():
             if k not in self.value: continue
-            limit = getattr(m, 'at_limit', None)
-            ci = limit(self.value[k], t, g, level) if limit is not None else None
-            out[k] = percentile_ci(self.value[k], drawn[k], level, patients) if ci is None else ci
+            formula = getattr(m, 'interval', None)
+            out[k] = (formula(t, s, g, level) if formula is not None
+                else draws_ci(self.value[k], drawn[k], getattr(m, 'limits', None), level, rests_on(m, t, g)))
         if self.cells is not None:
             out |= {k: ci for k,(ci,_) in point_intervals(t, s>=self.threshold, g, drawn, level,
                 **self.kwargs).items()}
@@ -155,9 +170,11 @@ def _mean_row(there, lost, names, drawn, t, *, g, level, missing, figures, cut) 
     out = {}
     for k in figures:
         value = np.mean([o.value[k] for o in there.values()])
+        limits = [o.limits(k) for o in there.values()]
         try:
-            out[k] = (NA if math.isnan(value) else percentile_ci(value,
-                np.mean([d[k] for d in drawn.values()], 0), level, len(np.unique(g))))
+            out[k] = (NA if math.isnan(value) else draws_ci(value, np.mean([d[k] for d in drawn.values()], 0),
+                limits[0] if limits.count(limits[0])==len(limits) else None, level,
+                mean_of(o.patients for o in there.values())))
         except DataError as e: reason = reason or e.what
     return _row('mean', figures, out, reason, t[:,list(there)], g=g, threshold=cut)
 
@@ -298,7 +315,7 @@ def _mcc(o, _):
     s,p,t = o.sum((0,1)),o.sum(0),o.sum(1)
     return (np.einsum('iir->r', o)*s - (p*t).sum(0))/np.sqrt((s*s - (p*p).sum(0))*(s*s - (t*t).sum(0)))
 
-@partial(Metric, weighted=partial(_counted, _kappa))
+@partial(Metric, weighted=partial(_counted, _kappa), limits=(-1, 1))
 def quadratic_kappa(
     targets,     # (N,) grades
     predictions, # (N,) grades
@@ -313,7 +330,15 @@ def quadratic_kappa(
     """
     return _single(_kappa, targets, predictions)
 
-@partial(Metric, weighted=partial(_counted, _balanced), by_class=True)
+def _balanced_ci(t, p, g, level) -> Interval:
+    "The shares of each class put together by their distances, added in squares (Newcombe 1998; Zou and Donner 2008)."
+    each = [proportion_ci(p==v, t==v, g, level) for v in np.unique(t)]
+    value = float(np.mean([ci.value for ci in each]))
+    far = lambda end: math.sqrt(sum((ci[end]-ci.value)**2 for ci in each))/len(each)
+    return Interval(value, max(0., value-far(1)), min(1., value+far(2)))
+
+@partial(Metric, weighted=partial(_counted, _balanced), by_class=True, limits=(0, 1), interval=_balanced_ci,
+    rests=lambda t, g: mean_of(len(np.unique(g[t==v])) for v in np.unique(t)))
 def balanced_accuracy(
     targets,     # (N,) class numbers
     predictions, # (N,) class numbers
@@ -331,7 +356,7 @@ def balanced_accuracy(
         raise DataError(f"All {len(t)} targets are {t[0]}", "This figure needs images of more than one class")
     return _single(_balanced, targets, predictions)
 
-@partial(Metric, weighted=partial(_counted, _mcc))
+@partial(Metric, weighted=partial(_counted, _mcc), limits=(-1, 1))
 def mcc(
     targets,     # (N,) class numbers
     predictions, # (N,) class numbers

@@ -22,13 +22,17 @@ from radiology_ai.metrics.intervals import (
     NA,
     Interval,
     bootstrap,
+    bounded_ci,
     check_draws,
     compact,
     expansion,
-    fewest,
     known,
+    mean_of,
     normal_quantile,
+    paired_ci,
     percentile_ci,
+    rarest,
+    rests_on,
     strata_for,
     weighted_form,
 )
@@ -65,8 +69,8 @@ def paired_bootstrap(
     seed: int=0,      # of the draws
     level: float=.95, # confidence
 ) -> PairedTest:
-    """Percentile interval and p value of the difference of any metric between two models, over the same draws
-    of patients for both."""
+    """Interval and p value of the difference of any metric between two models, over the same draws of patients for
+    both: by the formula of the `Metric` if it has one, `paired_ci` if it has limits, else percentiles."""
     check_draws(draws)
     t,sa,g = known(targets, a, groups)
     sb = known(targets, b, groups)[1]
@@ -74,9 +78,24 @@ def paired_bootstrap(
     if math.isnan(va-vb):
         raise DataError(f"The figure is {va} for a and {vb} for b",
             "Compare on images where both are defined")
-    of_a,of_b = weighted_form(metric, t, sa),weighted_form(metric, t, sb)
-    d,m = bootstrap(lambda w: of_a(w) - of_b(w), g, strata_for(metric, t), draws, seed),fewest(t, g)
-    return PairedTest(percentile_ci(va-vb, d, level, m), bootstrap_p(d, m), va, vb)
+    formula,limits = (getattr(metric, k, None) for k in ('paired','limits'))
+    if formula is not None: return PairedTest(*formula(t, sa, sb, g, level), va, vb)
+    of_a,of_b,m = weighted_form(metric, t, sa),weighted_form(metric, t, sb),rests_on(metric, t, g)
+    pairs = lambda w: np.stack([of_a(w), of_b(w)])
+    return PairedTest(*_from_draws(va, vb, bootstrap(pairs, g, strata_for(metric, t), draws, seed), m,
+        limits=limits, level=level), va, vb)
+
+def _from_draws(va, vb, drawn, m, *, limits, level) -> tuple[Interval, float]:
+    "The difference of two figures and its p value from their values in the same draws (draws, 2)."
+    drawn = drawn[~np.isnan(drawn).any(1)]
+    d = drawn[:,0]-drawn[:,1] if len(drawn) else np.full(2, np.nan)
+    percentile = percentile_ci(va-vb, d, level, m)
+    if va==vb and not d.any(): return Interval(0., 0., 0.),1.
+    if limits is None: return percentile,bootstrap_p(d, m)
+    spread = drawn.std(0)
+    rho = np.corrcoef(drawn.T)[0,1] if (spread>1e-12).all() else 0.
+    one = lambda v, o: lambda level: bounded_ci(v, o*expansion(m), m, limits, level)
+    return paired_ci(one(va, spread[0]), one(vb, spread[1]), rho, m, level)
 
 # %% ../../nbs/43_metrics.compare.ipynb #d95b647b
 class McNemar(NamedTuple):
@@ -219,12 +238,12 @@ def _mean_rows(table, t, given, names, g, *, draws, seed, level) -> list[dict]:
         return [_compared('mean', a, b, NA, math.nan, va=math.nan, vb=math.nan, n=seen, reason=e.what)
             for a,b in combinations(given, 2)]
     value = {k: np.mean([auroc(t[:,c], v[1][:,c]) for c in there]) for k,v in given.items()}
-    place,rows,m = {k: i for i,k in enumerate(given)},[],len(np.unique(g))
+    place,rows = {k: i for i,k in enumerate(given)},[]
+    m = mean_of(rarest(t[k,c], g[k]) for c in there for k in [~np.isnan(t[:,c])])
     for a,b in combinations(given, 2):
-        d = drawn[:,place[a]] - drawn[:,place[b]]
         try:
-            rows.append(_compared('mean', a, b, percentile_ci(value[a]-value[b], d, level, m),
-                bootstrap_p(d, m), va=value[a], vb=value[b], n=seen, reason=left_out))
+            ci,p = _from_draws(value[a], value[b], drawn[:,[place[a],place[b]]], m, limits=(0, 1), level=level)
+            rows.append(_compared('mean', a, b, ci, p, va=value[a], vb=value[b], n=seen, reason=left_out))
         except DataError as e:
             rows.append(_compared('mean', a, b, NA, math.nan, va=math.nan, vb=math.nan, n=seen, reason=e.what))
     return rows

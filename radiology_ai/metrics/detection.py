@@ -9,6 +9,7 @@ __all__ = ['RSNA_IOUS', 'RATES', 'COCO_IOUS', 'rsna_scores', 'rsna_map', 'rsna_m
            'Froc', 'froc', 'CocoMap', 'coco_map', 'coco_map_ci']
 
 # %% ../../nbs/43_metrics.detection.ipynb #36b7e5dd
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from radiology_ai.metrics.intervals import (
     Interval,
     bootstrap,
     check_draws,
+    draws_ci,
     group_numbers,
     normal_quantile,
     percentile_ci,
@@ -77,11 +79,12 @@ def rsna_map_ci(
     level: float=.95, # confidence
     ious=RSNA_IOUS,   # IoU thresholds
 ) -> Interval:
-    "`rsna_map` with its bootstrap interval over patients."
+    "`rsna_map` with its interval over patients (`draws_ci`)."
     values = rsna_scores(boxes, scores, truths, ious)
     value,means = _counting(values).mean(),_column_means(values[:,None])
-    drawn = bootstrap(lambda w: means(w)[0], group_numbers(groups, len(values)), draws=draws, seed=seed)
-    return percentile_ci(value, drawn, level)
+    g = group_numbers(groups, len(values))
+    drawn = bootstrap(lambda w: means(w)[0], g, draws=draws, seed=seed)
+    return draws_ci(value, drawn, (0, 1), level, len(np.unique(g[~np.isnan(values)])))
 
 def _column_means(values: np.ndarray):
     "The function of weights (N, R) that gives the weighted means (T, R) over the known `values` (N, T)."
@@ -100,17 +103,26 @@ def _kept(m: Matches, which, thresholds) -> np.ndarray:
     counts = np.bincount(m.image[which]*t + passed, minlength=n*t).reshape(n, t)
     return counts[:,::-1].cumsum(1)[:,::-1][:,1:]
 
-def _band(evaluate, groups, images: int, draws: int, seed: int, *, level: float):
-    """Low and high end (K,) of the K figures of `evaluate` (weights (N, R) -> (K, R)) over draws of patients,
-    and why there is none."""
+def _band(evaluate, groups, counting, draws: int, seed: int, *, level: float, rate: bool=False):
+    """Low and high end (K,) of the K figures of `evaluate` (weights (N, R) -> (K, R)) over draws of patients, and
+    why there is none. `counting` (I,) or (I, K) bool: the images that they rest on; figures lie between 0 and 1, or are a `rate`
+    above 0."""
     check_draws(draws)
     normal_quantile(level)
-    g,none = group_numbers(groups, images),np.full(len(evaluate(np.ones((images, 1), np.float32))), np.nan)
+    g,value = group_numbers(groups, len(counting)),evaluate(np.ones((len(counting), 1), np.float32))[:,0]
+    none = np.full(len(value), np.nan)
+    each = np.broadcast_to(np.asarray(counting).reshape(len(counting), -1), (len(counting), len(value)))
     if g.max()<1: return none,none,np.full(len(none), 'all images belong to one patient', object)
     drawn = bootstrap(evaluate, g, draws=draws, seed=seed)
     lost = 2*np.isnan(drawn).sum(0)>len(drawn)
-    drawn[:,lost] = 0
-    low,high = np.nanquantile(drawn, [.5-level/2, .5+level/2], axis=0)
+    lost |= np.isnan(value)
+    ends = np.full((len(value), 2), np.nan)
+    for k in np.flatnonzero(~lost):
+        m = len(np.unique(g[each[:,k]]))
+        if rate and not drawn[:,k].any(): ends[k] = 0, -math.log(.5-level/2)/m # Poisson's, one event a patient
+        elif rate: ends[k] = percentile_ci(value[k], drawn[:,k], level, m)[1:]
+        else: ends[k] = draws_ci(value[k], drawn[:,k], (0, 1), level, m)[1:]
+    low,high = ends.T
     return np.where(lost, np.nan, low),np.where(lost, np.nan, high),np.where(lost,
         'most draws of patients hold no image that counts', '')
 
@@ -142,7 +154,7 @@ def threshold_sweep(
     tp = _kept(m, m.hit[:,0], thresholds).sum(0)
     counting = (all_>0).sum(0)
     with np.errstate(invalid='ignore'): score = np.nansum(values, 0)/counting
-    low,high,reason = _band(_column_means(values), groups, len(values), draws, seed, level=level)
+    low,high,reason = _band(_column_means(values), groups, all_>0, draws, seed, level=level)
     reason = np.where(counting>0, reason, 'no image has a true box or a box of this score')
     called = (every>0).sum(0)
     return pd.DataFrame(dict(score=score, low=low, high=high, n=counting, tp=tp, fp=every.sum(0)-tp,
@@ -189,7 +201,8 @@ def detection_table(
         out[name] = (*(proportion_ci(hit, of, who, level) if size else (np.nan,)*3), size,
             '' if size else why)
     false = (marks-tp).astype(float)
-    (low,),(high,),(reason,) = _band(_column_means(false[:,None]), g, len(g), draws, seed, level=level)
+    (low,),(high,),(reason,) = _band(_column_means(false[:,None]), g, np.ones(len(g), bool), draws, seed,
+        level=level, rate=True)
     out['false boxes an image'] = (false.mean(), low, high, len(g), reason)
     return pd.DataFrame.from_dict(out, orient='index', columns=['value','low','high','n','reason'])
 
@@ -253,7 +266,7 @@ def froc(
         values = sensitivity(w)
         return np.vstack([values, values[asked].mean(0)])
     value = figures(np.ones((len(m.truths), 1)))[:,0]
-    low,high,reason = _band(figures, groups, len(m.truths), draws, seed, level=level)
+    low,high,reason = _band(figures, groups, m.truths>0, draws, seed, level=level)
     curve = pd.DataFrame(dict(sensitivity=value[:-1], low=low[:-1], high=high[:-1], threshold=thresholds,
         reason=reason[:-1]),
         index=pd.Index(grid, name='false_positives'))
@@ -383,6 +396,6 @@ def coco_map_ci(
         known = ~np.isnan(ap)
         with np.errstate(invalid='ignore'): ap = np.nansum(ap, 0)/known.sum(0)
         return np.stack([ap.mean(0), ap[0], ap[5]])
-    low,high,reason = _band(figures, groups, len(n_boxes), draws, seed, level=level)
+    low,high,reason = _band(figures, groups, n_truths>0, draws, seed, level=level)
     return pd.DataFrame(dict(value=value[:3], low=low, high=high, n=len(n_boxes), reason=reason),
         index=['AP','AP50','AP75'])

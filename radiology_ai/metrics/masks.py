@@ -128,7 +128,7 @@ def dice_ci(
 ) -> Interval:
     "Mean Dice over images with its bootstrap interval over patients."
     _same_number(truths, masks)
-    return mean_ci([dice(a, b) for a,b in zip(truths, masks)], groups, **kwargs)
+    return mean_ci([dice(a, b) for a,b in zip(truths, masks)], groups, limits=(0, 1), **kwargs)
 
 def mask_table(
     truths,                      # sequence of N masks
@@ -152,11 +152,10 @@ def mask_table(
     found = o.pop('found').to_numpy(bool)
     rows = {}
     for name in o:
-        rows[name] = _row(mean_ci, o[name], g, known & o[name].notna().to_numpy(), draws=draws, seed=seed,
-            level=level)
-        if name!='hausdorff95':
-            rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & o[name].notna().to_numpy(), draws=draws,
-                seed=seed, level=level)
+        how = dict(draws=draws, seed=seed, level=level, limits=(0, math.inf if name=='hausdorff95' else 1))
+        there = known & o[name].notna().to_numpy()
+        rows[name] = _row(mean_ci, o[name], g, there, **how)
+        if name!='hausdorff95': rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & there, **how)
     rows['missed lesions'] = _row(_share, ~found, g, lesion, level=level)
     rows['invented lesions'] = _row(_share, found, g, known & ~lesion, level=level)
     return pd.DataFrame.from_dict(rows, orient='index',

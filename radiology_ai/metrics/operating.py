@@ -15,16 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, rng
-from radiology_ai.metrics.intervals import (
-    NA,
-    Interval,
-    binary,
-    check_draws,
-    compact,
-    fewest,
-    percentile_ci,
-    proportion_ci,
-)
+from .intervals import NA, Interval, binary, check_draws, compact, draws_ci, proportion_ci
 
 # %% ../../nbs/41_metrics.operating.ipynb #d00205a2
 def _roc(t, s) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,14 +144,16 @@ def point_intervals(
     if kwargs.get('prevalence') is not None: parts = {k: v for k,v in parts.items() if k not in ('PPV','NPV')}
     out = {k: (proportion_ci(hit, of, g, level), len(t) if of is None else int(of.sum()))
         for k,(hit,of) in parts.items()}
-    se,sp,patients = out['sensitivity'][0],out['specificity'][0],fewest(t, g)
+    se,sp = out['sensitivity'][0],out['specificity'][0]
+    patients = min(len(np.unique(g[o])) for o in (t, ~t))
     for name in [k for k in values if k not in out]:
         v = float(values[name])
+        least = -1. if name=='MCC' else 0.
+        propagated = name in ('balanced accuracy','PPV','NPV') # of sensitivity and specificity alone
         if math.isnan(v) or math.isnan(se.value+sp.value): ci = NA
-        elif se.value in (0, 1) or sp.value in (0, 1): ci = _limits(name, se, sp, t.mean(), **kwargs)
-        elif drawn is None or np.isnan(drawn[name]).mean()>.5:
-            ci = Interval(v, -1. if name=='MCC' else 0., 1.) # nothing is known
-        else: ci = percentile_ci(v, drawn[name], level, patients)
+        elif propagated or se.value in (0, 1) or sp.value in (0, 1): ci = _limits(name, se, sp, t.mean(), **kwargs)
+        elif drawn is None or np.isnan(drawn[name]).mean()>.5: ci = Interval(v, least, 1.) # nothing is known
+        else: ci = draws_ci(v, drawn[name], (least, 1.), level, patients)
         out[name] = ci,len(t)
     return {k: out[k] for k in values}
 
