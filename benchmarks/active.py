@@ -8,7 +8,8 @@ nothing is made. A small network (resnet10t, random weights)
 is trained anew after each round, for a fixed number of steps, and its last weights are judged by the AUROC on
 the test patients. The goal is the mean AUROC with all labels less 0.02.
 Each seed has its own first labels, weights and order of batches; the strategies share them. Labels needed are
-interpolated between rounds; a seed that never reaches the goal counts as infinite.
+interpolated between rounds; a seed that never reaches the goal counts as infinite. The mean AUROC over the rounds is
+compared with that of random picks over the seeds (benchmarks/seeds.py), corrected for the number of strategies.
 """
 import os
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import seeds
 
 SIZE, BS = 48, 16
 
@@ -112,7 +114,12 @@ def main():
             and s!='random' else '')
         print(f'{s:9s} labels needed: median {np.median(n):.0f} '
             f'({", ".join("never" if np.isinf(v) else f"{v:.0f}" for v in sorted(n))}){better}; mean AUROC '
-            f'over the rounds {area.mean():.3f} (SD over seeds {area.std():.3f})')
+            f'over the rounds {area.mean():.3f} (SD over seeds {area.std():.3f}; each '
+            f'{" ".join(f"{v:.4f}" for v in area)})')
+    area = t[t.strategy!='all'].groupby(['strategy', 'seed']).value.mean().unstack()
+    if 'random' in area.index and args.seeds>1:
+        gains = {s: seeds.over_seeds(v-area.loc['random']) for s, v in area.iterrows() if s!='random'}
+        for s, text in seeds.compared(gains).items(): print(f'{s:9s} against random: {text}')
 
 
 if __name__=='__main__': main()

@@ -6,9 +6,10 @@ transforms, on the same images, splits, network and epochs.
 
 child:  paediatric chests (Kermany 2018), pneumonia or normal.   nih: ChestX-ray14, any finding or none.
         labels: its findings with 40 positives or more, several labels.
-Patients are divided once, 55 to 15 to 30 %. Both train a resnet18 from random weights and keep their last
-epoch. Each seed has other weights, batches and draws. The interval of the difference comes from
-drawing the test patients anew, for the mean over the seeds of (mean over the labels of) the AUROC.
+Patients are divided once, 55 to 15 to 30 %. Both train a resnet18 from random weights for the same epochs and keep
+their last one; the number of images that each has seen is printed. Time is from the image files to the trained
+network on both sides: our preprocessing counts in full for every seed. Each seed has other weights, batches
+and draws. The intervals are over seeds and test patients (benchmarks/seeds.py); p is corrected for the tasks.
 """
 import argparse
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import seeds
 import torch
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.vision.all import (
@@ -35,7 +37,6 @@ from fastai.vision.all import (
     vision_learner,
 )
 
-from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders, xray_test_dl
 from radiology_ai.data.split import patient_split
 from radiology_ai.metrics.ranking import auroc
@@ -63,7 +64,7 @@ def table(task: str) -> tuple[pd.DataFrame, list, Path]:
 
 
 def ours(t, labels, folder, args, seed, *, store):
-    "Scores (N, C) of the test images, and the seconds of training."
+    "Scores (N, C) of the test images, the seconds of training, and the images seen."
     ids = dict(zip(store.index.path.map(lambda p: Path(p).name), store.index.image_id))
     t = t.assign(image_id=t.path.map(lambda p: ids[Path(p).name]))
     what = labels if len(labels)>1 else labels[0]
@@ -75,7 +76,7 @@ def ours(t, labels, folder, args, seed, *, store):
     learn.fit_two_phase(args.epochs)
     seconds = time.perf_counter()-start
     p = predict_probabilities(learn, xray_test_dl(dls, t[t.split=='test']))[0]
-    return (p if len(labels)>1 else p[:, 1:]), seconds
+    return (p if len(labels)>1 else p[:, 1:]), seconds, args.epochs*len(dls.train)*dls.train.bs
 
 
 def plain(t, labels, folder, args, seed, *, store):
@@ -97,7 +98,7 @@ def plain(t, labels, folder, args, seed, *, store):
         learn.fit_one_cycle(args.epochs)
         seconds = time.perf_counter()-start
         p = learn.get_preds(dl=dls.test_dl(t[t.split=='test']))[0].numpy()
-    return (p if several else p[:, 1:]), seconds
+    return (p if several else p[:, 1:]), seconds, args.epochs*len(dls.train)*dls.train.bs
 
 
 def mean_auroc(y, p) -> float:
@@ -105,34 +106,35 @@ def mean_auroc(y, p) -> float:
     return float(np.mean(each))
 
 
-def compare(task: str, args, folder: Path):
+def compare(task: str, args, folder: Path) -> seeds.Gain:
     t, labels, images = table(task)
+    start = time.perf_counter()
     store = preprocess_folder(images/'images', folder/task, recipe('chest', size=args.size), show=False)
+    before = {'ours': time.perf_counter()-start, 'fastai': 0.}
     test = t[t.split=='test']
     y, patients = test[labels].to_numpy(float), pd.factorize(test.patient_id)[0]
-    scores, seconds = {'ours': [], 'fastai': []}, {'ours': 0., 'fastai': 0.}
+    scores, seconds, seen = {'ours': [], 'fastai': []}, {'ours': 0., 'fastai': 0.}, {}
     for seed in range(args.seeds):
         for name, f in (('ours', ours), ('fastai', plain)):
-            p, s = f(t, labels, images, args, seed, store=store)
+            p, s, seen[name] = f(t, labels, images, args, seed, store=store)
             scores[name].append(p)
-            seconds[name] += s
+            seconds[name] += s + before[name]
         print(f'{task} seed {seed}: ' + ', '.join(f'{n} {mean_auroc(y, v[-1]):.3f}'
             for n, v in scores.items()), flush=True)
-    def figures(rows):
-        return np.array([np.mean([mean_auroc(y[rows], p[rows]) for p in v]) for v in scores.values()])
-    gen, of = rng(0, 'patients'), [np.flatnonzero(patients==k) for k in range(patients.max()+1)]
-    draws = np.array([figures(np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))]))
-        for _ in range(args.draws)])
-    a, b = figures(np.arange(len(y)))
-    def span(v): return '{:.3f} to {:.3f}'.format(*np.percentile(v, [2.5, 97.5]))
-    d = draws[:, 0]-draws[:, 1]
+    def each(name, rows): return np.array([mean_auroc(y[rows], p[rows]) for p in scores[name]])
+    def gain(f): # over seeds and test patients
+        shared = seeds.shared_variance(f, patients, args.draws)
+        return seeds.over_seeds(f(np.arange(len(y))), shared, patients.max()+1)
+    d = gain(lambda rows: each('ours', rows)-each('fastai', rows))
     print(f"{task}: {len(t)} images of {t.patient_id.nunique()} patients, {(t.split=='train').sum()} to "
         f"train, {len(test)} to test, {len(labels)} labels; {args.seeds} seeds, {args.epochs} epochs, {args.size} px")
-    print(f'  radiology_ai           AUROC {a:.3f} ({span(draws[:, 0])})   {seconds["ours"]:.0f} s\n  fastai '
-        f'vision_learner  AUROC {b:.3f} ({span(draws[:, 1])})   {seconds["fastai"]:.0f} s')
-    print(f'  difference {a-b:+.3f} ({span(d)}), p = '
-        f'{max(2*min((d<=0).mean(), (d>=0).mean()), 1/args.draws):.2g}; time '
+    for name in scores:
+        v = each(name, np.arange(len(y)))
+        print(f'  {name:6s} AUROC {v.mean():.3f} (SD {v.std(ddof=1):.3f}; each {" ".join(f"{o:.3f}" for o in v)})   '
+            f'{seconds[name]:.0f} s, {seen[name]} images a seed')
+    print(f'  difference {d}, p = {d.p:.2g} before correction; time '
         f'{seconds["ours"]/seconds["fastai"]:.2f} of the peer', flush=True)
+    return d
 
 
 def main():
@@ -146,7 +148,8 @@ def main():
     warnings.filterwarnings('ignore')
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        for task in args.tasks: compare(task, args, Path(folder))
+        gains = {task: compare(task, args, Path(folder)) for task in args.tasks}
+    for task, text in seeds.compared(gains).items(): print(f'{task}: {text}')
 
 
 if __name__=='__main__': main()

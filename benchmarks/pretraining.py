@@ -14,8 +14,8 @@ chest:  a network is pretrained on unlabelled chests (the training patients of c
         chest_nih). Then, for each seed, `labels` images of each class of chest_child (normal, bacterial,
         viral; one image a patient) are drawn, a linear probe is fitted on the frozen features and the network
         is fine-tuned, beside random weights with the same labels, schedule and augmentation. Macro AUROC on
-        the test patients. The interval of the difference draws test patients and seeds anew. There is one
-        pretraining a method.
+        the test patients. The interval of the difference is over draws of labels and test patients
+        (benchmarks/seeds.py), its p corrected for all comparisons of the table. There is one pretraining a method.
 """
 import argparse
 import os
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import seeds
 import torch
 from fastai.callback.core import Callback
 
@@ -137,17 +138,12 @@ def judge(name: str, learn, store, table, args) -> list:
     return out
 
 
-def difference(ours, theirs, how: str, patients, draws: int) -> tuple:
-    "(difference of the mean AUROCs, low, high) over draws of test patients and seeds."
-    truth, gen = ours[0]['truth'], rng(0, 'patients')
-    of = [np.flatnonzero(patients==k) for k in range(patients.max()+1)]
+def difference(ours, theirs, how: str, patients, draws: int) -> seeds.Gain:
+    "The difference of the mean AUROCs over draws of labels and test patients."
+    truth = ours[0]['truth']
     each = lambda rows: np.array([macro_auroc(truth[rows], o[how][rows])
         - macro_auroc(truth[rows], t[how][rows]) for o, t in zip(ours, theirs)])
-    values = []
-    for _ in range(draws):
-        d = each(np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))]))
-        values.append(d[gen.integers(len(d), size=len(d))].mean())
-    return (each(np.arange(len(truth))).mean(), *np.percentile(values, [2.5, 97.5]))
+    return seeds.over_seeds(each(np.arange(len(truth))), seeds.shared_variance(each, patients, draws), patients.max()+1)
 
 
 def chest(args):
@@ -159,13 +155,14 @@ def chest(args):
         f"({table[table.split=='train'].patient_id.nunique()} patients), {len(test)} to test "
         f"({patients.max()+1} patients), {args.labels} labels a class, {args.seeds} seeds, {args.network}, "
         f"{args.size} px", flush=True)
-    base, rows, took = {}, [], 0.
+    base, rows, gains, took = {}, [], {}, 0.
     def record(name, scores, plain):
         for how in ('probe', 'tuned'):
             a = [macro_auroc(s['truth'], s[how]) for s in scores]
-            d = difference(scores, plain, how, patients, args.draws) if plain is not None else (0, 0, 0)
-            rows.append(dict(method=name, how=how, auroc=np.mean(a), sd=np.std(a, ddof=1), difference=d[0],
-                low=d[1], high=d[2], each=' '.join(f'{v:.3f}' for v in a)))
+            d = seeds.Gain(0, 0, 0, 1, len(a))
+            if plain is not None: gains[f'{name} {how}'] = d = difference(scores, plain, how, patients, args.draws)
+            rows.append(dict(method=name, how=how, auroc=np.mean(a), sd=np.std(a, ddof=1), difference=d.value,
+                low=d.low, high=d.high, p=d.p, each=' '.join(f'{v:.3f}' for v in a)))
             print('  {method:8} {how:6} AUROC {auroc:.3f} (sd {sd:.3f})  against random {difference:+.3f} '
                 '({low:+.3f} to {high:+.3f})   {each}'.format(**rows[-1]), flush=True)
         if args.out: pd.DataFrame(rows).to_csv(args.out, index=False)
@@ -181,6 +178,7 @@ def chest(args):
         learn = pretrain(name, store, table, args)
         record(name, judge(name, learn, store, table, args), base[against])
         took = time.time()-start
+    for name, text in seeds.compared(gains).items(): print(f'{name}: {text}')
 
 
 # ---- step

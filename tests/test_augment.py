@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radiology_ai.core import DataError
-from radiology_ai.vision.augment import BatchAugment, rand_augment
+from radiology_ai.vision.augment import BatchAugment, expose_batch, rand_augment
 from radiology_ai.vision.geometry import warp
 from radiology_ai.vision.mix import CutMix, MixedLoss, MixUp
 from radiology_ai.vision.tta import predict_tta, undo_boxes, undo_maps, undo_points
@@ -283,3 +283,45 @@ def test_the_gpu_does_the_same():
     assert all(torch.allclose(v, w.cpu(), atol=1e-2) for v,w in zip(a.boxes, b.boxes))
     noisy = BatchAugment(**EVERYTHING)
     assert torch.equal(noisy.apply(draw, x.cuda()).image, noisy.apply(draw, x.cuda()).image)
+
+
+# --- parts, types and mixing
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize('rows', [slice(3, 7), [5], [6, 1, 1]])
+def test_a_part_of_a_draw_does_what_the_whole_does(dtype, rows):
+    aug = BatchAugment(**{**EVERYTHING, 'noise': .1, 'salt': .1, 'blur': .03, 'p': 1.}, seed=4)
+    draw,x = aug.draw(8),torch.rand(8, 2, 40, 50).to(dtype)
+    assert torch.equal(aug.apply(draw[rows], x[rows]).image, aug.apply(draw, x).image[rows])
+    assert torch.equal(expose_batch(x[rows], draw[rows]), expose_batch(x, draw)[rows])
+    again = draw[2:][1:]
+    assert again.place.tolist()==[3, 4, 5, 6, 7]
+    assert torch.equal(expose_batch(x[3:], again), expose_batch(x, draw)[3:])
+
+
+@pytest.mark.parametrize('dtype,eps', [(torch.float64, 1e-6), (torch.float16, 2e-3)])
+def test_noise_and_salt_do_not_depend_on_the_type(dtype, eps):
+    aug = BatchAugment(**{**STILL, 'salt': .1, 'noise': .1})
+    draw,x = aug.draw(6),torch.rand(6, 2, 30, 40)
+    draw.noise[0] = 0
+    one,other = (aug.apply(draw, v).image.double() for v in (x, x.to(dtype)))
+    torch.testing.assert_close(other, one, atol=eps, rtol=0)
+    noise = one-x
+    assert noise[1:].flatten(1).std(1).min()>.02 and not torch.equal(noise[1], noise[2])
+    with pytest.raises(DataError, match='Give float images'): aug.apply(draw, (x*255).byte())
+    with pytest.raises(DataError, match='Give float images'): expose_batch((x*255).byte(), draw)
+
+
+@pytest.mark.parametrize('kind', [MixUp, CutMix])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.float16, torch.float32, torch.float64])
+def test_mixing_keeps_the_type_and_the_share(kind, dtype):
+    x,y = (torch.rand(6, 1, 20, 30)*255).round(),torch.arange(6)%3
+    for seed in range(4):
+        exact,_,other,share = kind(alpha=1, seed=seed)((x.double(), y))
+        mixed,a,b,same = kind(alpha=1, seed=seed)((x.to(dtype).as_subclass(TensorImage), TensorCategory(y)))
+        assert type(mixed) is TensorImage and mixed.dtype==dtype and same.dtype in (torch.float32, torch.float64)
+        assert .4<float(same)<=1 and float(same)==pytest.approx(float(share), abs=1e-6)
+        assert torch.equal(a, y) and torch.equal(b, other)
+        torch.testing.assert_close(mixed.double().as_subclass(torch.Tensor), exact, rtol=1e-3, atol=.5 if not
+            dtype.is_floating_point else .15)
+    with pytest.raises(DataError, match='torch.bool'): kind()((x>99, y))

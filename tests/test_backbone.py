@@ -65,6 +65,26 @@ def test_registry_covers_three_sources():
     assert set(list_backbones('torchxrayvision/*'))==set(CHEST) and len(CHEST)==8
     assert list_backbones('no such*')==[]
 
+@pytest.mark.parametrize('n_in', [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize('way', ['published', 'file'])
+def test_equal_channels_answer_as_grey_photographs(way, n_in, tmp_path, monkeypatch):
+    file = tmp_path/'w.safetensors'
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        save_file(timm.create_model('test_resnet').state_dict(), file)
+    monkeypatch.setattr('radiology_ai.models.backbone._timm_file', lambda name: str(file))
+    rgb,own = (create_backbone('test_resnet', n, strict=True, **({'weights': file} if way=='file' else {}))[0].eval()
+        for n in (3, n_in))
+    for x in (torch.full((1, 1, 64, 64), .7), pixels(2, 1, 64, 64)):
+        x = (x-.449)/.226 # each network's own normalisation put aside
+        with torch.no_grad(): got,aim = (m.net.forward_features(x.expand(-1, m.n_in, -1, -1)) for m in (own, rgb))
+        assert aim.std()>.01
+        torch.testing.assert_close(got, aim, rtol=1e-4, atol=1e-4)
+    old,new = (m.net.conv1[0].weight for m in (rgb, own))
+    assert n_in==1 or not torch.equal(new[:,0], new[:,1]) # the planes stay different
+    if n_in in (3, 6): assert torch.equal(new[:,:3], old*(3/n_in))
+
+
 @pytest.mark.parametrize('name, near', [('resent18', 'resnet18'),
     ('torchxrayvision/densenet121-res224-nhi', CHEST_NAME),
     ('efficientnet_pytorch/efficientnet_b3', 'efficientnet-b3')])

@@ -38,11 +38,23 @@ def simulated(n=600, seed=0, slope=1., shift=0., images=2):
 
 # --- in bins ---
 
-@pytest.mark.parametrize('by', ['width','count'])
+@pytest.mark.parametrize('dtype', [np.float64, np.float32])
+@pytest.mark.parametrize('bins', [5, 7, 10, 15, 20])
+def test_a_score_on_an_edge_lies_in_the_bin_that_begins_there(bins, dtype):
+    s = (np.arange(bins)/bins).astype(dtype)
+    c = calibration(np.arange(bins)%2, s, bins=bins)
+    assert c.table.n.tolist()==[1]*bins and np.allclose(c.table['from'], s, atol=1e-7)
+    below = np.nextafter(np.arange(1, bins+1, dtype=np.float32)/np.float32(bins), np.float32(0), dtype=np.float32)
+    below = below[below.astype(float)<np.arange(1, bins+1)/bins-2**-25] # further off than rounding puts it
+    assert (calibration(np.arange(len(below))%2, below, bins=bins).table.to>=below).all()
+    assert calibration([1, 0], [1., 1.], bins=bins).table['from'].tolist()==[(bins-1)/bins]
+
+
+@pytest.mark.parametrize('by', ['width', 'count'])
 def test_bins_against_a_plain_loop(by):
     t,s,_ = simulated()
     s[:3] = 0,1,.3 # the ends, and an edge
-    edges = np.linspace(0, 1, 11) if by=='width' else np.quantile(s, np.linspace(0, 1, 11))
+    edges = np.arange(11)/10 if by=='width' else np.quantile(s, np.linspace(0, 1, 11))
     gap,n = 0,[]
     for k in range(10):
         m = (s>=edges[k]) & ((s<edges[k+1]) if k<9 else (s<=edges[k+1]))

@@ -330,6 +330,19 @@ def test_nothing_known_is_zero(case):
     assert value.item()==0 and x.grad.abs().max().item()==0
 
 
+def test_minus_one_is_as_unknown_as_minus_100(case):
+    loss,batch,_ = case
+    z,t = batch(2)
+    if np.asarray(t).dtype.kind!='i': return
+    assert (t==-100).any()
+    for one in (np.where(t==-100, -1, t), np.where((t==-100) & (np.arange(len(t))%2==0).reshape(-1, *[1]*(t.ndim-1)),
+            -1, t)):
+        torch.testing.assert_close(loss(torch.tensor(z), torch.tensor(one)), loss(torch.tensor(z), torch.tensor(t)),
+            rtol=0, atol=0)
+    with pytest.raises(ModelError, match='-2 and'):
+        loss(torch.tensor(z), torch.tensor(np.where(t==-100, -2, t)))
+
+
 def test_unknown_targets_have_no_gradient(case):
     loss,batch,_ = case
     z,t = batch(1)
@@ -520,7 +533,7 @@ def wrong_shapes():
     for loss in (WeightedCrossEntropy(), FocalLoss(), LogitAdjustedLoss(PRIOR), RobustLoss(), DMILoss(),
             CORN()):
         yield from ((loss, z, k[:,None]), (loss, z, k[:5]), (loss, z, k.float()), (loss, z[:,:,None], k),
-            (loss, z, k+9), (loss, z, k-1))
+            (loss, z, k+9), (loss, z, k-2))
     for loss in (BCEWithNaN(), BinaryFocalLoss(), AsymmetricLoss(), LogitAdjustedBCE(PRIOR),
             TreeLoss(np.eye(4, dtype=bool))):
         yield from ((loss, one, torch.zeros(6)), (loss, z, torch.zeros(6, 1)), (loss, z, torch.zeros(1, 4)),

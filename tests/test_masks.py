@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from radiology_ai.core import DataError
 from radiology_ai.metrics.intervals import mean_ci, wilson_ci
-from radiology_ai.metrics.masks import dice, dice_ci, hausdorff95, iou, mask_table, surface_dice
+from radiology_ai.metrics.masks import MISSED, dice, dice_ci, hausdorff95, iou, mask_table, surface_dice
 from radiology_ai.metrics.masks import dice as dice_of_classification
 
 
@@ -172,3 +172,15 @@ def test_rows_that_are_not_defined_have_a_reason():
     assert tuple(table.loc['invented lesions', ['value','low','high']])==pytest.approx(tuple(wilson_ci(0, 6)))
     one = mask_table(healthy, healthy, groups=['a']*6, draws=50)
     assert 'one patient' in one.reason['dice'] and one.patients['dice']==1
+
+
+def test_missing_lesions_does_not_look_better():
+    k = np.zeros((20, 20))
+    k[5:10,5:10] = 1
+    found = mask_table([k]*10, [np.roll(k, 3, 1)]*10, spacing=(.5, 2.))
+    lost = mask_table([k]*10, [np.roll(k, 1, 1)]*2 + [k*0]*8, spacing=(.5, 2.))
+    assert found.value[MISSED]==found.value['hausdorff95']==6
+    assert lost.value['hausdorff95']==2 and lost.n['hausdorff95']==2
+    assert lost.value[MISSED]==pytest.approx((2*2+8*np.hypot(10, 40))/10) and lost.n[MISSED]==10
+    none = mask_table([k*0]*6, [k*0]*6)
+    assert none.n[MISSED]==0 and none.reason[MISSED]

@@ -4,11 +4,13 @@ import math
 import tracemalloc
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from radiology_ai.core import DataError
+from radiology_ai.data.codes import category_codes, check_classes
 from radiology_ai.data.sampler import (
     BalancedBatchSampler,
     OrderedBatchSampler,
@@ -19,6 +21,7 @@ from radiology_ai.data.sampler import (
     WeightedBatchSampler,
     inverse_frequency,
 )
+from radiology_ai.losses.labels import class_weights
 
 quick = settings(max_examples=60, deadline=None, database=None)
 worlds = st.integers(1, 4)
@@ -231,3 +234,30 @@ def test_what_cannot_work_is_named():
         'mu is 0': lambda: PairedBatchSampler([0, np.nan], mu=0),
     }.items():
         with pytest.raises(DataError, match=message): call()
+
+
+# --- -1 of `category_codes` is unknown
+
+def test_a_class_of_minus_one_is_unknown_as_nan_is():
+    y = np.array([0, 1, -1, 2, 0, -1, 1, 0, 2, -1]*4)
+    nan = np.where(y<0, np.nan, y)
+    def same(make): return all(make(y).batches(e).tolist()==make(nan).batches(e).tolist() for e in range(3))
+    assert same(lambda v: BalancedBatchSampler(v, 6, 1)) and BalancedBatchSampler(y, 6).classes==[0, 1, 2]
+    assert same(lambda v: PairedBatchSampler(v, 3, 2, min_per_class=1)) and same(lambda v: PairedBatchSampler(v, 3, 2))
+    binary = np.where(y>1, -1, y)
+    assert same(lambda v: PositiveShareSampler(np.where(v==2, v*0-1, v), 6))
+    known = np.flatnonzero(binary>=0)
+    assert set(PositiveShareSampler(binary, 6).batches(0).ravel())<=set(known)
+    assert inverse_frequency(y).tolist()==inverse_frequency(nan).tolist() and (inverse_frequency(y)==0).sum()==12
+    names = np.array(['a', 'b', 'a', 'c'])
+    assert BalancedBatchSampler(names, 3).classes==['a', 'b', 'c']
+
+
+def test_the_codes_of_a_column_go_everywhere():
+    rows = pd.DataFrame(dict(y=['a', None, 'b', None, 'a']))
+    codes,vocab = category_codes(rows, 'y')
+    assert codes.tolist()==[0, -1, 1, -1, 0] and BalancedBatchSampler(codes, 4).classes==[0, 1]
+    assert class_weights(codes, range(2)).tolist()==class_weights(rows.y, vocab).tolist()
+    check_classes(codes, vocab, 'y')
+    with pytest.raises(DataError, match='All 2 training images have y = a'):
+        check_classes(np.array([-1, 0, 0]), vocab, 'y')

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -395,6 +396,10 @@ def test_a_recipe_on_strange_pixels(kind, name):
         out.pixels).all() and 0<=out.pixels.min() and out.pixels.max()<=1
     is_whole(out.affine, r.shape, 64)
     if name=='knee': assert out.tags['knee_found'] is False and 'no knee' in out.tags['reason']
+    if name=='knee' and min(r.shape)>=16: # whose laterality no joint confirms
+        left = replace(r, tags=r.tags | {'ImageLaterality': 'L'})
+        seen = recipe(name, size=64)(left)
+        assert seen.tags['side']=='L' and not seen.tags['flipped'] and np.array_equal(seen.pixels, out.pixels)
     if name!='plain' and kind in ('black', 'white', 'grey', 'smallest', 'long'): assert out.tags['reason']
     if kind=='black': assert out.pixels.max()<.5/255
 

@@ -89,11 +89,12 @@ def is_known(
     return targets>=0 if targets.ndim==1 else ~np.isnan(targets).all(1)
 
 def check_classes(
-    targets: np.ndarray, # of the training images, (N,) class numbers or (N, C) of 1, 0 and NaN
+    targets: np.ndarray, # of the training images, (N,) class numbers, -1 for unknown, or (N, C) of 1, 0 and NaN
     vocab: list,         # names of the classes, or of the labels
     labels,              # the label column or columns, for the message
 ):
     "Raises `DataError` where there are not two classes of each label to learn."
+    targets = targets[is_known(targets)]
     if not len(targets): raise DataError(f"No training image has a known label {labels!r}", "Add labels")
     if targets.ndim==1 and len(np.unique(targets))<2:
         raise DataError(f"All {len(targets)} training images have {labels} = {vocab[targets[0]]}",

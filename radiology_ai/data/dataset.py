@@ -181,6 +181,6 @@ class XrayDataset:
 
     def title(self, y) -> str:
         "The class of a target, or the labels that are 1 and, in brackets, those that are unknown."
-        if y.ndim==0: return str(self.vocab[int(y)])
+        if y.ndim==0: return str(self.vocab[int(y)]) if y>=0 else 'unknown'
         return (', '.join([str(v) for v,on in zip(self.vocab, y) if on==1]
             + [f'({v}?)' for v,on in zip(self.vocab, y) if on!=on]) or 'none')

@@ -18,12 +18,17 @@ from fastcore.basics import patch
 from ..core import DataError, rng
 
 # %% ../../nbs/33_data.sampler.ipynb #3c52a74c
+def _known(labels) -> np.ndarray:
+    "(N,) or (N, C) bool: not NaN or None, and as a class number not -1."
+    a = np.asarray(labels)
+    return ~pd.isna(a) if a.ndim!=1 else ~pd.isna(a) & np.array(a!=-1, dtype=bool)
+
 def _positives(labels) -> tuple[np.ndarray, list]:
     "`labels` as (N, C) bool and the names of the C classes."
     a = np.asarray(labels)
     if a.ndim not in (1, 2):
         raise DataError(f"labels have shape {a.shape}", "Give (N,) classes or (N, C) labels of 1, 0 and NaN")
-    known = ~pd.isna(a)
+    known = _known(a)
     if a.ndim==2:
         names = list(getattr(labels, 'columns', range(a.shape[1])))
         if (bad := known & ~np.isin(a, (0, 1))).any():
@@ -86,7 +91,7 @@ class BalancedBatchSampler(BatchSampler):
     `bs` entries, without repetition inside a batch where the data allow it. For labels (N, C) a class is the positives
     of a column. The batches depend on `seed` and the epoch only."""
     def __init__(self,
-        labels,               # (N,) class of each image, or (N, C) of 1 / 0; NaN is unknown in both
+        labels,               # (N,) class of each image, -1 is unknown, or (N, C) of 1 / 0; NaN is unknown in both
         bs: int=32,           # images in a batch
         min_per_class: int=1, # images of each class in every batch
         seed: int=0,          # another seed, another order
@@ -232,14 +237,14 @@ class OrderedBatchSampler(BatchSampler):
 
 # %% ../../nbs/33_data.sampler.ipynb #16c63e86
 def inverse_frequency(
-    labels,          # (N,) class of each image, or (N, C) of 1 / 0; NaN is unknown in both
+    labels,          # (N,) class of each image, -1 is unknown, or (N, C) of 1 / 0; NaN is unknown in both
     power: float=1., # 1: all classes weigh the same together; 0: all images weigh the same; 0.5: between
 ) -> np.ndarray:
     """Weight of each image (N,) with mean 1: one over the number of images of its class. With labels (N, C) the class
     of an image is its rarest positive, and images without a positive are a class. An image with no known label has
     weight 0 and counts in no class."""
     positive,_ = _positives(labels)
-    known = ~pd.isna(np.asarray(labels))
+    known = _known(labels)
     known = known.any(1) if known.ndim==2 else known
     owner = _rarest(positive)[known]
     if not len(owner): raise DataError("No image has a known label", "Add labels")
@@ -283,7 +288,7 @@ class PositiveShareSampler(BatchSampler):
     """Iterates over batches of row numbers whose share of positives moves evenly from `start` in the first
     epoch to `end` in the last, and stays there."""
     def __init__(self,
-        labels,            # (N,) of 1, 0, NaN, or (N, C): positive if any is 1, negative if all are 0, or left out
+        labels,            # (N,) of 1, 0, NaN or -1 (unknown), or (N, C): positive if any is 1, negative if all are 0, or left out
         bs: int=32,        # images in a batch
         start: float=.8,   # share of positives in epoch 0
         end: float=.3,     # in epoch `epochs - 1` and later
@@ -294,7 +299,7 @@ class PositiveShareSampler(BatchSampler):
         world: int=1,      # number of processes
     ):
         y = np.asarray(labels)
-        y = y[:,None] if y.ndim==1 else y
+        y = np.where(_known(y), y, np.nan)[:,None] if y.ndim==1 else y
         positive = _positives(y)[0].any(1)
         self.pools = np.flatnonzero(positive),np.flatnonzero(~positive & ~pd.isna(y).any(1))
         self._prepare(sum(map(len, self.pools)), bs, seed, rank, world)
@@ -351,7 +356,7 @@ class PairedBatchSampler(BatchSampler):
     """Iterates over batches of row numbers: the first `bs` are labelled, the following `n_unlabelled` are
     not. `set_epoch`, `rank` and `world` as in the others."""
     def __init__(self,
-        labels,                   # (N,) or (N, C); an image is unlabelled where all are NaN
+        labels,                   # (N,) or (N, C); an image is unlabelled where all are NaN, or its class is -1
         bs: int=16,               # labelled images in a batch
         mu: float=7,              # unlabelled images for each labelled one
         min_per_class: int=0,     # labelled images of each class in every batch; 0: shuffled
@@ -362,7 +367,7 @@ class PairedBatchSampler(BatchSampler):
         world: int=1,             # number of processes
         among: bool=False,        # labelled images come among the unlabelled ones too
     ):
-        known = ~pd.isna(np.asarray(labels))
+        known = _known(labels)
         known = known.any(1) if known.ndim==2 else known
         self.labelled,self.unlabelled,self.mu = np.flatnonzero(known),np.flatnonzero(~known),float(mu)
         self._prepare(len(known), bs, seed, rank, world)

@@ -6,8 +6,8 @@ Docs: https://lluissalord.github.io/radiology_ai/losses.base.html.md"""
 
 # %% auto #0
 __all__ = ['full_precision', 'finite_power', 'ClassAnswer', 'LabelAnswer', 'GradeAnswer', 'grade_log_probabilities',
-           'largest_below', 'known_classes', 'known_labels', 'keep_settings', 'keep_weight', 'reduced', 'ClassLoss',
-           'WeightedCrossEntropy', 'LabelLoss', 'BCEWithNaN']
+           'largest_below', 'unknown_classes', 'known_classes', 'known_labels', 'keep_settings', 'keep_weight',
+           'reduced', 'ClassLoss', 'WeightedCrossEntropy', 'LabelLoss', 'BCEWithNaN']
 
 # %% ../../nbs/40_losses.base.ipynb #a18e02bf
 import torch
@@ -78,12 +78,18 @@ def largest_below(
     return torch.where(most==-torch.inf, 0., most)
 
 # %% ../../nbs/40_losses.base.ipynb #e810b0c8
+def unknown_classes(
+    target: torch.Tensor, # class numbers, of any shape
+) -> torch.Tensor:
+    "Which are unknown, of the same shape: -1 as of `category_codes`, or -100 as in PyTorch."
+    return (target==-1) | (target==-100)
+
 def known_classes(
     name: str, # of the loss, for messages
     logits,    # (B, C)
     target,    # (B,) class numbers, or (B, C) shares
 ) -> tuple:
-    """Checked (logits (B, C), shares of the classes (B, C), known (B,)); a target of -100 or a row with NaN
+    """Checked (logits (B, C), shares of the classes (B, C), known (B,)); a target of -1 or -100 or a row with NaN
     is unknown. Raises `ModelError`."""
     target = target.as_subclass(torch.Tensor)
     if (logits.ndim!=2 or target.shape not in (logits.shape, logits.shape[:1])
@@ -95,11 +101,11 @@ def known_classes(
     if target.is_floating_point():
         raise ModelError(f"{name} got targets of type {target.dtype}",
             "Give class numbers as integers, or use a binary loss for 1 / 0 / NaN labels")
-    target,known = target.long(),target!=-100
+    target,known = target.long(),~unknown_classes(target)
     wrong = known & ((target<0) | (target>=c))
     if wrong.any():
         raise ModelError(f"A target is {int(target[wrong][0])} and there are {c} classes",
-            "Give the network one output for each class; -100 is unknown")
+            "Give the network one output for each class; -1 and -100 are unknown")
     return logits,F.one_hot(torch.where(known, target, 0), c).to(logits.dtype),known
 
 def _known_shares(name, target, dtype):
@@ -165,7 +171,7 @@ def reduced(
 
 # %% ../../nbs/40_losses.base.ipynb #bbd1910c
 class ClassLoss(ClassAnswer, nn.Module):
-    """Base of the softmax losses: logits (B, C); targets (B,) class numbers, -100 for unknown, or (B, C)
+    """Base of the softmax losses: logits (B, C); targets (B,) class numbers, -1 or -100 for unknown, or (B, C)
     shares, NaN for unknown. Raises `ModelError`."""
     y_int = True # fastai's MixUp then mixes the losses of two class numbers
     def __init__(self,

@@ -28,13 +28,14 @@ from radiology_ai.losses.base import (
 
 # %% ../../nbs/41_losses.labels.ipynb #85cdaa84
 def class_weights(
-    labels,         # (N,) labels; NaN and None are unknown and left out
+    labels,         # (N,) labels, or class numbers; NaN, None and -1 are unknown and left out
     vocab,          # the classes in the order of the network's outputs
     power: float=1. # 1: inverse frequency, 0.5: its square root, 0: none
 ) -> torch.Tensor:
     "(C,) weights whose mean over the images is 1. Raises `DataError` for a label outside `vocab`."
     labels = pd.Series(np.asarray(labels, dtype=object))
-    labels,vocab = labels[labels.notna()],list(vocab)
+    vocab = list(vocab)
+    labels = labels[labels.notna() & ((labels!=-1) | (-1 in vocab))]
     unknown = set(labels) - set(vocab)
     if unknown:
         raise DataError(f"The label {sorted(unknown, key=str)[0]!r} is not in the vocabulary {vocab}",

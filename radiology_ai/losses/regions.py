@@ -22,6 +22,7 @@ from radiology_ai.losses.base import (
     keep_settings,
     known_labels,
     reduced,
+    unknown_classes,
 )
 
 # %% ../../nbs/41_losses.regions.ipynb #67f6a924
@@ -109,8 +110,8 @@ class LovaszHinge(RegionLoss):
         return _lovasz(torch.where(known, (1-logits*(2*target-1)).clamp(min=0), 0.), target, known)
 
 class LovaszSoftmax(ClassAnswer, nn.Module):
-    """The Lovász-softmax loss of logits (B, C, H, W) and class numbers (B, H, W), -100 for unknown: the mean
-    over the classes that each image shows. Raises `ModelError`."""
+    """The Lovász-softmax loss of logits (B, C, H, W) and class numbers (B, H, W), -1 or -100 for unknown: the
+    mean over the classes that each image shows. Raises `ModelError`."""
     axis = 1
     def __init__(self, reduction: str='mean'): # 'none': (B, C), 0 for classes that an image does not show
         super().__init__()
@@ -121,7 +122,7 @@ class LovaszSoftmax(ClassAnswer, nn.Module):
         if logits.ndim<3 or target.shape!=logits.shape[:1]+logits.shape[2:] or target.is_floating_point():
             raise ModelError(f"LovaszSoftmax got logits {tuple(logits.shape)} and {target.dtype} targets "
                 f"{tuple(target.shape)}", "Give logits (B, C, H, W) and integers (B, H, W)")
-        known,c = target!=-100,logits.shape[1]
+        known,c = ~unknown_classes(target),logits.shape[1]
         wrong = known & ((target<0) | (target>=c))
         if wrong.any():
             raise ModelError(f"A pixel has the class {int(target[wrong][0])} and there are {c} classes",

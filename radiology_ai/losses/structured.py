@@ -24,11 +24,12 @@ from radiology_ai.losses.base import (
     known_labels,
     largest_below,
     reduced,
+    unknown_classes,
 )
 
 # %% ../../nbs/41_losses.structured.ipynb #6e4cb0ab
 class CORN(GradeAnswer, nn.Module):
-    """Ordinal loss of logits (B, K-1) and grades (B,) 0 to K-1, -100 for unknown. The mean is over the
+    """Ordinal loss of logits (B, K-1) and grades (B,) 0 to K-1, -1 or -100 for unknown. The mean is over the
     questions asked. Raises `ModelError`."""
     y_int = True # fastai's MixUp then mixes the losses of two grades
     def __init__(self,
@@ -46,8 +47,8 @@ class CORN(GradeAnswer, nn.Module):
                 "Give logits (B, K-1) and grades (B,)")
         if target.is_floating_point():
             raise ModelError(f"CORN got targets of type {target.dtype}",
-                "Give grades as integers, -100 for unknown")
-        logits,known,k = full_precision(logits),target!=-100,logits.shape[1]+1
+                "Give grades as integers, -1 for unknown")
+        logits,known,k = full_precision(logits),~unknown_classes(target),logits.shape[1]+1
         wrong = known & ((target<0) | (target>=k))
         if wrong.any():
             raise ModelError(f"A grade is {int(target[wrong][0])} and {k-1} outputs tell {k} grades",

@@ -48,11 +48,12 @@ class Calibration(NamedTuple):
     table: pd.DataFrame
 
 def _bins(s, bins: int, by: str) -> tuple[np.ndarray, np.ndarray]:
-    "Edges of the bins and the bin of each score (N,)."
+    "Edges of the bins and the bin of each score (N,): on an edge, the bin that begins there."
     if bins<1: raise DataError(f"bins is {bins}", "Give at least 1 bin")
     if by not in ('width','count'): raise DataError(f"by is {by!r}", "Choose 'width' or 'count'")
-    edges = np.linspace(0, 1, bins+1) if by=='width' else np.unique(np.quantile(s, np.linspace(0, 1, bins+1)))
-    return edges,np.clip(np.searchsorted(edges, s, 'right')-1, 0, max(len(edges)-2, 0))
+    if by=='width': edges,near = np.arange(bins+1)/bins,2**-25 # a float32 on an edge may lie so far below it
+    else: edges,near = np.unique(np.quantile(s, np.linspace(0, 1, bins+1))),0.
+    return edges,np.clip(np.searchsorted(edges-near, s, 'right')-1, 0, max(len(edges)-2, 0))
 
 def calibration(
     targets,               # (N,) of 1, 0 or NaN

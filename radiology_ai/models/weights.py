@@ -170,6 +170,7 @@ def fit_weights(
 
 def adapt_channels(weight, n_in: int):
     "(O, I, kh, kw) weights of a first convolution for `n_in` channels: the response to equal channels stays."
-    if n_in==1: return weight.sum(1, keepdim=True)
-    old = weight.shape[1]
-    return weight.repeat(1, -(-n_in//old), 1, 1)[:,:n_in]*(old/n_in)
+    old,grey = weight.shape[1],weight.sum(1, keepdim=True)
+    if n_in in (1, old): return grey if n_in==1 else weight
+    new = weight.repeat(1, -(-n_in//old), 1, 1)[:,:n_in]*(old/n_in)
+    return new if n_in%old==0 else new + (grey-new.sum(1, keepdim=True))/n_in

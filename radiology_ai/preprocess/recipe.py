@@ -41,7 +41,7 @@ class Preprocess(Step):
     size: int=224          # side of the result in pixels
     knee: bool=False       # crop to the knee: the one of the header's side, else the best
     mm: float=140.         # side of that crop in millimetres
-    flip_left: bool=False  # mirror left knees, so that all look like right ones
+    flip_left: bool=False  # mirror left knees, so that all look like right ones; of a knee recipe only those found
     background: str=''     # 'limb' or 'chest': find the exposed field and blacken what lies outside; '': leave it
     low: float=.5          # percentile of the exposed field that becomes 0
     high: float=99.5       # percentile that becomes 1
@@ -174,7 +174,7 @@ def apply(self:Preprocess, r: Radiograph) -> Radiograph:
     black = lambda p: p if inside is None else p*inside
     pixels = black(percentile_window(out.pixels, self.low, self.high, inside))
     if self.clip: pixels = black(clahe(pixels, self.clip, self.tiles))
-    facts['flipped'] = self.flip_left and facts['side']=='L'
+    facts['flipped'] = self.flip_left and facts['side']=='L' and facts.get('knee_found', True)
     out = replace(out, pixels=pixels, tags=r.tags | facts)
     return out.flip() if facts['flipped'] else out
 

@@ -8,6 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/semi.step.html.md"""
 __all__ = ['frozen_statistics', 'interleaved', 'ramp_up', 'gentle', 'harsh', 'SemiSupervised', 'GuessFigure']
 
 # %% ../../nbs/51_semi.step.ipynb #e613e37c
+import copy
 import math
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -108,6 +109,7 @@ class SemiSupervised(Callback):
         self.seed = seed
         self.interleave = interleave
         self.batches = 0
+        self.trial = None
         self.alignment = None
         self.figures = []
         self.state = {}
@@ -148,6 +150,7 @@ def true_classes(self:SemiSupervised, items):
 @patch
 def before_fit(self:SemiSupervised):
     dl = self.learn.dls.train
+    self._forget_figures() # an interrupted fit of a plain Learner leaves them
     _check_loaders(dl, type(self).__name__)
     targets,items = np.asarray(dl.dataset.targets),dl.dataset.items
     self.multi,self.n_out = targets.ndim==2,len(self.learn.dls.vocab)
@@ -165,6 +168,7 @@ def before_fit(self:SemiSupervised):
     self.learn.metrics = [*self.learn.metrics, *(GuessFigure(self, k) for k in figures)]
     if hasattr(self.learn, 'settings'): self.learn.settings = self.learn.settings | {self.name: self.settings}
     self.begin()
+    self.trial = copy.deepcopy(self._moving()) if hasattr(self.learn, 'lr_finder') else None
 
 class GuessFigure(Metric):
     "A figure of the epoch's guesses, for the recorder."
@@ -289,8 +293,25 @@ def after_train(self:SemiSupervised):
 
 # %% ../../nbs/51_semi.step.ipynb #e40fd8db
 @patch
-def after_fit(self:SemiSupervised):
+def _forget_figures(self:SemiSupervised):
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, GuessFigure)]
+
+@patch
+def _moving(self:SemiSupervised) -> dict:
+    "What a fit changes."
+    return dict(batches=self.batches, state=self.state, alignment=self.alignment,
+        teacher=getattr(self, 'teacher', None))
+
+@patch
+def after_fit(self:SemiSupervised):
+    self._forget_figures()
+    if self.trial is None: return
+    kept,self.trial = self.trial,None # of `lr_find`, whose weights are put back too
+    self.batches,self.alignment = kept['batches'],kept['alignment']
+    self.state.clear()
+    self.state.update(kept['state']) # the threshold holds the same dict
+    if hasattr(self, 'teacher'): self.teacher = kept['teacher']
+
 @patch
 def after_error(self:SemiSupervised): self.after_fit()
 

@@ -22,7 +22,7 @@ from torch import nn
 from ..core import DataError, RadiologyError, plain, progress
 from ..data.labels import make_manifest, read_labels
 from ..findings import Finding
-from ..losses.base import ClassAnswer
+from ..losses.base import ClassAnswer, unknown_classes
 from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
 from ..models.run import run_model
@@ -104,7 +104,7 @@ def task_manifest(
 # %% ../../nbs/66_tasks.kinds.ipynb #e83e77dd
 class GradedLoss(ClassAnswer, nn.Module):
     """Cross-entropy of the grade plus `binary` times the cross-entropy of grade 0 against all others; logits
-    (B, C), targets (B,)."""
+    (B, C), targets (B,), -1 or -100 for unknown."""
     def __init__(self,
         weight=None,        # (C,) weights of the classes in the grade's term
         binary: float=1.,   # weight of the second term
@@ -121,6 +121,9 @@ class GradedLoss(ClassAnswer, nn.Module):
                 f"{tuple(target.shape)}", "Give (B, C) and (B,)")
         logits = logits.as_subclass(torch.Tensor).float()
         target = target.as_subclass(torch.Tensor).long()
+        known = ~unknown_classes(target)
+        if not known.any(): return logits.sum()*0
+        logits,target = logits[known],target[known]
         grade = F.cross_entropy(logits, target, self.weight, label_smoothing=self.smoothing)
         if logits.shape[1]==2 or not self.binary: return grade
         return grade + self.binary*F.binary_cross_entropy_with_logits(any_grade(logits), (target>0).float())

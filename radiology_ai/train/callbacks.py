@@ -33,7 +33,7 @@ class SeededRun(Callback):
     order = -100
     def __init__(self, seed: int=0):
         self.seed,self.epochs,self.batches = seed,0,0
-        self.kept = self.hook = None
+        self.kept = self.hook = self.trial = None
 
     def _sow(self, *keys):
         seed = int(hashlib.sha256(f'{self.seed} {keys}'.encode()).hexdigest()[:8], 16)
@@ -47,7 +47,9 @@ class SeededRun(Callback):
     def before_fit(self):
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self.kept = (torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda)
+        self.trial = (self.epochs, self.batches) if hasattr(self.learn, 'lr_finder') else None
         self._sow('fit', self.batches)
+        self._unhook() # an interrupted fit of a plain Learner leaves it
         pipe = getattr(self.learn.dls.train, 'after_batch', None)
         if hasattr(pipe, 'fs'):
             self.hook = _BeforeTransforms(self)
@@ -72,15 +74,20 @@ class SeededRun(Callback):
     def after_batch(self): self.batches += int(self.training)
     def after_train(self): self.epochs += 1
 
+    def _unhook(self):
+        fs = getattr(getattr(self.learn.dls.train, 'after_batch', None), 'fs', [])
+        if self.hook is not None and self.hook in fs: fs.remove(self.hook)
+
     def after_fit(self):
-        if self.hook is not None: self.learn.dls.train.after_batch.fs.remove(self.hook)
+        self._unhook()
+        if self.trial is not None: self.epochs,self.batches = self.trial # of `lr_find`: its weights are put back too
         if self.kept is not None:
             state,numpy_state,python_state,cuda = self.kept
             torch.set_rng_state(state)
             np.random.set_state(numpy_state)
             random.setstate(python_state)
             if cuda is not None: torch.cuda.set_rng_state_all(cuda)
-        self.kept = self.hook = None
+        self.kept = self.hook = self.trial = None
     def after_error(self): self.after_fit()
 
     def state_dict(self) -> dict: return dict(epochs=self.epochs, batches=self.batches)

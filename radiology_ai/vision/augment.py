@@ -26,6 +26,7 @@ from radiology_ai.vision.exposure import (
     erase_,
     expose_,
     expose_image,
+    image_seeds,
     kernel_width,
     mark_,
     noise_,
@@ -96,19 +97,19 @@ def _expose_each(draw, shape):
     "The exposure of `draw` for one image after the other: f(i, array)."
     sigma = torch.zeros(len(draw)) if draw.blur is None else draw.blur*shape[-1]
     rows = torch.stack([draw.gamma, draw.contrast, draw.brightness, sigma], 1).tolist()
-    width = kernel_width(sigma, shape)
-    noise = draw.noise.tolist()
-    return lambda i,image: expose_image(image, *rows[i], width=width, noise=noise[i], seed=(draw.seed, i))
+    widths = [kernel_width(s, shape) for s in sigma]
+    noise,seeds = draw.noise.tolist(),image_seeds(draw.seed, draw.place)
+    return lambda i,image: expose_image(image, *rows[i], width=widths[i], noise=noise[i], seed=seeds[i])
 
 def _expose_all(x, draw):
     "The exposure of `draw` for the whole batch, in place."
     x = expose_(x, draw.gamma, draw.contrast, draw.brightness)
     if draw.blur is not None: x = blur_(x, draw.blur*x.shape[-1])
-    return noise_(x, draw.noise, draw.seed).clamp_(0, 1)
+    return noise_(x, draw.noise, image_seeds(draw.seed, draw.place)).clamp_(0, 1)
 
 def _stamp(x, draw):
     "Salt and pepper, erasing, collimator and marker, in place."
-    if draw.salt is not None: x = salt_pepper_(x, draw.salt, draw.seed)
+    if draw.salt is not None: x = salt_pepper_(x, draw.salt, image_seeds(draw.seed, draw.place))
     x = erase_(x, draw.erase)
     if draw.field is not None: x = collimate_(x, draw.field)
     return x if draw.marker is None else mark_(x, draw.marker)
@@ -118,7 +119,8 @@ def expose_batch(
     draw: Draw,
 ) -> torch.Tensor:
     """Gamma, contrast, brightness, blur, noise, salt and pepper, erasing, collimator and marker, in this
-    order; the result is in [0, 1]."""
+    order; the result is in [0, 1]. Raises `DataError` for what is no batch of images in [0, 1]."""
+    _check_images(draw, x)
     x = x.detach().clone()
     if not by_image(x): return _stamp(_expose_all(x, draw), draw)
     each,images = _expose_each(draw, x.shape),x.numpy()

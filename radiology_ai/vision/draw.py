@@ -32,7 +32,7 @@ class Draw:
     gamma: torch.Tensor      # exponent of the pixels
     noise: torch.Tensor      # standard deviation of added noise
     erase: torch.Tensor      # (B, 4) x1, y1, x2, y2 as fractions of a rectangle that is blanked; NaN for none
-    seed: int                # of the noise
+    seed: int                # of the noise and of salt and pepper
     shear: torch.Tensor|None=None   # (B, 2) radians along x and y
     corners: torch.Tensor|None=None # (B, 4, 2) shifts of the corners, clockwise from the top left, as fractions
     crop: torch.Tensor|None=None    # (B, 4) x1, y1, x2, y2 as fractions of the part that fills the new image
@@ -41,10 +41,15 @@ class Draw:
     salt: torch.Tensor|None=None    # share of black and white pixels
     field: torch.Tensor|None=None   # (B, 5) x1, y1, x2, y2 of the collimated field, value outside; NaN for none
     marker: torch.Tensor|None=None  # (B, 5) x, y, height, letter (0: L, 1: R), brightness; NaN for none
+    place: torch.Tensor|None=None   # number of each image in the whole draw, which with `seed` makes its noise
+
+    def __post_init__(self):
+        if self.place is None: self.place = torch.arange(len(self))
 
     def __len__(self): return len(self.angle)
 
     def __getitem__(self, index):
+        "The draw of some of the images, whose noise is as in the whole."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Draw(**{k: v[index] if torch.is_tensor(v) else v for k,v in values.items()})
 

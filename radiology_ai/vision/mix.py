@@ -55,6 +55,8 @@ class _Mix(Transform):
             raise DataError(f"{type(self).__name__} mixes images with one target each, not boxes or points",
                 "Leave it out for detection and for several targets")
         x,target = b
+        if x.is_complex() or x.dtype==torch.bool:
+            raise DataError(f"{type(self).__name__} got images of {x.dtype}", "Give grey values")
         gen = rng(self.seed, type(self).__name__, self.calls)
         self.calls += 1
         share,mixed = gen.beta(self.alpha, self.alpha),gen.random()<self.p
@@ -67,8 +69,9 @@ class _Mix(Transform):
 class MixUp(_Mix):
     "Adds another film of the batch: (images, targets) become (images, targets, other targets, share)."
     def combine(self, x, target, partner, share, gen):
-        return torch.lerp(x[partner], x, share),target,target[partner],torch.tensor(share, device=x.device,
-            dtype=x.dtype)
+        if x.is_floating_point(): mixed = torch.lerp(x[partner], x, share)
+        else: mixed = torch.lerp(x[partner].double(), x.double(), share).round().to(x.dtype)
+        return mixed,target,target[partner],_share(share, x)
 
 class CutMix(_Mix):
     "Pastes a rectangle of another film of the batch; the share is what is left of the area."
@@ -82,4 +85,8 @@ class CutMix(_Mix):
             t[...,y:y+dy,left:left+dx] = t[partner][...,y:y+dy,left:left+dx]
             return t
         if isinstance(target, TensorMask): return paste(x),paste(target)
-        return paste(x),target,target[partner],torch.tensor(1-dx*dy/(h*w), device=x.device, dtype=x.dtype)
+        return paste(x),target,target[partner],_share(1-dx*dy/(h*w), x)
+
+def _share(share: float, x) -> torch.Tensor:
+    "The share for the loss, beside images `x` of any type."
+    return torch.tensor(share, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
