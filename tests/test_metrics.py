@@ -200,7 +200,7 @@ def score_ends(theta, v, m, n):
     few,edge = min(m, n)-1,.5/(m*n)
     def spread(x): return x*(1-x)/(m*n)*(1 + ((m+n)/2-1)*((1-x)/(2-x) + x/(1+x)))
     ratio = sum(v)/spread(np.clip(theta, edge, 1-edge))
-    prior = 5 if ratio>1 else 15
+    prior = 5 if ratio>1 else 30
     freedom = sum(v)**2/(v[0]**2/(m-1) + v[1]**2/(n-1)) if sum(v)>0 else few
     q = stats.t.ppf(.975, freedom+5) if ratio>1 else stats.norm.ppf(.975)
     x = np.linspace(0, 1, 400_001)

@@ -164,7 +164,7 @@ def refuse_constant(
         raise DataError(f"All {len(s)} scores are {s[0]:g}",
             "Such scores rank nothing: check the weights of the model and that its input is not out of range")
 
-_WIDER,_NARROWER = 5,15 # patients that speak for the variance of bell-shaped scores, by what DeLong's is
+_WIDER,_NARROWER = 5,30 # patients that speak for the variance of bell-shaped scores, by what DeLong's is
 
 def _spread(theta: float, m: float, n: float) -> float:
     "Variance of an AUROC from m positives and n negatives, the mean of both forms of Hanley and McNeil (Newcombe 2006)."
