@@ -3,14 +3,16 @@ with the same augmentation and the same number of steps.
 
     python benchmarks/semi.py digits [--seeds 5] [--methods fixmatch mixmatch ...]
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/semi.py chest [--task two|three] [--seeds 5]
-        [--cache FOLDER]
+        [--patients fixed|drawn] [--cache FOLDER]
     python benchmarks/semi.py step
 
 digits: scikit-learn's digits, 4 labels a class, a small convolutional network; the error on a held-out third.
         Each seed has other labelled images, weights, batches and draws.
 chest:  paediatric chests (Kermany 2018) at 64 px, patients apart; normal or pneumonia with 5 labels a class
-        (AUROC), normal, bacterial or viral with 20 (macro AUROC). The interval of a difference comes from
-        drawing seeds and test patients anew.
+        (AUROC), normal, bacterial or viral with 20 (macro AUROC). With `--patients drawn` each seed also
+        parts the patients that are not tested on anew; the test patients stay out of `--split valid`.
+        Differences are paired over the seeds, their intervals Student's t.
+        mixmatch is that of the paper, mixstrong the callback's default.
 step:   a training step with a method, as a ratio to a bare loop of the forward and backward passes that its
         arithmetic needs.
 """
@@ -33,6 +35,7 @@ from torch import nn
 from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders, xray_test_dl
 from radiology_ai.data.split import patient_split
+from radiology_ai.metrics.intervals import student_quantile
 from radiology_ai.metrics.ranking import auroc
 from radiology_ai.models.backbone import XrayModel, create_model
 from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
@@ -69,7 +72,12 @@ def fit(dls, model, steps: int, seed: int, cb=None, *, lr: float=3e-3, wd: float
     return learn
 
 
-def interval(d) -> str: return '{:+.4f} to {:+.4f}'.format(*np.percentile(d, [2.5, 97.5]))
+def interval(d) -> str:
+    "The mean of paired differences `d` over seeds and its 95 % interval by Student's t."
+    d = np.asarray(d)
+    if len(d)<2: return f'{d.mean():+.4f}'
+    half = student_quantile(.95, len(d)-1)*d.std(ddof=1)/len(d)**.5
+    return f'{d.mean():+.4f} ({d.mean()-half:+.4f} to {d.mean()+half:+.4f})'
 
 
 # ---------------------------------------------------------------- digits
@@ -97,7 +105,8 @@ DIGITS = {
     'supervised': None,
     'harsh':      None, # labels alone, with the strong views
     'fixmatch':   lambda w, s: FixMatch(weak=w, strong=s),
-    'mixmatch':   lambda w, s: MixMatch(weak=w, lambda_u=25., ramp=.4),
+    'mixmatch':   lambda w, s: MixMatch(weak=w, strong='weak', lambda_u=25., ramp=.4),
+    'mixstrong':  lambda w, s: MixMatch(weak=w, strong=s),
     'flexmatch':  lambda w, s: FlexMatch(weak=w, strong=s),
     'freematch':  lambda w, s: FreeMatch(.98, weak=w, strong=s),
     'softmatch':  lambda w, s: SoftMatch(.98, weak=w, strong=s),
@@ -118,7 +127,7 @@ def digit_run(name: str, seed: int, args) -> tuple[float, float]:
             batch_tfms=[weak if name=='supervised' else strong], seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, lr=args.lr)
     else:
-        dls = semi_dataloaders(store, t, 'digit', bs=16, mu=1 if name=='mixmatch' else args.mu,
+        dls = semi_dataloaders(store, t, 'digit', bs=16, mu=1 if name.startswith('mix') else args.mu,
             n_batches=args.epoch, seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, DIGITS[name](weak, strong), lr=args.lr)
     p,y = predict_logits(learn, dls.valid)
@@ -147,28 +156,31 @@ def digits(args):
             e,s = digit_run(n, seed, args)
             errors[n].append(e)
             print(f'seed {seed} {n:12s} error {e:.4f}   {s:.0f} s', flush=True)
-    base,gen = np.array(errors['supervised']),rng(0, 'seeds')
-    draws = gen.integers(args.seeds, size=(10000, args.seeds))
+    base = np.array(errors['supervised'])
     print(f'digits: 40 labels of {(digits_data(0)[1].split=="train").sum()} images, {args.steps} steps, '
         f'{args.seeds} seeds; error on the held-out third')
     for n in names:
         e = np.array(errors[n])
         print(f'  {n:12s} {e.mean():.4f} (sd {e.std(ddof=1):.4f}; {e.min():.4f} to {e.max():.4f})  '
             f'{e.mean()/base.mean():.2f} of supervised'
-            + (f'  difference {(e-base).mean():+.4f} ({interval((e-base)[draws].mean(1))})' if n!='supervised'
-            else ''), flush=True)
+            + (f'  difference {interval(e-base)}' if n!='supervised' else ''), flush=True)
 
 
 # ---------------------------------------------------------------- chest
 
-def chest_table(task: str) -> tuple[pd.DataFrame, list]:
-    "Images with patient, split and the true class `truth`; the classes."
+def chest_table(task: str, seed: int|None=None) -> tuple[pd.DataFrame, list]:
+    """Images with patient, split and the true class `truth`; the classes. A `seed` parts the patients that are
+    not tested on anew."""
     t = pd.read_csv(Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'chest_child'/'manifest.csv')
     names = t.labels.str.replace('_pneumonia', '')
     truth = names.where(names=='normal', 'pneumonia') if task=='two' else names
     t = t.assign(patient_id=t.patient_group.astype(str), truth=truth, kind=names)
     t = patient_split(t[['path', 'patient_id', 'truth', 'kind']], {'train': .55, 'valid': .15, 'test': .3},
         'kind', seed=0)
+    if seed is not None:
+        rest = patient_split(t[t.split!='test'].drop(columns='split'), {'train': .75, 'valid': .25}, 'kind',
+            seed=seed)
+        t.loc[rest.index, 'split'] = rest.split
     return t, sorted(truth.unique())
 
 def chest_store(folder: Path, size: int):
@@ -182,9 +194,9 @@ def chest_store(folder: Path, size: int):
             recipe('chest', size=size), show=False)
     return ImageStore(path)
 
-def chest_manifest(store, task: str, seed: int, per_class: int):
+def chest_manifest(store, task: str, seed: int, per_class: int, drawn: bool=False):
     "The manifest with `per_class` labels of each class, of different patients, and the classes."
-    t,vocab = chest_table(task)
+    t,vocab = chest_table(task, seed if drawn else None)
     ids = dict(zip(store.index.path.map(lambda p: Path(p).name), store.index.image_id))
     t = t.assign(image_id=t.path.map(lambda p: ids[Path(p).name]))
     place = pd.Series(rng(seed, 'labelled').permutation(len(t)), t.index)
@@ -199,9 +211,12 @@ CHEST = {
     'harsh':     None, # labels alone, with the strong views
     'fixmatch':  lambda a: FixMatch(a.tau, a.lambda_u or 1., ramp=a.ramp, truth='truth',
     strong=harsh(a.level)),
-    'mixmatch':  lambda a: MixMatch(lambda_u=a.lambda_u or 25., ramp=.4, truth='truth',
+    'mixmatch':  lambda a: MixMatch(lambda_u=a.lambda_u or 25., ramp=.4, truth='truth', strong='weak',
     weak=harsh(a.mix_level) if a.mix_level else None),
-    'mixaligned': lambda a: MixMatch(lambda_u=a.lambda_u or 25., ramp=.4, truth='truth', align='labels'),
+    'mixaligned': lambda a: MixMatch(lambda_u=a.lambda_u or 25., ramp=.4, truth='truth', strong='weak',
+    align='labels'),
+    'mixstrong': lambda a: MixMatch(**(dict(lambda_u=a.lambda_u) if a.lambda_u else {}), truth='truth',
+    strong=harsh(a.level)), # the callback's defaults
     'freematch': lambda a: FreeMatch(.98, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth',
     strong=harsh(a.level)),
     'flexmatch': lambda a: FlexMatch(a.tau, lambda_u=a.lambda_u or 1., ramp=a.ramp, truth='truth',
@@ -215,7 +230,8 @@ CHEST = {
 
 def chest_run(name: str, seed: int, store, args):
     "(N, C) probabilities of the rows of `args.split`, and the run's curves."
-    t,vocab = chest_manifest(store, args.task, seed, args.per_class or (5 if args.task=='two' else 20))
+    t,vocab = chest_manifest(store, args.task, seed, args.per_class or (5 if args.task=='two' else 20),
+        args.patients=='drawn')
     if CHEST[name] is None:
         known = t.dropna(subset=['y'])
         n = int((known.split=='train').sum())
@@ -236,11 +252,12 @@ def macro(truth, p, vocab) -> float:
     return float(np.mean([auroc((truth==v).astype(float), p[:,k]) for k,v in enumerate(vocab)]))
 
 UNUSED = {**dict.fromkeys(('mixmatch', 'mixaligned'), ('mu', 'tau', 'level', 'ramp')),
+    'mixstrong': ('mu', 'tau', 'ramp', 'mix_level'),
     **dict.fromkeys(('supervised', 'harsh'), ('mu', 'mix_mu', 'mix_level', 'tau', 'lambda_u', 'ramp'))}
 
 def run_key(name: str, args) -> str:
     "A hash of the settings that a run depends on."
-    drop = ('what', 'methods', 'seeds', 'first', 'cache', 'draws', *UNUSED.get(name, ('mix_mu', 'mix_level')))
+    drop = ('what', 'methods', 'seeds', 'first', 'cache', *UNUSED.get(name, ('mix_mu', 'mix_level')))
     return hashlib.sha256(json.dumps({k: v for k,v in vars(args).items() if k not in drop},
         sort_keys=True).encode()).hexdigest()[:8]
 
@@ -248,12 +265,11 @@ def chest(args):
     folder = Path(args.cache)
     folder.mkdir(parents=True, exist_ok=True)
     store = chest_store(folder, args.size)
-    t,vocab = chest_table(args.task)
-    rows = t[t.split==args.split]
-    truth,patients = rows.truth.to_numpy(),pd.factorize(rows.patient_id)[0]
-    names = ['supervised', *(n for n in args.methods or ('fixmatch', 'mixmatch') if n!='supervised')]
-    scores = {n: [] for n in names}
+    names = ['supervised', *(n for n in args.methods or ('fixmatch', 'mixmatch', 'mixstrong') if n!='supervised')]
+    each = {n: [] for n in names}
     for seed in range(args.first, args.first+args.seeds):
+        t,vocab = chest_table(args.task, seed if args.patients=='drawn' else None)
+        rows = t[t.split==args.split]
         for n in names:
             path = folder/f"{args.task}-{n}-{seed}-{run_key(n, args)}.npy"
             start = time.perf_counter()
@@ -262,29 +278,19 @@ def chest(args):
                 np.save(path, p)
                 for h in history[:: max(1, len(history)//5)]:
                     print('      ', {k: v for k,v in h.items() if k not in ('phase',)}, flush=True)
-            scores[n].append(np.load(path))
-            print(f'{args.task} seed {seed} {n:12s} AUROC {macro(truth, scores[n][-1], vocab):.4f}   '
+            each[n].append(macro(rows.truth.to_numpy(), np.load(path), vocab))
+            print(f'{args.task} seed {seed} {n:12s} AUROC {each[n][-1]:.4f}   '
                 f'{time.perf_counter()-start:.0f} s', flush=True)
-    report(args, truth, patients, vocab, scores)
-
-def report(args, truth, patients, vocab, scores):
-    "The table: mean over seeds, spread, paired interval over seeds and patients."
-    seeds = len(scores['supervised'])
-    of,gen = [np.flatnonzero(patients==k) for k in range(patients.max()+1)],rng(0, 'patients')
-    each = {n: np.array([macro(truth, p, vocab) for p in v]) for n,v in scores.items()}
-    draws = {n: [] for n in scores}
-    for _ in range(args.draws):
-        i = np.concatenate([of[k] for k in gen.integers(len(of), size=len(of))])
-        s = gen.integers(seeds, size=seeds)
-        for n,v in scores.items(): draws[n].append(np.mean([macro(truth[i], v[k][i], vocab) for k in s]))
     print(f'chest, {", ".join(vocab)}: {args.per_class or (5 if args.task=="two" else 20)} labels a class, '
-        f'{args.steps} steps, {args.size} px, {seeds} seeds, {len(truth)} {args.split} images of '
-        f'{patients.max()+1} patients')
+        f'{args.steps} steps, {args.size} px, {args.seeds} seeds from {args.first}, patients {args.patients}, '
+        f'{len(rows)} {args.split} images of {rows.patient_id.nunique()} patients')
     for n,v in each.items():
-        d = np.array(draws[n])-np.array(draws['supervised'])
-        print(f'  {n:12s} {v.mean():.4f} (sd {v.std(ddof=1) if seeds>1 else 0:.4f}; {v.min():.4f} to '
-            f'{v.max():.4f})' + (f'  difference {v.mean()-each["supervised"].mean():+.4f} ({interval(d)})'
-            if n!='supervised' else ''), flush=True)
+        v = np.array(v)
+        print(f'  {n:12s} {v.mean():.4f} (sd {v.std(ddof=1) if len(v)>1 else 0:.4f}; {v.min():.4f} to '
+            f'{v.max():.4f})' + (f'  difference {interval(v-each["supervised"])}' if n!='supervised' else '')
+            + '  each ' + ' '.join(f'{a:.3f}' for a in v), flush=True)
+    for n in names[1:-1]:
+        print(f'  {names[-1]} minus {n}: {interval(np.array(each[names[-1]])-each[n])}', flush=True)
 
 
 # ---------------------------------------------------------------- step
@@ -355,13 +361,14 @@ def main():
     a.add_argument('--methods', nargs='*', choices=list(DIGITS))
     a = sub.add_parser('chest')
     for name, value in (('seeds', 5), ('first', 0), ('steps', 600), ('epoch', 100), ('size', 64), ('bs', 10),
-            ('per-class', 0), ('draws', 1000)):
+            ('per-class', 0)):
         a.add_argument(f'--{name}', type=int, default=value)
     for name, value in (('mu', 4.), ('mix-mu', 1.), ('mix-level', 0.), ('tau', .95), ('lambda-u', 0.),
             ('ramp', 0.), ('level', 6.), ('lr', 2e-3), ('wd', .05), ('ema', .99)):
         a.add_argument(f'--{name}', type=float, default=value)
     a.add_argument('--task', choices=['two', 'three'], default='two')
     a.add_argument('--split', choices=['valid', 'test'], default='test', help='settings are chosen on valid')
+    a.add_argument('--patients', choices=['fixed', 'drawn'], default='fixed', help='drawn: parted anew by each seed')
     a.add_argument('--cache', default='/tmp/semi_chest', help='the store and the scores of finished runs')
     a.add_argument('--methods', nargs='*', choices=list(CHEST))
     a = sub.add_parser('step')

@@ -229,6 +229,51 @@ def test_targets_are_averaged_before_they_are_sharpened():
     train(Spy(K=2, T=.5), steps=1, n_out=2)
     assert seen['asked']==2*N_U and torch.allclose(seen['q'].double(), right.expand(N_U, 1, 2), atol=1e-6)
 
+def test_mixmatch_guesses_on_weak_views_and_learns_strong_ones():
+    "Where both are the same views the network already agrees with its guess, and the term teaches nothing."
+    weak,strong = (lambda x: x*.5),(lambda x: 1-x)
+    class Spy(MixMatch):
+        def guess(self, x, model=None):
+            seen['asked'] = x
+            return super().guess(x, model)
+        def views(self, x, y, u):
+            images,target = super().views(x, y, u)
+            seen.update(x=x, u=u, learnt=images)
+            return images,target
+    for given,learns in ((strong, strong), ('weak', weak)):
+        seen = {}
+        # a tiny alpha leaves each image itself
+        learn = train(Spy(alpha=1e-9, weak=weak, strong=given), steps=1)
+        twice = torch.cat([seen['u']]*2)
+        torch.testing.assert_close(seen['asked'], weak(twice))
+        torch.testing.assert_close(seen['learnt'], torch.cat([weak(seen['x']), learns(twice)]))
+        assert run_record(learn)['settings']['spy']['strong']==repr(given)
+
+def test_mixmatch_of_the_paper_draws_one_view():
+    "`strong='weak'` learns the views of the guess; a strong view leaves the draws of the weak ones as they are."
+    class Spy(MixMatch):
+        def see(self, name, augment, x):
+            seen.append((name, type(augment), super().see(name, augment, x)))
+            return seen[-1][2]
+    drawn = []
+    for strong in ('weak', None):
+        seen = []
+        train(Spy(strong=strong), steps=1)
+        drawn.append(seen)
+    assert [n for n,_,_ in drawn[0]]==['weak'] and [n for n,_,_ in drawn[1]]==['weak','strong']
+    assert torch.equal(drawn[0][0][2], drawn[1][0][2]) and drawn[1][1][1] is type(harsh())
+
+def test_the_weight_of_mixmatch_grows_with_the_classes():
+    "The distance is divided by the classes: an image counts the same in the loss, whatever their number."
+    for n, multi in ((2, False), (3, False), (3, True)):
+        cb = MixMatch()
+        learn = train(cb, steps=1, n_out=n, multi=multi)
+        k = 2 if multi else n
+        assert cb.lambda_u==2.5*k and run_record(learn)['settings']['mix_match']['lambda_u']==2.5*k
+    given = MixMatch(lambda_u=0.)
+    train(given, steps=1)
+    assert given.lambda_u==0
+
 def test_mixup_stays_nearer_to_the_first():
     share,partner = mix_shares(5000, .75, rng(0))
     plain = rng(0).beta(.75, .75, 5000)
@@ -387,6 +432,7 @@ METHODS = {'fixmatch': lambda: FixMatch(tau=.6), 'flexmatch': lambda: FlexMatch(
     'freematch': FreeMatch, 'softmatch': SoftMatch, 'aligned': lambda: FixMatch(tau=.6, align='labels'),
            'uda': lambda: FixMatch(tau=.6, temperature=.4),
            'meanteacher': lambda: MeanTeacher(strong=harsh()), 'mixmatch': MixMatch,
+           'mixmatch of the paper': lambda: MixMatch(strong='weak'),
            'mixmatch aligned': lambda: MixMatch(K=1, align='labels')}
 
 
@@ -596,6 +642,7 @@ def test_bad_settings_are_named():
     for f, words in ((lambda: FixMatch(tau=2), 'tau is 2'),
             (lambda: FixMatch(threshold='firm'), 'threshold is'),
             (lambda: FixMatch(lambda_u=-1), 'lambda_u is -1'), (lambda: MixMatch(K=0), 'K 0'),
+            (lambda: MixMatch(strong='gentle'), "strong is 'gentle'"),
                      (lambda: FixMatch(temperature=0), 'temperature is 0'),
                      (lambda: MeanTeacher(decay=1), 'decay is 1'),
                      (lambda: FreeThreshold(momentum=1), 'momentum is 1'),

@@ -14,7 +14,7 @@ import torch
 # %% ../../nbs/52_semi.mixmatch.ipynb #f5a975cc
 from ..core import ModelError, rng
 from .guess import as_shares, as_target, log_probabilities, sharpen
-from .step import SemiSupervised
+from .step import SemiSupervised, harsh
 
 # %% ../../nbs/52_semi.mixmatch.ipynb #eaed6db5
 def mix_shares(
@@ -56,20 +56,28 @@ class MixMatch(SemiSupervised):
         K: int=2,               # views of an unlabelled image for its guess
         T: float=.5,            # temperature of the sharpening
         alpha: float=.75,       # of the mixing's Beta distribution
-        lambda_u: float=75.,    # weight of the unlabelled term
+        lambda_u: float|None=None, # weight of the unlabelled term; None: 2.5 for each class (or 5 for labels)
         ramp: float=.4,         # steps until the full weight; below 1 a share of the fit's
         *,
-        weak=None,              # the view; None: `gentle()`
+        weak=None,              # the view that is guessed on; None: `gentle()`
+        strong=None,            # the view that is learnt; None: `harsh()`; 'weak': the guessed one, as in the paper
         align=None,             # 'labels', 'uniform', or (C,) shares: distribution alignment of the guesses
         in_scope: str|None=None,# column of the manifest: weight of an unlabelled image
         **kwargs,               # truth, collapse, seed, interleave, ramp_kind of `SemiSupervised`
     ):
-        super().__init__(lambda_u, ramp, weak, align, in_scope, **kwargs)
+        super().__init__(0. if lambda_u is None else lambda_u, ramp, weak, align, in_scope, **kwargs)
         if K<1 or not T>0 or not alpha>0:
             raise ModelError(f"MixMatch got K {K}, T {T}, alpha {alpha}",
                 "K is at least 1, T and alpha above 0")
-        self.settings |= dict(K=K, T=T, alpha=alpha)
+        if isinstance(strong, str) and strong!='weak':
+            raise ModelError(f"strong is {strong!r}", "Give an augmentation, None or 'weak'")
+        self.settings |= dict(K=K, T=T, alpha=alpha, strong=repr(strong))
         self.K,self.T,self.alpha = int(K),T,alpha
+        self.strong = None if isinstance(strong, str) else strong or harsh()
+        self.by_classes = lambda_u is None
+
+    def begin(self):
+        if self.by_classes: self.lambda_u = self.settings['lambda_u'] = 2.5*(2 if self.multi else self.n_out)
 
     def guesses(self, u):
         "(B, L, K) sharpened mean of the answers on K views (K*B, ...) of B images."
@@ -84,6 +92,9 @@ class MixMatch(SemiSupervised):
     def views(self, x, y, u):
         seen = self.see('weak', self.weak, torch.cat([x, *[u]*self.K]))
         q = self.guesses(seen[len(x):])
+        if self.strong is not None:
+            learnt = self.see('strong', self.strong, torch.cat([u]*self.K))
+            seen = torch.cat([seen[:len(x)], learnt])
         aims = torch.cat([as_shares(y, self.n_out).to(q), *[q]*self.K])
         share,partner = mix_shares(len(aims), self.alpha, rng(self.draw_seed, 'mix', self.batches))
         images,aims = (mix_pairs(o, share.to(q), partner.to(q.device)) for o in (seen, aims))
