@@ -67,7 +67,8 @@ def auroc(sets):
 
 def hit_share(t, s): return float(np.mean(s))
 
-MEAN = Metric(hit_share, weighted=lambda t, s: lambda w: (s@w)/w.sum(0), limits=(0, 1))
+MEAN = Metric(hit_share, weighted=lambda t, s: lambda w: (s@w)/w.sum(0), limits=(0, 1),
+    rests=lambda t, g: len(np.unique(g)))
 
 
 def graded(gen, n, right):
