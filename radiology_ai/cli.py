@@ -233,7 +233,7 @@ def tasks(
     if task is None:
         for t in TASKS.values(): typer.echo(f"{t.name:<14}{t.question}")
         return
-    for r in settings_table(task).itertuples(): typer.echo(f"{r.name:<14}{str(r.default):<12}{r.meaning}")
+    for r in settings_table(task).itertuples(): typer.echo(f"{r.name:<14}{str(r.default):<23}{r.meaning}")
 
 # %% ../nbs/85_cli.ipynb #b750df35
 @app.command()

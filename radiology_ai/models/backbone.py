@@ -21,10 +21,19 @@ import torch
 from torch import nn
 
 # %% ../../nbs/44_models.backbone.ipynb #a83869e0
-from ..core import BundleError, ModelError
+from ..core import BundleError, MissingPackageError, ModelError, file_digest
 from ..losses.base import full_precision, grade_log_probabilities, largest_below
 from .sealed import read_meta
-from .weights import adapt_channels, fit_weights, hub_file, read_weights, url_file
+from radiology_ai.models.weights import (
+    PACKAGED,
+    adapt_channels,
+    fit_packaged,
+    fit_weights,
+    hub_file,
+    packaged_for,
+    read_weights,
+    url_file,
+)
 
 # %% ../../nbs/44_models.backbone.ipynb #0f6d0fa3
 EFFICIENTNETS = tuple(f'efficientnet_pytorch/efficientnet-b{i}' for i in range(9))
@@ -70,6 +79,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.net,self.n_in,self.n_features,self.pretrained = net,n_in,n_features,False
+        self.start = {} # which weights it began with: name, licence and sha256 as far as they are known
         for k,v in (('mean', mean), ('std', std)):
             self.register_buffer(k, torch.tensor(np.broadcast_to(v, n_in), dtype=torch.float32).reshape(1,
                 n_in, 1, 1))
@@ -128,7 +138,7 @@ def create_backbone(
     n_in: int=1,           # channels of the images
     pretrained: bool=True, # start from published weights
     strict: bool=False,    # raise `ModelError` if they cannot be had; otherwise warn, and be random
-    weights=None,          # a weight file (safetensors, .pt) or the folder of a bundle, in place of published ones
+    weights=None,          # in place of published ones: a name of `PACKAGED`, a weight file, or the folder of a bundle
     *,
     seed: int=0,           # of random weights
     **kwargs,              # further arguments of the architecture, such as img_size
@@ -141,19 +151,31 @@ def create_backbone(
         torch.manual_seed(seed)
         make = _efficientnet if name in EFFICIENTNETS else _chest if name in CHEST else _timm
         net,mean,std,n_features = make(name, n_in, False, kwargs)
-        known = weights is not None or pretrained
-        if weights is not None: _local(net, weights, n_in, name)
+        start = {}
+        if weights is not None: start = _local(net, weights, n_in, name)
         elif pretrained:
-            try: net = make(name, n_in, True, kwargs)[0]
+            try: net,start = _published(make, net, name, n_in, kwargs)
             except ModelError as e:
-                if strict:
-                    raise ModelError(e.what, "Download them once where there is a network, give "
-                        "weights='file.safetensors', or pretrained=False") from e
-                known = False
-                warnings.warn(f"{name} starts from RANDOM weights. {e.what}", stacklevel=2)
+                if strict: raise ModelError(e.what, e.remedy or _WITHOUT) from e
+                warnings.warn(f"{name} starts from RANDOM weights. {e.what}"
+                    f"{f'. {e.remedy}' if e.remedy else ''}", stacklevel=2)
     body = Backbone(net, n_in, n_features, mean, std)
-    body.pretrained = known
+    body.pretrained,body.start = bool(start),start
     return body,n_features
+
+_WITHOUT = ("Download them once where there is a network, give weights='file.safetensors', or "
+    "pretrained=False")
+
+def _published(make, net, name, n_in, kwargs) -> tuple[nn.Module, dict]:
+    "The network with its published weights, from an installed package before the hub, and what they are."
+    packaged = packaged_for(name)
+    try:
+        if packaged: return net,_packaged(net, packaged, n_in, name)
+    except MissingPackageError as e: hint = e.remedy
+    try: return make(name, n_in, True, kwargs)[0],{'weights': name}
+    except ModelError as e:
+        if not packaged: raise
+        raise ModelError(e.what, f"A package has them, too. {hint}") from e
 
 # entries of a model's config that are no arguments of the architecture
 MODEL_SETTINGS = ('name','n_out','n_in','dropout','pool','batchnorm','multi_label','views','fuse','ordinal',
@@ -171,13 +193,25 @@ def _from_bundle(name, weights, kwargs):
     return network['name'],name if weights is None else weights,{k: v for k,v in network.items()
         if k not in MODEL_SETTINGS} | kwargs
 
-def _local(net, weights, n_in, name):
-    "Put the weights of a local file or bundle into `net`."
+def _packaged(net, weights, n_in, name) -> dict:
+    "Put weights of `PACKAGED` into `net`; what they are."
+    p = PACKAGED[weights]
+    if p.arch!=name.split('.')[0]:
+        raise ModelError(f"The weights {weights} are of the network {p.arch}, not of {name}",
+            f"Give the architecture {p.arch} (in a task, arch={p.arch})")
+    fit_packaged(net, weights, n_in)
+    return {'weights': weights, 'package': p.package, 'licence': p.licence, 'sha256': p.sha256}
+
+def _local(net, weights, n_in, name) -> dict:
+    "Put weights of a package, a local file or a bundle into `net`; what they are."
+    if isinstance(weights, str) and weights in PACKAGED: return _packaged(net, weights, n_in, name)
     state = read_weights(weights)
     if 'op_threshs' in state and name not in CHEST:
         raise ModelError(f"{Path(weights).name} comes from torchxrayvision, whose networks take pixels from "
             "-1024 to 1024", "Name the network 'torchxrayvision/...': list_backbones('torchxrayvision*')")
     fit_weights(net, state, n_in, Path(weights).name)
+    file = Path(weights)/'model.safetensors' if Path(weights).is_dir() else Path(weights)
+    return {'weights': Path(weights).name, 'sha256': file_digest(file)}
 
 def _timm(name, n_in, pretrained, kwargs):
     "A timm network, its normalisation for `n_in` channels and its number of features."
@@ -290,6 +324,23 @@ class Head(nn.Module):
         if self.ordinal: return grade_log_probabilities(z)
         return z if self.below is None or self.training else largest_below(full_precision(z), self.below)
 
+    @torch.no_grad()
+    def rescale(self,
+        slope, # a number, or one for each output
+        bias,  # likewise
+    ):
+        """From now on the logits are `slope` times what they were plus `bias`: written into the last layer. Raises
+        `ModelError` for a head of grades in order or of a tree."""
+        if self.ordinal or self.below is not None:
+            raise ModelError(f"The outputs of a head {'for ordered grades' if self.ordinal else 'for a tree'} "
+                "are no plain logits", "Take its probabilities as they are")
+        last = self.linear if isinstance(self.norm, nn.Identity) else self.norm
+        slope,bias = (torch.as_tensor(v, dtype=last.weight.dtype,
+            device=last.weight.device).expand(self.linear.out_features)
+            for v in (slope, bias))
+        last.weight.mul_(slope[:,None] if last is self.linear else slope)
+        last.bias.mul_(slope).add_(bias)
+
     def forward(self, x): return self.logits(self.pooled(x))
 
 # %% ../../nbs/44_models.backbone.ipynb #2d504986
@@ -376,7 +427,7 @@ def create_model(
     prior=None,              # (n_out,) share of each class: the head starts at its logarithm
     *,
     strict: bool=False,      # an error in place of a warning where the weights cannot be had
-    weights=None,            # a local weight file, or the folder of a bundle
+    weights=None,            # a name of `PACKAGED`, a local weight file, or the folder of a bundle
     dropout: float=0.,       # share of features dropped in training
     pool: str='avg',         # 'avg', 'max' or 'both'
     batchnorm: bool=True,    # normalise the logits

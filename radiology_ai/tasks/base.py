@@ -33,6 +33,7 @@ class Settings:
     label: str='label'      # the label column; of several labels their columns, separated by commas
     arch: str='resnet18'    # a timm or efficientnet_pytorch architecture
     pretrained: bool=True   # start from ImageNet weights
+    weights: str|None=None  # in their place: of a package (efficientnet-lite0), a file, or the folder of a bundle
     epochs: int=12          # passes over the training images
     head_epochs: int|None=None # passes with the body frozen before them; none: 1 for a pretrained body, else 0
     lr: float=2e-3          # the highest learning rate
@@ -44,6 +45,7 @@ class Settings:
     valid: float=.2         # share of the patients; the rest is the test
     copies: float=.9        # correlation from which two stored images count as one film
     no_patient: str='drop'  # images without a patient: drop, image (each is of another patient), or raise
+    calibration: str='platt' # of the probabilities, on validation patients: platt, temperature or none
 
     def __post_init__(self):
         for name,least in (('epochs', 1), ('bs', 2), ('min_per_class', 0), ('folds', 0), ('seed', 0)):
@@ -54,6 +56,9 @@ class Settings:
                 "Give 0 for one split, or at least 3 folds: in turn one is the test, one the validation")
         if self.no_patient not in ('drop','image','raise'):
             raise DataError(f"The setting no_patient is {self.no_patient!r}", "Choose drop, image or raise")
+        if self.calibration not in ('platt','temperature','none'):
+            raise DataError(f"The setting calibration is {self.calibration!r}",
+                "Choose platt, temperature or none")
         if not self.lr>0: raise DataError(f"The setting lr is {self.lr}", "Give a learning rate above 0")
         if not (self.train>0 and self.valid>0 and self.train+self.valid<1):
             raise DataError(f"The shares of the patients are train={self.train} and valid={self.valid}",

@@ -142,25 +142,27 @@ def stage_learner(
     loss = stage.loss(s, dls) if stage.loss else answer.loss(s, dls)
     return xray_learner(dls, stage.model(s, dls, earlier), loss_func=loss, metrics=answer.metrics(),
         monitor=answer.monitor,
-        pretrained=s.pretrained, lr=s.lr, seed=s.seed, show=show)
+        pretrained=s.pretrained, model_args=None if s.weights is None else {'weights': s.weights}, lr=s.lr,
+        seed=s.seed, show=show)
 
 def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: dict, *, show):
-    "Train, tune, score and save one stage; its network. Begun before, it goes on."
+    "Train, calibrate, tune, score and save one stage; its network. Begun before, it goes on."
     folder,bundle = place
     task,s,answer = plan.task,plan.settings,stage.answer
     vocab = answer.vocab(rows, s)
     learn = stage_learner(task, stage, plan.store, rows, s, earlier=earlier, show=show)
     learn.fit_two_phase(s.epochs, head_epochs=s.head_epochs, checkpoint=folder/'checkpoint')
+    mended = answer.calibrate(learn.model, plan.store, rows[rows.split=='valid'], vocab, s)
     parts = [score_table(task, stage, [learn.model], plan.store, rows[rows.split==k], settings=s, vocab=vocab)
         for k in ('valid','test')]
     threshold = answer.tune(parts[0], vocab)
     table = answer.thresholds(pd.concat(parts, ignore_index=True), threshold)
     save_bundle(learn, bundle, recipe=plan.store.recipe, vocab=vocab, task=task.name, arch=s.arch,
         threshold=threshold,
-        stage=stage.name, settings=asdict(s), answer=answer.spec(),
+        stage=stage.name, settings=asdict(s), answer=answer.spec() | {'calibration': mended},
         card={'label': s.label, 'images': len(rows), 'patients': int(rows.patient_id.nunique())})
     save_table(table, folder/'scores.csv')
-    write_record(folder/'fit.json', {'fit': run_record(learn)})
+    write_record(folder/'fit.json', {'fit': run_record(learn, calibration=mended)})
     return learn.model
 
 def _fitted(plan, stage, place, rows, earlier, *, show):

@@ -16,15 +16,17 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from torch import nn
 
 # %% ../../nbs/66_tasks.kinds.ipynb #6eec902c
-from ..core import DataError, RadiologyError, plain, progress
+from ..core import DataError, ModelError, RadiologyError, plain, progress
 from ..data.labels import make_manifest, read_labels
 from ..findings import Finding
 from ..losses.base import ClassAnswer, unknown_classes
 from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
+from ..metrics.recalibration import PlattClasses, PlattScaling, TemperatureScaling
 from ..models.run import run_model
 from ..report.evaluation import evaluate_table
 from ..report.figures import figure
@@ -137,8 +139,8 @@ def any_grade(
 # %% ../../nbs/66_tasks.kinds.ipynb #0ce2fcb9
 @dataclass(frozen=True)
 class Answer:
-    """Base of the kinds whose network gives (B, C) logits. A kind defines `known`, `checked`, `targets`, `vocab`, `truth`, `scores`,
-    `tune`, `figures`, `lines`, `row`, `findings`; tables hold one row an image."""
+    """Base of the kinds whose network gives (B, C) logits. A kind defines `known`, `checked`, `targets`, `vocab`, `numbers` (its
+    targets as numbers), `truth`, `scores`, `tune`, `figures`, `lines`, `row`, `findings`; tables hold one row an image."""
     monitor = 'auroc'     # the figure by which the best epoch is kept
     activation = 'softmax'
 
@@ -147,10 +149,48 @@ class Answer:
         logits = torch.from_numpy(network_logits(models, store, positions, show=show))
         p = logits.softmax(2) if self.activation=='softmax' else logits.sigmoid()
         return p.numpy().astype(float).mean(0)
+    def calibrate(self, model, store, rows, vocab, settings) -> dict:
+        """Mend the probabilities of a trained network on validation images, by the setting `calibration`, inside its
+        last layer: all that is predicted later is mended. What was done, or the `reason` why nothing was."""
+        if settings.calibration=='none': return {'reason': 'it was not asked for'}
+        if not hasattr(getattr(model, 'head', None), 'rescale'):
+            return {'reason': 'the network has no such head'}
+        logits = network_logits([model], store, [store.position(i) for i in rows.image_id], show=False)[0]
+        fit = _class_rule if self.activation=='softmax' else _label_rules
+        try:
+            slope,bias,told = fit(settings.calibration, self.numbers(rows, vocab, settings), logits,
+                rows.patient_id)
+            model.head.rescale(slope, bias)
+        except (DataError, ModelError) as e: return {'reason': e.what}
+        return told
     def loss(self, settings, dls): return None # that of the learner for such targets
     def metrics(self) -> list|None: return None # likewise
     def heat(self): return None                # of the likeliest output
     def spec(self) -> dict: return {'kind': type(self).__name__.lower(), 'activation': self.activation}
+
+def _line(rule) -> tuple:
+    "Slope and bias of a fitted rule on logits."
+    if isinstance(rule, TemperatureScaling): return 1/rule.temperature,0.
+    return (rule.slope, rule.intercepts) if isinstance(rule, PlattClasses) else (rule.slope, rule.intercept)
+
+def _class_rule(kind, targets, logits, groups) -> tuple:
+    "Slope, biases (C,) and the rule as plain values, of class numbers (N,)."
+    rule = (PlattClasses if kind=='platt' else TemperatureScaling)().fit(targets, logits, groups)
+    return (*_line(rule), rule.to_dict())
+
+def _label_rules(kind, targets, logits, groups) -> tuple:
+    """Slopes (C,), biases (C,) and the rules of the labels, of 1, 0 and NaN (N, C); a label without a rule
+    stays."""
+    lines,told = [],[]
+    for t,z in zip(targets.T, logits.T):
+        try:
+            rule = (PlattScaling if kind=='platt' else TemperatureScaling)().fit(t, expit(z), groups)
+            lines.append(_line(rule))
+            told.append(rule.to_dict())
+        except DataError as e:
+            lines.append((1., 0.))
+            told.append({'reason': e.what})
+    return (*map(list, zip(*lines)), {'kind': kind, 'labels': told})
 
 def _one_column(settings) -> str:
     if len(settings.labels)==1: return settings.labels[0]
@@ -193,6 +233,7 @@ class Grades(Answer):
         from radiology_ai.metrics.running import AUROC
         return [AUROC(against=0)]
     def heat(self): return any_grade
+    def numbers(self, rows, vocab, settings): return rows[_one_column(settings)].to_numpy(int)
 
     def truth(self, rows, settings) -> pd.DataFrame:
         "`target` (1: any grade above 0) and `grade`."
@@ -248,6 +289,8 @@ class Classes(Answer):
                 "Two classes are needed to learn and to evaluate")
         return out
     def vocab(self, manifest, settings) -> list: return sorted(manifest[_one_column(settings)].unique())
+    def numbers(self, rows, vocab, settings):
+        return rows[_one_column(settings)].map(vocab.index).to_numpy(int)
     def targets(self, store, manifest, settings) -> dict:
         return dict(labels=_one_column(settings), vocab=self.vocab(manifest, settings))
 
@@ -304,6 +347,7 @@ class Labels(Answer):
                     "Leave this label out, or add images of both classes")
         return df.assign(**{c: values[c].astype(float) for c in settings.labels})
     def vocab(self, manifest, settings) -> list: return settings.labels
+    def numbers(self, rows, vocab, settings): return rows[settings.labels].to_numpy(float)
     def targets(self, store, manifest, settings) -> dict: return dict(labels=settings.labels)
 
     def truth(self, rows, settings) -> pd.DataFrame:

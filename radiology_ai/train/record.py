@@ -115,6 +115,7 @@ def run_record(
     model = learn.model
     record = dict(versions=versions(), machine=machine(learn.dls.device), seed=learn.seed,
         network=getattr(model, 'config', {}), pretrained=bool(getattr(model.body, 'pretrained', False)),
+        start=getattr(model.body, 'start', {}),
         parameters=sum(p.numel() for p in model.parameters()), loss=type(learn.loss_func).__name__,
         loss_settings=_described(learn.loss_func), lr=float(learn.lr), wd=float(learn.wd),
         settings=getattr(learn, 'settings', {}), plan=learn.plan, **_data(learn),
