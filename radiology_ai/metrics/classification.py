@@ -26,6 +26,7 @@ from radiology_ai.metrics.intervals import (
     bootstrap,
     check_draws,
     draws_ci,
+    expansion,
     group_numbers,
     known,
     mean_of,
@@ -234,6 +235,18 @@ def _table(t, s, names, g, thresholds, *, draws, seed, level, mean, missing, auc
     return pd.DataFrame(rows).set_index('label')
 
 # %% ../../nbs/42_metrics.classification.ipynb #a9ef220e
+def _auroc_variances(t, s, g, draws: int, seed: int) -> dict[int, float]:
+    "The variance of the AUROC of each label that has one, from the same draws of patients for all."
+    ranked,few = {},{}
+    for c in range(t.shape[1]):
+        try: y,_,which = binary(t[:,c], s[:,c], groups=g)
+        except DataError: continue
+        if min(len(np.unique(which[o])) for o in (y, ~y))>1:
+            ranked[c],few[c] = Ranked(t[:,c], s[:,c]),rarest(y, which)
+    if not ranked: return {}
+    drawn = bootstrap(lambda w: np.stack([r.auroc(w) for r in ranked.values()]), g, None, draws, seed)
+    return {c: float(np.nanvar(d))*expansion(few[c])**2 for c,d in zip(ranked, drawn.T)}
+
 def auroc_table(
     targets,              # (N,) class numbers (one class against the rest) or (N, C) of 1, 0 or NaN
     scores,               # (N, C)
@@ -248,13 +261,10 @@ def auroc_table(
     "One row a class: value, low, high, positives, negatives and, where it is not defined, the reason."
     t,s,names,g = columns_of(targets, scores, names, groups)
     columns = ['value','low','high','positives','negatives','reason']
-    if method=='bootstrap':
-        table = _table(t, s, names, g, None, draws=draws, seed=seed, level=level, mean=False, missing='n/a',
-            aucs=('auroc',))
-        return table.rename(columns=dict(auroc='value', auroc_low='low', auroc_high='high'))[columns]
+    variance = _auroc_variances(t, s, g, draws, seed) if method=='bootstrap' else {}
     rows = []
     for c in range(len(names)):
-        try: ci,reason = auroc_ci(t[:,c], s[:,c], g, method, level),''
+        try: ci,reason = auroc_ci(t[:,c], s[:,c], g, method, level, variance=variance.get(c)),''
         except DataError as e: ci,reason = NA,e.what
         rows.append((*ci, int((t[:,c]==1).sum()), int((t[:,c]==0).sum()), reason))
     return pd.DataFrame(rows, index=pd.Index(names, name='label'), columns=columns)

@@ -209,6 +209,7 @@ def auroc_ci(
     *,
     draws: int=1000,        # repetitions of the bootstrap
     seed: int=0,            # of the bootstrap
+    variance: float|None=None, # of the AUROC over patients, where it is known already
 ) -> Interval:
     """AUROC with its score interval (Newcombe 2006) by DeLong's variance (DeLong 1988; Obuchowski 1997). `DataError` for
     constant scores, whose 0.5 says nothing about a model, and for fewer than two patients of a class."""
@@ -217,8 +218,8 @@ def auroc_ci(
         raise DataError(f"method is {method!r}", "Choose 'delong' or 'bootstrap'")
     t,(s,),g = binary(targets, scores, groups=groups)
     refuse_constant(s)
-    few,variance = rarest(t, g),None
-    if method=='bootstrap':
+    few = rarest(t, g)
+    if method=='bootstrap' and variance is None:
         drawn = bootstrap(Ranked(t, s).auroc, g, t, draws, seed)
         variance = float(drawn.var())*expansion(few)**2
     return _Score(t, delong_components(t, s), g, variance)(level)
