@@ -1,4 +1,4 @@
-"""How fast are the intervals of classification metrics, and do they hold what they promise?
+"""How fast are the intervals of classification metrics? (`coverage.py` says what they hold.)
 
     python benchmarks/metrics.py [speed] [--images 25596] [--peer 3] [--rounds 3]
 
@@ -6,8 +6,6 @@ speed:    intervals of 25,596 x 14 AUROCs from 1,000 draws of patients (scores o
           scikit-learn in a loop over labels and draws. The loop is measured on `--peer` draws and scaled up. The AUROCs of those
           draws are compared. Then DeLong's intervals for all labels, and the whole `label_table` with operating points. Medians of
           `--rounds` rounds; clock and processor seconds.
-coverage: how often the 95 % intervals hold the truth in `--sets` simulated data sets, with one image a patient and with several
-          that resemble each other.
 """
 import argparse
 import time
