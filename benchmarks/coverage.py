@@ -100,8 +100,10 @@ def cells():
             'RSNA score': rsna_map_ci(*d, draws=DRAWS), 'CPM': froc(*d, draws=DRAWS).cpm,
             'COCO AP': tuple(coco_map_ci(*d, draws=DRAWS).loc['AP', ['value', 'low', 'high']])})
         for right in (.6, .85, .97):
-            out[f'grades, {right:.0%} right, {n} images'] = (lambda gen, n=n, right=right: graded(gen, n, right),
-                lambda d: {m.__name__: bootstrap_ci(m, *d, draws=DRAWS) for m in (quadratic_kappa, balanced_accuracy, mcc)})
+            out[f'grades, {right:.0%} right, {n} images'] = (lambda gen, n=n, right=right: graded(gen, n,
+                right),
+                lambda d: {m.__name__: bootstrap_ci(m, *d, draws=DRAWS)
+                for m in (quadratic_kappa, balanced_accuracy, mcc)})
     for positives in (5, 10, 20):
         for shift in (.5, 1.5, 3.):
             def made(gen, positives=positives, shift=shift):
@@ -114,7 +116,8 @@ def cells():
             out[f'{positives} positives of {positives+60}, shift {shift}'] = made,seen
             if shift==1.5:
                 out[f'{positives} positives, probabilities'] = (lambda gen, made=made: calibrated(gen, made),
-                    lambda d: {k: tuple(r[['value', 'low', 'high']]) for k,r in calibration_ci(*d, draws=DRAWS).iterrows()})
+                    lambda d: {k: tuple(r[['value', 'low', 'high']])
+                    for k,r in calibration_ci(*d, draws=DRAWS).iterrows()})
         def labels(gen, positives=positives):
             t = np.zeros((60+positives, 3))
             for c in range(3): t[gen.choice(len(t), positives, replace=False),c] = 1
@@ -146,7 +149,8 @@ def figures(sets):
             ends = np.array([o[figure] for o in found], float)
             ends = ends[~np.isnan(ends[:,1])]
             rows.append(dict(data=name, figure=figure, truth=truth[figure], held=np.mean(
-                (ends[:,1]<=truth[figure]+1e-9) & (truth[figure]-1e-9<=ends[:,2])), width=np.mean(ends[:,2]-ends[:,1]),
+                (ends[:,1]<=truth[figure]+1e-9) & (truth[figure]-1e-9<=ends[:,2])),
+                width=np.mean(ends[:,2]-ends[:,1]),
                 defined=len(ends)/sets))
         print(name, f'{time.process_time()-started:.0f} s', flush=True)
     table = pd.DataFrame(rows)
@@ -170,7 +174,8 @@ def truths(name, make, gen, seen):
         p = norm.cdf(gen.normal(size=len(t)) + 1.5*t - 1.5)
         return {'ece': 0., 'brier': float(np.mean(p*(1-p))), 'slope': 1., 'intercept': 0., 'in the large': 0.}
     s = gen.normal(size=len(t)) + float(name.split()[-1])*t
-    return {'average precision': average_precision(t, s)} | operating_point(t, s, 1., draws=20).value.to_dict()
+    return {'average precision': average_precision(t, s)} | operating_point(t, s, 1.,
+        draws=20).value.to_dict()
 
 
 def tests(sets):
@@ -188,13 +193,15 @@ def tests(sets):
                     paired_bootstrap(MEAN, t, (a>shift/2)==(t>0), (b>shift/2)==(t>0), draws=DRAWS).p,
                     mcnemar_test(t, a>shift/2, b>shift/2).p))
             rows.append((positives, area, *np.mean(np.array(p)<.05, 0)))
-    table = pd.DataFrame(rows, columns=['positives', 'AUROC', 'AUROC (delong_test)', 'average precision', 'accuracy',
+    table = pd.DataFrame(rows, columns=['positives', 'AUROC', 'AUROC (delong_test)', 'average precision',
+        'accuracy',
         'accuracy, exact (mcnemar_test)']).set_index(['positives', 'AUROC'])
     print(table.map('{:.1%}'.format).to_string())
 
 
 if __name__=='__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', nargs='*', default=['auroc', 'figures', 'tests'])
     parser.add_argument('--sets', type=int, default=1000)
     args = parser.parse_args()

@@ -394,22 +394,27 @@ def main(
     "Run the command line; returns through `sys.exit` with 0, or with 2 after an error."
     if args is None: _read_names()
     given,args = args,list(sys.argv[1:] if args is None else args)
-    debug = '--debug' in args
-    if not debug: _quiet_warnings()
     _open_streams(own=given is None)
-    from radiology_ai.names import speaking
     words = [a for a in args if a not in ('--debug','--names')]
-    with _Signals(words, given is None) as signals, speaking(words, '--names' in args) as speech:
-        try: code = app(list(speech.words), standalone_mode=False)
-        except BaseException as e:
-            if signals.number: code = signals.tell()
-            elif not isinstance(e, (Exception, SystemExit)): raise
-            elif debug and isinstance(e, Exception):
-                traceback.print_exc()
-                code = 1
-            else: code = _told(e)
+    with _Signals(words, given is None) as signals:
+        try: code = _command(words, '--names' in args, '--debug' in args, signals)
+        except BaseException:
+            if not signals.number: raise
+            code = signals.tell()
         if given is None: signals.ignore() # the end of the process is not to be interrupted
     sys.exit(code if isinstance(code, int) else 0)
+
+def _command(words: list, names: bool, debug: bool, signals) -> int:
+    "Run a command; its exit code."
+    if not debug: _quiet_warnings()
+    from radiology_ai.names import speaking
+    with speaking(words, names) as speech:
+        try: return app(list(speech.words), standalone_mode=False)
+        except (Exception, SystemExit) as e:
+            if signals.number: raise
+            if not debug or isinstance(e, SystemExit): return _told(e)
+            traceback.print_exc()
+            return 1
 
 def _told(e: BaseException) -> int:
     "The exit code of an error, which is told on one line."

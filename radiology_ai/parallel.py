@@ -19,6 +19,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from multiprocessing import process, resource_tracker, spawn, util
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from .core import RadiologyError, progress, temporary
 
@@ -75,10 +76,12 @@ def _place_for_sockets():
     config = getattr(process.current_process(), '_config', None)
     if config is None or config.get('tempdir'): return
     stack = ExitStack()
-    folder = str(stack.enter_context(temporary(folder=True)))
-    if len(os.fsencode(folder))>85: # the address of a socket is short
+    for place in (None, Path('/tmp/radiology_ai')): # the address of a socket is short
+        try: folder = str(stack.enter_context(temporary(place, folder=True)))
+        except OSError: continue
+        if len(os.fsencode(folder))<=85: break
         stack.close()
-        return
+    else: return
     config['tempdir'] = folder
     # after multiprocessing's own
     util.Finalize(None, _forget, (stack, config, os.getpid()), exitpriority=-200)

@@ -253,7 +253,7 @@ BOMBS = dict(
         + struct.pack('<HHI', 0xFFFE, 0xE00D, 0))) + PIXELS)
 
 READ = '''
-import json,sys,time,warnings; warnings.simplefilter('ignore')
+import json,sys,time,warnings; from pathlib import Path; warnings.simplefilter('ignore')
 from radiology_ai.dicom.deidentify import _Job, _one
 from radiology_ai.dicom.index import index_row
 from radiology_ai.dicom.quality import pixel_digest
@@ -269,6 +269,7 @@ def prepared(p):
     image,record,_ = prepare(Source(p, 'x'), Preprocess(size=32))
     return record['cause'] if image is None else 'prepared'
 def deidentified(p):
+    Path(out, 'parts').mkdir(parents=True)
     row = _one(_Job(0, p, out, bytes(16), frozenset(), 'black'))[0]
     return row['cause'] or 'clean'
 told = {}

@@ -196,7 +196,8 @@ def test_delong_is_brute_force(patients, decimals):
         close((r.a, r.b, r.difference.value, r.z), (*theta, theta[0]-theta[1], (theta[0]-theta[1])/se), 1e-10)
 
 def score_ends(theta, v, m, n):
-    "The score interval of an AUROC without clusters, by trying every value: variance v, m positives, n negatives."
+    """The score interval of an AUROC without clusters, by trying every value: variance v, m positives, n
+    negatives."""
     few,edge = min(m, n)-1,.5/(m*n)
     def spread(x): return x*(1-x)/(m*n)*(1 + ((m+n)/2-1)*((1-x)/(2-x) + x/(1+x)))
     ratio = sum(v)/spread(np.clip(theta, edge, 1-edge))
@@ -222,18 +223,21 @@ def test_the_interval_of_the_auroc_is_newcombes_with_delongs_variance(shift, siz
         # the same from every function that has it
         assert ci==bootstrap_ci(auroc, t, s) and ci==auroc_ci(t, s, np.arange(len(t)))
         row = label_table(t[:,None], s[:,None], draws=20, mean=False).iloc[0]
-        close(row[['auroc','auroc_low','auroc_high']], ci); close(auroc_table(t[:,None], s[:,None]).iloc[0,:3], ci)
+        close(row[['auroc','auroc_low','auroc_high']], ci)
+        close(auroc_table(t[:,None], s[:,None]).iloc[0,:3], ci)
 
 def test_one_positive_patient_is_refused_by_the_same_words_everywhere():
     t,s = np.r_[1., np.zeros(30)],np.r_[.95, np.random.default_rng(0).random(30)]
     words = '1 patients have a positive and 30 a negative image'
-    for f in (lambda: auroc_ci(t, s), lambda: auroc_ci(t, s, method='bootstrap'), lambda: bootstrap_ci(auroc, t, s),
+    for f in (lambda: auroc_ci(t, s), lambda: auroc_ci(t, s, method='bootstrap'),
+            lambda: bootstrap_ci(auroc, t, s),
             lambda: bootstrap_ci(average_precision, t, s), lambda: bootstrap_ci(skm.roc_auc_score, t, s),
             lambda: delong_test(t, s, -s), lambda: paired_bootstrap(average_precision, t, s, -s),
             lambda: auroc_ci(np.r_[t, 1, 1], np.r_[s, .9, .8], np.r_[np.arange(31), 0, 0])): # three images of one
         with pytest.raises(DataError, match=words): f()
     for table in (label_table(t[:,None], s[:,None], draws=20), auroc_table(t[:,None], s[:,None]),
-            auroc_table(t[:,None], s[:,None], method='bootstrap', draws=20), compare_models(t, {'a': s, 'b': -s}, draws=20)):
+            auroc_table(t[:,None], s[:,None], method='bootstrap', draws=20),
+            compare_models(t, {'a': s, 'b': -s}, draws=20)):
         assert words in table.reason.iloc[0]
     assert operating_point(t, s, .9).loc['sensitivity', ['low','high']].tolist()==list(wilson_ci(1, 1)[1:])
 
@@ -285,7 +289,8 @@ def test_equal_models_differ_in_one_study_of_twenty(positives):
     for _ in range(600):
         shared = .7*gen.normal(size=len(t)) + t
         alarms.append(delong_test(t, *(shared + .7*gen.normal(size=(2, len(t))))).p<.05)
-    assert stats.binom.ppf(.001, 600, .03)/600<=np.mean(alarms)<=stats.binom.ppf(.999, 600, .07)/600, np.mean(alarms)
+    assert stats.binom.ppf(.001, 600, .03)/600<=np.mean(alarms)<=stats.binom.ppf(.999, 600,
+        .07)/600, np.mean(alarms)
 
 def test_four_images_prove_nothing():
     r = delong_test([0, 0, 1, 1], [.1, .2, .8, .9], [.9, .8, .2, .1])
@@ -327,7 +332,8 @@ def test_bootstrap_is_a_plain_loop_over_the_same_draws():
         wanted = ends([theirs(t[i], given_scores[i]) for i in rows], few)
         m = len(set(g[t>0])) if metric is average_precision else few
         close(bootstrap_ci(replace(metric, interval=None), t, given_scores, g, draws=60, seed=4)[1:],
-            bounded(theirs(t, given_scores), [theirs(t[i], given_scores[i]) for i in rows], m, *metric.limits), 1e-6)
+            bounded(theirs(t, given_scores), [theirs(t[i], given_scores[i]) for i in rows], m,
+            *metric.limits), 1e-6)
         close(bootstrap_ci(theirs, t, given_scores, g, draws=60, seed=4,
             stratify=strata is not None)[1:], wanted)
     close(mean_ci(s, g, draws=60, seed=4)[1:], ends([s[i].mean() for i in rows], len(set(g))), 1e-6)

@@ -134,7 +134,8 @@ def oai_knees(
         errors=errors, file=file.name if file.is_file() else str(root))
 
 # %% ../../nbs/31_data.datasets.ipynb #908ece60
-REGION = ('label', 'reader', *XYXY, 'w', 'h', 'rle', 'mask', 'height', 'width') # of a box or mask (`mask`: a file)
+# of a box or mask (`mask`: a file)
+REGION = ('label', 'reader', *XYXY, 'w', 'h', 'rle', 'mask', 'height', 'width')
 
 def from_csv(
     path,                    # a CSV, also .csv.gz
@@ -250,9 +251,11 @@ def _mask_files(m, images, file) -> tuple[pd.DataFrame, list]:
         if pd.isna(r.path): why = f"there is no file {r['mask']} in {images}"
         elif pd.notna(r.image):
             try:
-                with open_regular(r.path) as a, open_regular(r.image) as b, Image.open(a) as mask, Image.open(b) as image:
+                with open_regular(r.path) as a, open_regular(r.image) as b, Image.open(a) as mask, Image.open(
+                        b) as image:
                     (w,h),size = mask.size,image.size
-            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e: why = f"cannot be read ({e})"
+            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
+                why = f"cannot be read ({e})"
             else:
                 m.loc[i, ['width', 'height']] = [w, h]
                 if (w,h)!=size: why = f"the mask has {w} x {h} pixels, its image {size[0]} x {size[1]}"

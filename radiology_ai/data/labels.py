@@ -483,9 +483,15 @@ def make_dataset(
     boxes,masks = (None if t is None else t[t.image_id.isin(df.image_id)].reset_index(drop=True)
         for t in (boxes, masks))
     if notes:
-        warnings.warn(f"{file_label(file) if file else 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)} "
-            "(all of them: `problems` of the data set)", stacklevel=3)
+        warnings.warn(f"{file_label(file) if file else 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)}, "
+            f"such as {_place_of(notes[0])} (all of them: `problems` of the data set)", stacklevel=3)
     return Dataset(df, boxes, masks, _problem_table([*everything, *notes]), (*labels, *(grades or {})))
+
+def _place_of(p: Problem) -> str:
+    "Where a cell stands and what is wrong with it, without what it holds."
+    why = p.why.replace(repr(p.value), 'it')
+    where = f"line {p.row+2}" if isinstance(p.row, (int, np.integer)) else "a row"
+    return f"{where}, column {p.column!r}" + ('' if str(p.value) in why else f": {why}")
 
 def _problem_table(found) -> pd.DataFrame:
     return pd.DataFrame([(p.file, int(p.row)+2 if isinstance(p.row, (int, np.integer)) else p.row, p.image,

@@ -341,7 +341,8 @@ def quadratic_kappa(
     return _single(_kappa, targets, predictions)
 
 def _balanced_ci(t, p, g, level) -> Interval:
-    "The shares of each class put together by their distances, added in squares (Newcombe 1998; Zou and Donner 2008)."
+    """The shares of each class put together by their distances, added in squares (Newcombe 1998; Zou and
+    Donner 2008)."""
     each = [proportion_ci(p==v, t==v, g, level) for v in np.unique(t)]
     value = float(np.mean([ci.value for ci in each]))
     far = lambda end: math.sqrt(sum((ci[end]-ci.value)**2 for ci in each))/len(each)

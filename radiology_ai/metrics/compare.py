@@ -242,8 +242,10 @@ def _mean_rows(table, t, given, names, g, *, draws, seed, level) -> list[dict]:
     m = mean_of(rarest(t[k,c], g[k]) for c in there for k in [~np.isnan(t[:,c])])
     for a,b in combinations(given, 2):
         try:
-            ci,p = _from_draws(value[a], value[b], drawn[:,[place[a],place[b]]], m, limits=(0, 1), level=level)
+            ci,p = _from_draws(value[a], value[b], drawn[:,[place[a],place[b]]], m, limits=(0, 1),
+                level=level)
             rows.append(_compared('mean', a, b, ci, p, va=value[a], vb=value[b], n=seen, reason=left_out))
         except DataError as e:
-            rows.append(_compared('mean', a, b, NA, math.nan, va=math.nan, vb=math.nan, n=seen, reason=e.what))
+            rows.append(_compared('mean', a, b, NA, math.nan, va=math.nan, vb=math.nan, n=seen,
+                reason=e.what))
     return rows

@@ -119,7 +119,8 @@ def _band(evaluate, groups, counting, draws: int, seed: int, *, level: float, ra
     ends = np.full((len(value), 2), np.nan)
     for k in np.flatnonzero(~lost):
         m = len(np.unique(g[each[:,k]]))
-        if rate and not drawn[:,k].any(): ends[k] = 0, -math.log(.5-level/2)/m # Poisson's, one event a patient
+        if rate and not drawn[:,k].any():
+            ends[k] = 0, -math.log(.5-level/2)/m # Poisson's, one event a patient
         elif rate: ends[k] = percentile_ci(value[k], drawn[:,k], level, m)[1:]
         else: ends[k] = draws_ci(value[k], drawn[:,k], (0, 1), level, m)[1:]
     low,high = ends.T

@@ -200,7 +200,8 @@ def proportion_ci(
     return wilson_ci(k/effect, n/effect, level)._replace(value=k/n)
 
 # %% ../../nbs/40_metrics.intervals.ipynb #62801267
-_TOWARDS,FREEDOM = 2,5 # patients that speak for the variance of a proportion; degrees of freedom beside the patients'
+# patients that speak for the variance of a proportion; degrees of freedom beside the patients'
+_TOWARDS,FREEDOM = 2,5
 
 def bounded_ci(
     value: float,        # a figure
@@ -213,7 +214,8 @@ def bounded_ci(
     variance. `DataError` for a value beyond the limits."""
     low,high = limits
     if not low-1e-9<=value<=high+1e-9:
-        raise DataError(f"The figure is {value:g}, beyond its limits {low:g} to {high:g}", "Give its true limits")
+        raise DataError(f"The figure is {value:g}, beyond its limits {low:g} to {high:g}",
+            "Give its true limits")
     p,m = min(max((value-low)/(high-low), 0.), 1.),max(float(patients), 1.)
     inside = min(max(p, .25/m), 1-.25/m)
     ratio = (error/(high-low))**2*m/(inside*(1-inside))
@@ -252,7 +254,8 @@ def check_draws(
     draws: int, # of a bootstrap
 ):
     "`DataError` for too few draws."
-    if draws<20: raise DataError(f"draws is {draws}", "A bootstrap interval needs at least 20 draws, better 1000")
+    if draws<20:
+        raise DataError(f"draws is {draws}", "A bootstrap interval needs at least 20 draws, better 1000")
 
 class Draws:
     """Iterable of blocks of weights, float32 (N, R): how often each image is in each draw of patients; `draws`
@@ -415,7 +418,8 @@ def mean_ci(
 # %% ../../nbs/40_metrics.intervals.ipynb #6c42debb
 @dataclass(frozen=True)
 class Metric:
-    "A figure of targets and scores: called as the function that it holds, with what the bootstrap must know about it."
+    """A figure of targets and scores: called as the function that it holds, with what the bootstrap must know
+    about it."""
     function: Callable            # (targets, scores) -> float; gives the name and the help
     weighted: Callable|None=None  # (targets, scores) -> function of weights (N, R): the figure of each draw (R,)
     by_class: bool=False          # patients are drawn within classes, as the share of positives does not matter

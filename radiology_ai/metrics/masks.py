@@ -153,10 +153,12 @@ def mask_table(
     found = o.pop('found').to_numpy(bool)
     rows = {}
     for name in o:
-        how = dict(draws=draws, seed=seed, level=level, limits=(0, math.inf if name.startswith('hausdorff95') else 1))
+        how = dict(draws=draws, seed=seed, level=level,
+            limits=(0, math.inf if name.startswith('hausdorff95') else 1))
         there = known & o[name].notna().to_numpy()
         rows[name] = _row(mean_ci, o[name], g, there, **how)
-        if not name.startswith('hausdorff95'): rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & there, **how)
+        if not name.startswith('hausdorff95'):
+            rows[f'{name} of lesions'] = _row(mean_ci, o[name], g, lesion & there, **how)
     rows['missed lesions'] = _row(_share, ~found, g, lesion, level=level)
     rows['invented lesions'] = _row(_share, found, g, known & ~lesion, level=level)
     return pd.DataFrame.from_dict(rows, orient='index',

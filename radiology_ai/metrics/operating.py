@@ -151,7 +151,8 @@ def point_intervals(
         least = -1. if name=='MCC' else 0.
         propagated = name in ('balanced accuracy','PPV','NPV') # of sensitivity and specificity alone
         if math.isnan(v) or math.isnan(se.value+sp.value): ci = NA
-        elif propagated or se.value in (0, 1) or sp.value in (0, 1): ci = _limits(name, se, sp, t.mean(), **kwargs)
+        elif propagated or se.value in (0, 1) or sp.value in (0, 1):
+            ci = _limits(name, se, sp, t.mean(), **kwargs)
         elif drawn is None or np.isnan(drawn[name]).mean()>.5: ci = Interval(v, least, 1.) # nothing is known
         else: ci = draws_ci(v, drawn[name], (least, 1.), level, patients)
         out[name] = ci,len(t)

@@ -167,7 +167,8 @@ def refuse_constant(
 _WIDER,_NARROWER = 5,30 # patients that speak for the variance of bell-shaped scores, by what DeLong's is
 
 def _spread(theta: float, m: float, n: float) -> float:
-    "Variance of an AUROC from m positives and n negatives, the mean of both forms of Hanley and McNeil (Newcombe 2006)."
+    """Variance of an AUROC from m positives and n negatives, the mean of both forms of Hanley and McNeil
+    (Newcombe 2006)."""
     return theta*(1-theta)/(m*n)*(1 + ((m+n)/2-1)*((1-theta)/(2-theta) + theta/(1+theta)))
 
 class _Score:
@@ -250,9 +251,11 @@ def delong_test(
     cov = sum(parts)
     diff,se = float(theta[0]-theta[1]),math.sqrt(max(0., cov[0,0] + cov[1,1] - 2*cov[0,1]))
     z = 0. if abs(diff)<1e-12 else (diff/se if se>1e-12 else math.copysign(math.inf, diff))
-    if all(np.array_equal(x, y) for x,y in zip(*each)): return DelongTest(Interval(0., 0., 0.), 0., 1., *map(float, theta))
+    if all(np.array_equal(x, y) for x,y in zip(*each)):
+        return DelongTest(Interval(0., 0., 0.), 0., 1., *map(float, theta))
     deviations = math.sqrt(max(cov[0,0]*cov[1,1], 0.))
-    ci,p = paired_ci(*(_Score(t, o, g) for o in each), cov[0,1]/deviations if deviations>1e-15 else 0., few, level)
+    ci,p = paired_ci(*(_Score(t, o, g) for o in each), cov[0,1]/deviations if deviations>1e-15 else 0., few,
+        level)
     least = min(1., 2/math.comb(int(g.max())+1, few)) # of all ways to choose the patients of the rarer class
     if p<least: p = least
     if p>1-level: ci = ci._replace(low=min(ci.low, 0.), high=max(ci.high, 0.))

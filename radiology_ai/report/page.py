@@ -42,6 +42,7 @@ from .evaluation import evaluate_table
 from .figures import HEADLINES
 from .predictions import check_predictions, thresholds_of
 from .sections import Section, cell_kind
+from ..tables import save_table
 
 # %% ../../nbs/64_report.page.ipynb #0e8824c8
 def choose_examples(
@@ -333,8 +334,7 @@ def _write_images(path: Path, d: ReportData, seen: dict):
     ids = pd.DataFrame({'number': sorted(seen), 'image_id': [seen[k] for k in sorted(seen)]})
     there = [c for c in ('image_id','patient_id','path') if c in d.table]
     known = d.table[there].astype(str).drop_duplicates('image_id')
-    with atomic_path(path) as tmp: ids.merge(known, 'left', on='image_id').to_csv(tmp, index=False)
-    path.chmod(0o600)
+    save_table(ids.merge(known, 'left', on='image_id'), path)
 
 def write_report(
     path,                          # a folder (then `report.html` in it), or a file that ends in .html
