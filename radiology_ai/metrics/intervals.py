@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
 from scipy.special import ndtr, stdtrit
 
 from ..core import DataError, rng
@@ -233,6 +232,7 @@ def paired_ci(
 ) -> tuple[Interval, float]:
     """The difference a minus b with its interval by square-and-add (Newcombe 1998; Zou and Donner 2008), and the
     two-sided p value that belongs to it."""
+    from scipy.optimize import brentq  # takes half a second to import
     few = max(float(patients), 1.)-1
     rho = max(-1., min(1., correlation))*few**2/(few**2+1)
     def ends(level):

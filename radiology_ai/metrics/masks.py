@@ -185,8 +185,8 @@ def _diagonal(mask, spacing) -> float:
 def _share(hit, groups, level): return proportion_ci(hit, None, groups, level)
 
 def _row(interval, values, groups, which, **kwargs) -> tuple:
-    "An interval of the images `which`, with its counts; NaN and a reason where there is none."
+    "The mean and its interval of the images `which`, with its counts; NaN and a reason where there is none."
     v,g = np.asarray(values)[which],groups[which]
     try: ci,reason = interval(v, g, **kwargs),''
-    except DataError as e: ci,reason = NA,e.what
+    except DataError as e: ci,reason = NA._replace(value=float(np.mean(v)) if len(v) else math.nan),e.what
     return (*ci, len(v), len(pd.unique(g)), reason)

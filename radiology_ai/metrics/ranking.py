@@ -14,7 +14,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.sparse import csr_array
 
 from ..core import DataError
@@ -192,6 +191,7 @@ class _Score:
         self.freedom = max(1., v*v/parts)+FREEDOM if ratio>1 and parts>0 else math.inf
 
     def __call__(self, level: float) -> Interval:
+        from scipy.optimize import brentq  # takes half a second to import
         z = normal_quantile(level) if math.isinf(self.freedom) else student_quantile(level, self.freedom)
         outside = lambda x: (x-self.value)**2 - z*z*self.ratio*_spread(x, *self.sizes)
         inside = min(max(self.value, 1e-9), 1-1e-9)

@@ -36,9 +36,8 @@ from ..preprocess.store import ImageStore
 from .outputs import Answered, check_outputs, picture_name, write_outputs
 from ..tables import save_table
 from ..tasks.base import Task
-from ..tasks.judge import heat_maps, mean_threshold
 from ..tasks.registry import TASKS, task_named
-from ..tasks.run import known_task, load_models
+from ..tasks.run import known_task, load_models, mean_threshold
 
 # %% ../../nbs/81_serve.predict.ipynb #3962531e
 def models_and_task(
@@ -185,6 +184,7 @@ def explain(
 ) -> pd.DataFrame:
     """Write one PNG an image and `heat.csv` with the hottest point (`hot_x`, `hot_y`) in stored pixels; one row a file. Raises
     `RadiologyError` where there is nothing to draw."""
+    from radiology_ai.tasks.judge import heat_maps  # half a second that `predict` does without
     (bundles,task),out = models_and_task(model, task),Path(out)
     with stored(bundles[0].recipe, paths, workers, show) as store:
         table = predicted_rows(bundles, task, store, show)

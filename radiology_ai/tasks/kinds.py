@@ -28,8 +28,6 @@ from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
 from ..metrics.recalibration import PlattClasses, PlattScaling, TemperatureScaling
 from ..models.run import run_model
-from ..report.evaluation import evaluate_table
-from ..report.figures import figure
 
 # %% ../../nbs/66_tasks.kinds.ipynb #4a651604
 def stored_batches(
@@ -253,6 +251,7 @@ class Grades(Answer):
         told = not self.graded or label in self.graded
         return dict(positive=self.positive if told else label, negative=self.negative if told else 'not')
     def figures(self, table, subgroups) -> dict:
+        from radiology_ai.report.evaluation import evaluate_table  # a prediction needs no report
         return evaluate_table(table, subgroups=subgroups,
             grade_names=list(range(table.filter(regex=r'^p_\d+$').shape[1])))
     def lines(self, figures) -> list[str]:
@@ -312,6 +311,8 @@ class Classes(Answer):
         "Each class against all others, and the `accuracy`."
         vocab = [c[2:] for c in table if c.startswith('p_')]
         hits = (table.truth==table.said).to_numpy()
+        from radiology_ai.report.evaluation import evaluate_table  # a prediction needs no report
+        from radiology_ai.report.figures import figure
         return evaluate_table(table, subgroups=subgroups, labels=vocab, missing='skip') | {
             'accuracy': figure(len(table), proportion_ci, hits, None, table.patient_id)}
     def lines(self, figures) -> list[str]:
@@ -369,6 +370,7 @@ class Labels(Answer):
 
     def names(self, settings) -> dict: return dict(labels=settings.labels)
     def figures(self, table, subgroups) -> dict:
+        from radiology_ai.report.evaluation import evaluate_table  # a prediction needs no report
         return evaluate_table(table, subgroups=subgroups, labels=[c[2:] for c in table if c.startswith('p_')],
             missing='skip')
     def lines(self, figures) -> list[str]:

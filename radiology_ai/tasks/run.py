@@ -6,8 +6,8 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.run.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'RUN', 'write_record', 'read_record', 'write_place', 'store_of', 'numbered_copies', 'named_copies',
-           'run_state', 'alone_in', 'Run', 'read_exactly', 'read_run', 'model_folders', 'load_models', 'stages_of',
-           'known_task']
+           'run_state', 'alone_in', 'Run', 'read_exactly', 'read_run', 'model_folders', 'load_models', 'mean_threshold',
+           'stages_of', 'known_task']
 
 # %% ../../nbs/66_tasks.run.ipynb #19ca4239
 import json
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 # %% ../../nbs/66_tasks.run.ipynb #69c6fd2e
@@ -211,6 +212,16 @@ def load_models(
         raise BundleError(f"{path} is a model of {f'the task {first.task!r}' if first.task else 'no task'}, not of {task.name!r}",
             "Give a model of this task, or leave the task out")
     return bundles
+
+def mean_threshold(
+    bundles: list, # of one run
+):
+    """The threshold of several models together: the mean; a list with one for each output, None where a model
+    has none."""
+    each = [b.threshold for b in bundles]
+    if each[0] is None: return None
+    if not isinstance(each[0], list): return float(np.mean(each))
+    return [None if any(v is None for v in values) else float(np.mean(values)) for values in zip(*each)]
 
 def stages_of(
     task: Task,
