@@ -406,6 +406,7 @@ def temporary(
     else:
         held,path = tempfile.mkstemp(**make)
         path = Path(path)
+    me = os.getpid()
     try:
         _hold(held)
         yield path
@@ -414,7 +415,7 @@ def temporary(
         raise _by_the_disk(e, beside) from e.__cause__
     finally:
         if os.name!='nt': os.close(held)
-        _discard(path)
+        if os.getpid()==me: _discard(path) # a fork that ends leaves it to its parent
 
 def _by_the_disk(e: Exception, path) -> Exception:
     """The error, or where it says in its own way that the disk refused something, an `OSError` that names the

@@ -339,3 +339,21 @@ def test_a_key_is_drawn_as_a_whole_and_once(tmp_path, monkeypatch):
     def refused(*args): raise OSError('no links here')
     monkeypatch.setattr(os, 'link', refused)
     assert len(read_key(tmp_path/'other.key'))==32 and (tmp_path/'other.key').stat().st_mode & 0o777==0o600
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
+def test_a_fork_that_ends_leaves_temporary_folders_to_its_parent():
+    done = subprocess.run([sys.executable, '-c', """
+import multiprocessing
+from contextlib import ExitStack
+from multiprocessing import util
+from radiology_ai.core import temporary
+kept = ExitStack()
+folder = kept.enter_context(temporary(folder=True))
+util.Finalize(None, print, (kept,), exitpriority=-200) # a fork forgets what its parent has to do at the end
+del kept
+child = multiprocessing.get_context('fork').Process(target=int)
+child.start()
+child.join()
+assert folder.is_dir()"""], capture_output=True, text=True, timeout=120)
+    assert done.returncode==0, done.stderr
