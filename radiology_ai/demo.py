@@ -34,8 +34,9 @@ from .tasks.registry import task_named, train
 from .tasks.run import RUN
 
 # %% ../nbs/84_demo.ipynb #bbf85793
-_STORE = ('recipe.json', 'index.parquet', 'errors.parquet', '.lock', 'shards/[0-9]*', '.index-*', '.errors-*',
-    '.recipe-*',
+_STORE = ('recipe.json', 'sums.json', 'index.parquet', 'errors.parquet', '.lock', 'shards/[0-9]*', '.index-*',
+    '.errors-*',
+    '.recipe-*', '.sums-*',
     'shards/.[0-9]*-*')
 DEMO = OwnedFolder('demo', ('demo.json',), ('demo.json', 'index.parquet', 'labels.csv', 'predictions.csv',
     'report.html',

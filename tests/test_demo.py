@@ -5,6 +5,11 @@ import pandas as pd
 import pytest
 from conftest import fails, run_cli
 
+from radiology_ai.core import RadiologyError
+from radiology_ai.demo import DEMO
+from radiology_ai.phantom.hospital import HOSPITAL
+from radiology_ai.tasks.run import RUN
+
 pytestmark = pytest.mark.slow
 
 
@@ -30,6 +35,17 @@ def test_demo_writes_what_it_says(demo):
         assert (out/name).exists() and str(out/name) in said
     page = (out/'report.html').read_text()
     assert page.count('data:image')>=5 and '<script src' not in page and 'http-equiv="refresh"' not in page
+
+
+def test_all_that_it_writes_is_known_as_its_own(demo):
+    out, _ = demo
+    DEMO.check(out) # the next demonstration replaces it
+    RUN.check(out/'run')
+    assert HOSPITAL.foreign(out/'hospital') is None
+    (out/'letter.txt').write_text('mine')
+    try:
+        with pytest.raises(RadiologyError, match='letter.txt'): DEMO.check(out)
+    finally: (out/'letter.txt').unlink()
 
 
 def test_demo_lists_the_broken_files(demo):
