@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from bisect import bisect_right
+from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,9 +133,10 @@ class Speech:
         try: top = os.path.commonpath([os.path.dirname(p) for p in paths])
         except ValueError: top = '' # some of them are relative
         if len(top)>1: roots.setdefault(top, '(folder)')
+        times = Counter(map(os.path.basename, paths))
         for k,p in enumerate(paths, 1):
             folder,name = os.path.split(p)
-            self._note_word(words, name, f'file {k}')
+            self._note_word(words, name, f'file {k}' if times[name]==1 else 'a file') # of several folders
             if folder!=top and folder not in folders:
                 folders[folder] = '' # seen
                 for part in folder[len(top):].split(os.sep): self._note_word(folders, part, '(folder)')
