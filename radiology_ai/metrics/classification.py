@@ -114,10 +114,10 @@ def macro_auroc(
 class _Label:
     "One label: figures of R draws from weights (N, R), and the intervals of the label itself."
     ranks = dict(auroc=auroc, ap=average_precision)
-    def __init__(self, t, s, g, threshold, aucs, *, metrics, **kwargs):
+    def __init__(self, t, s, g, threshold, *, metrics, **kwargs):
         refuse_constant(binary(t, s)[1][0])
         self.t,self.s,self.g = t,s,g
-        self.threshold,self.aucs,self.kwargs = threshold,aucs,kwargs
+        self.threshold,self.kwargs = threshold,kwargs
         self.ranked = Ranked(t, s)
         cell = call_cells(t, s>=threshold) if threshold is not None else np.full(len(t), -1)
         at = np.flatnonzero(cell>=0)
@@ -130,7 +130,7 @@ class _Label:
 
     def figures(self, w) -> dict[str, np.ndarray]:
         "The figures of each draw, each (R,)."
-        out = dict(zip(self.aucs, self.ranked.figures(w, *(k in self.aucs for k in ('auroc','ap')))))
+        out = dict(zip(self.ranks, self.ranked.figures(w)))
         out |= {k: f(w[self.there]) for k,f in self.further.items()}
         return out if self.cells is None else out | call_rates(self.cells@w, **self.kwargs)
 
@@ -144,7 +144,6 @@ class _Label:
         t,s,g = self.t[self.there]>0,self.s[self.there],self.g[self.there]
         out = {}
         for k,m in (self.ranks | self.metrics).items():
-            if k not in self.value: continue
             formula = getattr(m, 'interval', None)
             out[k] = (formula(t, s, g, level) if formula is not None
                 else draws_ci(self.value[k], drawn[k], getattr(m, 'limits', None), level, rests_on(m, t, g)))
@@ -200,12 +199,12 @@ def label_table(
     if missing not in ('n/a','skip'): raise DataError(f"missing is {missing!r}", "Choose 'n/a' or 'skip'")
     return _table(*columns_of(targets, scores, names, groups), thresholds, draws=draws, seed=seed,
         level=level,
-        mean=mean, missing=missing, aucs=('auroc','ap'), metrics=metrics or {}, beta=beta,
+        mean=mean, missing=missing, metrics=metrics or {}, beta=beta,
         prevalence=prevalence)
 
-def _table(t, s, names, g, thresholds, *, draws, seed, level, mean, missing, aucs, metrics=None,
+def _table(t, s, names, g, thresholds, *, draws, seed, level, mean, missing, metrics,
         **kwargs) -> pd.DataFrame:
-    "`label_table` of what `columns_of` gives; `aucs` are those of 'auroc' and 'ap' that are wanted."
+    "`label_table` of what `columns_of` gives."
     check_draws(draws)
     cuts = ([None]*len(names) if thresholds is None
         else np.broadcast_to(np.asarray(thresholds, float), len(names)).tolist())
@@ -214,9 +213,9 @@ def _table(t, s, names, g, thresholds, *, draws, seed, level, mean, missing, auc
         if cut is not None and not np.isfinite(cut):
             raise DataError(f"The threshold of {names[c]} is {cut}",
                 "Give finite numbers, such as `youden_threshold` of the validation set")
-        try: there[c] = _Label(t[:,c], s[:,c], g, cut, aucs, metrics=metrics or {}, **kwargs)
+        try: there[c] = _Label(t[:,c], s[:,c], g, cut, metrics=metrics, **kwargs)
         except DataError as e: lost[c] = e.what
-    figures = list(next(iter(there.values())).value) if there else [*aucs, *(metrics or {})]
+    figures = list(next(iter(there.values())).value) if there else [*_Label.ranks, *metrics]
     evaluate = lambda w: np.concatenate([np.stack([*o.figures(w).values()]) for o in there.values()])
     shape = len(there),len(figures),draws
     try: drawn = bootstrap(evaluate, g, None, draws, seed).T.reshape(shape) if there else []
