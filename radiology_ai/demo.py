@@ -11,7 +11,6 @@ __all__ = ['DEMO', 'fresh_folder', 'heat_near', 'DemoResult', 'run_demo']
 import json
 import math
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .core import OwnedFolder, RadiologyError, atomic_path
 from .dicom.index import image_files, index_dicoms, write_index
 from .explain import hottest
 from .metrics.intervals import wilson_ci
-from .names import called
+from .names import shown
 from .phantom.hospital import HOSPITAL
 from .preprocess.scale import preprocess_folder
 from .preprocess.store import ImageStore
@@ -136,7 +135,7 @@ def _prepared(task, out, size, workers, say) -> ImageStore:
     store = preprocess_folder(folder, out/'store', replace(task.recipe, size=size), workers=workers)
     unused = int((task.usable(store.index)!='').sum())
     say(f"{len(store)} images stored, {unused} of them of no use for the task; {len(store.errors)} files could not be used:")
-    for e in store.errors.itertuples(): say(f"  {called(e.path, sys.stdout)}: {e.cause}")
+    for e in store.errors.itertuples(): say(f"  {shown(e.path, folder)}: {e.cause}")
     return store
 
 def _judge(task, run, store, truth, out, *, workers, say):
