@@ -17,16 +17,8 @@ from radiology_ai.core import MissingPackageError, ModelError, file_digest
 from radiology_ai.data.tree import chest_tree
 from radiology_ai.losses.base import LabelLoss
 from radiology_ai.losses.structured import CORN, TreeLoss
-from radiology_ai.models.backbone import (
-    CHEST,
-    Head,
-    ViewsHead,
-    create_backbone,
-    create_model,
-    list_backbones,
-    log_prior,
-    tree_parents,
-)
+from radiology_ai.models.backbone import CHEST, create_backbone, create_model, list_backbones
+from radiology_ai.models.heads import Head, ViewsHead, log_prior, tree_parents
 from radiology_ai.models.bundle import export_onnx, load_bundle, save_bundle
 from radiology_ai.models.weights import PACKAGED, PackagedWeights, fit_weights, packaged_file, read_weights
 from radiology_ai.preprocess.recipe import Preprocess

@@ -17,7 +17,8 @@ from torch import nn
 pytest.importorskip('lightly')
 from radiology_ai.core import DataError, MissingPackageError, ModelError, rng
 from radiology_ai.data.load import xray_dataloaders
-from radiology_ai.models.backbone import Head, XrayModel, create_backbone, create_model
+from radiology_ai.models.heads import Head
+from radiology_ai.models.backbone import XrayModel, create_backbone, create_model
 from radiology_ai.pretrain.collapse import Collapse, effective_rank, embedding_spread
 from radiology_ai.pretrain.methods import METHODS, MaskedModel, Prototypes, SiameseModel, SSLLoss, method_settings
 from radiology_ai.pretrain.monitor import KNN, embed, knn_probe
@@ -54,6 +55,26 @@ def images(n: int=60, per_patient: int=2):
         x[i, r:r+6, 4:28] = 230
     return Store(x),pd.DataFrame(dict(image_id=[f'im{i}' for i in range(n)],
         patient_id=[f'p{i//per_patient}' for i in range(n)], split=['train']*(n-16)+['valid']*16, bar=y))
+
+
+@pytest.mark.parametrize('method', ['dino', 'swav'])
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'])
+def test_transformers_take_small_crops(method, name):
+    store, df = images(32)
+    store.x = np.repeat(np.repeat(store.x, 2, 1), 2, 2) # 64 pixels
+    learn = ssl_learner(store, df, name, method, bs=8, model_args=dict(depth=1) if 'vit' in name else
+        dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2)),
+        settings={k: v for k, v in SMALL.items() if k in METHODS[method].settings},
+        dls_args=dict(device='cpu'))
+    before = {k: v.clone() for k, v in learn.model.body.state_dict().items()}
+    learn.fit_two_phase(1)
+    assert any(not torch.equal(v, before[k]) for k, v in learn.model.body.state_dict().items())
+
+
+def test_what_takes_one_size_is_refused_before_small_crops():
+    store, df = images(32)
+    with pytest.raises(ModelError, match='images of one size only'):
+        ssl_learner(store, df, 'levit_128s', 'dino', bs=8, dls_args=dict(device='cpu'))
 
 
 class Body(nn.Module):

@@ -18,7 +18,8 @@ from fastai.torch_core import TensorCategory
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #0906362d
 from ..core import DataError, ModelError, atomic_path
-from ..models.backbone import Head, XrayModel, create_model
+from ..models.heads import Head
+from ..models.backbone import XrayModel, create_model
 from ..models.sealed import not_finite, tensors_digest
 from .collapse import Collapse
 from .methods import METHODS, MaskedModel, SiameseModel, SSLLoss, method_settings
@@ -142,7 +143,9 @@ def ssl_learner(
     if method=='mae' and partners: raise ModelError("mae looks at one image at a time", "Leave partners out")
     cb = SelfSupervised(method, views, seed, **(settings or {}))
     x = dls.one_batch()[0]
-    model = (create_model(backbone, 1, x.shape[1], pretrained, seed=seed, **(model_args or {}))
+    sizes = 'several' if cb.views.n_small else 'one' # as its small crops are
+    model = (create_model(backbone, 1, x.shape[1], pretrained, seed=seed,
+        **dict(size=tuple(x.shape[-2:]), sizes=sizes) | (model_args or {}))
         if isinstance(backbone, str) else backbone)
     watch = [] if collapse is None else [Collapse(collapse) if isinstance(collapse, str) else collapse]
     learn = xray_learner(dls, model, metrics=[], monitor=None, lr=lr, seed=seed, cbs=[cb, *watch, *cbs],

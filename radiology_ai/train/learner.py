@@ -166,7 +166,7 @@ def _network(dls, arch, pretrained, n_in, seed, *, model_args):
     if isinstance(arch, str):
         n_out = len(dls.vocab) if getattr(dls, 'vocab', None) is not None else dls.c
         args = dict(prior=train_prior(dls, n_out), multi_label=torch.is_tensor(y) and y.is_floating_point(),
-            seed=seed) | (model_args or {})
+            seed=seed, size=tuple(x.shape[-2:])) | (model_args or {})
         arch = create_model(arch, n_out, n_in or x.shape[1], pretrained, **args)
     if not (hasattr(arch, 'body') and hasattr(arch, 'head')):
         raise ModelError(f"A {type(arch).__name__} has no .body and .head",
