@@ -18,8 +18,8 @@ from radiology_ai.data.tree import chest_tree
 from radiology_ai.losses.base import LabelLoss
 from radiology_ai.losses.structured import CORN, TreeLoss
 from radiology_ai.models.backbone import CHEST, create_backbone, create_model, list_backbones
-from radiology_ai.models.heads import Head, ViewsHead, log_prior, tree_parents
 from radiology_ai.models.bundle import export_onnx, load_bundle, save_bundle
+from radiology_ai.models.heads import Head, ViewsHead, log_prior, tree_parents
 from radiology_ai.models.weights import PACKAGED, PackagedWeights, fit_weights, packaged_file, read_weights
 from radiology_ai.preprocess.recipe import Preprocess
 
@@ -54,7 +54,9 @@ def test_registry_covers_three_sources():
     found = list_backbones('*efficient*')
     assert 'efficientnet_b0' in found and 'efficientnet_pytorch/efficientnet-b0' in found and all(
         'efficient' in n for n in found)
-    assert set(list_backbones('torchxrayvision/*'))==set(CHEST) and len(CHEST)==8
+    assert len(list_backbones('torchxrayvision/*'))==8
+    assert set(CHEST)=={*list_backbones('torchxrayvision/*'), 'rad-dino', 'ark+/swin-large-768',
+        *list_backbones('eva-x/*')} and len(list_backbones('eva-x/*'))==3
     assert list_backbones('no such*')==[]
 
 @pytest.mark.parametrize('n_in', [1, 2, 3, 4, 5, 6])

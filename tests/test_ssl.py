@@ -17,8 +17,8 @@ from torch import nn
 pytest.importorskip('lightly')
 from radiology_ai.core import DataError, MissingPackageError, ModelError, rng
 from radiology_ai.data.load import xray_dataloaders
-from radiology_ai.models.heads import Head
 from radiology_ai.models.backbone import XrayModel, create_backbone, create_model
+from radiology_ai.models.heads import Head
 from radiology_ai.pretrain.collapse import Collapse, effective_rank, embedding_spread
 from radiology_ai.pretrain.methods import METHODS, MaskedModel, Prototypes, SiameseModel, SSLLoss, method_settings
 from radiology_ai.pretrain.monitor import KNN, embed, knn_probe

@@ -23,9 +23,9 @@ from conftest import fails, run_cli
 from radiology_ai.core import BundleError, DataError, RadiologyError
 from radiology_ai.metrics.calibration import calibration
 from radiology_ai.metrics.recalibration import recalibration_from
-from radiology_ai.models.heads import Head
 from radiology_ai.models.backbone import XrayModel
 from radiology_ai.models.bundle import load_bundle
+from radiology_ai.models.heads import Head
 from radiology_ai.models.sealed import sealed
 from radiology_ai.models.weights import has_package
 from radiology_ai.preprocess.scale import preprocess_folder

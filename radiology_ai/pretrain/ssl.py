@@ -18,8 +18,8 @@ from fastai.torch_core import TensorCategory
 
 # %% ../../nbs/51_pretrain.ssl.ipynb #0906362d
 from ..core import DataError, ModelError, atomic_path
-from ..models.heads import Head
 from ..models.backbone import XrayModel, create_model
+from ..models.heads import Head
 from ..models.sealed import not_finite, tensors_digest
 from .collapse import Collapse
 from .methods import METHODS, MaskedModel, SiameseModel, SSLLoss, method_settings
