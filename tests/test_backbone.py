@@ -139,7 +139,7 @@ def test_chest_weights_are_found_in_that_packages_cache(chest_densenet, tmp_path
     monkeypatch.setenv('HOME', str(tmp_path))
     cache = tmp_path/'.torchxrayvision'/'models_data'
     cache.mkdir(parents=True)
-    torch.save(chest_densenet, cache/CHEST[CHEST_NAME][1].rsplit('/', 1)[-1])
+    torch.save(chest_densenet, cache/CHEST[CHEST_NAME].source.rsplit('/', 1)[-1])
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         body,_ = create_backbone(CHEST_NAME, 1, strict=True)
