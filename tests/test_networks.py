@@ -67,7 +67,7 @@ def test_what_cannot_be_is_refused_before_training():
 def test_a_network_is_made_again_from_its_config():
     for name, more in (('swinv2_tiny_window8_256', {}),
             ('deit_tiny_distilled_patch16_224', dict(distilled=True)),
-            ('vit_tiny_patch16_224', dict(pool='query', layers=0)), ('resnet10t', dict(layers=2))):
+            ('vit_tiny_patch16_224', dict(pool='query')), ('resnet10t', dict(head_layers=2))):
         model = create_model(name, 3, pretrained=False, size=64, multi_label=True, parents=[-1, 0, -1],
             **more).eval()
         again = create_model(pretrained=False, **model.config).eval()

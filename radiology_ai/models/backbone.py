@@ -295,7 +295,7 @@ def _published(make, net, name, n_in, kwargs) -> tuple[nn.Module, dict]:
 
 # entries of a model's config that are no arguments of the architecture
 MODEL_SETTINGS = ('name','n_out','n_in','dropout','pool','batchnorm','multi_label','views','fuse','ordinal',
-    'parents','layers','distilled')
+    'parents','head_layers','distilled','kind','decoder','n_labels','width')
 
 def _from_bundle(name, weights, kwargs):
     """The architecture, weights and arguments of a bundle whose folder is given as the name; other names as
@@ -449,7 +449,7 @@ def create_model(
     fuse: str='attention',   # how the views are fused: 'attention', 'mean' or 'max'
     ordinal: bool=False,     # classes are grades: logits are the log-probabilities of CORN
     parents=None,            # (n_out,) of `tree_parents`: no label exceeds the one above it
-    layers: int=0,           # hidden layers of the head
+    head_layers: int=0,      # hidden layers of the head
     distilled: bool=False,   # a second output on the last token, for a teacher: DeiTs with `distilled` in their name
     size=None,               # of the images, for networks that are made for one size: a number or (height, width)
     sizes: str='one',        # 'several': images of other sizes come too
@@ -467,7 +467,7 @@ def create_model(
     if distilled and getattr(body.net, 'num_prefix_tokens', 0)<2:
         raise ModelError(f"{name} has no token for a teacher", "Choose one of list_backbones('*distilled*')")
     own = dict(dropout=dropout, pool=pool, batchnorm=batchnorm, multi_label=multi_label)
-    own |= {k: v for k,v in dict(ordinal=ordinal, layers=layers,
+    own |= {k: v for k,v in dict(ordinal=ordinal, head_layers=head_layers,
         parents=None if parents is None else [int(p) for p in parents]).items() if v}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed+1)

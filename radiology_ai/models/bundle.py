@@ -183,12 +183,20 @@ def load_bundle(
 
 _MORE = ('stage','settings','answer') # since format 2
 
+def _made(network: dict):
+    "The network that these settings describe, with random weights."
+    kind,more = network.get('kind', ''),{k: v for k,v in network.items() if k!='kind'}
+    if not kind: return create_model(**more, pretrained=False)
+    if kind!='segmenter': raise ModelError(f"The kind of network {kind!r} is not known", "Update radiology_ai")
+    from radiology_ai.models.segmenter import create_segmenter  # a classifier needs no decoder
+    return create_segmenter(**more, pretrained=False)
+
 def _network(path: Path, meta: dict):
     "The network with its weights."
     state = read_state(path, meta)
     size = sum(v.numel()*v.element_size() for v in state.values())
     try:
-        with Allowance(2*size + 2**25): model = create_model(**meta['network'], pretrained=False)
+        with Allowance(2*size + 2**25): model = _made(meta['network'])
     except (ModelError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
             AssertionError, MemoryError) as e: # an architecture may fail in many ways over its settings
         raise BundleError(f"The network of {path.name} cannot be built: {e}",

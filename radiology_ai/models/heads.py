@@ -87,13 +87,13 @@ class Head(nn.Module):
         multi_label: bool=False, # labels that do not exclude one another
         ordinal: bool=False,     # classes are grades in their order
         parents=None,            # (n_out,) number of the label above each, -1 for none: `tree_parents`
-        layers: int=0,           # hidden layers before the linear one, of half its width (at most 512)
+        head_layers: int=0,      # hidden layers before the linear one, of half its width (at most 512)
     ):
         super().__init__()
         if pool not in POOLS:
             raise ModelError(f"pool is {pool!r}", f"Give one of {', '.join(map(repr, POOLS))}")
-        if not 0<=layers<=3 or layers and pool=='query':
-            raise ModelError(f"The head got layers {layers} and pool {pool!r}",
+        if not 0<=head_layers<=3 or head_layers and pool=='query':
+            raise ModelError(f"The head got head_layers {head_layers} and pool {pool!r}",
                 "Give 0 to 3 layers; a head of queries has none")
         if prior is not None and len(prior)!=n_out:
             raise ModelError(f"The prior has {len(prior)} shares for {n_out} outputs",
@@ -106,7 +106,7 @@ class Head(nn.Module):
                 f"{multi_label}", "Give one parent for each output, and multi_label=True")
         self.pool,self.ordinal,self.drop,n = pool,ordinal,nn.Dropout(dropout),n_out-ordinal
         width = n_features*(2 if pool=='both' else 1)
-        self.hidden,width = _hidden(width, layers, dropout)
+        self.hidden,width = _hidden(width, head_layers, dropout)
         if pool=='query':
             self.hidden = LabelQueries(n_features, n)
             self.linear = OwnLinear(n, self.hidden.dim, bias=not batchnorm)

@@ -36,7 +36,7 @@ def _wholes(low, high):
     return ((lambda v: one(v) or isinstance(v, list) and 1<=len(v)<=16 and all(map(one, v))),
         f'whole numbers from {low} to {high}')
 
-_NAME = re.compile(r'(efficientnet_pytorch/|torchxrayvision/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}')
+_NAME = re.compile(r'(efficientnet_pytorch/|torchxrayvision/|eva-x/|ark\+/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}')
 _ARCHITECTURE = (lambda v: isinstance(v, str) and bool(_NAME.fullmatch(v))), 'the name of an architecture'
 _TRUTH = (lambda v: type(v) is bool), 'true or false'
 _SHARE = (lambda v: type(v) in (int, float) and 0<=v<=1), 'a number from 0 to 1'
@@ -44,10 +44,12 @@ _PARENTS = (lambda v: isinstance(v, list) and all(type(p) is int and -1<=p<len(v
     for p in v)), 'numbers of labels'
 
 OUTPUTS,CHANNELS = 10_000,1024 # the most of a network in a bundle
+_WIDTH = (lambda v: type(v) in (int, float) and 0<v<=4), 'a number above 0, at most 4'
 NETWORK = dict(name=_ARCHITECTURE, n_out=_whole(1, OUTPUTS), n_in=_whole(1, CHANNELS), dropout=_SHARE,
-    pool=_one_of('avg', 'max', 'both'), batchnorm=_TRUTH, multi_label=_TRUTH, ordinal=_TRUTH,
-    parents=_PARENTS,
-    views=_whole(1, 64), fuse=_one_of('attention', 'mean', 'max'),
+    pool=_one_of('avg', 'max', 'both', 'query'), batchnorm=_TRUTH, multi_label=_TRUTH, ordinal=_TRUTH,
+    parents=_PARENTS, head_layers=_whole(0, 3), distilled=_TRUTH,
+    kind=_one_of('segmenter'), decoder=_one_of('unet', 'unet++', 'fpn', 'upernet', 'segformer', 'dpt', 'deeplabv3+'),
+    n_labels=_whole(0, OUTPUTS), width=_WIDTH, views=_whole(1, 64), fuse=_one_of('attention', 'mean', 'max'),
     **dict.fromkeys(('img_size','image_size'), _wholes(1, 8192)),
     **dict.fromkeys(('patch_size','window_size','output_stride'), _wholes(1, 512)),
     **dict.fromkeys(('depth','depths','layers','num_heads'), _wholes(1, 256)),
