@@ -35,18 +35,12 @@ from radiology_ai.data.annotate import (
     read_templates,
     write_templates,
 )
+from .data.cells import read_labels
 from .data.chest import chestxray14, chexpert, padchest, rsna_pneumonia, siim_pneumothorax, vinbig
 from .data.dataset import study_rows
 from .data.datasets import from_csv, from_folders, link, oai_knees
 from .data.duplicates import find_copies, same_images
-from radiology_ai.data.labels import (
-    KELLGREN_LAWRENCE,
-    SCHATZKER,
-    Dataset,
-    make_manifest,
-    read_labels,
-    validate_manifest,
-)
+from .data.labels import KELLGREN_LAWRENCE, SCHATZKER, Dataset, make_manifest, validate_manifest
 from .data.load import xray_dataloaders, xray_test_dl
 from .data.regions import fuse_boxes, image_mask, rle_decode, rle_encode
 from radiology_ai.data.sampler import (

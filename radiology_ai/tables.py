@@ -175,8 +175,9 @@ def foreign_table(
     df = pd.read_csv(io.BytesIO(text) if isinstance(text, bytes) else io.StringIO(text), **kwargs)
     for i,name in enumerate(df.columns):
         values = df.iloc[:, i]
-        if values.dtype!=object and not isinstance(values.dtype, pd.StringDtype): continue
-        if any(isinstance(v, str) and v[:1]=="'" for v in values):
+        text = isinstance(values.dtype, pd.StringDtype)
+        if values.dtype!=object and not text: continue
+        if values.str.startswith("'").any() if text else any(isinstance(v, str) and v[:1]=="'" for v in values):
             plain = [unescape_text(v) if isinstance(v, str) else v for v in values]
             df[name] = text_column(plain).set_axis(df.index)
     if any(isinstance(c, str) and c[:1]=="'" for c in df.columns):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from radiology_ai.core import DataError
+from radiology_ai.data.cells import read_labels
 from radiology_ai.data.chest import (
     CHEXPERT,
     NIH14,
@@ -23,7 +24,7 @@ from radiology_ai.data.chest import (
     vinbig,
 )
 from radiology_ai.data.datasets import from_csv, from_folders, link, oai_knees
-from radiology_ai.data.labels import find_images, manifest_problems, read_labels
+from radiology_ai.data.labels import find_images, manifest_problems
 from radiology_ai.data.regions import XYXY, box_iou, fuse_boxes, image_mask, rle_area, rle_decode, rle_encode
 from radiology_ai.data.tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
 

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from radiology_ai.core import DataError, DicomError
-from radiology_ai.data.labels import read_labels
+from radiology_ai.data.cells import read_labels
 from radiology_ai.data.targets import _one_mask
 from radiology_ai.dicom import limits
 from radiology_ai.dicom.child import in_child

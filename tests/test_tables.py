@@ -19,7 +19,7 @@ import pytest
 
 from radiology_ai.core import DataError, atomic_path
 from radiology_ai.data.annotate import Question, read_templates, write_templates
-from radiology_ai.data.labels import read_cells, read_labels
+from radiology_ai.data.cells import read_cells, read_labels
 from radiology_ai.data.split import load_split, save_split
 from radiology_ai.dicom.deidentify import deidentify
 from radiology_ai.dicom.index import index_dicoms, write_index

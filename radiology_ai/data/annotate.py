@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, atomic_path, rng
-from .labels import read_cells
+from .cells import read_cells
 from ..dicom.limits import open_workbook
 from ..tables import escape_text, save_table, text_column, unescape_text
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from .labels import Dataset, Problem, make_dataset, name_rows, read_table
+from .cells import Problem, name_rows, read_table
+from .labels import Dataset, make_dataset
 from .regions import XYXY, box_problems, fuse_boxes, mask_problems
 from .tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
 from ..dicom.limits import table_bytes

@@ -21,6 +21,7 @@ from fastai.vision.core import TensorImage
 from ..core import DataError, write_text
 from .codes import check_columns
 from .regions import XYXY
+from .words import text_ids, view_name, view_names, wanted_views
 
 # %% ../../nbs/34_data.dataset.ipynb #a02a9910
 class BoxTargets:
@@ -85,28 +86,34 @@ def study_rows(
     rows: pd.DataFrame, # manifest rows with `study_id` and `view`
     views: list,        # the views in order, such as ['PA', 'LATERAL']
     labels=(),          # label columns: all rows of a study must agree
+    *,
+    all_views: bool=True, # a view that no image has is an error
 ) -> pd.DataFrame:
-    """One row a study: its first row of these views, and `image_ids`, a tuple with one identifier a view, ''
-    where it is missing."""
+    """One row a study of a patient: its first row of these views, and `image_ids`, a tuple with one identifier a view,
+    '' where it is missing. Views are compared by their `view_name`."""
     check_columns(rows, ['study_id', 'view', *labels])
     if (blank := rows.study_id.isna() | (rows.study_id.astype(str)=='')).any():
         raise DataError(f"Row {rows.index[blank][0]} (image {rows.image_id[blank].iloc[0]}) has no study_id",
             "Views can only be put together within a study")
+    views = wanted_views(views, rows.view) if all_views else [view_name(v) for v in views]
+    rows = rows.assign(view=view_names(rows.view), _study=rows.study_id.astype(str))
+    if 'patient_id' in rows: rows['_study'] = text_ids(rows.patient_id).fillna('') + '\0' + rows._study
     rows = rows[rows.view.isin(views)]
     if not len(rows):
         raise DataError(f"No image has one of the views {', '.join(views)}", "See the column `view`")
     for c in labels:
-        if (torn := rows.groupby('study_id')[c].transform('nunique')>1).any():
+        if (torn := rows.groupby('_study')[c].transform('nunique')>1).any():
             raise DataError(f"Study {rows.study_id[torn].iloc[0]} has different labels {c!r}",
                 "Give a study one label")
-    if (twice := rows.duplicated(['study_id', 'view'])).any():
+    if (twice := rows.duplicated(['_study', 'view'])).any():
         warnings.warn(f"{int(twice.sum())} studies have several images of one view; the first is taken",
             stacklevel=3)
-    wide = rows[~twice].pivot(index='study_id', columns='view',
+    wide = rows[~twice].pivot(index='_study', columns='view',
         values='image_id').reindex(columns=views).fillna('')
     first = rows.assign(_order=rows.view.map({v: k for k,v in enumerate(views)})).sort_values('_order',
-        kind='stable').drop_duplicates('study_id').sort_index().drop(columns='_order')
-    return first.assign(image_ids=first.study_id.map(dict(zip(wide.index, map(tuple, wide.to_numpy())))))
+        kind='stable').drop_duplicates('_study').sort_index()
+    ids = first._study.map(dict(zip(wide.index, map(tuple, wide.to_numpy()))))
+    return first.drop(columns=['_order', '_study']).assign(image_ids=ids)
 
 # %% ../../nbs/34_data.dataset.ipynb #d1495fae
 class TensorRadiograph(TensorImage):

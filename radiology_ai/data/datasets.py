@@ -17,19 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from radiology_ai.data.labels import (
-    KELLGREN_LAWRENCE,
-    LABEL_WORDS,
-    MANIFEST,
-    Dataset,
-    Problem,
-    find_images,
-    make_dataset,
-    make_manifest,
-    name_rows,
-    read_table,
-)
+from .cells import Problem, name_rows, read_table
+from .labels import KELLGREN_LAWRENCE, MANIFEST, Dataset, find_images, make_dataset, make_manifest
 from .regions import XYXY, box_problems, mask_problems
+from .words import LABEL_WORDS
 from ..dicom.limits import open_regular
 
 # %% ../../nbs/31_data.datasets.ipynb #d979b306

@@ -8,6 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/data.duplicates.html.md"""
 __all__ = ['SIDE', 'thumbnails', 'fingerprints', 'near_pairs', 'registered_correlation', 'find_copies', 'same_images']
 
 # %% ../../nbs/31_data.duplicates.ipynb #c3519424
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, progress
+from .words import find_column, no_column, text_ids
 from ..dicom.read import read_radiograph
 from ..parallel import worker_count
 
@@ -201,43 +203,57 @@ def find_copies(
 
 # %% ../../nbs/31_data.duplicates.ipynb #511dbb3a
 def _stems(values) -> pd.Series:
-    "Names without folder and extension."
-    return values.astype(str).str.replace(r'^.*[/\\]', '',
+    "Names without folder and extension; None where missing."
+    return text_ids(values).str.replace(r'^.*[/\\]', '',
         regex=True).str.replace(r'\.(png|jpe?g|dcm|tiff?)$', '', regex=True, case=False)
 
-def _rows_of(df, wanted) -> pd.Series:
+def _rows_of(df, wanted) -> np.ndarray:
     "The row of `df` for each of `wanted`, -1 where there is none, by the column that knows most of them."
     best = np.full(len(wanted), -1)
     for column in (c for c in ('image_id', 'path', 'patient_id') if c in df):
         keys = _stems(df[column])
-        found = pd.Index(keys[~keys.duplicated()])
-        first = np.flatnonzero(~keys.duplicated())
-        at = found.get_indexer(wanted)
-        at = np.where(at<0, -1, first[at])
+        once = (keys.notna() & ~keys.duplicated()).to_numpy()
+        first = np.flatnonzero(once)
+        at = pd.Index(keys[once]).get_indexer(wanted)
+        at = np.where((at<0) | wanted.isna(), -1, first[at] if len(first) else -1)
         if (at>=0).sum()>(best>=0).sum(): best = at
     return best
+
+def _two_columns(a, b, match, on) -> tuple[list, list]:
+    "The columns of `match` that name images of `a` and of `b`, and for each row of it those of `a` and `b`."
+    of = 'The table of identities has'
+    if on is not None:
+        on = [find_column(match, c, of=of, remedy="Name two of its columns in on=") for c in on]
+        return on,[_rows_of(df, _stems(match[c])) for df,c in zip((a, b), on)]
+    if len(match.columns)<2:
+        raise DataError(f"{of} {len(match.columns)} column", "Give one with the names of both data sets")
+    names = {c: _stems(match[c]) for c in match}
+    i,j = ({c: _rows_of(df, s) for c,s in names.items()} for df in (a, b))
+    pairs = [(c, d) for c in names for d in names if c!=d]
+    best = max(pairs, key=lambda p: (((i[p[0]]>=0) & (j[p[1]]>=0)).sum(),
+        (i[p[0]]>=0).sum() + (j[p[1]]>=0).sum()))
+    return list(best),[i[best[0]], j[best[1]]]
 
 def same_images(
     a: pd.DataFrame,     # a manifest with `image_id` and `patient_id`
     b: pd.DataFrame,     # another one
     match: pd.DataFrame, # a table of identities, one row an image
-    on: tuple|None=None, # its columns that name images (or patients of one image) of `a` and `b`; None: its first two
+    on: tuple|None=None, # its columns that name images (or patients of one image) of `a` and `b`; None: by what they hold
 ) -> pd.DataFrame:
     """Pairs `image_a`, `image_b`, `patient_a`, `patient_b` of images that are in both manifests, for
     `patient_groups`, `patient_split` and `assert_no_leakage`. Names are compared without folder and
-    extension."""
-    on = tuple(match.columns[:2] if on is None else on)
-    for column in on:
-        if column not in match:
-            raise DataError(f"The table of identities has no column {column!r} (it has "
-                f"{', '.join(map(str, match.columns))})", "Name two of its columns in on=")
+    extension; that there are no pairs is a warning."""
     for name,df in (('first', a), ('second', b)):
         for column in ('image_id', 'patient_id'):
             if column not in df:
-                raise DataError(f"The {name} manifest has no column {column!r} (it has "
-                    f"{', '.join(map(str, df.columns))})", "Give manifests")
-    i,j = _rows_of(a, _stems(match[on[0]])),_rows_of(b, _stems(match[on[1]]))
+                raise DataError(f"The {name} manifest has no column {no_column(df, column)}",
+                    "Give manifests")
+    on,(i,j) = _two_columns(a, b, match, on)
     both = (i>=0) & (j>=0)
+    if not both.any():
+        warnings.warn(f"None of the {len(match)} rows of the table of identities names an image of both manifests: column "
+            f"{on[0]!r} names {int((i>=0).sum())} of the first, {on[1]!r} {int((j>=0).sum())} of the second",
+            stacklevel=2)
     parts = {f'{c}_{s}': df[f'{c}_id'].astype(str).to_numpy()[k[both]] for c in ('image', 'patient')
         for s,df,k in (('a', a, i), ('b', b, j))}
     return pd.DataFrame(parts)

@@ -126,7 +126,8 @@ def xray_test_dl(
     """A loader of `rows` in their order, without transforms; the last batch may be smaller. Batches are
     (images,), or (images, targets) with `labels` or `regions`."""
     if isinstance(store, DataLoaders):
-        if store.views is not None and 'image_ids' not in rows: rows = study_rows(rows, store.views)
+        if store.views is not None and 'image_ids' not in rows:
+            rows = study_rows(rows, store.views, all_views=False)
         store,channels,device = store.store,channels or store.channels,device or store.device
     targets = None
     if isinstance(labels, str): targets,vocab = category_codes(rows, labels, vocab)
@@ -152,7 +153,7 @@ class XrayDataLoaders(DataLoaders):
         **kwargs                  # workers, device as in `xray_test_dl`
     ) -> XrayDL:
         "A loader of other images of the same store in their order."
-        if self.views is not None: rows = study_rows(rows, self.views)
+        if self.views is not None: rows = study_rows(rows, self.views, all_views=False)
         given = (dict(labels=self.labels, vocab=list(self.vocab) if self.labels is not None else None,
             regions=self.train_ds.regions) if with_labels else {})
         return xray_test_dl(self, rows, bs or self.train.bs, **given, **kwargs)

@@ -9,7 +9,6 @@ __all__ = ['patient_keys', 'patient_groups', 'patient_split', 'prevalence', 'spl
            'held_out_split', 'fewer_negatives', 'assert_no_leakage', 'split_hash', 'save_split', 'load_split']
 
 # %% ../../nbs/32_data.split.ipynb #c196e69f
-import difflib
 import hashlib
 import json
 import re
@@ -20,16 +19,14 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, rng
+from .words import distinct, find_column, id_text, patient_fault
 from ..files import read_bytes
 from ..tables import parse_table, save_table
 
 # %% ../../nbs/32_data.split.ipynb #e327aaab
 def _column(df, column, what='column'):
     "The column, or an error with the nearest name."
-    if column in df: return df[column]
-    near = difflib.get_close_matches(str(column), map(str, df.columns), 1)
-    raise DataError(f"The table has no {what} {column!r}{f'; did you mean {near[0]!r}?' if near else ''} (it "
-        f"has {', '.join(map(str, df.columns))})", "Rename or add it")
+    return df[find_column(df, column, what, of='The table has', remedy="Rename or add it")]
 
 def _some(values, n: int=5) -> str:
     "The first few of `values`."
@@ -41,16 +38,17 @@ def patient_keys(
     column: str='patient_id',  # its column of patients
 ) -> pd.Series:
     "The patient of each row as text; `DataError` that names the rows without one."
-    raw = _column(df, column)
-    missing = raw.isna()
-    keys = raw.astype(object).where(~missing, '').map(lambda o: str(int(o))
-        if isinstance(o, (float, np.floating)) and o==int(o) else str(o).strip())
-    keys = keys.str.replace(r'^(\d+)\.0$', r'\1', regex=True).astype(object)
-    if (empty := missing | keys.isin(['', 'nan', 'None'])).any():
+    values = _column(df, column)
+    codes,known = distinct(values)
+    words = np.array([*map(id_text, known), ''], object)
+    faults = [w=='' if column=='image_id' else patient_fault(w)!='' for w in words]
+    empty = np.array(faults)[codes]
+    if empty.any():
+        nobody = ', '.join(repr(w) for w,wrong in zip(words, faults) if wrong and w)
         raise DataError(f"{int(empty.sum())} of {len(df)} rows have no {column} (rows "
-            f"{_some(df.index[empty])})",
+            f"{_some(df.index[empty])}){f'; {nobody} is no patient' if nobody else ''}",
             "Fill in the patient, or leave these images out: without it a split may leak")
-    return keys
+    return pd.Series(words[codes], df.index, dtype=object, name=values.name)
 
 def _image_ids(df) -> pd.Series:
     "The images as text; `DataError` that names those that occur twice or are missing."
@@ -458,7 +456,8 @@ def load_split(
     path = Path(path)
     if not path.is_file(): raise DataError(f"There is no file {path}", "Give a file written by save_split")
     try: head,_,body = read_bytes(path).decode('utf-8').partition('\n')
-    except ValueError as e: raise DataError(f"{path.name} is no text", "Give a file written by save_split") from e
+    except ValueError as e:
+        raise DataError(f"{path.name} is no text", "Give a file written by save_split") from e
     if not (found := re.match(r'# split ([0-9a-f]{16})\s*$', head)):
         raise DataError(f"{path.name} is no split: its first line has no hash",
             "Give a file written by save_split")

@@ -195,7 +195,7 @@ def settle_charset(
 
 # %% ../../nbs/10_dicom.limits.ipynb #572fefaa
 def table_bytes(
-    path, # a text table, also compressed with gzip
+    path, # a text table, also compressed with gzip, or alone in a zip file
 ) -> bytes:
     "The bytes of the text. `DataError` where it is no regular file or too large."
     name = Path(shown_name(path)).name
@@ -206,10 +206,11 @@ def table_bytes(
     except NotAFile as e: raise DataError(f"{name}: {e}", "Give the path of a table") from e
     with f:
         if os.fstat(f.fileno()).st_size>MAX_TABLE: too_large(MAX_TABLE)
-        if f.peek(2)[:2]!=b'\x1f\x8b': return f.read()
+        start = f.peek(4)[:4]
+        if start[:2]!=b'\x1f\x8b' and start!=b'PK\3\4': return f.read()
         out,size = [],0
         try:
-            unpacked = gzip.GzipFile(fileobj=f)
+            unpacked = gzip.GzipFile(fileobj=f) if start[:2]==b'\x1f\x8b' else _only_member(f, name)
             while piece := unpacked.read(2**20):
                 out.append(piece)
                 size += len(piece)
@@ -217,7 +218,20 @@ def table_bytes(
                 if size>limit: too_large(limit)
         except (gzip.BadGzipFile, EOFError, zlib.error) as e:
             raise DataError(f"{name} is a damaged gzip file ({type(e).__name__})", "Copy it again") from e
+        except (BadZipFile, NotImplementedError, RuntimeError) as e: # of another kind, or with a password
+            raise DataError(f"{name} is no zip file that can be read ({type(e).__name__})", "Unzip it first") from e
     return b''.join(out)
+
+def _only_member(f, name):
+    "The one file in a zip file, opened; what macOS adds of its own does not count."
+    z = ZipFile(f)
+    members = [o for o in z.infolist() if not o.is_dir() and not o.filename.startswith('__MACOSX/')
+        and not o.filename.rsplit('/', 1)[-1].startswith(('._', '.DS_Store'))]
+    if any(o.filename=='[Content_Types].xml' for o in members):
+        raise DataError(f"{name} is an Excel file", "Save it as CSV (UTF-8)")
+    if len(members)!=1:
+        raise DataError(f"{name} is a zip file of {len(members)} files", "Unzip it, and give one of its tables")
+    return z.open(members[0])
 
 # %% ../../nbs/10_dicom.limits.ipynb #8c98ddd0
 def read_parquet(

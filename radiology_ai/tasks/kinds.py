@@ -21,7 +21,9 @@ from torch import nn
 
 # %% ../../nbs/66_tasks.kinds.ipynb #6eec902c
 from ..core import DataError, ModelError, RadiologyError, plain, progress
-from ..data.labels import make_manifest, read_labels
+from ..data.cells import read_labels
+from ..data.labels import make_manifest
+from ..data.words import with_columns
 from ..findings import Finding
 from ..losses.base import ClassAnswer, unknown_classes
 from ..metrics.intervals import proportion_ci
@@ -87,10 +89,7 @@ def task_manifest(
     """The manifest of the images that take part, and the flow: how many were dropped and why. Raises
     `DataError`."""
     labels = labels if isinstance(labels, pd.DataFrame) else read_labels(labels)
-    missing = [c for c in settings.labels if c not in labels]
-    if missing:
-        raise DataError(f"The labels have no column {missing[0]!r}; their columns are {', '.join(map(str, labels.columns))}",
-            "Name one of them with label=")
+    labels = with_columns(labels, settings.labels, of='The labels have', remedy="Name one of them with label=")
     df,nobody = _joined(store, labels, settings.no_patient)
     reason = task.usable(df).to_numpy()
     known = task.answer.known(df, settings).to_numpy()

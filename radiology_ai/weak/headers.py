@@ -26,6 +26,7 @@ from ..core import DataError, ModelError
 from ..data.labels import make_manifest
 from ..data.load import xray_dataloaders
 from ..data.split import patient_split
+from ..data.words import view_name
 from ..dicom.tags import years
 from ..metrics.ranking import auroc
 from ..train.learner import predict_probabilities, xray_learner
@@ -129,7 +130,8 @@ def _judge(row, rules):
     if len(named)!=1: return UNSURE,told or 'no rule speaks',0
     part,wanted = named[0],rules.views.get(named[0])
     if wanted and not row.get('view'): return UNSURE,f'{told}, view unknown',0
-    if wanted and row['view'] not in wanted: return OTHER,f"{told}, view {row['view']}",len(said)
+    if wanted and view_name(row['view']) not in map(view_name, wanted):
+        return OTHER,f"{told}, view {row['view']}",len(said)
     return part,told,len(said)
 
 # %% ../../nbs/50_weak.headers.ipynb #3bd44679
