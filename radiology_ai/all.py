@@ -38,7 +38,7 @@ from radiology_ai.data.annotate import (
 from .data.cells import read_labels
 from .data.chest import chestxray14, chexpert, padchest, rsna_pneumonia, siim_pneumothorax, vinbig
 from .data.dataset import study_rows
-from .data.datasets import from_csv, from_folders, link, oai_knees
+from .data.datasets import from_csv, from_folders, link, oai_knees, read_terms, read_tree
 from .data.duplicates import find_copies, same_images
 from .data.labels import KELLGREN_LAWRENCE, SCHATZKER, Dataset, make_manifest, validate_manifest
 from .data.load import xray_dataloaders, xray_test_dl
@@ -66,7 +66,7 @@ from radiology_ai.data.split import (
     split_hash,
 )
 from .data.targets import MaskStore, stored_boxes, write_masks
-from .data.tree import LabelTree, chest_tree, resolve_uncertain
+from .data.tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
 from .demo import run_demo
 from .dicom.deidentify import deidentify
 from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
