@@ -9,6 +9,8 @@ __all__ = ['STRATEGIES', 'entropy', 'margin', 'bald', 'coreset', 'badge', 'pick'
            'simulate_active', 'labels_needed']
 
 # %% ../../nbs/54_weak.active.ipynb #57e54a44
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,16 @@ import torch
 from torch import nn
 
 from ..core import DataError, atomic_path, rng
-from ..data.annotate import Question, add_labels, assign_readers, majority, read_templates, write_templates
+from radiology_ai.data.annotate import (
+    Question,
+    add_labels,
+    answer_numbers,
+    assign_readers,
+    labels_at,
+    majority,
+    read_templates,
+    write_templates,
+)
 from ..data.load import xray_test_dl
 
 # %% ../../nbs/54_weak.active.ipynb #4d9e3e0c
@@ -130,6 +141,10 @@ def pick(
     if given[needs] is None or (strategy=='badge' and p is None):
         raise DataError(f"The strategy {strategy!r} needs {needs}{' and p' if strategy=='badge' else ''}",
             "See `model_outputs`")
+    for name,values in (given | dict(labelled=labelled)).items():
+        if values is not None and not np.isfinite(np.asarray(values, float)).all():
+            raise DataError(f"{name} hold {int((~np.isfinite(np.asarray(values, float))).sum())} values that are no "
+                "finite numbers", "Leave such images out")
     size = np.shape(given[needs])[1 if strategy=='bald' else 0]
     if not 1<=n<=size:
         raise DataError(f"{n} images are to be picked of {size}",
@@ -207,6 +222,19 @@ def pick_rows(
     return pick(strategy, n, **said, counts=counts, seed=seed)
 
 # %% ../../nbs/54_weak.active.ipynb #89afafc3
+def _known_labels(manifest: pd.DataFrame, question: Question) -> pd.Series:
+    "The label column as numbers, NaN where unknown. `DataError` for what is no answer to the question."
+    answers = answer_numbers(pd.Series(question.answers, dtype=object, name=question.name))
+    if answers.dropna().duplicated().any():
+        raise DataError(f"Two answers of {question.answers} are the same label", "Give each label one answer")
+    known = answer_numbers(manifest[question.name])
+    bad = known.notna() & ~known.isin(answers) if len(answers) else known.isna() & False
+    if bad.any():
+        raise DataError(f"{int(bad.sum())} labels of {question.name!r} are none of {', '.join(map(str, question.answers))} "
+            f"({', '.join(f'row {i}: {v}' for i,v in manifest[question.name][bad][:5].items())})",
+            "Mend them, or let them be empty where nobody knows")
+    return known
+
 class ActiveLearning:
     """Rounds of training, picking and reading. `train(manifest)` gives a Learner; rows of the split `train`
     without a label are the pool."""
@@ -220,32 +248,48 @@ class ActiveLearning:
         strategy: str='badge',   # one of `STRATEGIES`
         seed: int=0,
     ):
-        if question.name not in manifest:
-            raise DataError(f"The manifest has no column {question.name!r}",
+        if not isinstance(question, Question): question = Question(*question)
+        if list(manifest.columns).count(question.name)!=1:
+            raise DataError(f"The manifest has {list(manifest.columns).count(question.name) or 'no'} "
+                f"column{'s'*(question.name in manifest)} {question.name!r}",
                 "The question's name is the label column")
         if strategy not in STRATEGIES:
             raise DataError(f"There is no strategy {strategy!r}", f"Choose one of {', '.join(STRATEGIES)}")
         self.store = store
-        self.manifest = manifest.copy()
+        self.manifest = manifest.assign(**{question.name: _known_labels(manifest, question)})
         self.question = question
         self.train = train
         self.folder = Path(folder)
         self.strategy = strategy
         self.seed = seed
-        self.history,self.round,self.learn = None,0,None
+        self.history,self.learn = None,None
+        self.round = max((int(p.name[5:])+1 for p in self.folder.glob('round*')
+            if p.is_dir() and re.fullmatch(r'round\d+', p.name)), default=0)
         if (path := self.folder/'history.parquet').exists():
             self.history = pd.read_parquet(path)
-            self._apply(self.history.drop_duplicates('image_id', keep='last').set_index('image_id').value)
-            self.round = len(list(self.folder.glob('round*')))
+            self._apply(labels_at(self.history, question.name))
+
+    @property
+    def unsure(self) -> pd.Index:
+        "The images that readers could not decide: their label stays unknown."
+        if self.history is None: return pd.Index([])
+        said = labels_at(self.history, self.question.name)
+        return said.index[answer_numbers(said).isna()]
 
     @property
     def pool(self) -> pd.DataFrame:
-        "The rows of the training split without a label."
-        return self.manifest[(self.manifest.split=='train') & self.manifest[self.question.name].isna()]
+        "The rows of the training split without a label, but for those that readers were unsure about."
+        df = self.manifest
+        return df[(df.split=='train') & df[self.question.name].isna() & ~df.image_id.isin(self.unsure)]
 
-    def _apply(self, values):
+    def _apply(self, values: pd.Series):
+        strange = ~values.index.isin(self.manifest.image_id)
+        if strange.any():
+            warnings.warn(f"{int(strange.sum())} of {len(values)} labels of readers are of images that the manifest "
+                "does not have", stacklevel=3)
         hit = self.manifest.image_id.isin(values.index)
-        self.manifest.loc[hit, self.question.name] = pd.to_numeric(self.manifest.image_id[hit].map(values))
+        new = self.manifest.image_id.map(answer_numbers(values))
+        self.manifest[self.question.name] = new.where(hit, self.manifest[self.question.name])
 
     def propose(self, n: int) -> pd.DataFrame:
         "Train on what is labelled, and the `n` rows of the pool to be read next."
@@ -259,18 +303,20 @@ class ActiveLearning:
         "Write the tables for `rows`, each to be read by `n` readers."
         plan = assign_readers(rows.image_id, readers, n, seed=self.seed+self.round)
         folder = self.folder/f'round{self.round:03d}'
-        files = write_templates(plan.merge(rows[['image_id', 'path']]), [self.question], folder, kind)
+        shown = rows[[c for c in ('image_id', 'path') if c in rows]]
+        files = write_templates(plan.merge(shown, on='image_id'), [self.question], folder, kind)
         with atomic_path(folder/'plan.parquet', private=True) as tmp: plan.to_parquet(tmp, index=False)
         self.round += 1
         return files
 
-    def take(self, combine=majority) -> pd.DataFrame:
+    def take(self, combine=majority, errors: str='raise'):
         """Read the tables of the last round; `combine` makes labels of votes. Returns them by image_id; those
-        in a tie have no value."""
+        in a tie have no value. `errors='list'`: goes on with the good votes, and returns (labels, problems)."""
         folder = self.folder/f'round{self.round-1:03d}'
         if self.round<1 or not folder.is_dir():
             raise DataError("No tables have been written", "Call ask() first")
-        votes = read_templates(folder, [self.question], pd.read_parquet(folder/'plan.parquet'))
+        said = read_templates(folder, [self.question], pd.read_parquet(folder/'plan.parquet'), errors)
+        votes,problems = said if errors=='list' else (said, [])
         if not len(votes):
             raise DataError(f"The tables in {folder} hold no answer", "Let the readers fill them in")
         labels = combine(votes)
@@ -279,11 +325,11 @@ class ActiveLearning:
         with atomic_path(self.folder/'history.parquet', private=True) as tmp:
             self.history.astype({'value': str}).to_parquet(tmp, index=False)
         self._apply(labels.value.dropna())
-        return labels
+        return (labels, problems) if errors=='list' else labels
 
 # %% ../../nbs/54_weak.active.ipynb #429c9587
 def simulate_active(
-    manifest: pd.DataFrame, # with `split` and known labels
+    manifest: pd.DataFrame, # with `split` and labels; images without one are left out
     label: str,             # its label column
     train,                  # function of a manifest and a seed that gives a trained Learner
     evaluate,               # function of a Learner that gives its figure on the test split
@@ -295,6 +341,7 @@ def simulate_active(
     seed: int=0,
 ) -> pd.DataFrame:
     "One row a round: strategy, seed, labels, value."
+    manifest = manifest[manifest[label].notna()]
     gen,pool = rng(seed, 'start'),np.flatnonzero(manifest.split=='train')
     target = manifest[label].to_numpy()
     first = [i for v in np.unique(target[pool]) for i in gen.permutation(pool[target[pool]==v])[:2]]
