@@ -11,8 +11,9 @@ digits: scikit-learn's digits, 4 labels a class, a small convolutional network; 
 chest:  paediatric chests (Kermany 2018) at 64 px, patients apart; normal or pneumonia with 5 labels a class
         (AUROC), normal, bacterial or viral with 20 (macro AUROC). With `--patients drawn` each seed also
         parts the patients that are not tested on anew; the test patients stay out of `--split valid`.
-        Differences are paired over the seeds, their intervals Student's t.
         mixmatch is that of the paper, mixstrong the callback's default.
+        Differences are paired over the seeds, with the intervals of `seeds.py`: Student's, the variance of the
+        test images or patients added, p corrected for all comparisons that are printed.
 step:   a training step with a method, as a ratio to a bare loop of the forward and backward passes that its
         arithmetic needs.
 """
@@ -29,13 +30,13 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+from seeds import compared, over_seeds, shared_variance
 from sklearn.datasets import load_digits
 from torch import nn
 
 from radiology_ai.core import rng
 from radiology_ai.data.load import xray_dataloaders, xray_test_dl
 from radiology_ai.data.split import patient_split
-from radiology_ai.metrics.intervals import student_quantile
 from radiology_ai.metrics.ranking import auroc
 from radiology_ai.models.backbone import XrayModel, create_model
 from radiology_ai.semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
@@ -50,6 +51,11 @@ class Store:
     def __init__(self, x): self.x,self.index = x,pd.DataFrame({'image_id': [f'im{i}' for i in range(len(x))]})
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i]
+
+
+def spread(values) -> float:
+    "Standard deviation over seeds, 0 of one."
+    return float(np.std(values, ddof=1)) if len(values)>1 else 0.
 
 
 def small(n_out: int, seed: int, width: int=32) -> XrayModel:
@@ -72,12 +78,16 @@ def fit(dls, model, steps: int, seed: int, cb=None, *, lr: float=3e-3, wd: float
     return learn
 
 
-def interval(d) -> str:
-    "The mean of paired differences `d` over seeds and its 95 % interval by Student's t."
-    d = np.asarray(d)
-    if len(d)<2: return f'{d.mean():+.4f}'
-    half = student_quantile(.95, len(d)-1)*d.std(ddof=1)/len(d)**.5
-    return f'{d.mean():+.4f} ({d.mean()-half:+.4f} to {d.mean()+half:+.4f})'
+def comparisons(pairs: list, figure, patients) -> dict:
+    """name: text of each pair (a, b) of methods, a minus b; `figure(method, rows)` gives the figure of each seed (S,) on
+    these test rows. `patients` are those of the rows, None where each seed is tested on its own."""
+    gains,every = {},slice(None) if patients is None else np.arange(len(patients))
+    for a,b in pairs:
+        def difference(rows, a=a, b=b): return figure(a, rows)-figure(b, rows)
+        shared = 0. if patients is None else shared_variance(difference, patients, 400)
+        gains[f'{a} minus {b}'] = over_seeds(difference(every), shared,
+            0 if patients is None else len(np.unique(patients)))
+    return compared(gains)
 
 
 # ---------------------------------------------------------------- digits
@@ -115,8 +125,8 @@ DIGITS = {
     'meanteacher':lambda w, s: MeanTeacher(weak=w, strong=s),
 }
 
-def digit_run(name: str, seed: int, args) -> tuple[float, float]:
-    "Error on the held-out third, seconds."
+def digit_run(name: str, seed: int, args) -> tuple[np.ndarray, float]:
+    "Which images of the held-out third are called wrong, seconds."
     store,t = digits_data(seed)
     weak,strong = digit_views()
     start = time.perf_counter()
@@ -131,7 +141,7 @@ def digit_run(name: str, seed: int, args) -> tuple[float, float]:
             n_batches=args.epoch, seed=seed, device='cpu')
         learn = fit(dls, small(10, seed), args.steps, seed, DIGITS[name](weak, strong), lr=args.lr)
     p,y = predict_logits(learn, dls.valid)
-    return float((p.argmax(1)!=y).mean()),time.perf_counter()-start
+    return np.asarray(p.argmax(1)!=y),time.perf_counter()-start
 
 class Endless:
     """Batches of a few labelled rows, `n_batches` an epoch: as many steps as a semi-supervised epoch has,
@@ -155,15 +165,18 @@ def digits(args):
         for n in names:
             e,s = digit_run(n, seed, args)
             errors[n].append(e)
-            print(f'seed {seed} {n:12s} error {e:.4f}   {s:.0f} s', flush=True)
-    base = np.array(errors['supervised'])
+            print(f'seed {seed} {n:12s} error {e.mean():.4f}   {s:.0f} s', flush=True)
+    base = np.mean(errors['supervised'])
     print(f'digits: 40 labels of {(digits_data(0)[1].split=="train").sum()} images, {args.steps} steps, '
         f'{args.seeds} seeds; error on the held-out third')
     for n in names:
-        e = np.array(errors[n])
-        print(f'  {n:12s} {e.mean():.4f} (sd {e.std(ddof=1):.4f}; {e.min():.4f} to {e.max():.4f})  '
-            f'{e.mean()/base.mean():.2f} of supervised'
-            + (f'  difference {interval(e-base)}' if n!='supervised' else ''), flush=True)
+        e = np.mean(errors[n], 1)
+        print(f'  {n:12s} {e.mean():.4f} (sd {spread(e):.4f}; {e.min():.4f} to {e.max():.4f})  '
+            f'{e.mean()/base:.2f} of supervised  each ' + ' '.join(f'{a:.3f}' for a in e), flush=True)
+    if args.seeds<2: return
+    for name,text in comparisons([(n, 'supervised') for n in names[1:]],
+            lambda n, rows: np.mean(np.array(errors[n])[:,rows], 1), np.arange(len(errors['supervised'][0]))).items():
+        print(f'  {name}: {text}', flush=True)
 
 
 # ---------------------------------------------------------------- chest
@@ -266,10 +279,11 @@ def chest(args):
     folder.mkdir(parents=True, exist_ok=True)
     store = chest_store(folder, args.size)
     names = ['supervised', *(n for n in args.methods or ('fixmatch', 'mixmatch', 'mixstrong') if n!='supervised')]
-    each = {n: [] for n in names}
+    each,scores,tested = {n: [] for n in names},{n: [] for n in names},[]
     for seed in range(args.first, args.first+args.seeds):
         t,vocab = chest_table(args.task, seed if args.patients=='drawn' else None)
         rows = t[t.split==args.split]
+        tested.append(rows)
         for n in names:
             path = folder/f"{args.task}-{n}-{seed}-{run_key(n, args)}.npy"
             start = time.perf_counter()
@@ -278,7 +292,8 @@ def chest(args):
                 np.save(path, p)
                 for h in history[:: max(1, len(history)//5)]:
                     print('      ', {k: v for k,v in h.items() if k not in ('phase',)}, flush=True)
-            each[n].append(macro(rows.truth.to_numpy(), np.load(path), vocab))
+            scores[n].append(np.load(path))
+            each[n].append(macro(rows.truth.to_numpy(), scores[n][-1], vocab))
             print(f'{args.task} seed {seed} {n:12s} AUROC {each[n][-1]:.4f}   '
                 f'{time.perf_counter()-start:.0f} s', flush=True)
     print(f'chest, {", ".join(vocab)}: {args.per_class or (5 if args.task=="two" else 20)} labels a class, '
@@ -286,11 +301,17 @@ def chest(args):
         f'{len(rows)} {args.split} images of {rows.patient_id.nunique()} patients')
     for n,v in each.items():
         v = np.array(v)
-        print(f'  {n:12s} {v.mean():.4f} (sd {v.std(ddof=1) if len(v)>1 else 0:.4f}; {v.min():.4f} to '
-            f'{v.max():.4f})' + (f'  difference {interval(v-each["supervised"])}' if n!='supervised' else '')
-            + '  each ' + ' '.join(f'{a:.3f}' for a in v), flush=True)
-    for n in names[1:-1]:
-        print(f'  {names[-1]} minus {n}: {interval(np.array(each[names[-1]])-each[n])}', flush=True)
+        print(f'  {n:12s} {v.mean():.4f} (sd {spread(v):.4f}; {v.min():.4f} to {v.max():.4f})  each '
+            + ' '.join(f'{a:.3f}' for a in v), flush=True)
+    if args.seeds<2: return
+    same = all(tested[0].index.equals(o.index) for o in tested)
+    truth = tested[0].truth.to_numpy()
+    def figure(n, rows):
+        if not same: return np.array(each[n])
+        return np.array([macro(truth[rows], p[rows], vocab) for p in scores[n]])
+    pairs = [(n, 'supervised') for n in names[1:]] + [(names[-1], n) for n in names[1:-1]]
+    for name,text in comparisons(pairs, figure, tested[0].patient_id.to_numpy() if same else None).items():
+        print(f'  {name}: {text}', flush=True)
 
 
 # ---------------------------------------------------------------- step

@@ -8,8 +8,8 @@ Docs: https://lluissalord.github.io/radiology_ai/core.html.md"""
 __all__ = ['NO_MEMORY', 'PACKAGES', 'RadiologyError', 'DataError', 'StoreError', 'BundleError', 'ModelError',
            'MissingPackageError', 'DicomError', 'own_fault', 'file_fault', 'optional', 'shift', 'scale',
            'transform_points', 'transform_boxes', 'harmless', 'write_text', 'Radiograph', 'fit_size', 'resize_array',
-           'rng', 'is_temporary', 'sweep', 'temporary', 'atomic_path', 'save_picture', 'alone', 'disk_remedy', 'plain',
-           'versions', 'file_digest', 'OwnedFolder', 'on_terminal', 'progress']
+           'rng', 'is_temporary', 'sweep', 'temporary', 'atomic_path', 'save_picture', 'alone', 'locked', 'disk_remedy',
+           'plain', 'versions', 'file_digest', 'OwnedFolder', 'on_terminal', 'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
 import errno
@@ -470,14 +470,17 @@ def alone(
     is no lock."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as held:
+    with locked(folder):
         try: yield folder
-        finally:
-            if held: (folder/'.lock').unlink(missing_ok=True)
+        finally: (folder/'.lock').unlink(missing_ok=True)
 
 @contextmanager
-def _locked(folder: Path):
-    "Holds the lock of a folder; yields whether it is the one that lies there."
+def locked(
+    folder: Path, # it is there
+    busy: RadiologyError|None=None, # raised while another process holds it; None: a `RadiologyError`
+):
+    """Holds the lock of a folder, its file `.lock`, which stays. Raises `busy`; a `RadiologyError` where others remove
+    the file a hundred times."""
     path = folder/'.lock'
     for _ in range(100):
         with open(path, 'a') as f:
@@ -486,14 +489,16 @@ def _locked(folder: Path):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except ImportError: pass
             except BlockingIOError as e:
-                raise RadiologyError(f"{folder} is in use by another process",
+                raise busy or RadiologyError(f"{folder} is in use by another process",
                     "Wait until it is done, or give another folder") from e
             except OSError as e:
                 warnings.warn(f"{folder} cannot be locked ({e.strerror}): do not write it from two calls at once",
                     stacklevel=6)
             if path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()): # not removed meanwhile
-                yield True
+                yield
                 return
+    raise RadiologyError(f"The lock of {folder} was removed a hundred times by other processes",
+        "Wait until they are done, or give another folder")
 
 _REMEDIES = {errno.ENOSPC: "Free some space",
     getattr(errno, 'EDQUOT', errno.ENOSPC): "Free some space, your quota is used up",

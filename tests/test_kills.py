@@ -146,6 +146,14 @@ def test_a_lock_is_of_one(tmp, tmp_path):
     assert names(tmp_path/'out')==[]
 
 
+def test_a_lock_that_others_remove_again_and_again_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(core.os.path, 'samestat', lambda a, b: False)
+    with pytest.raises(RadiologyError, match='removed a hundred times'):
+        with alone(tmp_path/'out'): pass
+    with pytest.raises(RadiologyError, match='removed a hundred times'):
+        with ShardWriter(tmp_path/'store', 'plain').alone(): pass
+
+
 def test_runs_and_stores_take_away_only_what_is_exactly_ours(tmp, tmp_path):
     run, store = tmp_path/'run', tmp_path/'store'
     run.mkdir()

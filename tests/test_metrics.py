@@ -17,6 +17,7 @@ from scipy import stats
 from sklearn import metrics as skm
 
 from radiology_ai.core import DataError
+from radiology_ai.metrics.calibration import brier_parts, calibration, calibration_ci, decision_curve, reliability_curve
 from radiology_ai.metrics.classification import (
     auroc_table,
     balanced_accuracy,
@@ -28,6 +29,7 @@ from radiology_ai.metrics.classification import (
     quadratic_kappa,
 )
 from radiology_ai.metrics.compare import bootstrap_p, compare_models, holm, mcnemar_test, paired_bootstrap, sign_flip_p
+from radiology_ai.metrics.curves import pr_curve, roc_curve
 from radiology_ai.metrics.intervals import (
     Draws,
     Metric,
@@ -39,8 +41,13 @@ from radiology_ai.metrics.intervals import (
     student_quantile,
     wilson_ci,
 )
+from radiology_ai.metrics.masks import dice
 from radiology_ai.metrics.operating import cost_threshold, f_threshold, operating_point, threshold_for, youden_threshold
 from radiology_ai.metrics.ranking import auroc, auroc_ci, average_precision, delong_covariance, delong_test
+from radiology_ai.metrics.recalibration import PlattClasses, PlattScaling, TemperatureScaling
+from radiology_ai.metrics.running import scores_auroc
+from radiology_ai.report.evaluation import evaluate_table
+from radiology_ai.report.predictions import check_predictions, simulated_predictions
 
 NAN = float('nan')
 
@@ -580,9 +587,10 @@ def test_a_label_without_positives_is_never_silently_left_out():
     assert one_patient.auroc.isna().all() and 'one patient' in one_patient.reason[0]
     assert 'mean' not in label_table(t, s, draws=50, mean=False).index
 
-def test_unknown_targets_are_left_out_everywhere():
+@pytest.mark.parametrize('unknown', [NAN, -1, -100])
+def test_unknown_targets_are_left_out_everywhere(unknown):
     t,s,g = scored(6, 100, 9, 50)
-    holes = np.r_[t, [NAN]*20]
+    holes = np.r_[t, [unknown]*20]
     more,mg = np.r_[s, np.random.default_rng(0).normal(size=20)],np.r_[g, g[:20]]
     more[-1] = NAN # a score that nobody asks for
     for f in (auroc, average_precision, youden_threshold, f_threshold): close(f(holes, more), f(t, s))
@@ -597,7 +605,64 @@ def test_unknown_targets_are_left_out_everywhere():
     close(mcnemar_test(holes, calls, 1-calls, mg)[1:], mcnemar_test(t, (s>.5)*1., (s<=.5)*1., g)[1:])
     close(paired_bootstrap(auroc, holes, more, -more, mg, draws=50).difference,
         paired_bootstrap(auroc, t, s, -s, g, draws=50).difference)
+    p,q = (1/(1+np.exp(-o)) for o in (s, more))
+    for f in (calibration_ci, reliability_curve, decision_curve):
+        pd.testing.assert_frame_equal(f(holes, q, mg, draws=20), f(t, p, g, draws=20))
+    close(calibration(holes, q)[:2], calibration(t, p)[:2])
+    close(brier_parts(holes, q), brier_parts(t, p))
+    for f in (roc_curve, pr_curve):
+        for a,b in zip(f(holes, more, mg, 20), f(t, s, g, 20)): pd.testing.assert_frame_equal(a, b)
+    for rule in (TemperatureScaling, PlattScaling):
+        assert rule().fit(holes, q, mg).to_dict()==rule().fit(t, p, g).to_dict()
 
+@pytest.mark.parametrize('unknown', [NAN, -1, -100])
+def test_unknown_classes_are_left_out_everywhere(unknown):
+    "Class numbers as `category_codes` gives them, in every function that takes such."
+    gen = np.random.default_rng(5)
+    t,g = gen.integers(0, 3, 90),np.arange(90)//2
+    z = gen.normal(size=(90, 3)) + np.eye(3)[t]
+    p = np.exp(z)/np.exp(z).sum(1, keepdims=True)
+    kind = float if np.isnan(unknown) else int
+    holes,said = np.r_[t, [unknown]*6].astype(kind),p.argmax(1)
+    wide,more,mg = (np.concatenate([o, o[:6]]) for o in (p, said, g))
+    close(macro_auroc(holes, wide), macro_auroc(t, p))
+    close(bootstrap_ci(macro_auroc, holes, wide, mg, draws=30), bootstrap_ci(macro_auroc, t, p, g, draws=30))
+    for f in (label_table, auroc_table):
+        pd.testing.assert_frame_equal(f(holes, wide, groups=mg, draws=30), f(t, p, groups=g, draws=30))
+    pd.testing.assert_frame_equal(compare_models(holes, {'a': wide, 'b': wide**2}, groups=mg, draws=30),
+        compare_models(t, {'a': p, 'b': p**2}, groups=g, draws=30))
+    for f in (quadratic_kappa, mcc, balanced_accuracy):
+        close(f(holes, more), f(t, said))
+        close(bootstrap_ci(f, holes, more, mg, draws=30), bootstrap_ci(f, t, said, g, draws=30))
+    assert (confusion(holes, more).to_numpy()==confusion(t, said).to_numpy()).all()
+    close(mcnemar_test(holes, more, 0*more, mg)[1:], mcnemar_test(t, said, 0*said, g)[1:])
+    close(accuracy_of(holes, more, mg), accuracy_of(t, said, g))
+    for rule in (TemperatureScaling, PlattClasses):
+        assert rule().fit(holes, np.log(wide), mg).to_dict()==rule().fit(t, np.log(p), g).to_dict()
+    if kind is int: close(scores_auroc(wide, holes), scores_auroc(p, t))
+    for wrong in (-2, 3, .5):
+        for f in (macro_auroc, lambda a, b: PlattClasses().fit(a, np.log(b)), lambda a, b: confusion(a, said, 3)):
+            with pytest.raises(DataError): f(np.r_[wrong, t[1:]], p)
+
+@pytest.mark.parametrize('unknown', [NAN, -1, -100])
+def test_unknown_targets_and_grades_of_a_report(unknown):
+    table = simulated_predictions(200)
+    holes = table.copy()
+    holes.loc[:19, 'target'] = holes.loc[10:29, 'grade'] = unknown
+    p,wanted = check_predictions(holes),check_predictions(table[20:])
+    assert p.unknown==20 and np.array_equal(p.targets, wanted.targets)
+    found = evaluate_table(holes, .5, draws=20)
+    assert found['labels']==evaluate_table(table[20:], .5, draws=20)['labels']
+    assert found['grades']==evaluate_table(table[30:], .5, draws=20)['grades']
+    assert found['grades']['accuracy']['n']==170
+    assert evaluate_table(holes.assign(grade=unknown), .5, draws=20)['grades'] is None
+
+def accuracy_of(t, said, g):
+    return paired_bootstrap(Metric(lambda a, b: float(np.mean(a==b))), t, said, 0*said, g, draws=30).difference
+
+def test_masks_of_less_than_nothing_are_refused():
+    for truth in ([0, -1], [0, -1.]):
+        with pytest.raises(DataError, match='The truth holds -1'): dice(truth, [0, 1])
 
 def test_order_of_rows_and_names_of_patients_do_not_matter():
     t,s,g = scored(7, 120, 1, 40)

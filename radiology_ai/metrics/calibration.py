@@ -23,6 +23,7 @@ from radiology_ai.metrics.intervals import (
     binary_probabilities,
     bootstrap,
     draws_ci,
+    group_count,
     normal_quantile,
     rarest,
     student_quantile,
@@ -134,7 +135,7 @@ def calibration_ci(
     defined, the reason."""
     normal_quantile(level)
     t,s,g = binary_probabilities(targets, scores, groups)
-    which,d,patients = _bins(s, bins, by)[1],s-t,len(np.unique(g))
+    which,d,patients = _bins(s, bins, by)[1],s-t,group_count(g)
     gaps = csr_array((d, (which, np.arange(len(t)))), shape=(which.max()+1, len(t)))
     def evaluate(w): return np.vstack([gaps@w, (d*d)[None]@w])/w.sum(0)
     def cox(k, x, offset=0.):
@@ -198,7 +199,7 @@ def reliability_curve(
     x,angle = np.linspace(0, 1, grid),lambda p: np.arcsin(np.sqrt(p))
     u = angle(s)
     spread = min(u.std(), np.subtract(*np.quantile(u, [.75, .25]))/1.34) or u.std()
-    patients = len(np.unique(g))
+    patients = group_count(g)
     width = max(2.34*spread*patients**-.2, .02)
     width = np.clip(_nearest(np.sort(u), angle(x), math.ceil(len(u)*min(1/3, 100/patients))), width, 4*width)
     cells = 512

@@ -27,12 +27,14 @@ from radiology_ai.metrics.intervals import (
     check_draws,
     draws_ci,
     expansion,
+    group_count,
     group_numbers,
     known,
     mean_of,
     proportion_ci,
     rarest,
     rests_on,
+    unknown_targets,
     vector,
     weighted_form,
 )
@@ -41,9 +43,10 @@ from .ranking import Ranked, auroc, auroc_ci, average_precision, refuse_constant
 
 # %% ../../nbs/42_metrics.classification.ipynb #c0bf7138
 def _one_hot(targets, n: int) -> np.ndarray:
-    """(N,) class numbers as (N, n) of 1 and 0, NaN rows where the class is unknown; (N, n) targets as they
-    are."""
+    """(N,) class numbers as (N, n) of 1 and 0, NaN rows where the class is unknown; (N, n) targets with
+    NaN where they are unknown."""
     t = np.asarray(targets, dtype=float)
+    t = np.where(unknown_targets(t), np.nan, t)
     if t.ndim==2 and t.shape[1]==n: return t
     if t.ndim!=1:
         raise DataError(f"targets have shape {t.shape} but there are {n} columns of scores",
@@ -157,7 +160,7 @@ def _row(name, figures: dict, intervals: dict, reason: str, t, *, g, threshold) 
     seen = ~np.isnan(t) if t.ndim==1 else ~np.isnan(t).all(1)
     cells = {f'{k}{end}': v for k in figures for end,v in zip(('','_low','_high'), intervals.get(k, NA))}
     at = {} if threshold is None else {'threshold': threshold}
-    return dict(label=name) | cells | at | dict(n=int(seen.sum()), patients=len(np.unique(g[seen])),
+    return dict(label=name) | cells | at | dict(n=int(seen.sum()), patients=group_count(g[seen]),
         positives=int((t==1).sum()), negatives=int((t==0).sum()), reason=reason)
 
 def _mean_row(there, lost, names, drawn, t, *, g, level, missing, figures, cut) -> dict:
@@ -240,7 +243,7 @@ def _auroc_variances(t, s, g, draws: int, seed: int) -> dict[int, float]:
     for c in range(t.shape[1]):
         try: y,_,which = binary(t[:,c], s[:,c], groups=g)
         except DataError: continue
-        if min(len(np.unique(which[o])) for o in (y, ~y))>1:
+        if min(group_count(which[o]) for o in (y, ~y))>1:
             ranked[c],few[c] = Ranked(t[:,c], s[:,c]),rarest(y, which)
     if not ranked: return {}
     drawn = bootstrap(lambda w: np.stack([r.auroc(w) for r in ranked.values()]), g, None, draws, seed)
@@ -272,7 +275,8 @@ def auroc_table(
 def _class_numbers(targets, predictions) -> tuple[np.ndarray, np.ndarray]:
     "Both as whole numbers (N,), without the images of unknown targets."
     t,p,_ = known(vector(targets, 'targets'), vector(predictions, 'predictions'))
-    if np.isnan(p).any() or (t<0).any() or (p<0).any() or (t!=t.round()).any() or (p!=p.round()).any():
+    both = np.r_[t, p]
+    if not np.isfinite(both).all() or (both<0).any() or (both!=both.round()).any():
         raise DataError("Targets or predictions are not class numbers",
             "Give whole numbers from 0, such as the argmax of the scores")
     return t.astype(int),p.astype(int)
@@ -306,7 +310,7 @@ def _counted(figure, targets, predictions):
     return evaluate
 
 def _single(figure, targets, predictions) -> float:
-    seen = np.isfinite(vector(targets, 'targets')).sum()
+    seen = (~unknown_targets(vector(targets, 'targets'))).sum()
     return float(_counted(figure, targets, predictions)(np.ones((seen, 1)))[0])
 
 # %% ../../nbs/42_metrics.classification.ipynb #6f9b2ecf
@@ -348,7 +352,7 @@ def _balanced_ci(t, p, g, level) -> Interval:
     return Interval(value, max(0., value-far(1)), min(1., value+far(2)))
 
 @partial(Metric, weighted=partial(_counted, _balanced), by_class=True, limits=(0, 1), interval=_balanced_ci,
-    rests=lambda t, g: mean_of(len(np.unique(g[t==v])) for v in np.unique(t)))
+    rests=lambda t, g: mean_of(group_count(g[t==v]) for v in np.unique(t)))
 def balanced_accuracy(
     targets,     # (N,) class numbers
     predictions, # (N,) class numbers

@@ -13,22 +13,9 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 # %% ../../nbs/41_metrics.curves.ipynb #e82f8a49
-from ..core import DataError
-from .intervals import Draws
+from .intervals import Draws, binary
 
 # %% ../../nbs/41_metrics.curves.ipynb #163b95c7
-def _checked(targets, scores) -> tuple[np.ndarray, np.ndarray]:
-    "Targets as bool and scores as float; `DataError` if a class is missing."
-    t,s = np.asarray(targets)>0,np.asarray(scores, float)
-    if t.shape!=s.shape or t.ndim!=1:
-        raise DataError(f"targets have shape {t.shape} and scores {s.shape}",
-            "Give one score for each target, one label at a time")
-    if not len(t):
-        raise DataError("There are no images with a known target", "A curve needs images of both classes")
-    if t.all() or not t.any():
-        raise DataError(f"All {len(t)} targets are {int(t[0])}", "A curve needs images of both classes")
-    return t,s
-
 def _thresholds(t, s, most: int|None) -> np.ndarray:
     "Distinct scores from high to low, of many only some: the ends, and equal steps through each class."
     values = np.unique(s)
@@ -55,7 +42,7 @@ def _line(t, s) -> tuple[np.ndarray, np.ndarray]:
 GRID = np.linspace(0, 1, 101)
 
 def roc_curve(
-    targets,         # (N,) of 1 and 0
+    targets,         # (N,) of 1, 0 or NaN
     scores,          # (N,)
     groups,          # (N,) patients
     draws: int=400,  # draws for the band
@@ -63,7 +50,7 @@ def roc_curve(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The curve (`fpr`, `tpr`, one row a distinct score) and its pointwise 95 % band (`fpr`, `low`, `high`)
     over patients."""
-    t,s = _checked(targets, scores)
+    t,(s,),groups = binary(targets, scores, groups=groups)
     cuts,drawn = _thresholds(t, s, 1000),[]
     for w in Draws(groups, strata=t, draws=draws, seed=seed):
         tp,fp = (np.vstack([np.zeros(c.shape[1]), c/np.maximum(1, c[-1])]) for c in _counts(t, s, cuts, w))
@@ -75,7 +62,7 @@ def roc_curve(
 
 # %% ../../nbs/41_metrics.curves.ipynb #d2986413
 def pr_curve(
-    targets,         # (N,) of 1 and 0
+    targets,         # (N,) of 1, 0 or NaN
     scores,          # (N,)
     groups,          # (N,) patients
     draws: int=400,  # draws for the band
@@ -83,7 +70,7 @@ def pr_curve(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The curve (`recall`, `precision`, one row a distinct score) and its pointwise 95 % band (`recall`,
     `low`, `high`) over patients."""
-    t,s = _checked(targets, scores)
+    t,(s,),groups = binary(targets, scores, groups=groups)
     cuts,grid,drawn = _thresholds(t, s, 1000),GRID[2:],[]
     for w in Draws(groups, strata=t, draws=draws, seed=seed):
         tp,fp = _counts(t, s, cuts, w)

@@ -24,7 +24,7 @@ def _masks(truth, mask) -> tuple[np.ndarray, np.ndarray]:
     if a.shape!=b.shape:
         raise DataError(f"The masks have shapes {a.shape} and {b.shape}", "Bring both to the same size first")
     for o,name in ((a, 'truth'), (b, 'mask')):
-        if o.dtype.kind=='f' and (odd := (o<0) | ((o>0) & (o<1))).any():
+        if o.dtype.kind in 'if' and (odd := (o<0) | ((o>0) & (o<1))).any():
             raise DataError(f"The {name} holds {o[odd][0]:.3g}",
                 "Give 0 and 1; probabilities become a mask at a threshold")
     if b.dtype.kind=='f' and np.isnan(b).any():

@@ -15,7 +15,16 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, rng
-from .intervals import NA, Interval, binary, check_draws, compact, draws_ci, proportion_ci
+from radiology_ai.metrics.intervals import (
+    NA,
+    Interval,
+    binary,
+    check_draws,
+    compact,
+    draws_ci,
+    group_count,
+    proportion_ci,
+)
 
 # %% ../../nbs/41_metrics.operating.ipynb #d00205a2
 def _roc(t, s) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,7 +154,7 @@ def point_intervals(
     out = {k: (proportion_ci(hit, of, g, level), len(t) if of is None else int(of.sum()))
         for k,(hit,of) in parts.items()}
     se,sp = out['sensitivity'][0],out['specificity'][0]
-    patients = min(len(np.unique(g[o])) for o in (t, ~t))
+    patients = min(group_count(g[o]) for o in (t, ~t))
     for name in [k for k in values if k not in out]:
         v = float(values[name])
         least = -1. if name=='MCC' else 0.

@@ -25,6 +25,7 @@ from radiology_ai.metrics.intervals import (
     bootstrap,
     compact,
     expansion,
+    group_count,
     normal_quantile,
     paired_ci,
     rarest,
@@ -69,7 +70,7 @@ def positives(
 ) -> int:
     "Patients with a positive image. `DataError` as in `rarest`."
     rarest(t, g)
-    return len(np.unique(g[np.asarray(t)>0]))
+    return group_count(g[np.asarray(t)>0])
 
 def _ranked(t, s) -> Ranked:
     t,(s,),_ = binary(t, s)
@@ -170,11 +171,31 @@ def _spread(theta: float, m: float, n: float) -> float:
     (Newcombe 2006)."""
     return theta*(1-theta)/(m*n)*(1 + ((m+n)/2-1)*((1-theta)/(2-theta) + theta/(1+theta)))
 
+def _low_end(theta: float, wide: float, m: float, n: float) -> float:
+    """The AUROC x from 0 to theta, beyond an AUROC of 1 itself, whose distance from it, squared, is `wide` times its
+    `_spread`: by Newton's steps, halving where they leave the ends found so far."""
+    inside = min(max(theta, 1e-9), 1-1e-9)
+    near = wide*_spread(inside, m, n)
+    if theta==0 or (inside-theta)**2>=near: return theta # the latter at a level next to 0
+    scale,k = wide/(m*n),(m+n)/2-1
+    low,high = 0.,inside
+    x = max(inside-math.sqrt(near), inside/2)
+    for _ in range(100):
+        inner = 1 + k*((1-x)/(2-x) + x/(1+x))
+        far = (x-theta)**2 - scale*x*(1-x)*inner
+        if far>0: low = x
+        else: high = x
+        slope = 2*(x-theta) - scale*((1-2*x)*inner + x*(1-x)*k*((1+x)**-2 - (2-x)**-2))
+        step = far/slope if slope else 0.
+        if abs(step)<1e-13: break
+        x = x-step if low<x-step<high else (low+high)/2
+    return x
+
 class _Score:
     "The score interval of an AUROC: called with a level."
-    def __init__(self, t, components, g, variance=None):
-        theta,a,b,both = (float(o.item()) for o in _parts(t, [components], g))
-        patients = [len(np.unique(g[o])) for o in (t, ~t)]
+    def __init__(self, t, components, g, parts, *, variance=None):
+        theta,a,b,both = map(float, parts)
+        patients = [group_count(g[o]) for o in (t, ~t)]
         images = [int(o.sum()) for o in (t, ~t)]
         few = min(patients)-1
         v = a+b+both if variance is None else variance
@@ -191,15 +212,10 @@ class _Score:
         self.freedom = max(1., v*v/parts)+FREEDOM if ratio>1 and parts>0 else math.inf
 
     def __call__(self, level: float) -> Interval:
-        from scipy.optimize import brentq  # takes half a second to import
         z = normal_quantile(level) if math.isinf(self.freedom) else student_quantile(level, self.freedom)
-        outside = lambda x: (x-self.value)**2 - z*z*self.ratio*_spread(x, *self.sizes)
-        inside = min(max(self.value, 1e-9), 1-1e-9)
-        def end(limit):
-            if self.value==limit: return float(limit)
-            if outside(inside)>=0: return self.value # a level next to 0
-            return float(brentq(outside, inside, limit, xtol=1e-12))
-        return Interval(self.value, end(0), end(1))
+        wide = z*z*self.ratio
+        return Interval(self.value, _low_end(self.value, wide, *self.sizes),
+            1 - _low_end(1-self.value, wide, *self.sizes))
 
 def auroc_ci(
     targets,                # (N,) of 1, 0 or NaN
@@ -223,7 +239,9 @@ def auroc_ci(
     if method=='bootstrap' and variance is None:
         drawn = bootstrap(Ranked(t, s).auroc, g, t, draws, seed)
         variance = float(drawn.var())*expansion(few)**2
-    return _Score(t, delong_components(t, s), g, variance)(level)
+    components = delong_components(t, s)
+    parts = [o.item() for o in _parts(t, [components], g)]
+    return _Score(t, components, g, parts, variance=variance)(level)
 
 # %% ../../nbs/41_metrics.ranking.ipynb #2273db15
 class DelongTest(NamedTuple):
@@ -254,7 +272,8 @@ def delong_test(
     if all(np.array_equal(x, y) for x,y in zip(*each)):
         return DelongTest(Interval(0., 0., 0.), 0., 1., *map(float, theta))
     deviations = math.sqrt(max(cov[0,0]*cov[1,1], 0.))
-    ci,p = paired_ci(*(_Score(t, o, g) for o in each), cov[0,1]/deviations if deviations>1e-15 else 0., few,
+    scores = [_Score(t, o, g, [theta[i], *(part[i,i] for part in parts)]) for i,o in enumerate(each)]
+    ci,p = paired_ci(*scores, cov[0,1]/deviations if deviations>1e-15 else 0., few,
         level)
     least = min(1., 2/math.comb(int(g.max())+1, few)) # of all ways to choose the patients of the rarer class
     if p<least: p = least

@@ -16,7 +16,7 @@ from scipy.special import expit, log_softmax, softmax
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #ac1bb548
 from ..core import DataError
-from .intervals import binary_probabilities, check_probabilities, group_numbers, vector
+from .intervals import binary_probabilities, check_probabilities, group_count, known, vector
 from .logistic import log_odds, logistic_fit, newton, sandwich
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #cc4529d2
@@ -69,7 +69,7 @@ class Recalibration:
     def _start(self, targets, scores, groups):
         self.__dict__.clear()
         t,s,g = binary_probabilities(targets, scores, groups, both=True)
-        self.n,self.patients = len(t),len(np.unique(g))
+        self.n,self.patients = len(t),group_count(g)
         return t,s,g
 
     def _scores(self, scores) -> np.ndarray:
@@ -112,15 +112,10 @@ def recalibration_from(
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #13b5330a
 def _class_numbers(targets, logits, groups):
-    """Checked (class numbers (N,), logits (N, C), group numbers (N,)), rows with unknown targets (NaN or
-    below 0) left out."""
-    t,z = vector(targets, 'targets'),np.asarray(logits, float)
-    if len(t)!=len(z):
-        raise DataError(f"There are {len(t)} targets but {len(z)} scores",
-            "Give one row of logits for each target")
-    g,keep = group_numbers(groups, len(t)),t>=0
-    t,z,g = t[keep],z[keep],g[keep]
-    if not len(t) or (t!=t.round()).any() or t.max()>=z.shape[1]:
+    """Checked (class numbers (N,), logits (N, C), group numbers (N,)), rows with unknown targets left
+    out."""
+    t,z,g = known(vector(targets, 'targets'), np.asarray(logits, float), groups)
+    if (t!=t.round()).any() or t.min()<0 or t.max()>=z.shape[1]:
         raise DataError(f"targets are no class numbers 0 to {z.shape[1]-1}",
             "Give (N,) class numbers for (N, C) logits; several labels are fitted one at a time")
     if not np.isfinite(z).all():
@@ -155,7 +150,7 @@ class TemperatureScaling(Recalibration):
     def _fit_classes(self, targets, logits, groups):
         self.__dict__.clear()
         t,z,g = _class_numbers(targets, logits, groups)
-        self.n,self.patients,self.classes = len(t),len(np.unique(g)),z.shape[1]
+        self.n,self.patients,self.classes = len(t),group_count(g),z.shape[1]
         own = z[np.arange(len(t)),t]
         def f(b):
             p = softmax(b*z, 1)
@@ -207,7 +202,7 @@ class PlattClasses(Recalibration):
         slope_error=_number(0, _HUGE), intercept_errors=_numbers(0, _HUGE), **_COUNTS)
 
     def fit(self,
-        targets,     # (N,) class numbers, NaN or below 0 where unknown
+        targets,     # (N,) class numbers, NaN or -1 where unknown
         logits,      # (N, C)
         groups=None, # (N,) patient of each image, for the standard errors
     ):
@@ -225,7 +220,7 @@ class PlattClasses(Recalibration):
         errors = np.sqrt(np.diag(cov))
         self.slope,self.slope_error = float(b[0]),float(errors[0])
         self.intercepts,self.intercept_errors = np.r_[0., b[1:]],np.r_[0., errors[1:]]
-        self.n,self.patients = len(t),len(np.unique(g))
+        self.n,self.patients = len(t),group_count(g)
         return self
 
     def __call__(self, logits) -> np.ndarray:

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +24,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .. import __version__
-from ..core import DataError, Radiograph, StoreError, atomic_path, disk_remedy, is_temporary
+from ..core import DataError, Radiograph, StoreError, atomic_path, disk_remedy, is_temporary, locked
 from ..dicom.quality import bytes_digest
 from ..files import array_shape, map_array, open_file, plain_digest, quick_digest, read_json
 from ..names import note_files, note_ids
@@ -176,17 +175,8 @@ def alone(self:ShardWriter):
     if store.exists() and not self.begun and not all(map(_of_a_begun_store, store.iterdir())):
         raise StoreError(f"The folder {store} is not empty and no store", "Give a new folder")
     (store/'shards').mkdir(parents=True, exist_ok=True)
-    with open(store/'.lock', 'a') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass
-        except BlockingIOError as e:
-            raise StoreError(f"Another run is writing the store {store}",
-                "Wait until it is done, or give another folder") from e
-        except OSError as e:
-            warnings.warn(f"{store} cannot be locked ({e.strerror}): do not write it from two runs at once",
-                stacklevel=3)
+    busy = StoreError(f"Another run is writing the store {store}", "Wait until it is done, or give another folder")
+    with locked(store, busy):
         for p in _left_behind(store): p.unlink(missing_ok=True)
         yield
 

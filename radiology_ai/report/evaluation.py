@@ -17,7 +17,7 @@ import pandas as pd
 from ..core import DataError
 from ..metrics.classification import confusion, label_table, quadratic_kappa
 from ..metrics.compare import compare_models
-from ..metrics.intervals import bootstrap_ci, proportion_ci
+from ..metrics.intervals import bootstrap_ci, proportion_ci, unknown_targets
 from ..metrics.ranking import auroc_ci
 from .figures import HEADLINES, figure, label_figures, undefined, worst_errors
 from .predictions import Predictions, Thresholds, check_predictions, in_ranges, thresholds_of
@@ -31,7 +31,9 @@ def grade_figures(
     seed: int=0,
 ) -> dict:
     """Confusion of the grades, quadratic kappa, accuracy, and for each grade how many are called right
-    (positive, or negative for grade 0)."""
+    (positive, or negative for grade 0); of the images with a known grade."""
+    there = ~unknown_targets(table.grade)
+    table,calls = table[there],None if calls is None else calls[there]
     k = max(int(table[['grade','grade_predicted']].max().max())+1, len(names or ()))
     names,g = [str(o) for o in (names or range(k))],table.patient_id
     hits = table.grade==table.grade_predicted
@@ -181,7 +183,7 @@ def evaluate_table(
 def _grades(p, cuts, names, draws, seed) -> dict|None:
     "The figures of the grades, where there are some beyond 0 and 1."
     t = p.table
-    if 'grade' not in t or 'grade_predicted' not in t or max(t.grade.max(), t.grade_predicted.max())<=1:
-        return None
+    if 'grade' not in t or 'grade_predicted' not in t or unknown_targets(t.grade).all(): return None
+    if max(t.grade.max(), t.grade_predicted.max())<=1: return None
     calls = p.scores[:,0]>=cuts[:,0] if len(p.labels) and not np.isnan(cuts[:,0]).any() else None
     return grade_figures(t, names, calls, draws, seed)

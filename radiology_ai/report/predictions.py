@@ -18,6 +18,7 @@ import pandas as pd
 # %% ../../nbs/60_report.predictions.ipynb #dd7e1c10
 from ..core import DataError, rng
 from ..dicom.tags import years
+from ..metrics.intervals import unknown_targets
 from ..metrics.operating import f_threshold, threshold_for, youden_threshold
 
 # %% ../../nbs/60_report.predictions.ipynb #5ae7538c
@@ -57,7 +58,9 @@ def _numbers(table, column, what: str) -> np.ndarray:
     "A column as float; `DataError` for what is no number."
     v = pd.to_numeric(table[column], errors='coerce').to_numpy(float)
     bad = (np.isnan(v) & table[column].notna().to_numpy()) | np.isinf(v) | (np.isnan(v) & (what=='score'))
-    if what=='target': bad |= ~np.isnan(v) & ~np.isin(v, (0, 1))
+    if what=='target':
+        v = np.where(unknown_targets(v), np.nan, v)
+        bad |= ~np.isnan(v) & ~np.isin(v, (0, 1))
     if bad.any():
         r,where = table[bad].iloc[0],'' if column in ('target','score') else f' in column {column!r}'
         raise DataError(f"The {what} of image {r.image_id} is {r[column]}{where} ({bad.sum()} such rows)",
