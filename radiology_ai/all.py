@@ -42,7 +42,7 @@ from .data.datasets import from_csv, from_folders, link, oai_knees, read_terms, 
 from .data.duplicates import find_copies, same_images
 from .data.labels import KELLGREN_LAWRENCE, SCHATZKER, Dataset, make_manifest, validate_manifest
 from .data.load import xray_dataloaders, xray_test_dl
-from .data.regions import fuse_boxes, image_mask, rle_decode, rle_encode
+from .data.regions import fuse_boxes, image_mask, outline_boxes, outline_masks, rle_decode, rle_encode
 from radiology_ai.data.sampler import (
     BalancedBatchSampler,
     OrderedBatchSampler,
@@ -65,7 +65,7 @@ from radiology_ai.data.split import (
     split_deviation,
     split_hash,
 )
-from .data.targets import MaskStore, stored_boxes, write_masks
+from .data.targets import MaskStore, stored_boxes, stored_points, write_masks
 from .data.tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
 from .demo import run_demo
 from .dicom.deidentify import deidentify

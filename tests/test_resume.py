@@ -310,12 +310,14 @@ class MaskLoss(nn.Module):
 def test_masks_and_boxes_train_with_a_loss(tmp_path, kind):
     store,manifest = images()
     class MaskStore:
+        known = np.ones(len(store), bool)
         def check(self, store): pass
         def __getitem__(self, i): return (store[i]>200).astype(np.int64)
     boxes = pd.DataFrame([(f'im{i}', 2., 3., 9., 8.) for i in range(0, 84, 3)],
         columns=['image_id', 'x1', 'y1', 'x2', 'y2'])
     given = dict(masks=MaskStore()) if kind=='masks' else dict(boxes=boxes)
-    dls = xray_dataloaders(store, manifest, 'bar' if 'labels' in kind else None, bs=8, device='cpu', **given)
+    dls = xray_dataloaders(store, manifest, 'bar' if 'labels' in kind else None, bs=8, device='cpu',
+        undrawn='empty', **given)
     if kind!='masks':
         with pytest.raises(ModelError, match='no loss'): xray_learner(dls, Masks())
     torch.manual_seed(0)

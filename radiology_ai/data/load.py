@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor
-from fastai.torch_core import TensorMask, default_device
+from fastai.torch_core import default_device
 from fastai.vision.core import TensorImage
 from fastai.vision.data import get_grid
 from fastcore.foundation import L
@@ -24,7 +24,7 @@ from fasttransform import Pipeline, Transform
 
 from ..core import DataError, write_text
 from .codes import category_codes, check_classes, grades, is_known, label_matrix
-from .dataset import BoxTargets, MaskTargets, XrayDataset, study_rows
+from .dataset import BoxTargets, MaskTargets, PointTargets, XrayDataset, study_rows
 from .sampler import BalancedBatchSampler, ShuffledBatchSampler
 from .split import assert_no_leakage
 
@@ -35,8 +35,7 @@ class XrayDL(TfmdDL):
     def __init__(self, dataset, bs=32, sampler=None, shuffle=False, num_workers=0, **kwargs):
         self.sampler,self.epoch = sampler,0
         super().__init__(dataset, bs=bs, shuffle=False, num_workers=num_workers, **kwargs)
-        region = ([] if dataset.regions is None else [dict if isinstance(dataset.regions, BoxTargets)
-            else TensorMask])
+        region = [] if dataset.regions is None else [dataset.regions.target_type]
         self._n_inp = 1
         self._types = {tuple: [TensorImage, *region] + ([dataset.target_type] if dataset.target_type else [])}
 
@@ -67,7 +66,8 @@ class XrayDL(TfmdDL):
         try: return super().one_batch()
         finally: self.epoch = epoch
     def show_batch(self, b=None, max_n: int=9, nrows=None, ncols=None, figsize=None, **kwargs):
-        "Draw images with their classes, boxes and masks; the views of a study side by side."
+        """Draw images with their classes, boxes, masks and points; 'not looked at' where nobody has drawn;
+        the views of a study side by side."""
         x,*y = self.one_batch() if b is None else b
         views,n = self.dataset.views.shape[1],min(max_n, len(x))
         region = y.pop(0) if self.dataset.regions is not None else None
@@ -103,7 +103,8 @@ def batch_transforms(
     tfms=(),       # transforms, or functions of images, in their order
     views: int=1,  # of an item
 ) -> Pipeline:
-    "What happens to a batch on the device: bytes to floats in [0, 1], `tfms`, and one channel repeated to three."
+    """What happens to a batch on the device: bytes to floats in [0, 1], `tfms`, and one channel repeated to
+    three."""
     if channels not in ((1, 3) if views==1 else (1, views)):
         raise DataError(f"channels is {channels}",
             "Choose 1, or 3 for a backbone that wants colour" if views==1
@@ -121,7 +122,7 @@ def xray_test_dl(
     channels: int|None=None,# 1 or 3; None: those of the `DataLoaders`, or 1
     workers: int=0,       # processes that read; 0: this one
     device=None,            # None: that of the `DataLoaders`, or fastai's default
-    regions=None,           # `BoxTargets` or `MaskTargets`
+    regions=None,           # `BoxTargets`, `MaskTargets` or `PointTargets`
 ) -> XrayDL:
     """A loader of `rows` in their order, without transforms; the last batch may be smaller. Batches are
     (images,), or (images, targets) with `labels` or `regions`."""
@@ -176,17 +177,28 @@ def training_rows(
             "Divide the manifest with `patient_split`, or name its splits with train= and valid=")
     return manifest[manifest.split.isin([train, valid])]
 
-def _check_what(labels, boxes, masks):
+def _check_what(labels, **regions):
     "There is something to learn, and no contradiction in it."
-    if labels is None and boxes is None and masks is None:
-        raise DataError("There is nothing to learn", "Give labels, boxes or masks")
-    if boxes is not None and masks is not None:
-        raise DataError("There are both boxes and masks", "Give one of them")
+    given = [k for k,v in regions.items() if v is not None]
+    if labels is None and not given:
+        raise DataError("There is nothing to learn", "Give labels, boxes, masks or points")
+    if len(given)>1: raise DataError(f"There are both {given[0]} and {given[1]}", "Give one of them")
 
-def _regions(store, boxes, masks, vocab):
-    "Boxes or masks as targets, None without them."
-    if boxes is not None: return BoxTargets(store, boxes, vocab)
-    return None if masks is None else MaskTargets(store, masks)
+def _regions(store, vocab, undrawn, *, boxes, masks, points):
+    "Boxes, masks or points as targets, None without them."
+    if boxes is not None: return BoxTargets(store, boxes, vocab, undrawn)
+    if points is not None: return PointTargets(store, points, vocab)
+    return None if masks is None else MaskTargets(store, masks, undrawn)
+
+def _drawn_rows(store, rows, regions):
+    "The rows of images that somebody looked at."
+    at = XrayDataset(store, rows, regions=regions).positions
+    seen = regions.known(at)
+    if not seen.any(): raise DataError(f"None of {len(rows)} images was drawn on", "Check image_id")
+    if not seen.all():
+        warnings.warn(f"Nobody has drawn on {int((~seen).sum())} of {len(rows)} images: they are unknown and left out. "
+            "Say undrawn='empty' where they are known to hold no finding", stacklevel=3)
+    return rows[seen]
 
 def _known_rows(rows, labels, vocab):
     "The rows with a known label, their targets and the vocabulary."
@@ -197,6 +209,16 @@ def _known_rows(rows, labels, vocab):
         warnings.warn(f"{int((~known).sum())} of {len(rows)} images have no known label and are left out",
             stacklevel=3)
     return rows[known],targets[known],vocab
+
+def _train_and_valid(store, rows, targets, vocab, splits, *, labels, regions) -> list[XrayDataset]:
+    "The data sets of both splits."
+    is_train = (rows.split==splits[0]).to_numpy()
+    if targets is not None: check_classes(targets[is_train], vocab, labels)
+    if is_train.all() or not is_train.any():
+        raise DataError(f"No image of the split {splits[int(is_train.all())]!r} "
+            f"{'was drawn on' if labels is None else 'has a known label'}", "Add labels")
+    return [XrayDataset(store, rows[m], None if targets is None else targets[m], vocab, i, regions=regions)
+        for i,m in enumerate((is_train, ~is_train))]
 
 def _sampler(sampler, dataset, bs, min_per_class, seed):
     "What gives the rows of each training batch."
@@ -227,25 +249,24 @@ def xray_dataloaders(
     check_leakage: bool=True,    # refuse a manifest in which a patient is in two splits
     duplicates=None,             # pairs of equal images (`find_copies`) that must not be in two splits either
     boxes: pd.DataFrame|None=None, # of `stored_boxes`: targets {'boxes': [(K, 4)], 'labels': [(K,)]}
-    masks=None,                  # a `MaskStore`: targets `TensorMask` (B, H, W)
+    masks=None,                  # a `MaskStore`: targets `TensorMask` (B, H, W), or (B, K, H, W); -1 is unknown
+    points: pd.DataFrame|None=None, # of `stored_points`: targets {'points': (B, P, 2)}, NaN is unknown
+    undrawn='unknown',           # images that nobody drew on: 'unknown', 'empty', or image_id of those that were looked at
     views: list|None=None,       # one item a study, whose channels are these views
     ordinal: bool=False,         # the label is a grade: the classes are all from the lowest to the highest
 ) -> XrayDataLoaders:
-    """Loaders whose batches are (TensorImage float (B, channels, H, W) in [0, 1], targets): the boxes or masks, if
+    """Loaders whose batches are (TensorImage float (B, channels, H, W) in [0, 1], targets): the boxes, masks or points, if
     any, and then the labels as TensorCategory (B,) or TensorMultiCategory (B, C) with NaN. Raises `DataError`."""
     labels = labels if labels is None or isinstance(labels, str) else list(labels)
-    _check_what(labels, boxes, masks)
+    drawn = dict(boxes=boxes, masks=masks, points=points)
+    _check_what(labels, **drawn)
     rows = training_rows(manifest, train, valid, check_leakage, duplicates)
     if views is not None: rows = study_rows(rows, views, [labels] if isinstance(labels, str) else labels or [])
     if ordinal and vocab is None: vocab = grades(rows, labels)
-    regions = _regions(store, boxes, masks, vocab if labels is None else None)
-    if labels is None: targets,vocab = None,regions.vocab
+    regions = _regions(store, vocab if labels is None else None, undrawn, **drawn)
+    if labels is None: rows,targets,vocab = _drawn_rows(store, rows, regions),None,regions.vocab
     else: rows,targets,vocab = _known_rows(rows, labels, vocab)
-    is_train = (rows.split==train).to_numpy()
-    if targets is not None: check_classes(targets[is_train], vocab, labels)
-    if is_train.all(): raise DataError(f"No image of the split {valid!r} has a known label", "Add labels")
-    sets = [XrayDataset(store, rows[m], None if targets is None else targets[m], vocab, i, regions=regions)
-        for i,m in enumerate((is_train, ~is_train))]
+    sets = _train_and_valid(store, rows, targets, vocab, (train, valid), labels=labels, regions=regions)
     make = lambda ds, s, tfms=None: XrayDL(ds, bs, s, num_workers=workers,
         after_batch=batch_transforms(channels, tfms, ds.views.shape[1]))
     train_dl = make(sets[0], _sampler(sampler, sets[0], bs, min_per_class, seed), batch_tfms)

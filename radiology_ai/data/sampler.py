@@ -16,6 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import DataError, rng
+from .codes import firm_labels, is_soft
 
 # %% ../../nbs/33_data.sampler.ipynb #3c52a74c
 def _known(labels) -> np.ndarray:
@@ -31,15 +32,18 @@ def _positives(labels) -> tuple[np.ndarray, list]:
     known = _known(a)
     if a.ndim==2:
         names = list(getattr(labels, 'columns', range(a.shape[1])))
-        if (bad := known & ~np.isin(a, (0, 1))).any():
+        if (bad := known & ~np.isin(a, (0, 1)) & ~is_soft(np.where(known, a, 0))).any():
             r,c = np.argwhere(bad)[0]
             raise DataError(f"Label {names[c]!r} holds {a[r,c]} in row {r}, which is other than 1, 0 and NaN",
-                "Give one column of class numbers (N,), or 1 / 0 / NaN for each label")
-        return np.where(known, a, 0).astype(bool),names
+                "Give one column of class numbers (N,), or 1 / 0 / NaN for each label, soft ones between")
+        return firm_labels(np.where(known, a, 0)).astype(bool),names
     try: names = sorted(set(a[known].tolist()))
     except TypeError as e:
         raise DataError(f"The labels mix numbers and text ({', '.join(map(repr, set(a[known].tolist())))})",
             "Write all of them the same way") from e
+    if names and all(isinstance(v, (int, float)) and 0<=v<=1 for v in names) and is_soft(names).any():
+        raise DataError(f"The labels (N,) hold {names[int(is_soft(names).argmax())]}: a soft label is no class",
+            "Give it as a label of several, (N, 1); or round it with firm_labels")
     codes = pd.Index(names).get_indexer(a) if len(names) else np.full(len(a), -1)
     return (codes[:,None]==np.arange(len(names))) & known[:,None],names
 

@@ -120,16 +120,20 @@ def _known_shares(name, target, dtype):
 def known_labels(
     name: str, # of the loss, for messages
     logits,    # of any shape
-    target,    # of the same shape: 1, 0 or NaN for unknown, or probabilities
+    # of the same shape: 1, 0 or NaN for unknown, or probabilities; as whole numbers -1 and -100 are unknown, and a mask is
+    # (B, H, W) for logits (B, 1, H, W)
+    target,
 ) -> tuple:
     "Checked (logits, targets with 0 for unknown, known), all of one shape. Raises `ModelError`."
     target = target.as_subclass(torch.Tensor)
+    if logits.ndim==4 and logits.shape[1]==1 and target.ndim==3 and not target.is_floating_point():
+        target = target[:,None]
     if logits.shape!=target.shape:
         raise ModelError(f"{name} got logits {tuple(logits.shape)} and targets {tuple(target.shape)}",
             "Give both the same shape, (B, C); a single label needs targets[:, None]")
     logits = full_precision(logits)
+    known = ~(torch.isnan(target) if target.is_floating_point() else unknown_classes(target))
     target = target.to(logits.dtype)
-    known = ~torch.isnan(target)
     target = torch.where(known, target, 0.)
     if ((target<0) | (target>1)).any():
         raise ModelError(f"A target is {float(target.max()) if target.max()>1 else float(target.min())}",

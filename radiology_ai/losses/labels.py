@@ -46,13 +46,15 @@ def class_weights(
     return torch.tensor(w*n.sum()/(w*n).sum(), dtype=torch.float32)
 
 def pos_weights(
-    targets,          # (N,) or (N, C) of 1, 0 and NaN
+    targets,          # (N,) or (N, C) of 1, 0 and NaN, soft ones between
     most: float=100., # no weight is larger
 ) -> torch.Tensor:
     "(C,) number of negatives for each positive: the `pos_weight` of binary losses."
     t = torch.as_tensor(np.asarray(targets, dtype=float))
     t = t[:,None] if t.ndim==1 else t
-    return ((t==0).sum(0)/(t==1).sum(0).clamp(min=1)).clamp(max=most).float()
+    known = (t>=0) & (t<=1)
+    yes,no = torch.where(known, t, 0.).sum(0),torch.where(known, 1-t, 0.).sum(0)
+    return (no/yes.clamp(min=1)).clamp(max=most).float()
 
 # %% ../../nbs/41_losses.labels.ipynb #032aebf8
 class FocalLoss(ClassLoss):
@@ -148,8 +150,9 @@ def default_loss(
     *,
     prior=None,           # (C,) share of each class or label, for 'logit_adjusted'
 ) -> nn.Module:
-    "The loss for class numbers (integers) or for labels 1 / 0 / NaN (floats). Raises `ModelError`."
-    binary = target.is_floating_point()
+    """The loss for class numbers (integers), or for labels 1 / 0 / NaN (floats) and several masks (B, K, H,
+    W). Raises `ModelError`."""
+    binary = target.is_floating_point() or target.ndim==4
     if kind=='logit_adjusted':
         if prior is None:
             raise ModelError("Logit adjustment got no prior",

@@ -27,7 +27,7 @@ from radiology_ai.losses.base import (
 
 # %% ../../nbs/41_losses.regions.ipynb #67f6a924
 class RegionLoss(LabelAnswer, nn.Module):
-    """Base of losses over masks: logits and masks (B, C, H, W), 1, 0 or NaN for unknown; the mean over the
+    """Base of losses over masks: logits and masks (B, C, H, W), 1, 0 or NaN (of whole numbers -1) for unknown; the mean over the
     regions that count. Raises `ModelError`."""
     def __init__(self,
         smooth: float=1.,      # pixels added to both sides of the ratio
@@ -161,7 +161,7 @@ class DiceBCE(LabelAnswer, nn.Module):
     def forward(self, logits, target):
         self.region.reduction = self.reduction
         dice = self.region(logits, target)
-        known = (~torch.isnan(target.as_subclass(torch.Tensor))).to(dice.dtype).flatten(2).sum(2)
+        known = known_labels('DiceBCE', logits, target)[2].to(dice.dtype).flatten(2).sum(2)
         bce = self.pixel(logits, target).flatten(2).sum(2)
         bce = bce/known.clamp(min=1) if self.reduction=='none' else reduced(bce, known, 'mean')
         return self.dice*dice + self.bce*bce

@@ -95,7 +95,7 @@ class TreeLoss(LabelLoss):
             raise ModelError(f"TreeLoss got logits {tuple(logits.shape)} for a tree of {len(self.below)} "
                 "categories", "Give (B, C) in the order of tree.names")
         if ((target!=0) & (target!=1)).any():
-            raise ModelError("TreeLoss got a target between 0 and 1", "Give 1, 0 or NaN; leave MixUp out")
+            raise ModelError("TreeLoss got a target between 0 and 1", "Give 1, 0 or NaN: soft labels with firm_labels; leave MixUp out")
         yes,no = self.closed(target, known)
         best = largest_below(logits, self.below & yes[:,:,None])
         found = self.weighted(torch.where(yes, F.softplus(-best), 0.))

@@ -17,7 +17,15 @@ import pandas as pd
 
 # %% ../../nbs/43_metrics.detection.ipynb #874feecc
 from ..core import DataError
-from .boxes import Matches, check_detections, image_of, match_boxes, match_flat, stack_boxes
+from radiology_ai.metrics.boxes import (
+    Matches,
+    check_detections,
+    image_of,
+    known_images,
+    match_boxes,
+    match_flat,
+    stack_boxes,
+)
 from radiology_ai.metrics.intervals import (
     Interval,
     bootstrap,
@@ -47,11 +55,17 @@ def rsna_scores(
     ious=RSNA_IOUS, # IoU thresholds, to be exceeded
 ) -> np.ndarray:
     """(I,) score of each image in [0, 1]: the mean over `ious` of TP / (TP + FP + FN); 0 for boxes on an image without
-    lesions; NaN where there is neither, as such images don't count. Source: Kaggle, RSNA Pneumonia Detection Challenge
+    lesions; NaN where there is neither or the truth is None, as such images don't count. Source: Kaggle, RSNA Pneumonia Detection Challenge
     2018, page Evaluation (hits need an IoU "greater than" the threshold, boxes "in order of their confidence levels")."""
+    known = np.array([t is not None for t in truths], bool)
+    truths,boxes,scores = known_images(truths, boxes, scores)
     m = match_boxes(boxes, scores, truths, ious)
     tp,all_ = _hits(m),(m.boxes + m.truths)[:,None]
-    return np.divide(tp, all_-tp, out=np.full(tp.shape, np.nan), where=all_>0).mean(1)
+    each = np.divide(tp, all_-tp, out=np.full(tp.shape, np.nan), where=all_>0).mean(1)
+    if known.all(): return each
+    out = np.full(len(known), np.nan)
+    out[known] = each
+    return out
 
 def rsna_map(
     boxes,          # predicted boxes (N, 4) of each image
@@ -143,6 +157,7 @@ def threshold_sweep(
     """A row a threshold (ascending): RSNA `score`, `low`, `high` over the `n` images that count, lesions hit
     (`tp`) and missed (`fn`) and false boxes (`fp`), images `with_boxes` and `without_boxes`, `reason` where
     there is no score."""
+    truths,boxes,scores,groups = known_images(truths, boxes, scores, groups)
     m = match_boxes(boxes, scores, truths, (iou, *ious))
     if thresholds is None:
         thresholds = np.quantile(m.score, np.linspace(0, 1, 50), method='nearest') if len(m.score) else [0.]
@@ -184,6 +199,7 @@ def detection_table(
     """Sensitivity by lesion and by image, specificity by image, share of boxes that hit, false boxes an
     image: `value`, `low`, `high`, the `n` it rests on, `reason` where there is none."""
     threshold = float(_numbers(threshold, 'threshold')[0])
+    truths,boxes,scores,groups = known_images(truths, boxes, scores, groups)
     m = match_boxes(boxes, scores, truths, (iou,))
     g = group_numbers(groups, len(m.truths))
     on,ill = m.score>=threshold,m.truths>0
@@ -256,6 +272,7 @@ def froc(
     rates = np.unique(_numbers(false_positives, 'false_positives'))
     if rates[0]<=0:
         raise DataError(f"A rate of false positives is {rates[0]}", "Give rates above 0, such as 1/8")
+    truths,boxes,scores,groups = known_images(truths, boxes, scores, groups)
     m = match_boxes(boxes, scores, truths, (iou,))
     if not m.truths.any():
         raise DataError(f"None of {len(m.truths)} images has a true box",
@@ -332,6 +349,8 @@ def coco_map(
     """COCO's mean average precision (Lin et al., ECCV 2014; cocodataset.org, Detection Evaluation) by
     faster-coco-eval; equal to pycocotools. `DataError` without a true box."""
     from faster_coco_eval import COCOeval_faster
+    truths,boxes,scores,*more = known_images(truths, boxes, scores, classes, truth_classes)
+    classes,truth_classes = more
     flat,c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
     p,s,t = flat[:3]
     n_boxes,n_truths = flat[3:]
@@ -383,6 +402,8 @@ def coco_map_ci(
 ) -> pd.DataFrame:
     """Rows AP, AP50, AP75 of `coco_map`: `value`, `low`, `high` over draws of patients (a class without true
     boxes in a draw is left out of its mean), `n` images, `reason` where there is no interval."""
+    truths,boxes,scores,*more = known_images(truths, boxes, scores, classes, truth_classes, groups)
+    classes,truth_classes,groups = more
     value = coco_map(boxes, scores, truths, classes, truth_classes)
     flat,c,tc = _with_classes(boxes, scores, truths, classes, truth_classes)
     p,s,t = flat[:3]

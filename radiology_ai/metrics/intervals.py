@@ -145,7 +145,8 @@ def binary(
     if not len(t): raise DataError("There are no images with a known target", "Give targets of 1 and 0")
     if not ((t==0) | (t==1)).all():
         raise DataError(f"targets hold {sorted(set(t[~np.isin(t, (0,1))].tolist()))[:5]}",
-            "A binary target is 1, 0 or NaN; score grades one against the rest (`auroc_table`)")
+            "A binary target is 1, 0 or NaN; a soft label counts from where `firm_labels` says, grades are scored one against the "
+            "rest (`auroc_table`)")
     for s in ss:
         if np.isnan(s).any():
             raise DataError(f"{int(np.isnan(s).sum())} of {len(s)} scores are NaN",

@@ -18,9 +18,19 @@ from ..core import DataError
 from .intervals import NA, Interval, group_numbers, mean_ci, proportion_ci
 
 # %% ../../nbs/41_metrics.masks.ipynb #ad0c57ff
+def _judged(truth) -> np.ndarray:
+    "Which pixels of the truth are known, of its shape."
+    a = np.asarray(truth)
+    if a.dtype.kind=='f': return ~np.isnan(a)
+    if a.dtype.kind!='i': return np.ones(a.shape, bool)
+    if (odd := (a<0) & (a!=-1) & (a!=-100)).any():
+        raise DataError(f"The truth holds {a[odd][0]}", "Give 0 and 1, and -1 where nobody has judged")
+    return a>=0
+
 def _masks(truth, mask) -> tuple[np.ndarray, np.ndarray]:
     "Both as bool, False where the truth is unknown."
-    a,b = np.asarray(truth),np.asarray(mask)
+    b = np.asarray(mask)
+    a = np.full(b.shape, math.nan) if truth is None else np.asarray(truth)
     if a.shape!=b.shape:
         raise DataError(f"The masks have shapes {a.shape} and {b.shape}", "Bring both to the same size first")
     for o,name in ((a, 'truth'), (b, 'mask')):
@@ -29,15 +39,13 @@ def _masks(truth, mask) -> tuple[np.ndarray, np.ndarray]:
                 "Give 0 and 1; probabilities become a mask at a threshold")
     if b.dtype.kind=='f' and np.isnan(b).any():
         raise DataError("The mask holds NaN", "Only the truth may be unknown")
-    if a.dtype.kind!='f': return a>0,b>0
-    return a>0,(b>0) & ~np.isnan(a)
+    return a>0,(b>0) & _judged(a)
 
 def unknown(
-    truth, # mask, any shape
+    truth, # mask, any shape, or None
 ) -> bool:
     "Whether no pixel of the truth is known."
-    a = np.asarray(truth)
-    return a.dtype.kind=='f' and a.size>0 and bool(np.isnan(a).all())
+    return truth is None or np.size(truth)>0 and not _judged(truth).any()
 
 # %% ../../nbs/41_metrics.masks.ipynb #f35fa315
 def dice(
@@ -80,7 +88,7 @@ def _distances(truth, mask, spacing):
     "Distances of the truth's outline to the mask's and back; None where one mask is empty."
     from scipy.spatial import cKDTree
     a,b = _masks(truth, mask)
-    if np.asarray(truth).dtype.kind=='f' and np.isnan(truth).any():
+    if truth is None or not _judged(truth).all():
         raise DataError("A part of the truth is unknown",
             "Distances need whole outlines; leave this image out")
     s = _spacing(spacing, a.ndim)
@@ -131,7 +139,7 @@ def dice_ci(
     return mean_ci([dice(a, b) for a,b in zip(truths, masks)], groups, limits=(0, 1), **kwargs)
 
 def mask_table(
-    truths,                      # sequence of N masks
+    truths,                      # sequence of N masks, None where nobody has drawn
     masks,                       # sequence of N predicted masks
     groups=None,                 # (N,) patient of each image
     spacing=None,                # mm of a pixel for all images, or a sequence of N; None: distances in pixels
@@ -166,9 +174,9 @@ def mask_table(
 
 def _one(truth, mask, spacing, tolerance) -> dict:
     "The figures of one image."
-    out = dict(lesion=np.nansum(np.asarray(truth)>0)>0, found=_masks(truth, mask)[1].any(),
+    out = dict(lesion=truth is not None and (np.asarray(truth)>0).any(), found=_masks(truth, mask)[1].any(),
         dice=dice(truth, mask), iou=iou(truth, mask))
-    whole = not (np.asarray(truth).dtype.kind=='f' and np.isnan(truth).any())
+    whole = truth is not None and _judged(truth).all()
     if tolerance is not None:
         out['surface dice'] = surface_dice(truth, mask, tolerance, spacing) if whole else math.nan
     far = hausdorff95(truth, mask, spacing) if whole and out['lesion'] else math.nan

@@ -18,6 +18,7 @@ from fastai.torch_core import to_detach
 
 # %% ../../nbs/44_metrics.running.ipynb #916fdbff
 from ..core import DataError, ModelError
+from ..data.codes import firm_labels
 from .calibration import calibration
 from .classification import balanced_accuracy, f_beta, mcc, quadratic_kappa
 from .masks import dice, unknown
@@ -50,10 +51,10 @@ class Collected:
 # %% ../../nbs/44_metrics.running.ipynb #26e21423
 def columns(
     probabilities,         # (N, C) or (N,), softmax or sigmoid
-    targets,               # (N,) class numbers, below 0 for unknown, or (N, C) of 1, 0 and NaN
+    targets,               # (N,) class numbers, below 0 for unknown, or (N, C) of 1, 0 and NaN, soft ones between
     against: int|None=None # all other classes against this one
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Targets (N, K) of 1, 0 and NaN and scores (N, K)."
+    "Targets (N, K) of 1, 0 and NaN and scores (N, K); soft labels count as positive from one half on."
     p,t = np.asarray(probabilities, float),np.asarray(targets)
     if p.ndim==1: p = p[:,None]
     if t.ndim==1 and p.shape[1]==1: t = t[:,None]
@@ -63,7 +64,7 @@ def columns(
         if against is not None: return (t!=against)[:,None].astype(float),1-p[:,[against]]
         if p.shape[1]==2: return (t==1)[:,None].astype(float),p[:,1:]
         return (t[:,None]==np.arange(p.shape[1])).astype(float),p
-    return np.where(t<0, np.nan, t.astype(float)),p
+    return firm_labels(np.where(t<0, np.nan, t.astype(float))),p
 
 def mean_figure(
     figure,  # function (targets, scores) -> float of one column
@@ -216,7 +217,8 @@ class MeanDice(Metric):
     def accumulate(self, learn):
         p = learn.loss_func.activation(to_detach(learn.pred)).cpu().numpy()
         t = to_detach(learn.yb[0]).cpu().numpy()
-        if t.ndim==p.ndim-1: # class numbers
+        if t.ndim==p.ndim-1 and p.shape[1]==1: t,masks = t[:,None],p>=self.threshold # one mask
+        elif t.ndim==p.ndim-1: # class numbers
             t = np.where(t[:,None]<0, np.nan, t[:,None]==np.arange(1, p.shape[1]).reshape(-1,
                 *[1]*(t.ndim-1)))
             masks = p.argmax(1)[:,None]==np.arange(1, p.shape[1]).reshape(-1, *[1]*(t.ndim-2))

@@ -310,6 +310,7 @@ class CheckBatches(Callback):
     def _check_target(self, y, n):
         if isinstance(y, dict): return
         if y.is_floating_point(): bad,what = (y<0) | (y>1),"outside 0 .. 1"
+        elif y.ndim==4: bad,what = (y<-1) | (y>1),"and a mask is 1, 0 or -1"
         else: bad,what = (y<-1) | (y>=n) if n else y<-1,f"which is not one of the {n} classes"
         if not bad.any(): return
         rows = bad.flatten(1).any(1) if bad.ndim>1 else bad

@@ -166,12 +166,15 @@ def move(self:BatchAugment,
     return mask,boxes,points,kept
 
 def _moved_mask(draw, mask, padding):
-    "The mask after the movement, 0 outside a collimator's field."
+    "The mask after the movement, 0 outside a collimator's field; one that is unknown as a whole (-1 or NaN) stays so."
     old = mask.as_subclass(torch.Tensor)
     new = _read(old if mask.ndim==4 else old[:,None], draw, draw.moved(), 'nearest',
         'reflection' if padding=='reflection' else 'zeros')
     if draw.field is not None: collimate_(new, draw.field, 0)
-    return new.reshape(mask.shape).as_subclass(type(mask))
+    new = new.reshape(mask.shape)
+    unknown = ((old<0) | torch.isnan(old)).flatten(-2).all(-1)
+    if unknown.any(): new[unknown] = old[unknown]
+    return new.as_subclass(type(mask))
 
 def _moved_boxes(draw, boxes, size, box_from, min_visible):
     "The boxes after the movement and which are left; of a list only those."
@@ -255,7 +258,7 @@ def augment(self:BatchAugment,
     return image if torch.is_tensor(b) else (image, *moved)
 
 # entries of a target that have no place in the image
-_ALONG = ('labels','flippable','image_id','image_ids','weight')
+_ALONG = ('labels','known','flippable','image_id','image_ids','weight')
 
 @patch
 def _move_target(self:BatchAugment, draw, size, t):
