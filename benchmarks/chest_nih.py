@@ -252,8 +252,8 @@ def outlined(found, rows, labels):
     print(f"\nAgainst the radiologists' outlines: {len(part)} films of {part.patient_id.nunique()} patients")
     for label in ('Effusion', 'Pneumothorax', 'Consolidation'):
         if label not in labels: continue
-        drawn = set(p[image][p[names].astype(str).str.lower()==label.lower()].map(lambda v: Path(v).stem))
-        y = part.path.map(lambda v: Path(v).stem in drawn).to_numpy(int)
+        drawn = {Path(v).stem for v in p[image][p[names].astype(str).str.lower()==label.lower()]}
+        y = part.path.map(lambda v: Path(v).stem).isin(drawn).to_numpy(int)
         if min(y.sum(), (1-y).sum())<3:
             print(f'  {label}: {y.sum()} with it, too few')
             continue

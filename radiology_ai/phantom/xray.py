@@ -31,6 +31,7 @@ class Phantom:
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0,4)))  # (N, 4) x1 y1 x2 y2
     pose: np.ndarray|None = None   # (3, 3) canonical pixel to image pixel
     seed: int = 0                  # what it was made from
+    names: tuple = ()              # what each box holds, where there is more than one kind
 
     @property
     def shape(self) -> tuple[int,int]:
