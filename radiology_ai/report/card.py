@@ -137,7 +137,7 @@ def warnings_of(
     if flat:
         out.append("All scores are equal" + (f" for {_listed(flat)}" if len(labels)>1 else '')
             + ": the model says nothing.")
-    return out
+    return out + [w for s in d.sections for w in s.warnings]
 
 # %% ../../nbs/63_report.card.ipynb #eb1f7521
 def characteristics(

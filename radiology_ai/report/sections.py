@@ -23,6 +23,7 @@ class Table:
     "A table of a section. `DataError` for rows that differ in their columns."
     caption: str
     rows: list  # of dicts with the same keys; the first column names the row
+    dense: bool=False # many rows or figures: small, with the interval below the figure
 
     def __post_init__(self):
         if isinstance(self.rows, pd.DataFrame): self.rows = self.rows.to_dict('records')
@@ -52,6 +53,7 @@ class Section:
     title: str
     parts: list = field(default_factory=list)  # in order: text, `Table`, `Chart`, or `Example` images
     cards: dict = field(default_factory=dict)  # name -> figure (value, low, high, n, reason), for the summary
+    warnings: list = field(default_factory=list) # sentences that a reader must know before the first figure
 
     def plain(self) -> dict:
         "The content as plain numbers and text, without the pictures."

@@ -220,6 +220,7 @@ class Task:
     subgroups: Mapping=field(default_factory=lambda: dict(SUBGROUPS))
     shown: Mapping=field(default_factory=dict) # further columns of a prediction: column of the store's index to name
     demo: Demo|None=None
+    urgent: str=''                # the label whose positive call is read first; '': of a single label its own
 
     def __post_init__(self):
         if not re.fullmatch(r'[a-z][a-z0-9_]*', self.name):

@@ -24,7 +24,7 @@ from ..metrics.intervals import Interval
 from ..names import names_asked
 from ..preprocess.store import ImageStore
 from ..report.card import Example, ReportData
-from ..report.page import choose_examples, write_report
+from ..report.page import choose_examples, standard_sections, write_report
 from ..tables import load_table
 from .base import Task, make_settings
 from .kinds import channels_of, stored_batches, task_manifest
@@ -121,6 +121,8 @@ def report_run(
     evaluation: Evaluation, # of `evaluate_run`
     store=None,             # the store of the evaluated images, for pictures with heat maps; None: the run's own, if it is still there
     out=None,               # the folder of report.html; None: the run
+    *,
+    audit: bool=True,       # with the sections on shortcuts and waiting times
     **more,                 # further fields of `ReportData`
 ) -> Path:
     "Write `report.html` and `report.json` of an evaluation; returns the page."
@@ -140,7 +142,17 @@ def report_run(
         curves=[_curves(r) for r in record['fits']], facts=facts,
         examples=examples_of(task, run, evaluation, store) if store is not None else [],
         **task.answer.names(make_settings(task.settings, s)))
-    return write_report(Path(out or run.path), replace(d, **more))
+    d = replace(d, **more)
+    if audit: d = replace(d, sections=[*d.sections, *_audits(task, run, d, store)])
+    return write_report(Path(out or run.path), d)
+
+def _audits(task, run, d: ReportData, store) -> list:
+    "The sections on shortcuts and waiting times; what the network has learnt from teaches the readers of shortcuts too."
+    if 'split' not in run.manifest: learnt = run.manifest.iloc[:0]
+    else: learnt = run.manifest[run.manifest.split.isin(['train','valid'])].reset_index(drop=True)
+    truth = task.answer.truth(learnt, make_settings(task.settings, run.settings)) if len(learnt) else {}
+    store = ImageStore(store) if store is not None and not isinstance(store, ImageStore) else store
+    return standard_sections(d, store, learnt.rename(columns=task.subgroups).assign(**truth), task.urgent)
 
 def _unreadable(run) -> list[dict]:
     "Files of the store that could not be used by their numbers; with their paths where names were asked for."
