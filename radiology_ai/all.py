@@ -88,6 +88,7 @@ from .losses.regions import DiceBCE, DiceLoss, LovaszHinge, LovaszSoftmax, Tvers
 from .losses.robust import DMILoss, RobustLoss
 from .losses.structured import CORN, TreeLoss
 from .losses.teacher import DistillationLoss, SuppressedConsistency
+from .losses.tree import UnderTree
 from .metrics.calibration import brier_parts, calibration, calibration_ci, decision_curve, reliability_curve
 from radiology_ai.metrics.classification import (
     auroc_table,
@@ -142,6 +143,7 @@ from radiology_ai.preprocess.intensity import (
     percentile_window,
     square_pad,
 )
+from .preprocess.joined import JoinedStore
 from .preprocess.knee import Knee, locate_knees
 from .preprocess.recipe import Preprocess, recipe
 from .preprocess.scale import preprocess_folder
@@ -161,10 +163,12 @@ from .semi.step import gentle, harsh
 from .serve.outputs import OUTPUTS
 from .serve.predict import explain, predict
 from .tasks.base import Demo, Settings, Stage, Task
+from .tasks.chest import label_set
 from .tasks.judge import Evaluation, heat_maps
 from .tasks.kinds import Classes, GradedLoss, Grades, Labels
-from .tasks.registry import TASKS, evaluate, report, train
+from .tasks.registry import TASKS, adapt, evaluate, report, train
 from .tasks.run import load_models, read_run
+from .tasks.tree import Tree, part_of
 from .train.callbacks import EMA, Plateau
 from .train.checkpoint import Checkpoint
 from .train.learner import Training, predict_logits, predict_probabilities, xray_learner

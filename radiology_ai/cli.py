@@ -1,4 +1,4 @@
-"""The way of the data as commands: `radiology_ai demo | index | explore | deidentify | preprocess | verify | tasks | train | evaluate | predict | explain`
+"""The way of the data as commands: `radiology_ai demo | index | explore | deidentify | preprocess | verify | tasks | train | evaluate | adapt | predict | explain`
 
 Docs: https://lluissalord.github.io/radiology_ai/cli.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Workers', 'Seed', 'Overwrite', 'Told', 'index', 'explore', 'deidentify', 'preprocess', 'verify', 'train',
-           'tasks', 'evaluate', 'predict', 'explain', 'demo', 'main']
+           'tasks', 'evaluate', 'adapt', 'predict', 'explain', 'demo', 'main']
 
 # %% ../nbs/85_cli.ipynb #8931c3e8
 import gc
@@ -259,6 +259,28 @@ def evaluate(
 
 # %% ../nbs/85_cli.ipynb #e7b18784
 @app.command()
+def adapt(
+    run: Annotated[Path, typer.Argument(help="A run folder, made by train, without folds.")],
+    data: Annotated[Path, typer.Option(help="The image store of another hospital.")],
+    labels: Annotated[Path, typer.Option(help="Its labels (CSV or parquet); optionally with a column split.")],
+    out: Annotated[Path, typer.Option(help="The run to write (a folder). One that was interrupted goes on where it stopped.")],
+    share: Annotated[float, typer.Option(help="Of the other hospital's patients, for training and validation.")]=1.,
+    *,
+    replay: Annotated[float, typer.Option(help="Of the patients at home, shown again.")]=.3,
+    given: Annotated[Optional[list[str]], typer.Option('--set',
+    help="A setting as name=value, in place of the run's; may be given several times.")]=None,
+    task: Told=None,
+    overwrite: Overwrite=False,
+):
+    "Train a run further on another hospital, and judge it at both, before and after."
+    from radiology_ai.tasks.registry import adapt as adapted
+    _,words,_ = _settings(None, given or [], {})
+    done = adapted(run, data, labels, out, share=share, replay=replay, task=task, overwrite=overwrite,
+        say=_say, **words)
+    for line in done.lines(): _say(line)
+    _say(f"run: {out}")
+
+@app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="A model bundle, or a run made by train.")],
     paths: Annotated[list[Path], typer.Argument(help="DICOM files or folders.")],
@@ -342,7 +364,7 @@ def _read_names():
 
 class _Interrupted(BaseException): "Raised where a signal arrives."
 
-_GOES_ON = ('deidentify', 'preprocess', 'train') # commands that go on where they stopped
+_GOES_ON = ('deidentify', 'preprocess', 'train', 'adapt') # commands that go on where they stopped
 
 def _importing(frame) -> bool:
     "Is a module being imported there? Libraries of C++ abort where their import is interrupted."
@@ -394,7 +416,8 @@ def main(
 ) -> int:
     "Run the command line; returns through `sys.exit` with 0, or with 2 after an error."
     if args is None:
-        gc.set_threshold(100_000, 20, 20) # imports make many objects that live on: an eighth of the time of a prediction
+        # imports make many objects that live on: an eighth of the time of a prediction
+        gc.set_threshold(100_000, 20, 20)
         _read_names()
     given,args = args,list(sys.argv[1:] if args is None else args)
     _open_streams(own=given is None)
@@ -438,7 +461,8 @@ def _one_line(e: Exception) -> str:
     from radiology_ai.names import called
     if type(e).__name__=='NoArgsIsHelpError': return ''
     if hasattr(e, 'format_message'): text = f'{e.format_message()} See --help'
-    elif isinstance(e, DicomError): text = f'{called(e.path, sys.stderr)}: {e.cause}. {e.remedy}'.removesuffix('. ')
+    elif isinstance(e, DicomError):
+        text = f'{called(e.path, sys.stderr)}: {e.cause}. {e.remedy}'.removesuffix('. ')
     elif isinstance(e, RadiologyError): text = str(e)
     elif isinstance(e, OSError): text = f'{e.strerror or e}: {e.filename}' if e.filename else str(e)
     else: text = f'unexpected {type(e).__name__}: {e}. Run again with --debug and report it'

@@ -23,7 +23,7 @@ from .dicom.index import image_files, index_dicoms, write_index
 from .explain import hottest
 from .metrics.intervals import wilson_ci
 from .names import shown
-from .phantom.hospital import HOSPITAL
+from .phantom.hospital import CHESTS, HOSPITAL
 from .preprocess.scale import preprocess_folder
 from .preprocess.store import ImageStore
 from .serve.predict import models_and_task, predict
@@ -41,7 +41,7 @@ _STORE = ('recipe.json', 'sums.json', 'index.parquet', 'errors.parquet', '.lock'
 DEMO = OwnedFolder('demo', ('demo.json',), ('demo.json', 'index.parquet', 'labels.csv', 'predictions.csv',
     'report.html',
     'report.json', '.demo-*', '.index-*', '.predictions-*', '.report-*',
-    *(f'hospital/{p}' for p in HOSPITAL.names),
+    *(f'hospital/{p}' for p in (*HOSPITAL.names, *CHESTS.names)),
     *(f'store/{p}' for p in _STORE), *(f'run/{p}' for p in RUN.names),
     *(p for p in RUN.names if p.startswith('model/'))))
 

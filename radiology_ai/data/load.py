@@ -210,15 +210,22 @@ def _known_rows(rows, labels, vocab):
             stacklevel=3)
     return rows[known],targets[known],vocab
 
-def _train_and_valid(store, rows, targets, vocab, splits, *, labels, regions) -> list[XrayDataset]:
+def _train_and_valid(store, rows, targets, vocab, splits, *, labels, regions, one_class) -> list[XrayDataset]:
     "The data sets of both splits."
     is_train = (rows.split==splits[0]).to_numpy()
-    if targets is not None: check_classes(targets[is_train], vocab, labels)
+    if targets is not None: _check_learnable(targets[is_train], vocab, labels, one_class)
     if is_train.all() or not is_train.any():
         raise DataError(f"No image of the split {splits[int(is_train.all())]!r} "
             f"{'was drawn on' if labels is None else 'has a known label'}", "Add labels")
     return [XrayDataset(store, rows[m], None if targets is None else targets[m], vocab, i, regions=regions)
         for i,m in enumerate((is_train, ~is_train))]
+
+def _check_learnable(targets, vocab, labels, one_class):
+    "There are two classes to learn of each label; with 'warn' of one at least."
+    try: check_classes(targets, vocab, labels)
+    except DataError as e:
+        if one_class!='warn' or targets.ndim==1 or not is_known(targets).any(): raise
+        warnings.warn(f"{e.what}: it is not learnt", stacklevel=4)
 
 def _sampler(sampler, dataset, bs, min_per_class, seed):
     "What gives the rows of each training batch."
@@ -254,6 +261,7 @@ def xray_dataloaders(
     undrawn='unknown',           # images that nobody drew on: 'unknown', 'empty', or image_id of those that were looked at
     views: list|None=None,       # one item a study, whose channels are these views
     ordinal: bool=False,         # the label is a grade: the classes are all from the lowest to the highest
+    one_class: str='raise',      # a label of one class only among the training images: 'raise', or 'warn'
 ) -> XrayDataLoaders:
     """Loaders whose batches are (TensorImage float (B, channels, H, W) in [0, 1], targets): the boxes, masks or points, if
     any, and then the labels as TensorCategory (B,) or TensorMultiCategory (B, C) with NaN. Raises `DataError`."""
@@ -266,7 +274,8 @@ def xray_dataloaders(
     regions = _regions(store, vocab if labels is None else None, undrawn, **drawn)
     if labels is None: rows,targets,vocab = _drawn_rows(store, rows, regions),None,regions.vocab
     else: rows,targets,vocab = _known_rows(rows, labels, vocab)
-    sets = _train_and_valid(store, rows, targets, vocab, (train, valid), labels=labels, regions=regions)
+    sets = _train_and_valid(store, rows, targets, vocab, (train, valid), labels=labels, regions=regions,
+        one_class=one_class)
     make = lambda ds, s, tfms=None: XrayDL(ds, bs, s, num_workers=workers,
         after_batch=batch_transforms(channels, tfms, ds.views.shape[1]))
     train_dl = make(sets[0], _sampler(sampler, sets[0], bs, min_per_class, seed), batch_tfms)

@@ -75,7 +75,7 @@ def largest_below(
 ) -> torch.Tensor:
     "(B, C) the largest logit at or below each category; 0 where there is none."
     most = torch.where(below, logits[:,:,None], -torch.inf).amax(1)
-    return torch.where(most==-torch.inf, 0., most)
+    return torch.where(below.any(-2), most, 0.)
 
 # %% ../../nbs/40_losses.base.ipynb #e810b0c8
 def unknown_classes(

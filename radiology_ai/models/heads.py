@@ -114,6 +114,7 @@ class Head(nn.Module):
         self.norm = nn.BatchNorm1d(n) if batchnorm else nn.Identity()
         below = None if parents is None else torch.from_numpy(_below(parents))
         self.register_buffer('below', below, persistent=False) # made again from `parents`, not saved
+        for name in ('slope','shift'): self.register_buffer(name, None) # of a tree, once it is rescaled
         with torch.no_grad():
             bias = self.norm.bias if batchnorm else self.linear.bias
             bias.zero_() if prior is None else bias.copy_(log_prior(prior, multi_label, ordinal))
@@ -133,18 +134,32 @@ class Head(nn.Module):
         """(B, n_out) logits of the last layer's outputs: by the rule of grades, or in evaluation by that of
         the tree."""
         if self.ordinal: return grade_log_probabilities(z)
-        return z if self.below is None or self.training else largest_below(full_precision(z), self.below)
+        if self.below is None or self.training: return z
+        z = largest_below(full_precision(z), self.below)
+        return z if self.slope is None else largest_below(z*self.slope + self.shift, self.below)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        for k in ('slope','shift'):
+            if self.below is not None and prefix + k in state: setattr(self, k, torch.zeros_like(state[prefix + k]))
+        super()._load_from_state_dict(state, prefix, *args)
 
     @torch.no_grad()
     def rescale(self,
         slope, # a number, or one for each output
         bias,  # likewise
     ):
-        """From now on the logits are `slope` times what they were plus `bias`: written into the last layer; the rule of
-        a tree comes behind it and holds as before. Raises `ModelError` for a head of grades in order."""
+        """From now on the logits are `slope` times what they were plus `bias`: written into the last layer. Of a tree
+        the line follows the constraint, which then holds again, and a second line takes the place of the first. Raises
+        `ModelError` for a head of grades in order, and for a slope of a tree that is not above 0."""
         if self.ordinal:
             raise ModelError("The outputs of a head for ordered grades are no plain logits",
                 "Take its probabilities as they are")
+        if self.below is not None:
+            slope,bias = (torch.as_tensor(v, dtype=torch.float32, device=self.below.device).expand(
+                len(self.below)).clone() for v in (slope, bias))
+            if not (slope>0).all(): raise ModelError(f"A slope is {slope.min():g}", "Give slopes above 0")
+            self.slope,self.shift = slope,bias
+            return
         last = self.linear if isinstance(self.norm, nn.Identity) else self.norm
         slope,bias = (torch.as_tensor(v, dtype=last.weight.dtype,
             device=last.weight.device).expand(self.linear.out_features)
@@ -222,6 +237,7 @@ class DistilledHead(Head):
     def rescale(self, slope, bias):
         "Of both, so that their mean is slope times what it was plus bias."
         super().rescale(slope, bias)
+        if self.below is not None: return # the line follows the mean of both
         slope,bias = (torch.as_tensor(v, dtype=self.second.weight.dtype,
             device=self.second.weight.device).expand(self.second.out_features) for v in (slope, bias))
         self.second.weight.mul_(slope[:,None])

@@ -51,8 +51,13 @@ def models_and_task(
     elif stages: task = known_task(TASKS, load_models(stages[0])[0].task, path) # of a task with several networks
     else:
         bundles = load_models(path)
-        return bundles,known_task(TASKS, bundles[0].task, path)
-    return load_models(path, task, task.stages[-1].name if stages else ''),task
+        return bundles,_told_by(bundles, known_task(TASKS, bundles[0].task, path))
+    bundles = load_models(path, task, task.stages[-1].name if stages else '')
+    return bundles,_told_by(bundles, task)
+
+def _told_by(bundles, task):
+    "The task whose answer knows what the bundles tell."
+    return task.answering(lambda o: o.answer.of_bundle(bundles[0].answer) if o is task.stages[-1] else o.answer)
 
 # %% ../../nbs/81_serve.predict.ipynb #52b6f435
 @contextmanager
@@ -119,7 +124,7 @@ def readings_of(
     for r in table.to_dict('records'):
         who = {k: '' if pd.isna(r[k]) else str(r[k]) for k in ('path','image_id','patient_id')}
         if r['error']: out.append(Reading(**who, error=r['error'], remedy=r['remedy'])); continue
-        facts = {name: plain(r[name]) for name in task.shown.values() if name in r}
+        facts = {name: plain(r[name]) for name in task.shown.values() if name in r} | task.answer.facts(r)
         out.append(Reading(**who, findings=task.answer.findings(r, vocab), seen=tuple(r[c] for c in BOX),
             facts=facts))
     return out

@@ -15,7 +15,7 @@ import re
 import tomllib
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -34,6 +34,7 @@ class Settings:
     arch: str='resnet18'    # a timm or efficientnet_pytorch architecture
     pretrained: bool=True   # start from ImageNet weights
     weights: str|None=None  # in their place: of a package (efficientnet-lite0), a file, or the folder of a bundle
+    start: str|None=None    # a run or bundle of the same task whose whole network is trained further
     epochs: int=12          # passes over the training images
     head_epochs: int|None=None # passes with the body frozen before them; none: 1 for a pretrained body, else 0
     lr: float=2e-3          # the highest learning rate
@@ -232,6 +233,12 @@ class Task:
     def answer(self):
         "What the task says of an image: the answer of its last stage."
         return self.stages[-1].answer
+
+    def answering(self,
+        bind: Callable, # stage -> the answer that it has from now on
+    ) -> 'Task':
+        "The same task whose answers know what a run or a bundle has decided, such as the categories."
+        return replace(self, stages=tuple(replace(o, answer=bind(o)) for o in self.stages))
 
     def stage(self,
         name: str, # of the stage; '' is the last one

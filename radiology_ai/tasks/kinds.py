@@ -89,7 +89,7 @@ def task_manifest(
     """The manifest of the images that take part, and the flow: how many were dropped and why. Raises
     `DataError`."""
     labels = labels if isinstance(labels, pd.DataFrame) else read_labels(labels)
-    labels = with_columns(labels, settings.labels, of='The labels have', remedy="Name one of them with label=")
+    labels = task.answer.prepared(labels, settings)
     df,nobody = _joined(store, labels, settings.no_patient)
     reason = task.usable(df).to_numpy()
     known = task.answer.known(df, settings).to_numpy()
@@ -141,6 +141,14 @@ class Answer:
     monitor = 'auroc'     # the figure by which the best epoch is kept
     activation = 'softmax'
 
+    def of_run(self, settings): return self   # with what the settings of a run decide
+    def of_bundle(self, spec: dict): return self # with what the entry `answer` of a bundle tells
+    def prepared(self, labels, settings) -> pd.DataFrame:
+        "The table of labels as a manifest wants it. Raises `DataError` for a column that is not there."
+        return with_columns(labels, settings.labels, of='The labels have', remedy="Name one of them with label=")
+    def strata(self, manifest, settings) -> list: return settings.labels # the columns spread evenly over the splits
+    def network(self, vocab) -> dict: return {} # further arguments of `create_model`
+
     def probabilities(self, models, store, positions, show=None) -> np.ndarray:
         "(N, C) probabilities, averaged over the networks."
         logits = torch.from_numpy(network_logits(models, store, positions, show=show))
@@ -153,17 +161,25 @@ class Answer:
         if not hasattr(getattr(model, 'head', None), 'rescale'):
             return {'reason': 'the network has no such head'}
         logits = network_logits([model], store, [store.position(i) for i in rows.image_id], show=False)[0]
-        fit = _class_rule if self.activation=='softmax' else _label_rules
         try:
-            slope,bias,told = fit(settings.calibration, self.numbers(rows, vocab, settings), logits,
-                rows.patient_id)
+            slope,bias,told = self.rules(settings.calibration, self.numbers(rows, vocab, settings), logits,
+                rows.patient_id, vocab)
             model.head.rescale(slope, bias)
         except (DataError, ModelError) as e: return {'reason': e.what}
         return told
+    def rules(self, kind, targets, logits, groups, vocab) -> tuple:
+        "Slopes and biases of the logits (N, C), and the rules as plain values. Raises `DataError`."
+        fit = _class_rule if self.activation=='softmax' else _label_rules
+        return fit(kind, targets, logits, groups)
     def loss(self, settings, dls): return None # that of the learner for such targets
     def metrics(self) -> list|None: return None # likewise
     def heat(self): return None                # of the likeliest output
-    def spec(self) -> dict: return {'kind': type(self).__name__.lower(), 'activation': self.activation}
+    def spec(self, rows, vocab, settings) -> dict: # for the bundle, of the rows of training
+        return {'kind': type(self).__name__.lower(), 'activation': self.activation}
+    def examples(self, table) -> pd.DataFrame|None: # with `target` and `score`, for pictures of a report
+        return table if 'target' in table and 'score' in table else None
+    def facts(self, r) -> dict: return {}          # of a row of predictions, beside its findings
+    def sections(self, figures) -> list: return [] # of the report, beside the usual ones
 
 def _line(rule) -> tuple:
     "Slope and bias of a fitted rule on logits."
