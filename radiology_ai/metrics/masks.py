@@ -34,7 +34,9 @@ def _masks(truth, mask) -> tuple[np.ndarray, np.ndarray]:
     if a.shape!=b.shape:
         raise DataError(f"The masks have shapes {a.shape} and {b.shape}", "Bring both to the same size first")
     for o,name in ((a, 'truth'), (b, 'mask')):
-        if o.dtype.kind in 'if' and (odd := (o<0) | ((o>0) & (o<1))).any():
+        odd = (o<0) | ((o>0) & (o<1)) if o.dtype.kind in 'if' else np.zeros(0, bool)
+        if name=='truth' and o.dtype.kind=='i': odd = odd & (o!=-1) # -1: nobody has drawn there
+        if odd.any():
             raise DataError(f"The {name} holds {o[odd][0]:.3g}",
                 "Give 0 and 1; probabilities become a mask at a threshold")
     if b.dtype.kind=='f' and np.isnan(b).any():
