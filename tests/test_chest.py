@@ -32,6 +32,8 @@ from radiology_ai.tasks.tree import (
     enforced,
     long_tail_figures,
     part_of,
+    scored_tier,
+    tier_figures,
     tree_calls,
     triage_score,
 )
@@ -181,7 +183,7 @@ def test_the_label_sets_and_their_tiers():
     with pytest.raises(DataError, match="no category 'Pneumonias'"): ChestSettings(label='Pneumonias').tree()
     for wrong in (dict(hierarchy='min'), dict(loss='mse'), dict(pos_weight=2.), dict(augment=11.),
             dict(repeats=5),
-            dict(contradictions='drop'), dict(calls='sp50')):
+            dict(contradictions='drop'), dict(calls='sp50'), dict(tier_calls='sp95')):
         with pytest.raises(DataError, match=next(iter(wrong))): ChestSettings(**wrong)
 
 
@@ -213,6 +215,52 @@ def test_tiers_and_the_triage_score():
     assert called_tier(tree, calls).tolist()==['no pathology', 'no pathology', 'pathologic', 'urgent']
     assert triage_score(tree, p).tolist()==[0, 0, .5, 1]
     assert called_tier(tree, tree_calls(tree, p, [None]*32)).tolist()==['no pathology']*4
+
+
+def test_a_tier_has_an_operating_point_of_its_own():
+    tree, gen = label_set('tree32'), np.random.default_rng(0)
+    number, urgent = gen.choice(3, 900, p=[.4, .3, .3]), tree.names.index('Pneumothorax')
+    truth = np.zeros((900, 32))
+    truth[number==0, tree.names.index('Normal')] = truth[number==1, tree.names.index('Mass')] = 1
+    truth[number==2, urgent] = 1
+    truth = ((truth@tree.below)>0).astype(float)
+    triage = 1/(1+np.exp(-(gen.normal(size=900)+1.5*number-2)))
+    p = np.tile(triage[:, None], (1, 32)) # every category is called at chance
+    table = pd.concat([pd.DataFrame({'patient_id': np.arange(900), 'triage': triage}),
+        pd.DataFrame(truth, columns=tree.names), pd.DataFrame(p, columns=[f'p_{v}' for v in tree.names])], axis=1)
+    valid, test, vocab, cuts = table[:400], table[400:].reset_index(drop=True), list(tree.names), [.2]*32
+    def of(how): return dataclasses.replace(Tree(), tree=tree, tier_calling=how).settled(valid, vocab)
+    for how, wanted in (('se90', .9), ('se95', .95), ('se99', .99)):
+        answer = of(how)
+        told = answer.thresholds(test, cuts)
+        assert answer.row(test, cuts, vocab).tier.tolist()==told.tier.tolist()
+        low, high = answer.tier_thresholds
+        assert 0<low<high<1 and ((told.tier=='urgent')==(told.triage>=high)).all()
+        for k, cut in ((1, low), (2, high)):
+            known = number[:400]>=k
+            hit = valid.triage[known]>=cut
+            assert hit.mean()>=wanted and (valid.triage[known]>cut).mean()<wanted # no higher threshold reaches it
+            f = tier_figures(tree, told)['tiers'][k-1]
+            assert f['sensitivity']['value']>=wanted-.06 and f['specificity']['value']>(.5 if how=='se90' else .1)
+        again = Tree().of_bundle(answer.spec(test, vocab, ChestSettings()))
+        assert again.thresholds(test, cuts).equals(told)
+        columns = [f'threshold_{v}' for v in vocab]
+        assert told[columns].equals(of('categories').thresholds(test, cuts)[columns]) # the calls stay
+    by = of('categories')
+    assert not by.tier_thresholds
+    assert by.row(test, cuts, vocab).tier.tolist()==called_tier(tree, by.calls(test, cuts, vocab)).tolist()
+    none = of('se95').settled(valid[number[:400]<2], vocab) # of the highest tier there is no film: its categories decide
+    assert none.tier_thresholds[0]>0 and none.tier_thresholds[1] is None
+    calls = by.calls(test, cuts, vocab)
+    assert (none.row(test, cuts, vocab).tier=='urgent').tolist()==(called_tier(tree, calls)=='urgent').tolist()
+    told = of('se95').settled(valid.assign(triage=1-valid.triage), vocab).tier_thresholds
+    assert told[0]<=told[1] # a film of a tier belongs to the lower ones too
+    assert scored_tier(tree, [0., 1.], np.zeros((2, 32), bool), told).tolist()==['no pathology', 'urgent']
+    spec = of('se95').spec(test, vocab, ChestSettings())
+    for wrong in ([.5], [.5, 'x'], .5):
+        with pytest.raises(BundleError, match='tells no tree'): Tree().of_bundle(spec | {'tier_thresholds': wrong})
+    old = {k: v for k, v in spec.items() if not k.startswith('tier_')} # of a bundle made before
+    assert Tree().of_bundle(old).row(test, cuts, vocab).tier.tolist()==by.row(test, cuts, vocab).tier.tolist()
 
 
 def simulated_table(tree, n=300, seed=0):
@@ -311,6 +359,10 @@ def test_a_run_learns_what_its_labels_know(run, here):
     assert (closed.Lung==1).all() and (closed.Normal==0).all()
     figures = evaluate(run).figures
     assert {'long_tail', 'tiers'} <= set(figures) and figures['tiers']['names'][-1]=='urgent'
+    scored, (low, high) = run.predictions, bundle.answer['tier_thresholds'] # chosen on validation patients, kept
+    assert ((scored.tier=='urgent')==(scored.triage>=high)).all() and low<=high
+    found = scored[(scored.split=='valid') & (scored.tier_true=='urgent')]
+    assert bundle.answer['tier_calls']=='se95' and (found.tier=='urgent').mean()>=.95
 
 
 def test_the_report_tells_tiers_and_the_tail(run, tmp_path):
