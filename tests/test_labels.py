@@ -27,6 +27,7 @@ from radiology_ai.data.labels import (
 )
 from radiology_ai.data.split import assert_no_leakage, official_split, patient_keys, patient_split
 from radiology_ai.data.words import is_nobody, label_numbers, match_column, view_name, with_columns
+from radiology_ai.tasks.kinds import Classes, Grades, Labels
 
 # Columns
 
@@ -345,6 +346,18 @@ def test_rows_of_an_image_that_contradict_each_other_are_named():
     assert make_dataset(df, errors='list').manifest.image_id.tolist()==['b', 'c']
 
 
+def test_all_faults_of_a_table_of_labels_can_be_listed(tmp_path):
+    (tmp_path/'t.csv').write_text('image_id,fx,kl\n' + ''.join(f'i{k},often,{k}\n' for k in range(7)) + 'z,yes,IV\n')
+    with pytest.raises(DataError, match="7 values that are no numbers .line 2: 'often'"):
+        read_labels(tmp_path/'t.csv', ['fx', 'kl'])
+    t,problems = read_labels(tmp_path/'t.csv', ['fx', 'kl'], errors='list')
+    assert t.fx.fillna(-1).tolist()==[-1]*7+[1] and t.kl.fillna(-1).tolist()==[*range(7), -1]
+    assert problems[['line', 'column', 'value']].values.tolist()==[*([k+2, 'fx', 'often'] for k in range(7)),
+        [9, 'kl', 'IV']]
+    assert not len(read_labels(tmp_path/'t.csv', errors='list')[1])
+    with pytest.raises(DataError, match="errors is 'all'"): read_labels(tmp_path/'t.csv', errors='all')
+
+
 def test_doubled_rows_that_are_equal_are_one():
     index = pd.DataFrame({'path': list('abc'), 'SOPInstanceUID': list('ABC'), 'PatientID': list('123')})
     labels = pd.DataFrame({'image_id': ['A', 'A', 'B', 'C'], 'fx': [1., 1., np.nan, 0],
@@ -369,6 +382,32 @@ def test_integer_ids_and_missing_rows(ids):
     assert lost[['what', 'row']].values.tolist()==[['image without a label', 2],
         ['label without an image', 2]]
     assert lost.name[0]=='c' and float(lost.name[1])==9 and set(MANIFEST)<=set(make_manifest(index))
+
+
+# Into training
+
+def test_answers_in_words_reach_training():
+    def checked(kind, *values, **more):
+        df = pd.DataFrame({'image_id': [f'i{k}' for k in range(len(values))], 'fx': list(values), **more})
+        settings = SimpleNamespace(labels=['fx', *more])
+        return kind.checked(df[kind.known(df, settings)], settings)
+    for words in (('yes', 'no'), ('Positive', ' negative'), ('TRUE', 'False'), ('1', 'no'), (1, 'n'), ('1.0', '0'),
+            (True, False)):
+        for empty in (None, '', ' ', np.nan):
+            m = checked(Grades(), *words, empty)
+            assert m.fx.tolist()==[1, 0] and m.fx.dtype==int
+            assert checked(Labels(), *words, empty).fx.tolist()==[1, 0]
+    assert checked(Grades(), '0', '3', 1).fx.tolist()==[0, 3, 1]
+    two = checked(Labels(), 'yes', 'no', '', '', other=['', 'neg', 'pos', ' '])
+    assert two[['fx', 'other']].fillna(-1).values.tolist()==[[1, -1], [0, 0], [-1, 1]]
+    for odd in ('unsure', 'III', '1,5', -1, .5):
+        with pytest.raises(DataError, match=f"Column 'fx' holds '?{odd}'? for image i2.*yes, no, positive, negative"):
+            checked(Grades(), 'yes', 'no', odd)
+        with pytest.raises(DataError, match=f"holds '?{odd}'? for image i2.*Use 1, 0, or yes, no"):
+            checked(Labels(), 'yes', 'no', odd)
+    with pytest.raises(DataError, match="holds 2 for image i2.*Use either grades, or yes, no"):
+        checked(Grades(), 'yes', 'no', 2)
+    assert checked(Classes(), 'knee', 'hand', '').fx.tolist()==['knee', 'hand']
 
 
 # Identities

@@ -241,6 +241,108 @@ def test_own_contradictions(tmp_path, errors):
         False, False, False]
 
 
+# Names of one's own
+
+@pytest.mark.parametrize('one, two', [('Fx', 'Fx?'), ('HER2+', 'HER2-'), ('Effusion L', 'Effusion-L'),
+    ('Перелом', 'Отёк'), ('骨折', '水肿')])
+@pytest.mark.parametrize('turned', [False, True])
+def test_own_columns_are_literal(tmp_path, one, two, turned):
+    names = dict(image_id='id', patient_id='pat')
+    if turned: one,two = two,one
+    f = write(tmp_path/'o.csv', f'id,pat,{one},{two}', 'a,1,1,0', 'b,2,0,1')
+    m = from_csv(f, names, [one, two]).manifest
+    assert m[[one, two]].values.tolist()==[[1, 0], [0, 1]]
+    assert from_csv(f, names, {'fx': two}).manifest.fx.tolist()==[0, 1]
+    g = write(tmp_path/'g.csv', f'id,pat,{one}', 'a,1,1', 'b,2,0')
+    for ask in (dict(labels=two), dict(labels={'fx': two}), dict(findings=two), dict(keep=[two])):
+        with pytest.raises(DataError, match='g.csv: there is no column'): from_csv(g, names, **ask)
+    with pytest.raises(DataError, match='there is no column'): from_csv(g, dict(names, patient_id=two))
+    words = write(tmp_path/'w.csv', f'{one},categories', 'x,Lung')
+    with pytest.raises(DataError, match='w.csv: there is no column'): read_terms(words, chest_tree(), two)
+
+
+def test_own_names_stand_for_one_column(tmp_path):
+    f = write(tmp_path/'o.csv', 'id,pat,seen,view', 'a,1,PA,1')
+    names = dict(image_id='id', patient_id='pat', view='seen')
+    with pytest.raises(DataError, match="'view' is asked for twice, as the columns 'seen' and 'view'"):
+        from_csv(f, names, 'view')
+    with pytest.raises(DataError, match="'view' is asked for twice"): from_csv(f, names, keep=['view'])
+    m = from_csv(f, names, {'lateral': 'view'}).manifest
+    assert (m.view[0], m.lateral[0])==('PA', 1)
+
+
+def test_rows_of_ones_own_image_agree(tmp_path):
+    f = write(tmp_path/'b.csv', 'id,pat,study,part,x,y,w,h,fx', 'a,1,s,train,1,1,5,5,1', 'a,2,s,train,2,2,5,5,0',
+        'b,,s,train,1,1,5,5,0', 'b,3,t,test,2,2,5,5,no', 'c,4,u,,3,3,5,5,yes', 'c,4.0,,valid,4,4,5,5,')
+    names = dict(image_id='id', patient_id='pat', study_id='study', split='part', x1='x', y1='y', w='w', h='h')
+    with pytest.raises(DataError, match="line 2 .image a., column 'patient_id': '1' here, '2' in another row"):
+        from_csv(f, names, 'fx')
+    ds = from_csv(f, names, 'fx', errors='list')
+    assert where(ds)==[(2, 'patient_id'), (3, 'patient_id'), (4, 'study_id'), (5, 'study_id'), (4, 'split'),
+        (5, 'split')]
+    m = ds.manifest
+    assert m[['image_id', 'patient_id']].values.tolist()==[['b', '3'], ['c', '4']]
+    assert m.study_id.fillna('').tolist()==['', 'u'] and m.split.fillna('').tolist()==['', 'valid']
+    assert m.fx.tolist()==[0, 1] and ds.boxes.image_id.tolist()==['b', 'b', 'c', 'c']
+
+
+@pytest.mark.parametrize('nobody', ['', '<NA>', 'unknown', '-', '8.3986E+35'])
+def test_what_is_no_patient_of_ones_own(tmp_path, nobody):
+    f = write(tmp_path/'o.csv', 'id,pat,x,y,w,h,Fx', f'a,{nobody},1,1,5,5,Yes', 'b,7,1,1,5,5,"0,0"')
+    names = dict(image_id='id', patient_id='pat', x1='x', y1='y', w='w', h='h')
+    with pytest.raises(DataError, match="line 2 .image a., column 'patient_id': "): from_csv(f, names, 'Fx')
+    assert quiet(from_csv, f, names, 'Fx', no_patient='image').manifest.patient_id.tolist()==['a', '7']
+    ds = quiet(from_csv, f, names, 'Fx', no_patient='drop')
+    assert ds.manifest[['patient_id', 'Fx']].values.tolist()==[['7', 0]] and ds.boxes.image_id.tolist()==['b']
+    assert not len(ds.problems)
+    siim = write(tmp_path/'s.csv', 'ImageId, EncodedPixels', '1.2,-1', '1.3,-1')
+    index = pd.DataFrame({'SOPInstanceUID': ['1.2', '1.3'], 'PatientID': ['p', nobody], 'StudyInstanceUID': 's',
+        'path': ['x/a.dcm', 'x/b.dcm'], 'view': 'PA', 'laterality': ''})
+    with pytest.warns(UserWarning, match='each of the 1 counts'):
+        assert siim_pneumothorax(siim, index=index).manifest.patient_id.tolist()==['p', '1.3']
+
+
+def test_files_that_belong_to_no_image_are_listed(tmp_path):
+    for name in ('im/a.png', 'im/b.png', 'im/deep/new.png', 'im/._a.png', '__MACOSX/im/a.png', 'im/notes.txt',
+            'im/a_mask.png'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_bytes(b'-')
+    f = write(tmp_path/'o.csv', 'file,pat,Fx', 'a.png,1,1', 'b.png,2,0', 'gone.png,3,0')
+    names = dict(path='file', patient_id='pat')
+    with pytest.warns(UserWarning, match='2 files in the folder of images belong to no image'):
+        ds = from_csv(f, names, 'Fx', images=tmp_path, errors='list')
+    assert ds.manifest.image_id.tolist()==['a.png', 'b.png']
+    assert sorted((p.value.split('im/')[-1], p.problem[:9]) for p in ds.problems.itertuples())==[
+        ('a_mask.png', 'this file'), ('deep/new.png', 'this file'), ('gone.png', 'there is ')]
+    (tmp_path/'im/deep/new.png').unlink()
+    (tmp_path/'im/a_mask.png').unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(from_csv(write(f, 'file,pat,Fx', 'a.png,1,1', 'b.png,2,0'), names, 'Fx',
+            images=tmp_path).problems)==0
+
+
+# What was drawn on
+
+def test_boxes_carry_the_size_that_they_were_drawn_on(tmp_path):
+    boxes = write(tmp_path/'b.csv', 'Image Index,Finding Label,Bbox [x,y,w,h]', '0_0.png,Mass,1,1,9,9')
+    assert chestxray14(nih(tmp_path/'n.csv', 'Mass'), boxes).boxes[['width', 'height']].values.tolist()==[[1024,
+        1024]]
+    rsna = write(tmp_path/'l.csv', 'patientId,x,y,width,height,Target', 'a,1,2,30,40,1')
+    b = quiet(rsna_pneumonia, rsna).boxes
+    assert b[[*XYXY, 'width', 'height']].values.tolist()==[[1, 2, 31, 42, 1024, 1024]]
+    siim = write(tmp_path/'s.csv', 'ImageId, EncodedPixels', '1.2,5 5')
+    assert quiet(siim_pneumothorax, siim).masks[['width', 'height']].values.tolist()==[[1024, 1024]]
+    vin = write(tmp_path/'v.csv', VINDR_HEAD, 'a,R1,ILD,1,1,9,9', 'b,R1,ILD,1,1,9,9')
+    for iou in (.4, None):
+        b = quiet(vinbig, vin, {'a': (20, 30)}, iou).boxes
+        assert b[['width', 'height']].fillna(0).values.tolist()==[[30, 20], [0, 0]]
+    assert 'width' not in quiet(vinbig, vin).boxes
+    f = write(tmp_path/'o.csv', 'id,pat,x,y,b,h,H,W', 'a,1,0,0,5,5,50,60', 'c,2,0,0,5,5,,')
+    names = dict(image_id='id', patient_id='pat', x1='x', y1='y', w='b', h='h', height='H', width='W')
+    assert from_csv(f, names).boxes[['width', 'height']].fillna(0).values.tolist()==[[60, 50], [0, 0]]
+
+
 def test_classes_and_boxes_in_two_spellings(tmp_path):
     for name in ('train/NORMAL/p1.png', 'train/NORMAL/p2.png', 'val/normal/p3.png', 'val/Lung_Mass/p4.png',
             'train/lung mass/p5.png', 'train/lung mass/p6.png'):

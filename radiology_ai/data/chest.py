@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..core import DataError
 from .cells import Problem, name_rows, read_cells, read_table
-from .labels import Dataset, make_dataset
+from .labels import Dataset, make_dataset, with_sizes
 from .regions import XYXY, box_problems, fuse_boxes, mask_problems
 from radiology_ai.data.tree import (
     LabelTree,
@@ -32,6 +32,7 @@ from radiology_ai.data.tree import (
     resolve_uncertain,
     torn_rows,
 )
+from .words import is_nobody
 from ..dicom.limits import table_bytes
 from ..tables import foreign_table
 
@@ -170,7 +171,7 @@ def _nih_boxes(path, df, found) -> pd.DataFrame:
     b = _numbers(b, 'xywh', found, file)
     b['label'] = _known(b, 'label', NIH14, found, file)
     b = b.assign(x1=b.x, y1=b.y, x2=b.x+b.w, y2=b.y+b.h)[b.label.notna()]
-    return _inside(b[['image_id', 'label', *XYXY]], df, found, file)
+    return with_sizes(_inside(b[['image_id', 'label', *XYXY]], df, found, file), df)
 
 def _adjudicated(path, df, found) -> pd.DataFrame:
     t,file = _table(path, dict(image_id='Image Index', adjudicated_set='Set Id?',
@@ -204,18 +205,23 @@ def padchest(
     view = _known(df, 'projection', list(_PROJECTIONS), found, file).map(_PROJECTIONS).fillna('')
     found += name_rows(df, df.terms.notna() & ~df.terms.fillna('').str.match(r'^\[.*\]$'), 'terms',
         lambda v: f"{v!r} is no list of terms", file)
-    said = df.terms.str.findall(r"""'([^']*)'|"([^"]*)\"""").explode().dropna().map(
-        ''.join).str.split().str.join(' ').loc[lambda s: s!='']
+    lists = {v: _terms_of(v) for v in df.terms.dropna().unique()}
+    said = df.terms.map(lists).explode().dropna()
     empty = pd.Series(np.nan, df.index, dtype=object)
     years = (pd.to_numeric(df.get('date', empty).str[:4], errors='coerce')
         - pd.to_numeric(df.get('birth', empty), errors='coerce'))
     folder = df.get('folder', empty).str.replace(r'\.zip$', '', regex=True)
     df = df.assign(path=folder.fillna('') + '/' + df.image_id, view=view,
         age=years.where(years.between(0, 120)),
-        terms=_joined(said, df.index))
+        terms=df.terms.map({v: '|'.join(words) for v,words in lists.items() if words}).astype(object))
     if 'pediatric' in df: df['pediatric'] = df.pediatric.map({'PED': 1., 'No': 0.})
     df,values = _padchest_labels(df, said, tree, mapping, notes, file=file)
     return make_dataset(df, values, images=images, found=found, notes=notes, errors=errors, file=file)
+
+def _terms_of(text) -> list[str]:
+    "The words of a list such as `['pleural effusion', \"other's\"]`."
+    words = [' '.join((a + b).split()) for a,b in re.findall(r"""'([^']*)'|"([^"]*)\"""", text)]
+    return [w for w in words if w]
 
 def _joined(words, index) -> pd.Series:
     "The words of each row, joined by |."
@@ -337,7 +343,7 @@ def rsna_pneumonia(
     df = df.assign(path=df.image_id + '.dcm', patient_id=df.image_id,
         **{'Lung Opacity': df.image_id.map(t.groupby('image_id').target.max())})
     boxes = t.assign(label='Lung Opacity', x1=t.x, y1=t.y, x2=t.x+t.w, y2=t.y+t.h)[t.target==1]
-    boxes = _inside(boxes[['image_id', 'label', *XYXY]], df, found, file)
+    boxes = with_sizes(_inside(boxes[['image_id', 'label', *XYXY]], df, found, file), df)
     if classes is not None: df = _rsna_classes(classes, df, found, file)
     if headers is not None:
         h,name = _table(headers, dict(image_id='PatientID', age='PatientAge', sex='PatientSex',
@@ -415,7 +421,7 @@ def _from_headers(df, index, found, file) -> pd.DataFrame:
     kept = df[df.image_id.isin(h.image_id)]
     _some(kept, df, file, f"a SOPInstanceUID or file name of the {len(h)} of the index", 'image_id')
     df = kept.drop(columns=['path', 'patient_id']).merge(h, on='image_id', how='left').set_axis(kept.index)
-    nobody = df.patient_id.isna() | df.patient_id.astype(str).str.strip().eq('')
+    nobody = is_nobody(df.patient_id)
     if nobody.any(): _images_not_persons(nobody.sum(), "The headers of the index name no patient")
     return df.assign(patient_id=df.patient_id.where(~nobody, df.image_id))
 
@@ -515,7 +521,7 @@ def vinbig(
     if sizes is not None:
         df = df.merge(image_sizes(sizes, found), on='image_id', how='left').set_axis(df.index)
     boxes = _inside(t.loc[t.label!='No finding', ['image_id', 'label', *XYXY, 'reader']], df, found, file)
-    if iou is not None: boxes = fuse_boxes(boxes, iou, n)
+    boxes = with_sizes(boxes if iou is None else fuse_boxes(boxes, iou, n), df)
     if index is not None: df = _from_headers(df, index, found, file)
     else: _images_not_persons(len(df), "Give index=, the table of `index_dicoms`")
     return make_dataset(df, list(share), images=images, boxes=boxes, found=found, errors=errors, file=file)

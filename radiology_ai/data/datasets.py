@@ -18,10 +18,19 @@ import pandas as pd
 
 from ..core import DataError
 from .cells import Problem, name_rows, read_cells, read_table
-from .labels import KELLGREN_LAWRENCE, MANIFEST, Dataset, find_images, make_dataset, make_manifest
+from radiology_ai.data.labels import (
+    KELLGREN_LAWRENCE,
+    MANIFEST,
+    Dataset,
+    contradicting_rows,
+    files_below,
+    find_images,
+    make_dataset,
+    make_manifest,
+)
 from .regions import XYXY, box_problems, mask_problems
 from .tree import LabelTree, match_words, near_word, one_spelling, plain_word, torn_rows
-from .words import LABEL_WORDS
+from .words import is_blank, is_nobody, label_numbers
 from ..dicom.limits import open_regular
 
 # %% ../../nbs/31_data.datasets.ipynb #d979b306
@@ -36,11 +45,7 @@ def _given(path, what):
 
 def _image_files(root, suffixes) -> list[str]:
     "The images below `root`, as sorted relative paths with /."
-    if not Path(root).is_dir():
-        raise DataError(f"There is no folder {root}", "Give the folder that holds the images")
-    names = [os.path.relpath(os.path.join(d, f), root).replace(os.sep, '/') for d,_,fs in os.walk(root)
-        for f in fs if not f.startswith('._')] # what macOS keeps beside a file
-    names = [n for n in names if not n.startswith('__MACOSX/') and '/__MACOSX/' not in n]
+    names = [os.path.relpath(f, root).replace(os.sep, '/') for f in files_below(root)]
     if not (out := sorted(f for f in names if not suffixes or f.lower().endswith(tuple(suffixes)))):
         raise DataError(f"The folder {root} holds no image ({len(names)} files, none with a name in "
             f"{', '.join(suffixes)})", "Give the folder that holds the images, or other suffixes=")
@@ -61,7 +66,7 @@ def _patients(df, found, no_patient, file) -> pd.DataFrame:
     "`df` with the images without patient named, dropped or made patients of their own."
     if no_patient not in ('raise', 'drop', 'image'):
         raise DataError(f"no_patient is {no_patient!r}", "Choose 'raise', 'drop' or 'image'")
-    lost = df.patient_id.isna() | df.patient_id.astype(str).str.strip().eq('')
+    lost = is_nobody(df.patient_id)
     if no_patient=='image': df = df.assign(patient_id=df.patient_id.where(~lost, df.image_id))
     if no_patient!='raise' and lost.any():
         warnings.warn(f"{int(lost.sum())} images without patient are "
@@ -225,30 +230,33 @@ def from_csv(
     t = _own_table(path, columns, labels, findings, keep=keep, found=found)
     t = _as_numbers(t, labels, found, file)
     if 'label' in t: t['label'] = t.label.map(one_spelling(t.label.dropna()))
-    said = (_split_words(t, findings, sep, nothing, vocab, lists=(found, notes), file=file) if findings
-        else t[[]])
+    split = dict(lists=(found, notes), file=file)
+    said = _split_words(t, findings, sep, nothing, vocab, **split) if findings else t[[]]
     t = t.join(said)
     parts = [c for c in REGION if c not in ('height', 'width')]
     names = [*labels, *said]
-    df = _one_row(t, names) if set(parts) & set(columns) else t
+    df = _one_row(t, names, found, file) if set(parts) & set(columns) else t
     df = _no_finding_alone(df, names, nothing, found, file)
     df = _patients(df.drop(columns=[c for c in parts if c in columns]), found, no_patient, file)
     if len(t): _some(df, found, file, 'an image of a patient')
     if 'laterality' in df:
         words = df.laterality.str.lower().isin(['left', 'right', 'both'])
         df['laterality'] = df.laterality.str.upper().str[:1].where(words, df.laterality)
-    boxes = _own_boxes(t, df, found, file) if 'x1' in columns else None
-    masks = _own_masks(t, df, images, found, file) if {'rle', 'mask'} & set(columns) else None
+    of_images = t[t.image_id.isin(df.image_id)]
+    boxes = _own_boxes(of_images, df, found, file) if 'x1' in columns else None
+    masks = _own_masks(of_images, images, found, file) if {'rle', 'mask'} & set(columns) else None
     return make_dataset(df, names, images=images, boxes=boxes, masks=masks, found=found, notes=notes,
         errors=errors, file=file)
 
 def _own_table(path, columns, labels, findings, *, keep, found) -> pd.DataFrame:
     "The columns that somebody names, with / in paths, and image_id, path and patient_id."
-    wanted = {**columns, **labels, **({'findings': findings} if findings else {}), **{c: c for c in keep}}
-    t = read_table(path, wanted, found)
-    if lost := [c for c in wanted if c not in t]:
-        raise DataError(f"{Path(path).name}: there is no column {wanted[lost[0]]!r}",
-            "Name a column that is there")
+    wanted = {}
+    for part in (columns, labels, {'findings': findings} if findings else {}, {c: c for c in keep}):
+        for ours,name in part.items():
+            if wanted.setdefault(ours, name)!=name:
+                raise DataError(f"{ours!r} is asked for twice, as the columns {wanted[ours]!r} and {name!r}",
+                    "Give the label another name: labels={name: column}")
+    t = read_table(path, wanted, found, optional=())
     for c in ('path', 'mask'):
         if c in t: t[c] = t[c].str.replace('\\', '/', regex=False)
     return t.assign(image_id=t.get('image_id', t.get('path')), path=t.get('path', t.get('image_id')),
@@ -268,7 +276,7 @@ def _no_finding_alone(df, names, nothing, found, file) -> pd.DataFrame:
 def _as_numbers(t, labels, found, file) -> pd.DataFrame:
     "`t` with the labels and the numbers of regions as numbers; what is none is a problem."
     for c in labels:
-        t[c] = _or_text(pd.to_numeric(t[c], errors='coerce').fillna(t[c].str.lower().map(LABEL_WORDS)), t[c])
+        t[c] = _or_text(label_numbers(t[c]), t[c])
     for c in [c for c in (*XYXY, 'w', 'h', 'height', 'width') if c in t]:
         v = pd.to_numeric(t[c], errors='coerce')
         found += name_rows(t, v.isna() & t[c].notna(), c, lambda v: f"{v!r} is no number", file)
@@ -323,9 +331,18 @@ def _one_letter_apart(a, b) -> bool:
     exchanged = len(long)==len(short)
     return len(long)-start-end==1 and len(long)>=(6 if exchanged else 4)
 
-def _one_row(t, labels) -> pd.DataFrame:
-    "One row an image: a label is 1 if any of its rows says so."
+def _one_row(t, labels, found, file) -> pd.DataFrame:
+    """One row an image: a label is 1 if any of its rows says so. Rows that give it two patients are problems, and so
+    are two studies or splits, which are then unknown; an empty cell is that of another row."""
+    once = [c for c in ('patient_id', 'study_id', 'split') if c in t]
+    torn = contradicting_rows(t, once, file)
+    found += torn
     first = t.drop_duplicates('image_id')
+    for c in once:
+        known = t[~is_blank(t[c])].drop_duplicates('image_id').set_index('image_id')[c]
+        both = first.image_id.isin([p.image for p in torn if p.column==c])
+        first = first.assign(**{c: first[c].fillna(first.image_id.map(known)).mask(both)})
+        if c=='patient_id': first = first[~both]
     for c in labels:
         top = pd.to_numeric(t[c], errors='coerce').groupby(t.image_id).max()
         first = first.assign(**{c: first.image_id.map(top).astype(object).where(pd.to_numeric(first[c],
@@ -340,10 +357,10 @@ def _own_boxes(t, df, found, file) -> pd.DataFrame:
     b = t.loc[t[XYXY].notna().any(axis=1)].assign(label=lambda b: b.label if 'label' in b else 'finding')
     wrong = [Problem(*p, file) for p in box_problems(b, df)]
     found += wrong
-    return b[['image_id', 'label', *XYXY, *(['reader'] if 'reader' in b else [])]].drop(index={p.row
-        for p in wrong})
+    more = [c for c in ('reader', 'width', 'height') if c in b]
+    return b[['image_id', 'label', *XYXY, *more]].drop(index={p.row for p in wrong})
 
-def _own_masks(t, df, images, found, file) -> pd.DataFrame:
+def _own_masks(t, images, found, file) -> pd.DataFrame:
     "The masks of the rows that have one: run lengths need the size of the image, files are held against it."
     t = t.assign(label=t.label if 'label' in t else 'finding')
     if 'rle' in t:
@@ -418,7 +435,7 @@ def read_terms(
     right."""
     _given(path, 'table of words')
     found,file = [],Path(path).name
-    t = read_table(path, dict(term=term, categories=categories), found)
+    t = read_table(path, dict(term=term, categories=categories), found, optional=())
     plain = t.term.map(plain_word, na_action='ignore')
     found += name_rows(t, t.term.isna(), 'term', 'is missing', file)
     found += name_rows(t, plain.duplicated() & plain.notna(), 'term', 'this word was there before', file)

@@ -6,7 +6,8 @@ Docs: https://lluissalord.github.io/radiology_ai/data.labels.html.md"""
 
 # %% auto #0
 __all__ = ['SCHATZKER', 'KELLGREN_LAWRENCE', 'MANIFEST', 'Grade', 'contradicting_rows', 'find_problems', 'manifest_problems',
-           'validate_manifest', 'make_manifest', 'missing_rows', 'Dataset', 'make_dataset', 'find_images']
+           'validate_manifest', 'make_manifest', 'missing_rows', 'Dataset', 'with_sizes', 'make_dataset', 'files_below',
+           'find_images']
 
 # %% ../../nbs/30_data.labels.ipynb #40759246
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from .cells import Problem, name_rows, refuse
+from .cells import Problem, name_rows, problem_table, refuse
 from radiology_ai.data.words import (
     find_column,
     is_blank,
@@ -348,7 +349,7 @@ def missing_rows(
 class Dataset(NamedTuple):
     "A data set as the library reads it."
     manifest: pd.DataFrame           # one row an image: `MANIFEST`, the labels (1, 0, NaN) and what else the files say
-    boxes: pd.DataFrame|None=None    # one row a box: image_id, label, x1, y1, x2, y2 in pixels of the stored image
+    boxes: pd.DataFrame|None=None    # one row a box: image_id, label, x1, y1, x2, y2; width, height of what they were drawn on
     masks: pd.DataFrame|None=None    # one row a mask: image_id, label, `rle` (run lengths) or `path`, height, width
     problems: pd.DataFrame|None=None # what was wrong: file, line, image_id, column, value, problem
     labels: tuple=()                 # the columns of labels and grades
@@ -357,6 +358,15 @@ class Dataset(NamedTuple):
         more = ''.join(f", {len(t)} {n}" for n,t in (('boxes', self.boxes), ('masks', self.masks),
             ('problems', self.problems)) if t is not None and (len(t) or n!='problems'))
         return f"Dataset({len(self.manifest)} images of {self.manifest.patient_id.nunique()} patients{more})"
+
+def with_sizes(
+    boxes: pd.DataFrame,  # image_id and corners
+    images: pd.DataFrame, # image_id, width and height of the images that they were drawn on
+) -> pd.DataFrame:
+    "`boxes` with the width and height of their image; as they are where no image has them."
+    if not {'width', 'height'} <= set(images): return boxes
+    size = images.drop_duplicates('image_id').set_index('image_id')
+    return boxes.assign(**{c: boxes.image_id.map(size[c]) for c in ('width', 'height')})
 
 def _usable(df, labels, grades, wrong) -> pd.DataFrame:
     "`df` without the cells or rows that are `wrong`; labels as floats."
@@ -372,7 +382,7 @@ def make_dataset(
     labels=(),          # columns that must hold 1, 0 or NaN
     grades: dict|None=None, # columns of whole numbers, as for `validate_manifest`
     *,
-    images=None,        # their folder: `path` becomes the file found there, and a file that is missing is a problem
+    images=None,        # their folder: `path` becomes the file found there; files without image and images without file are listed
     boxes=None, masks=None, # tables as in `Dataset`
     found=(),           # problems found before
     notes=(),           # oddities of the published files: listed, but no reason to raise
@@ -385,9 +395,13 @@ def make_dataset(
     df = df.assign(**{c: '' for c in MANIFEST if c not in df})
     df = df[[*MANIFEST, *(c for c in df if c not in MANIFEST)]].assign(view=view_names(df.view))
     wrong = find_problems(df, labels, grades)
+    strange = []
     if images is not None:
-        at = find_images(images, df.path)
+        files = files_below(images)
+        at = _match_ends(files, df.path)
         wrong += name_rows(df, at.isna(), 'path', lambda v: f"there is no file {v} in {images}")
+        named = [p.value for p in found if p.column in ('path', 'mask')]
+        strange = _strangers(files, at, [*named, *(() if masks is None else masks.path)], images)
         df = df.assign(path=at.fillna(''))
     wrong = [p._replace(file=p.file or file) for p in wrong]
     everything = [*found, *wrong]
@@ -400,10 +414,21 @@ def make_dataset(
     df = _usable(df, labels, grades, wrong)
     boxes,masks = (None if t is None else t[t.image_id.isin(df.image_id)].reset_index(drop=True)
         for t in (boxes, masks))
+    if strange:
+        warnings.warn(f"{len(strange)} files in the folder of images belong to no image of the data set "
+            "(all of them: its `problems`)", stacklevel=3)
     if notes:
         warnings.warn(f"{file_label(file) if file else 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)}, "
             f"such as {_place_of(notes[0])} (all of them: `problems` of the data set)", stacklevel=3)
-    return Dataset(df, boxes, masks, _problem_table([*everything, *notes]), (*labels, *(grades or {})))
+    return Dataset(df, boxes, masks, problem_table([*everything, *notes, *strange]), (*labels, *(grades or {})))
+
+def _strangers(files, at, others, images) -> list[Problem]:
+    "The files beside the images that no image of the data set has, and that are none of the `others`, such as masks."
+    ends = tuple({Path(f).suffix for f in at.dropna()})
+    lost = files[files.map(lambda f: f.endswith(ends)) & ~files.isin(at)]
+    others = pd.Series([o for o in others if isinstance(o, str) and o], dtype=object)
+    if len(lost) and len(others): lost = lost[~lost.isin(_match_ends(files, others))]
+    return [Problem(None, '', 'path', f, 'this file belongs to no image of the data set', str(images)) for f in lost]
 
 def _place_of(p: Problem) -> str:
     "Where a cell stands and what is wrong with it, without what it holds."
@@ -411,12 +436,17 @@ def _place_of(p: Problem) -> str:
     where = f"line {p.row+2}" if isinstance(p.row, (int, np.integer)) else "a row"
     return f"{where}, column {p.column!r}" + ('' if str(p.value) in why else f": {why}")
 
-def _problem_table(found) -> pd.DataFrame:
-    return pd.DataFrame([(p.file, int(p.row)+2 if isinstance(p.row, (int, np.integer)) else p.row, p.image,
-        p.column, p.value, p.why) for p in found],
-                        columns=['file', 'line', 'image_id', 'column', 'value', 'problem'])
-
 # %% ../../nbs/30_data.labels.ipynb #183c8b12
+def files_below(
+    folder, # with whatever lies below it
+) -> pd.Series:
+    "All files below a folder, with /; without what macOS keeps beside them."
+    if not Path(folder).is_dir():
+        raise DataError(f"There is no folder {folder}", "Give the folder that holds the images")
+    files = [os.path.join(d, f).replace(os.sep, '/') for d,_,fs in os.walk(folder)
+        if '__MACOSX' not in Path(os.path.relpath(d, folder)).parts for f in fs if not f.startswith('._')]
+    return pd.Series(files, dtype=object)
+
 def _ends(names: pd.Series, n: int) -> dict:
     "The names by the last `n` parts of their path (0: the last one without suffix), where these are unique."
     parts = names.str.split('/')
@@ -430,11 +460,9 @@ def find_images(
 ) -> pd.Series:
     """The file below `images` of each name, NaN where there is none: by as much of the end of its path as is
     unique, at last without its suffix."""
-    if not Path(images).is_dir():
-        raise DataError(f"There is no folder {images}", "Give the folder that holds the images")
-    files = pd.Series([os.path.join(d, f).replace(os.sep, '/') for d,_,fs in os.walk(images) for f in fs
-        if not f.startswith('._')],
-        dtype=object)
+    return _match_ends(files_below(images), names)
+
+def _match_ends(files: pd.Series, names: pd.Series) -> pd.Series:
     names = names.str.replace('\\', '/', regex=False)
     known,out = names.drop_duplicates(),pd.Series(np.nan, names.index, dtype=object)
     for n in [*range(known.str.count('/').max()+1, 0, -1), 0]:

@@ -20,7 +20,7 @@ from ..data.tree import LabelTree, chest_terms, chest_tree
 from ..preprocess.recipe import recipe
 from .base import SUBGROUPS, Demo, Settings, Stage, Task, near
 from .knee import knee_arch
-from .tree import CALLS, Tree, part_of
+from .tree import CALLS, TIER_CALLS, Tree, part_of
 
 # %% ../../nbs/71_tasks.chest.ipynb #074fc3f5
 _ABOVE = {'Cardiomegaly': 'Enlarged Cardiomediastinum', 'Pneumonia': 'Consolidation',
@@ -77,6 +77,7 @@ class ChestSettings(Settings):
     loss: str='bce'         # bce or asymmetric
     pos_weight: float=.5    # a positive weighs (negatives for each positive) to this power; 0: as a negative
     calls: str='sp95'       # threshold of each category on validation patients: sp90, sp95, sp99, f1, f2 or youden
+    tier_calls: str='se95'  # of each tier on the triage score: se90, se95, se99, youden, or categories: as those are called
     repeats: int=1          # how often an image stands in the batches, each time augmented otherwise
     augment: float=3.       # level of the augmentation, 0 to 10
     contradictions: str='raise' # labels of an image that contradict the tree: raise, or unknown
@@ -85,6 +86,7 @@ class ChestSettings(Settings):
     def __post_init__(self):
         super().__post_init__()
         for name,choice in (('hierarchy', ('max','flat')), ('loss', ('bce','asymmetric')), ('calls', tuple(CALLS)),
+                ('tier_calls', tuple(TIER_CALLS)),
                 ('contradictions', ('raise','unknown'))):
             if getattr(self, name) not in choice:
                 raise DataError(f"The setting {name} is {getattr(self, name)!r}",

@@ -205,7 +205,7 @@ def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: di
     mended = answer.calibrate(learn.model, plan.store, rows[rows.split=='valid'], vocab, s)
     parts = [score_table(task, stage, [learn.model], plan.store, rows[rows.split==k], settings=s, vocab=vocab)
         for k in ('valid','test')]
-    threshold = answer.tune(parts[0], vocab)
+    threshold,answer = answer.tune(parts[0], vocab),answer.settled(parts[0], vocab)
     table = answer.thresholds(pd.concat(parts, ignore_index=True), threshold)
     save_bundle(learn, bundle, recipe=plan.store.recipe, vocab=vocab, task=task.name, arch=s.arch,
         threshold=threshold,

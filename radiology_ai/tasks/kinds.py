@@ -23,7 +23,7 @@ from torch import nn
 from ..core import DataError, ModelError, RadiologyError, plain, progress
 from ..data.cells import read_labels
 from ..data.labels import make_manifest
-from ..data.words import with_columns
+from ..data.words import LABEL_WORDS, is_blank, label_numbers, with_columns
 from ..findings import Finding
 from ..losses.base import ClassAnswer, unknown_classes
 from ..metrics.intervals import proportion_ci
@@ -143,6 +143,7 @@ class Answer:
 
     def of_run(self, settings): return self   # with what the settings of a run decide
     def of_bundle(self, spec: dict): return self # with what the entry `answer` of a bundle tells
+    def settled(self, valid, vocab): return self # with what the table of the validation images decides
     def prepared(self, labels, settings) -> pd.DataFrame:
         "The table of labels as a manifest wants it. Raises `DataError` for a column that is not there."
         return with_columns(labels, settings.labels, of='The labels have', remedy="Name one of them with label=")
@@ -209,6 +210,14 @@ def _one_column(settings) -> str:
     if len(settings.labels)==1: return settings.labels[0]
     raise DataError(f"The setting label is {settings.label!r}", "Name one column")
 
+_ANSWERS = 'yes, no, positive, negative, true, false'
+
+def _refuse_cells(df, label, wrong, allowed):
+    if not wrong.any(): return
+    value,image = df[label][wrong].iloc[0],df.image_id[wrong].iloc[0]
+    raise DataError(f"Column {label!r} holds {plain(value)!r} for image {image}",
+        f"Use {allowed}; leave it empty where it is unknown")
+
 def said(figure: dict) -> str:
     "A figure with its interval in words."
     if figure['reason']: return f"n/a, {figure['reason']}"
@@ -224,15 +233,14 @@ class Grades(Answer):
     negative: str='negative'  # grade 0
     graded: tuple=()          # label columns of which `positive` speaks; of others their name does
 
-    def known(self, df, settings): return df[_one_column(settings)].notna()
+    def known(self, df, settings): return ~is_blank(df[_one_column(settings)])
     def checked(self, df, settings) -> pd.DataFrame:
-        "The rows with whole grades of at least two kinds. Raises `DataError`."
+        "The rows with whole grades of at least two kinds; yes and no are 1 and 0. Raises `DataError`."
         label = _one_column(settings)
-        values = pd.to_numeric(df[label], errors='coerce')
-        wrong = df[values.isna() | (values<0) | (values%1!=0)]
-        if len(wrong):
-            raise DataError(f"Column {label!r} holds {plain(wrong[label].iloc[0])!r} for image {wrong.image_id.iloc[0]}",
-                "Use 0, 1, 2, ... or leave it empty where it is unknown")
+        values = label_numbers(df[label])
+        _refuse_cells(df, label, values.isna() | (values<0) | (values%1!=0), f"0, 1, 2, ..., or {_ANSWERS}")
+        words = df[label].astype(str).str.strip().str.casefold().isin(LABEL_WORDS)
+        if words.any(): _refuse_cells(df, label, values>1, f"either grades, or {_ANSWERS} and 1, 0")
         if values.nunique()<2:
             raise DataError(f"Column {label!r} has only one class among {len(df)} images: "
                 f"{sorted(values.unique().astype(int))}", "Two classes are needed to learn and to evaluate")
@@ -293,7 +301,7 @@ class Classes(Answer):
     "One of several named classes an image."
     monitor = 'valid_loss'
 
-    def known(self, df, settings): return df[_one_column(settings)].notna()
+    def known(self, df, settings): return ~is_blank(df[_one_column(settings)])
     def checked(self, df, settings) -> pd.DataFrame:
         "The rows with their class as text. Raises `DataError` where there are fewer than two."
         label = _one_column(settings)
@@ -349,15 +357,12 @@ class Labels(Answer):
     "Several labels an image, each 1, 0 or unknown, with a threshold each."
     activation = 'sigmoid'
 
-    def known(self, df, settings): return df[settings.labels].notna().any(axis=1)
+    def known(self, df, settings): return ~df[settings.labels].apply(is_blank).all(axis=1)
     def checked(self, df, settings) -> pd.DataFrame:
-        "The rows whose labels are 1, 0 or NaN, each of both kinds. Raises `DataError`."
-        values = df[settings.labels].apply(pd.to_numeric, errors='coerce')
+        "The rows whose labels are 1, 0 or NaN, each of both kinds; yes and no are 1 and 0. Raises `DataError`."
+        values = df[settings.labels].apply(label_numbers)
         for c in settings.labels:
-            wrong = df[(df[c].notna() & values[c].isna()) | ~(values[c].isin([0, 1]) | values[c].isna())]
-            if len(wrong):
-                raise DataError(f"Column {c!r} holds {plain(wrong[c].iloc[0])!r} for image {wrong.image_id.iloc[0]}",
-                    "Use 1, 0, or leave it empty where it is unknown")
+            _refuse_cells(df, c, ~is_blank(df[c]) & ~values[c].isin([0, 1]), f"1, 0, or {_ANSWERS}")
             if values[c].nunique()<2:
                 raise DataError(f"Column {c!r} has only one class among {int(values[c].notna().sum())} known images",
                     "Leave this label out, or add images of both classes")
