@@ -20,7 +20,8 @@ def million(name: str) -> float:
     "Parameters of an architecture, without memory for them."
     import timm
     try:
-        with torch.device('meta'): return sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())/1e6
+        with torch.device('meta'):
+            return sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())/1e6
     except Exception: return float('inf') # some can't be made without memory
 
 
@@ -31,11 +32,13 @@ def answer(name: str, size: int) -> str:
         with torch.no_grad(): maps = body.eval()(torch.rand(1, 1, size, size))
     except ModelError as e: return f'{e.what}'
     except Exception as e: return f'RAW {type(e).__name__}: {e}' # what no user should meet
-    return '' if maps.ndim==4 and maps.shape[1]==n and torch.isfinite(maps).all() else f'gives {tuple(maps.shape)}'
+    return ('' if maps.ndim==4 and maps.shape[1]==n and torch.isfinite(maps).all()
+        else f'gives {tuple(maps.shape)}')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sizes', default='128,160,224')
     parser.add_argument('--largest', type=float, default=100)
     args = parser.parse_args()

@@ -49,8 +49,10 @@ from radiology_ai.train.learner import xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
 CNN, VIT, PACKAGE = 'tf_efficientnet_lite0', 'vit_tiny_patch16_224', 'efficientnet-lite0'
-ARMS = {'cnn random': (CNN, 112), 'cnn lite0': (CNN, 112), 'cnn probe': (CNN, 112), 'cnn layer-wise': (CNN, 112),
-    'cnn ssl': (CNN, 112), 'cnn lite0+ssl': (CNN, 112), 'cnn random@160': (CNN, 160), 'cnn lite0@160': (CNN, 160),
+ARMS = {'cnn random': (CNN, 112), 'cnn lite0': (CNN, 112), 'cnn probe': (CNN, 112),
+    'cnn layer-wise': (CNN, 112),
+    'cnn ssl': (CNN, 112), 'cnn lite0+ssl': (CNN, 112), 'cnn random@160': (CNN, 160),
+    'cnn lite0@160': (CNN, 160),
     'vit random': (VIT, 112), 'vit ssl': (VIT, 112)}
 EPOCHS = {112: 8, 160: 5}
 LABELS = [*NIH14, 'No Finding']
@@ -64,7 +66,8 @@ def folder() -> Path:
 def films() -> pd.DataFrame:
     "One row a film: path, patient, source and view, the labels, split."
     m = pd.read_csv(folder()/'chest_nih'/'manifest.csv', dtype={'patient_id': str})
-    m = m.assign(path=[str(folder()/'chest_nih'/p) for p in m.path], source=m.source.str.extract('github:([^/ ]+)')[0],
+    m = m.assign(path=[str(folder()/'chest_nih'/p) for p in m.path],
+        source=m.source.str.extract('github:([^/ ]+)')[0],
         **{'No Finding': (m.labels=='No Finding')*1.})
     m['stratum'] = m.source + ' ' + m['view']
     parts = {'train': .5, 'valid': .12, 'choice': .13, 'test': .25}
@@ -91,7 +94,8 @@ def pretrain(args):
         else preprocess_folder(paths, where, recipe('plain', size=112), workers=1, show=False))
     df = pd.DataFrame({'image_id': store.index.image_id, 'patient_id': store.index.image_id})
     df['split'] = np.where(np.arange(len(df))%20==0, 'valid', 'train')
-    for arm, arch, method, start, epochs in (('cnn ssl', CNN, 'simclr', None, 8), ('cnn lite0+ssl', CNN, 'simclr', PACKAGE, 5),
+    for arm, arch, method, start, epochs in (('cnn ssl', CNN, 'simclr', None, 8),
+            ('cnn lite0+ssl', CNN, 'simclr', PACKAGE, 5),
             ('vit ssl', VIT, 'mae', None, 40)):
         file = args.out/f'{arm}.safetensors'
         if file.exists(): continue
@@ -106,7 +110,8 @@ def pretrain(args):
 def layers(model) -> list:
     "Four groups of parameters from the first layers to the head."
     net = model.body.net
-    groups = [[net.conv_stem, net.bn1, *net.blocks[:3]], [*net.blocks[3:5]], [*net.blocks[5:], net.conv_head, net.bn2],
+    groups = [[net.conv_stem, net.bn1, *net.blocks[:3]], [*net.blocks[3:5]],
+        [*net.blocks[5:], net.conv_head, net.bn2],
         [model.head]]
     return [[p for m in g for p in m.parameters()] for g in groups]
 
@@ -120,7 +125,8 @@ def batches(store, rows):
 
 
 def probe(store, t, args, seed):
-    "Logits of a regression for each finding on frozen features; its penalty by folds of the training patients."
+    """Logits of a regression for each finding on frozen features; its penalty by folds of the training
+    patients."""
     from radiology_ai.models.backbone import create_model
     model = create_model(CNN, 2, weights=PACKAGE)
     def features(rows): return run_model(model, batches(store, rows), ('features',))['features'].numpy()
@@ -133,7 +139,8 @@ def probe(store, t, args, seed):
         if y.sum()<5 or any(y[a].sum()<1 for a, _ in folds): continue
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            fit = LogisticRegressionCV(Cs=np.logspace(-5, -1, 5), cv=folds, scoring='neg_log_loss', max_iter=300)
+            fit = LogisticRegressionCV(Cs=np.logspace(-5, -1, 5), cv=folds, scoring='neg_log_loss',
+                max_iter=300)
             out[:,k] = fit.fit((x-mean)/std, y).decision_function((z-mean)/std)
     return out
 
@@ -143,7 +150,8 @@ def trained(arm, store, t, args, seed):
     way = arm.split(' ', 1)[1].removesuffix('@160')
     start = {'lite0': PACKAGE, 'layer-wise': PACKAGE}.get(way)
     if 'ssl' in way: start = args.out/f'{arm}.safetensors'
-    augment = BatchAugment(rotation=7, translation=.05, scale=(.92, 1.08), brightness=.1, contrast=.15, gamma=(.85, 1.18),
+    augment = BatchAugment(rotation=7, translation=.05, scale=(.92, 1.08), brightness=.1, contrast=.15,
+        gamma=(.85, 1.18),
         noise=.01, seed=seed)
     part = t[t.split.isin(('train', 'valid'))]
     dls = xray_dataloaders(store, part, LABELS, bs=16, batch_tfms=[augment], seed=seed)
@@ -190,9 +198,11 @@ def baselines(store, t, labels, part) -> dict:
     "Logits of what sees no anatomy, taught on the training patients."
     thumbs = pixel_features(thumbnails(store[store.position(i)] for i in t.image_id))['thumbnail']
     out, taught = {}, (t.split=='train').to_numpy()
-    for name, x in (('source and view', pd.get_dummies(t.stratum).to_numpy(float)), ('16 x 16 pixels', thumbs)):
+    for name, x in (('source and view', pd.get_dummies(t.stratum).to_numpy(float)),
+            ('16 x 16 pixels', thumbs)):
         x = (x-x[taught].mean(0))/(x[taught].std(0)+1e-6)
-        weights = np.linalg.solve(x[taught].T@x[taught] + 100*np.eye(x.shape[1]), x[taught].T@(t[labels].to_numpy(float)[taught]
+        weights = np.linalg.solve(x[taught].T@x[taught] + 100*np.eye(x.shape[1]),
+            x[taught].T@(t[labels].to_numpy(float)[taught]
             - t[labels].to_numpy(float)[taught].mean(0)))
         out[name] = (x@weights)[(t.split==part).to_numpy()]
     return out
@@ -203,16 +213,21 @@ def table(args):
     store, t = store_of(112, args.out)
     rows = t[t.split==args.part].reset_index(drop=True)
     labels = [c for c in LABELS if rows.patient_id[rows[c]==1].nunique()>=LEAST]
-    at, y, strata = [LABELS.index(c) for c in labels], rows[labels].to_numpy(float), pd.factorize(rows.stratum)[0]
+    at = [LABELS.index(c) for c in labels]
+    y = rows[labels].to_numpy(float)
+    strata = pd.factorize(rows.stratum)[0]
     print(f"{args.part}: {len(rows)} films of {rows.patient_id.nunique()} patients; findings with {LEAST} positive patients: "
         + ', '.join(f'{c} {int(rows[c].sum())}' for c in labels) + '\n')
-    print('| Start | mean AUROC | within source and view | no finding: AUROC | within source and view | seeds |\n|---|---|---|---|---|---|')
+    print('| Start | mean AUROC | within source and view | no finding: AUROC | within source and view | '
+        'seeds |\n|---|---|---|---|---|---|')
     def line(name, each):
         none = LABELS.index('No Finding')
         k = labels.index('No Finding')
-        plain = np.mean([[auroc_ci(y[:,j], z[:,j], rows.patient_id)[0] for j in range(len(labels))] for z in each])
+        plain = np.mean([[auroc_ci(y[:,j], z[:,j], rows.patient_id)[0] for j in range(len(labels))]
+            for z in each])
         mean = np.mean(each, 0)
-        a, b = auroc_ci(y[:,k], mean[:,k], rows.patient_id), stratified_auroc_ci(y[:,k], mean[:,k], strata, rows.patient_id)
+        a = auroc_ci(y[:,k], mean[:,k], rows.patient_id)
+        b = stratified_auroc_ci(y[:,k], mean[:,k], strata, rows.patient_id)
         inner = [mean_within(y, z, strata) for z in each]
         print(f"| {name} | {plain:.3f} | {np.mean(inner):.3f} ({', '.join(f'{v:.3f}' for v in inner)}) | "
             f"{a[0]:.3f} ({a[1]:.3f} to {a[2]:.3f}) | {b[0]:.3f} ({b[1]:.3f} to {b[2]:.3f}) | {len(each)} |")
@@ -264,7 +279,8 @@ def outlined(found, rows, labels):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('pretrain', 'run', 'table'))
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--arms', nargs='*', choices=list(ARMS))

@@ -1077,10 +1077,12 @@ def main():
     parser.add_argument('--findings', type=Path, default=Path(tempfile.gettempdir())/'fuzz_findings',
         help='folder for the files with faults')
     parser.add_argument('--one', type=int, help='the number of one file')
-    parser.add_argument('--files', type=int, help='files of the grammar through index, read, preprocess and deidentify')
+    parser.add_argument('--files', type=int,
+        help='files of the grammar through index, read, preprocess and deidentify')
     parser.add_argument('--first', type=int, default=0, help='number of the first of these')
     parser.add_argument('--file', type=int, help='the number of one file of the grammar')
-    parser.add_argument('--memory', type=int, default=2**30, help='bytes of address space for --files; 0: no limit')
+    parser.add_argument('--memory', type=int, default=2**30,
+        help='bytes of address space for --files; 0: no limit')
     parser.add_argument('--judge', action='store_true', help='used by the script itself')
     parser.add_argument('--bombs', action='store_true',
         help='time and memory of refusing decompression bombs')

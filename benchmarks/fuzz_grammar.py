@@ -239,7 +239,8 @@ def odd_jpeg(r, data: bytes) -> bytes:
     elif how==11: parts[-1] = flipped(r, parts[-1], 12)
     elif how==12: # more scans
         scan = parts[-2] + parts[-1][:-2]
-        parts[-1] = parts[-1][:-2] + scan*min(r.choice([1, 2, 20, 400]), 2**21//max(1, len(scan))) + b'\xff\xd9'
+        parts[-1] = parts[-1][:-2] + scan*min(r.choice([1, 2, 20, 400]),
+            2**21//max(1, len(scan))) + b'\xff\xd9'
     elif how==13:
         # LSE
         parts.insert(frame, segment(0xF8, bytes([r.choice([1, 2, 3, 4])])

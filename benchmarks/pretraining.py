@@ -143,7 +143,8 @@ def difference(ours, theirs, how: str, patients, draws: int) -> seeds.Gain:
     truth = ours[0]['truth']
     each = lambda rows: np.array([macro_auroc(truth[rows], o[how][rows])
         - macro_auroc(truth[rows], t[how][rows]) for o, t in zip(ours, theirs)])
-    return seeds.over_seeds(each(np.arange(len(truth))), seeds.shared_variance(each, patients, draws), patients.max()+1)
+    return seeds.over_seeds(each(np.arange(len(truth))), seeds.shared_variance(each, patients, draws),
+        patients.max()+1)
 
 
 def chest(args):
@@ -160,7 +161,8 @@ def chest(args):
         for how in ('probe', 'tuned'):
             a = [macro_auroc(s['truth'], s[how]) for s in scores]
             d = seeds.Gain(0, 0, 0, 1, len(a))
-            if plain is not None: gains[f'{name} {how}'] = d = difference(scores, plain, how, patients, args.draws)
+            if plain is not None:
+                gains[f'{name} {how}'] = d = difference(scores, plain, how, patients, args.draws)
             rows.append(dict(method=name, how=how, auroc=np.mean(a), sd=np.std(a, ddof=1), difference=d.value,
                 low=d.low, high=d.high, p=d.p, each=' '.join(f'{v:.3f}' for v in a)))
             print('  {method:8} {how:6} AUROC {auroc:.3f} (sd {sd:.3f})  against random {difference:+.3f} '

@@ -57,7 +57,8 @@ def shared_variance(
     codes,names = np.unique(np.asarray(patients), return_inverse=True)[::-1]
     order = np.argsort(codes, kind='stable')
     of,gen = np.split(order, np.cumsum(np.bincount(codes))[:-1]),rng(seed, 'patients')
-    return float(np.var([np.mean(figure(np.concatenate([of[k] for k in gen.integers(len(names), size=len(names))])))
+    return float(np.var([np.mean(figure(np.concatenate([of[k]
+        for k in gen.integers(len(names), size=len(names))])))
         for _ in range(draws)], ddof=1))
 
 
@@ -86,14 +87,16 @@ def coverage(seeds: int, kind: str='normal', share: float=0., sets: int=20_000, 
     each = own + patient[:,None]
     hit = [g.low<=0<=g.high for g in (over_seeds(d, v, patients if share else 0) for d,v in zip(each, known))]
     many = each[:2000]
-    drawn = np.stack([np.take_along_axis(many, gen.integers(seeds, size=many.shape), 1).mean(1) for _ in range(1000)])
+    drawn = np.stack([np.take_along_axis(many, gen.integers(seeds, size=many.shape), 1).mean(1)
+        for _ in range(1000)])
     drawn = drawn + gen.standard_normal(drawn.shape)*np.sqrt(known[:2000])
     low,high = np.quantile(drawn, [.025, .975], axis=0)
     return dict(student=float(np.mean(hit)), bootstrap=float(np.mean((low<=0) & (high>=0))))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sets', type=int, default=20_000)
     args = parser.parse_args()
     print('seeds  differences  from patients  Student  percentile bootstrap')
@@ -101,7 +104,8 @@ def main():
         for share in (0., .5):
             for n in (3, 4, 5):
                 c = coverage(n, kind, share, args.sets)
-                print(f'{n:5d}  {kind:11s}  {share:13.0%}  {c["student"]:7.1%}  {c["bootstrap"]:20.1%}', flush=True)
+                print(f'{n:5d}  {kind:11s}  {share:13.0%}  {c["student"]:7.1%}  {c["bootstrap"]:20.1%}',
+                    flush=True)
 
 
 if __name__=='__main__': main()

@@ -175,7 +175,8 @@ def digits(args):
             f'{e.mean()/base:.2f} of supervised  each ' + ' '.join(f'{a:.3f}' for a in e), flush=True)
     if args.seeds<2: return
     for name,text in comparisons([(n, 'supervised') for n in names[1:]],
-            lambda n, rows: np.mean(np.array(errors[n])[:,rows], 1), np.arange(len(errors['supervised'][0]))).items():
+            lambda n, rows: np.mean(np.array(errors[n])[:,rows], 1),
+            np.arange(len(errors['supervised'][0]))).items():
         print(f'  {name}: {text}', flush=True)
 
 
@@ -278,7 +279,8 @@ def chest(args):
     folder = Path(args.cache)
     folder.mkdir(parents=True, exist_ok=True)
     store = chest_store(folder, args.size)
-    names = ['supervised', *(n for n in args.methods or ('fixmatch', 'mixmatch', 'mixstrong') if n!='supervised')]
+    names = ['supervised', *(n for n in args.methods or ('fixmatch', 'mixmatch', 'mixstrong')
+        if n!='supervised')]
     each,scores,tested = {n: [] for n in names},{n: [] for n in names},[]
     for seed in range(args.first, args.first+args.seeds):
         t,vocab = chest_table(args.task, seed if args.patients=='drawn' else None)
@@ -389,7 +391,8 @@ def main():
         a.add_argument(f'--{name}', type=float, default=value)
     a.add_argument('--task', choices=['two', 'three'], default='two')
     a.add_argument('--split', choices=['valid', 'test'], default='test', help='settings are chosen on valid')
-    a.add_argument('--patients', choices=['fixed', 'drawn'], default='fixed', help='drawn: parted anew by each seed')
+    a.add_argument('--patients', choices=['fixed', 'drawn'], default='fixed',
+        help='drawn: parted anew by each seed')
     a.add_argument('--cache', default='/tmp/semi_chest', help='the store and the scores of finished runs')
     a.add_argument('--methods', nargs='*', choices=list(CHEST))
     a = sub.add_parser('step')

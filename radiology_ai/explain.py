@@ -254,7 +254,8 @@ def deletion_check(
     `random`, the mean fall for random squares. `hot` is NaN where the heat is the same everywhere, which has no hottest
     square."""
     if len(heat)!=len(x):
-        raise RadiologyError(f"There are {len(heat)} heat maps for {len(x)} images", "Give one for each image")
+        raise RadiologyError(f"There are {len(heat)} heat maps for {len(x)} images",
+            "Give one for each image")
     side = max(1, round(math.sqrt(share*x.shape[-2]*x.shape[-1])))
     high,wide = x.shape[-2]-side+1, x.shape[-1]-side+1
     if min(high, wide)<1:

@@ -319,7 +319,8 @@ def test_mixing_keeps_the_type_and_the_share(kind, dtype):
     for seed in range(4):
         exact,_,other,share = kind(alpha=1, seed=seed)((x.double(), y))
         mixed,a,b,same = kind(alpha=1, seed=seed)((x.to(dtype).as_subclass(TensorImage), TensorCategory(y)))
-        assert type(mixed) is TensorImage and mixed.dtype==dtype and same.dtype in (torch.float32, torch.float64)
+        assert type(mixed) is TensorImage and mixed.dtype==dtype and same.dtype in (torch.float32,
+            torch.float64)
         assert .4<float(same)<=1 and float(same)==pytest.approx(float(share), abs=1e-6)
         assert torch.equal(a, y) and torch.equal(b, other)
         torch.testing.assert_close(mixed.double().as_subclass(torch.Tensor), exact, rtol=1e-3, atol=.5 if not

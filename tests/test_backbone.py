@@ -67,11 +67,13 @@ def test_equal_channels_answer_as_grey_photographs(way, n_in, tmp_path, monkeypa
         torch.manual_seed(1)
         save_file(timm.create_model('test_resnet').state_dict(), file)
     monkeypatch.setattr('radiology_ai.models.backbone._timm_file', lambda name: str(file))
-    rgb,own = (create_backbone('test_resnet', n, strict=True, **({'weights': file} if way=='file' else {}))[0].eval()
+    rgb,own = (create_backbone('test_resnet', n, strict=True,
+        **({'weights': file} if way=='file' else {}))[0].eval()
         for n in (3, n_in))
     for x in (torch.full((1, 1, 64, 64), .7), pixels(2, 1, 64, 64)):
         x = (x-.449)/.226 # each network's own normalisation put aside
-        with torch.no_grad(): got,aim = (m.net.forward_features(x.expand(-1, m.n_in, -1, -1)) for m in (own, rgb))
+        with torch.no_grad():
+            got,aim = (m.net.forward_features(x.expand(-1, m.n_in, -1, -1)) for m in (own, rgb))
         assert aim.std()>.01
         torch.testing.assert_close(got, aim, rtol=1e-4, atol=1e-4)
     old,new = (m.net.conv1[0].weight for m in (rgb, own))

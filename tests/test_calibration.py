@@ -45,7 +45,8 @@ def test_a_score_on_an_edge_lies_in_the_bin_that_begins_there(bins, dtype):
     s = (np.arange(bins)/bins).astype(dtype)
     c = calibration(np.arange(bins)%2, s, bins=bins)
     assert c.table.n.tolist()==[1]*bins and np.allclose(c.table['from'], s, atol=1e-7)
-    below = np.nextafter(np.arange(1, bins+1, dtype=np.float32)/np.float32(bins), np.float32(0), dtype=np.float32)
+    below = np.nextafter(np.arange(1, bins+1, dtype=np.float32)/np.float32(bins), np.float32(0),
+        dtype=np.float32)
     below = below[below.astype(float)<np.arange(1, bins+1)/bins-2**-25] # further off than rounding puts it
     assert (calibration(np.arange(len(below))%2, below, bins=bins).table.to>=below).all()
     assert calibration([1, 0], [1., 1.], bins=bins).table['from'].tolist()==[(bins-1)/bins]

@@ -191,7 +191,8 @@ def test_a_tree_of_ones_own(tmp_path):
     (tmp_path/'tree.csv').write_text('category,parent,tier\nWater,,pathologic\nEffusion,Water,urgent\nNo finding,,no pathology\n')
     tree = ChestSettings(label_set=str(tmp_path/'tree.csv')).tree()
     assert tree.parents==('', 'Water', '') and tree.normal=='No finding' and tree.order[-1]=='urgent'
-    for text, word in (('a,b,urgent\nb,a,urgent\n', 'below itself'), ('a,,urgent\na,,urgent\n', 'there before'),
+    for text, word in (('a,b,urgent\nb,a,urgent\n', 'below itself'),
+            ('a,,urgent\na,,urgent\n', 'there before'),
             ('a,,soon\n', "'soon' is not among"), ('a,b,urgent\n', "'b' is no category")):
         (tmp_path/'odd.csv').write_text('category,parent,tier\n' + text)
         with pytest.raises(DataError, match=word): label_set(str(tmp_path/'odd.csv'))
@@ -227,7 +228,8 @@ def test_a_tier_has_an_operating_point_of_its_own():
     triage = 1/(1+np.exp(-(gen.normal(size=900)+1.5*number-2)))
     p = np.tile(triage[:, None], (1, 32)) # every category is called at chance
     table = pd.concat([pd.DataFrame({'patient_id': np.arange(900), 'triage': triage}),
-        pd.DataFrame(truth, columns=tree.names), pd.DataFrame(p, columns=[f'p_{v}' for v in tree.names])], axis=1)
+        pd.DataFrame(truth, columns=tree.names), pd.DataFrame(p, columns=[f'p_{v}' for v in tree.names])],
+        axis=1)
     valid, test, vocab, cuts = table[:400], table[400:].reset_index(drop=True), list(tree.names), [.2]*32
     def of(how): return dataclasses.replace(Tree(), tree=tree, tier_calling=how).settled(valid, vocab)
     for how, wanted in (('se90', .9), ('se95', .95), ('se99', .99)):
@@ -239,9 +241,11 @@ def test_a_tier_has_an_operating_point_of_its_own():
         for k, cut in ((1, low), (2, high)):
             known = number[:400]>=k
             hit = valid.triage[known]>=cut
-            assert hit.mean()>=wanted and (valid.triage[known]>cut).mean()<wanted # no higher threshold reaches it
+            # no higher threshold reaches it
+            assert hit.mean()>=wanted and (valid.triage[known]>cut).mean()<wanted
             f = tier_figures(tree, told)['tiers'][k-1]
-            assert f['sensitivity']['value']>=wanted-.06 and f['specificity']['value']>(.5 if how=='se90' else .1)
+            assert f['sensitivity']['value']>=wanted-.06 and f['specificity']['value']>(.5 if how=='se90'
+                else .1)
         again = Tree().of_bundle(answer.spec(test, vocab, ChestSettings()))
         assert again.thresholds(test, cuts).equals(told)
         columns = [f'threshold_{v}' for v in vocab]
@@ -249,16 +253,19 @@ def test_a_tier_has_an_operating_point_of_its_own():
     by = of('categories')
     assert not by.tier_thresholds
     assert by.row(test, cuts, vocab).tier.tolist()==called_tier(tree, by.calls(test, cuts, vocab)).tolist()
-    none = of('se95').settled(valid[number[:400]<2], vocab) # of the highest tier there is no film: its categories decide
+    # of the highest tier there is no film: its categories decide
+    none = of('se95').settled(valid[number[:400]<2], vocab)
     assert none.tier_thresholds[0]>0 and none.tier_thresholds[1] is None
     calls = by.calls(test, cuts, vocab)
-    assert (none.row(test, cuts, vocab).tier=='urgent').tolist()==(called_tier(tree, calls)=='urgent').tolist()
+    assert (none.row(test, cuts, vocab).tier=='urgent').tolist()==(called_tier(tree,
+        calls)=='urgent').tolist()
     told = of('se95').settled(valid.assign(triage=1-valid.triage), vocab).tier_thresholds
     assert told[0]<=told[1] # a film of a tier belongs to the lower ones too
     assert scored_tier(tree, [0., 1.], np.zeros((2, 32), bool), told).tolist()==['no pathology', 'urgent']
     spec = of('se95').spec(test, vocab, ChestSettings())
     for wrong in ([.5], [.5, 'x'], .5):
-        with pytest.raises(BundleError, match='tells no tree'): Tree().of_bundle(spec | {'tier_thresholds': wrong})
+        with pytest.raises(BundleError, match='tells no tree'):
+            Tree().of_bundle(spec | {'tier_thresholds': wrong})
     old = {k: v for k, v in spec.items() if not k.startswith('tier_')} # of a bundle made before
     assert Tree().of_bundle(old).row(test, cuts, vocab).tier.tolist()==by.row(test, cuts, vocab).tier.tolist()
 
@@ -359,7 +366,8 @@ def test_a_run_learns_what_its_labels_know(run, here):
     assert (closed.Lung==1).all() and (closed.Normal==0).all()
     figures = evaluate(run).figures
     assert {'long_tail', 'tiers'} <= set(figures) and figures['tiers']['names'][-1]=='urgent'
-    scored, (low, high) = run.predictions, bundle.answer['tier_thresholds'] # chosen on validation patients, kept
+    # chosen on validation patients, kept
+    scored, (low, high) = run.predictions, bundle.answer['tier_thresholds']
     assert ((scored.tier=='urgent')==(scored.triage>=high)).all() and low<=high
     found = scored[(scored.split=='valid') & (scored.tier_true=='urgent')]
     assert bundle.answer['tier_calls']=='se95' and (found.tier=='urgent').mean()>=.95
@@ -439,8 +447,8 @@ def test_labels_that_contradict_the_tree_are_named(here, tmp_path):
 
 
 def test_an_architecture_that_cannot_take_the_size_is_named(here, tmp_path):
-    with pytest.raises(ModelError, match='test_vit3 cannot take images of 64 x 64'):
-        train('chest', *here, tmp_path/'run', **TINY | {'arch': 'test_vit3'})
+    with pytest.raises(ModelError, match='takes only images of 224 x 224 pixels, not 64 x 64'):
+        train('chest', *here, tmp_path/'run', **TINY | {'arch': 'efficientformer_l1'})
     assert not (tmp_path/'run').exists()
 
 

@@ -66,7 +66,8 @@ def test_a_layer_with_as_many_channels_as_rows():
 
 def copying(weight):
     "One convolution that copies the image; class 1 rises with it by `weight`, class 0 falls."
-    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(1, 2))
     with torch.no_grad():
         net[0].weight.fill_(1)
         net[3].weight.copy_(torch.tensor([[-weight], [weight]]))

@@ -281,5 +281,7 @@ def test_the_truth_of_a_hospital_is_x_and_y(tmp_path):
 
 def test_only_spacings_are_row_and_column():
     "DICOM gives millimetres as (row, column); nothing else in the package is told in that order."
-    lines = [(f.name, line) for f in (ROOT/'radiology_ai').rglob('*.py') for line in f.read_text().splitlines()]
-    assert [o for o in lines if re.search(r'\(row, col(umn)?\)', o[1]) and not re.search('mm|illimetre', o[1])]==[]
+    lines = [(f.name, line) for f in (ROOT/'radiology_ai').rglob('*.py')
+        for line in f.read_text().splitlines()]
+    assert [o for o in lines if re.search(r'\(row, col(umn)?\)', o[1])
+        and not re.search('mm|illimetre', o[1])]==[]

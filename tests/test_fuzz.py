@@ -73,7 +73,8 @@ def test_a_header_is_the_same_on_the_leash_and_off(bases, tmp_path):
         found = file._parse_head(path, None, head)
         ds, value = file.open_parts(path)
         other, place = file._open_long(path, None, head, pixels=True, max_pixels=file.MAX_PIXELS)
-        assert list(ds)==list(other) and ds.filename==str(path) and ds.original_encoding==other.original_encoding
+        assert list(ds)==list(other) and ds.filename==str(
+            path) and ds.original_encoding==other.original_encoding
         if found is None: continue
         quick += 1
         assert (value.length, value.vr, value.at, value.size)==(place.length, place.vr, place.at, place.size)
@@ -86,7 +87,8 @@ def test_a_long_header_is_read_on_the_leash(bases, tmp_path):
     for n in (2**16 - 400, 2**16, 2**17):
         path = tmp_path/'file'
         path.write_bytes(b.data[:at] + fuzz_dicom.element(0x00231001, 'OB', bytes(n)) + b.data[at:])
-        assert (file._parse_head(path, None, file.read_head(path, 2**16)) is None)==(n + len(b.data[:b.pixels])>2**16)
+        assert (file._parse_head(path, None, file.read_head(path, 2**16)) is None)==(n
+            + len(b.data[:b.pixels])>2**16)
         assert read_radiograph(path).shape==(fuzz_dicom.ROWS, fuzz_dicom.COLS)
 
 
@@ -96,7 +98,8 @@ def test_a_slice_of_the_grammar():
     assert account.files==250 and not account.faults, [f'{what}: python benchmarks/fuzz_dicom.py --seed 5 --file {i} ({stage})'
         for i, stage, what in account.faults]
     for stage in fuzz_commands.STAGES:
-        assert sum(n for k, n in account.counts.items() if k[0]==stage)==250 and account.counts[stage, 'used']>40
+        assert sum(n for k, n in account.counts.items() if k[0]==stage)==250 and account.counts[stage,
+            'used']>40
 
 
 def test_a_file_of_the_grammar_depends_on_its_number_alone():
@@ -111,7 +114,8 @@ def test_the_account_of_commands_sees_faults(tmp_path, monkeypatch):
     monkeypatch.setattr(index, 'index_dicoms', lambda *a, **k: honest(*a, **k).iloc[1:])
     monkeypatch.setitem(fuzz_commands.LIMITS, 'refused', (-1., 64))
     faults = fuzz_commands.Batch(5, [*range(20)], tmp_path/'b').run()['faults']
-    assert (0, 'index', 'not once in its account') in faults and any('refused after' in what for _, _, what in faults)
+    assert (0, 'index', 'not once in its account') in faults and any('refused after' in what
+        for _, _, what in faults)
 
 
 @pytest.mark.slow

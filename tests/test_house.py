@@ -209,7 +209,8 @@ def test_prediction_loads_no_training():
 @pytest.mark.parametrize('code', ['import radiology_ai.all', 'from radiology_ai.all import *'])
 def test_everything_is_imported_in_a_few_times_torch(code):
     "Measured beside torch itself, which is a good third of it; what is not needed is not loaded."
-    assert loaded(code, ('timm', 'kornia', 'torch._dynamo', 'tensorboard', 'mlflow', 'lightly', 'distributed'))==[]
+    assert loaded(code, ('timm', 'kornia', 'torch._dynamo', 'tensorboard', 'mlflow', 'lightly',
+        'distributed'))==[]
     assert seconds([sys.executable, '-c', code])<3.3*seconds([sys.executable, '-c', 'import torch'])
 
 
@@ -224,7 +225,8 @@ def test_a_film_is_predicted_within_five_seconds(run, hospital, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('first', ['radiology_ai.all', 'torch._dynamo', 'torchvision', 'timm'])
 def test_the_compiler_of_torch_comes_when_it_is_used(first):
-    "Whatever is imported first, torchvision and timm have the true compiler when they call it, and nothing stands in for it."
+    """Whatever is imported first, torchvision and timm have the true compiler when they call it, and nothing
+    stands in for it."""
     code = f"""
 import radiology_ai, sys, warnings
 warnings.simplefilter('ignore')

@@ -347,7 +347,8 @@ def test_rows_of_an_image_that_contradict_each_other_are_named():
 
 
 def test_all_faults_of_a_table_of_labels_can_be_listed(tmp_path):
-    (tmp_path/'t.csv').write_text('image_id,fx,kl\n' + ''.join(f'i{k},often,{k}\n' for k in range(7)) + 'z,yes,IV\n')
+    (tmp_path/'t.csv').write_text('image_id,fx,kl\n' + ''.join(f'i{k},often,{k}\n' for k in range(7))
+        + 'z,yes,IV\n')
     with pytest.raises(DataError, match="7 values that are no numbers .line 2: 'often'"):
         read_labels(tmp_path/'t.csv', ['fx', 'kl'])
     t,problems = read_labels(tmp_path/'t.csv', ['fx', 'kl'], errors='list')
@@ -391,7 +392,8 @@ def test_answers_in_words_reach_training():
         df = pd.DataFrame({'image_id': [f'i{k}' for k in range(len(values))], 'fx': list(values), **more})
         settings = SimpleNamespace(labels=['fx', *more])
         return kind.checked(df[kind.known(df, settings)], settings)
-    for words in (('yes', 'no'), ('Positive', ' negative'), ('TRUE', 'False'), ('1', 'no'), (1, 'n'), ('1.0', '0'),
+    for words in (('yes', 'no'), ('Positive', ' negative'), ('TRUE', 'False'), ('1', 'no'), (1, 'n'),
+            ('1.0', '0'),
             (True, False)):
         for empty in (None, '', ' ', np.nan):
             m = checked(Grades(), *words, empty)
@@ -401,7 +403,8 @@ def test_answers_in_words_reach_training():
     two = checked(Labels(), 'yes', 'no', '', '', other=['', 'neg', 'pos', ' '])
     assert two[['fx', 'other']].fillna(-1).values.tolist()==[[1, -1], [0, 0], [-1, 1]]
     for odd in ('unsure', 'III', '1,5', -1, .5):
-        with pytest.raises(DataError, match=f"Column 'fx' holds '?{odd}'? for image i2.*yes, no, positive, negative"):
+        with pytest.raises(DataError,
+                match=f"Column 'fx' holds '?{odd}'? for image i2.*yes, no, positive, negative"):
             checked(Grades(), 'yes', 'no', odd)
         with pytest.raises(DataError, match=f"holds '?{odd}'? for image i2.*Use 1, 0, or yes, no"):
             checked(Labels(), 'yes', 'no', odd)

@@ -168,7 +168,8 @@ def stripped(side, compression, data, rows, bits=8):
     tags = {256: (4, 1, side), 257: (4, 1, side), 258: (3, 1, bits), 259: (3, 1, compression), 262: (3, 1, 1),
         273: (4, n, places[0]), 277: (3, 1, 1), 278: (4, 1, rows), 279: (4, n, places[1])}
     entries = b''.join(struct.pack('<HHII', t, *v) for t, v in sorted(tags.items()))
-    return (b'II*\0' + struct.pack('<I', at + len(tail)) + data + tail + struct.pack('<H', len(tags)) + entries
+    return (b'II*\0' + struct.pack('<I', at + len(tail)) + data + tail + struct.pack('<H', len(tags))
+        + entries
         + bytes(4))
 
 
@@ -390,7 +391,8 @@ def test_a_child_is_ended():
 
 
 def test_a_large_picture_of_few_bytes_is_decoded_in_a_child(monkeypatch, tmp_path):
-    "Its code-blocks may ask for passes over data that is not there; an honest one gives the same pixels there."
+    """Its code-blocks may ask for passes over data that is not there; an honest one gives the same pixels
+    there."""
     side = 2200
     noise = np.random.default_rng(0).integers(0, 60, (side, side)).astype(np.uint16)
     for part, child in ((400, True), (side, False)):
@@ -401,7 +403,8 @@ def test_a_large_picture_of_few_bytes_is_decoded_in_a_child(monkeypatch, tmp_pat
         path.write_bytes(meta(J2K) + header(side, side) + encapsulated([stream]))
         asked = []
         real = in_child.decode
-        monkeypatch.setattr(in_child, 'decode', lambda *a, real=real, asked=asked: asked.append(a[0]) or real(*a))
+        monkeypatch.setattr(in_child, 'decode', lambda *a, real=real, asked=asked: asked.append(a[0])
+            or real(*a))
         stored = decode_stored(open_dicom(path), path=path)[0]
         monkeypatch.undo()
         assert np.array_equal(stored, smooth) and bool(asked)==child
@@ -429,7 +432,8 @@ def test_a_digest_is_of_all_bytes(tmp_path):
         f.write(b'x')
     a, b = tmp_path/'a', tmp_path/'b'
     assert bytes_digest(a)!=bytes_digest(b)
-    assert bytes_digest(a, whole=False)==bytes_digest(b, whole=False) and bytes_digest(a, whole=False).startswith(ENDS)
+    assert bytes_digest(a, whole=False)==bytes_digest(b, whole=False) and bytes_digest(a,
+        whole=False).startswith(ENDS)
 
 
 def test_the_same_bytes_are_the_same_bytes(tmp_path):
@@ -491,7 +495,9 @@ def test_settings_keys_masks_and_books_are_files(tmp_path):
     with pytest.raises(DataError, match='settings file'): read_settings(tmp_path/'settings.toml')
     with pytest.raises(DataError, match='cannot be read'): read_key(tmp_path/'key')
     with pytest.raises(DataError, match='cannot be read'): _one_mask(tmp_path/'mask.png', 'a')
-    with pytest.raises(DataError, match='not a readable Excel file'), limits.open_workbook(tmp_path/'book.xlsx'): pass
+    with pytest.raises(DataError,
+            match='not a readable Excel file'), limits.open_workbook(tmp_path/'book.xlsx'):
+        pass
     for name in ('settings.toml', 'key'):
         (tmp_path/name).unlink()
         with_hole(tmp_path/name, b'', 10**9)

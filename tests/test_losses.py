@@ -335,9 +335,11 @@ def test_minus_one_is_as_unknown_as_minus_100(case):
     z,t = batch(2)
     if np.asarray(t).dtype.kind!='i': return
     assert (t==-100).any()
-    for one in (np.where(t==-100, -1, t), np.where((t==-100) & (np.arange(len(t))%2==0).reshape(-1, *[1]*(t.ndim-1)),
+    for one in (np.where(t==-100, -1, t), np.where((t==-100)
+            & (np.arange(len(t))%2==0).reshape(-1, *[1]*(t.ndim-1)),
             -1, t)):
-        torch.testing.assert_close(loss(torch.tensor(z), torch.tensor(one)), loss(torch.tensor(z), torch.tensor(t)),
+        torch.testing.assert_close(loss(torch.tensor(z), torch.tensor(one)),
+            loss(torch.tensor(z), torch.tensor(t)),
             rtol=0, atol=0)
     with pytest.raises(ModelError, match='-2 and'):
         loss(torch.tensor(z), torch.tensor(np.where(t==-100, -2, t)))

@@ -641,7 +641,8 @@ def test_unknown_classes_are_left_out_everywhere(unknown):
         assert rule().fit(holes, np.log(wide), mg).to_dict()==rule().fit(t, np.log(p), g).to_dict()
     if kind is int: close(scores_auroc(wide, holes), scores_auroc(p, t))
     for wrong in (-2, 3, .5):
-        for f in (macro_auroc, lambda a, b: PlattClasses().fit(a, np.log(b)), lambda a, b: confusion(a, said, 3)):
+        for f in (macro_auroc, lambda a, b: PlattClasses().fit(a, np.log(b)),
+                lambda a, b: confusion(a, said, 3)):
             with pytest.raises(DataError): f(np.r_[wrong, t[1:]], p)
 
 @pytest.mark.parametrize('unknown', [NAN, -1, -100])
@@ -658,7 +659,8 @@ def test_unknown_targets_and_grades_of_a_report(unknown):
     assert evaluate_table(holes.assign(grade=unknown), .5, draws=20)['grades'] is None
 
 def accuracy_of(t, said, g):
-    return paired_bootstrap(Metric(lambda a, b: float(np.mean(a==b))), t, said, 0*said, g, draws=30).difference
+    return paired_bootstrap(Metric(lambda a, b: float(np.mean(a==b))), t, said, 0*said, g,
+        draws=30).difference
 
 def test_masks_of_less_than_nothing_are_refused():
     for truth in ([0, -1], [0, -1.]):

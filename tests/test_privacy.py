@@ -1,4 +1,5 @@
-"""A name that is planted in headers, files and folders is looked for, byte by byte, in everything that the commands say and leave."""
+"""A name that is planted in headers, files and folders is looked for, byte by byte, in everything that the
+commands say and leave."""
 import ast
 import base64
 import contextlib
@@ -27,13 +28,16 @@ HEADER = dict(PatientName='QYNAME^QYGIVEN', OtherPatientIDs='QYOTHERID', Institu
     ReferringPhysicianName='QYREF^DOC', StudyDescription='QYSTUDY knee', SeriesDescription='QYSERIES',
     AccessionNumber='QYACC1', PatientAddress='QYADDRESS', OperatorsName='QYOPER', StationName='QYSTATION',
     RequestedProcedureDescription='QYPROC', PatientBirthDate='19321107', ProtocolName='QYPROTOCOL')
-WORDS = sorted({w.lower() for v in HEADER.values() for w in re.split(r'[\^ ]', v) if w.startswith('QY')}) + ['19321107',
-    'sim0000', '9.8.7.6', 'qyfolder', 'qyfile', 'qyodd_', 'qyred', 'qyline', 'qyturn', 'qylong', 'qymaths', 'qypicture',
+WORDS = sorted({w.lower() for v in HEADER.values() for w in re.split(r'[\^ ]', v)
+    if w.startswith('QY')}) + ['19321107',
+    'sim0000', '9.8.7.6', 'qyfolder', 'qyfile', 'qyodd_', 'qyred', 'qyline', 'qyturn', 'qylong', 'qymaths',
+    'qypicture',
     'qyidsim']
 ODD_NAMES = [b'QYF\xfcLE.dcm', b'QYRED\x1b[31m.dcm', b'QYLINE\nline.dcm', 'QYTURN\u202e.dcm'.encode(),
     b'QYLONG' + b'g'*245 + b'.dcm', b'QYMATHS$\\frac{1$.dcm']
 # the tables with identifiers: for the owner's eyes
-TABLES = ('index.parquet', 'errors.parquet', 'shards/*', 'manifest.csv', 'split.csv', 'predictions.csv', 'scores.csv',
+TABLES = ('index.parquet', 'errors.parquet', 'shards/*', 'manifest.csv', 'split.csv', 'predictions.csv',
+    'scores.csv',
     'heat.csv', 'p.csv', 'p.json', 'link.csv', '*unreadable.csv', 'images.csv', 'other.csv')
 OWN = ('*unreadable.csv', 'images.csv', 'place.json', 'p.json')
 
@@ -91,7 +95,8 @@ def place(tmp_path_factory, hospital):
     plant(hospital/'dicom', root/'h')
     truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
     knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
-    labels = knees[['image_id']].assign(patient_id='QYID' + knees.patient_id, schatzker=np.arange(len(knees))%2*3)
+    labels = knees[['image_id']].assign(patient_id='QYID' + knees.patient_id,
+        schatzker=np.arange(len(knees))%2*3)
     labels.to_csv(root/'labels.csv', index=False)
     old = os.getcwd()
     homes = patch.dict(os.environ, HOME=str(root/'home'), TMPDIR=str(root/'tmp'))
@@ -161,7 +166,8 @@ def test_nothing_that_is_handed_on_holds_a_name(place, said):
 
 
 def test_the_tables_tell_who_it_was(place, said):
-    for name in ('o/index.unreadable.csv', 'o/store/unreadable.csv', 'o/run/unreadable.csv', 'o/p.unreadable.csv',
+    for name in ('o/index.unreadable.csv', 'o/store/unreadable.csv', 'o/run/unreadable.csv',
+            'o/p.unreadable.csv',
             'o/heat/unreadable.csv'):
         table = pd.read_csv(place/name)
         assert list(table)==['number', 'path', 'cause'] and table.path.str.contains('Qyodd_folder').any()
@@ -182,8 +188,10 @@ def test_the_tables_tell_who_it_was(place, said):
 
 FAILS = dict(file='predict o/run h/Qyodd_folder/QYPICTURE_0.gif --out o/x.csv',
     unreadable='predict o/run {film} --out o/x.csv', missing='explain o/run h/Qyfolder_nowhere --out o/x',
-    empty='index h/Qyempty_folder --out o/x.parquet', no_store='train knee --data h/Qyodd_folder --labels labels.csv '
-    '--label schatzker --out o/x', label='train knee --data o/store --labels labels.csv --label patient_id --out o/x',
+    empty='index h/Qyempty_folder --out o/x.parquet',
+    no_store='train knee --data h/Qyodd_folder --labels labels.csv '
+    '--label schatzker --out o/x',
+    label='train knee --data o/store --labels labels.csv --label patient_id --out o/x',
     leak='evaluate o/run --data o/store --labels labels.csv --out o/x', target='deidentify h --out o/deid',
     changed='preprocess h/Qyodd_folder --recipe knee --size 64 --workers 1 --out o/store',
     none='preprocess h/Qyodd_folder --recipe knee --size 64 --workers 1 --out o/x',
@@ -240,7 +248,8 @@ def test_names_are_said_where_they_are_asked_for_and_do_no_harm(place, said, how
     _, text = command('index', 'h', '--out', 'o/shown.parquet', *words[4:],
         stream=Terminal if how=='terminal' else io.StringIO)
     assert '  Qyodd_folder/' in text or '  Qyfolder_' in text # relative to the folder that was given
-    code, text = command('predict', 'o/run', place/'h/Qyodd_folder/QYRED\x1b[31m.dcm', '--out', 'o/x.csv', *words[4:],
+    code, text = command('predict', 'o/run', place/'h/Qyodd_folder/QYRED\x1b[31m.dcm', '--out', 'o/x.csv',
+        *words[4:],
         stream=Terminal if how=='terminal' else io.StringIO)
     assert code==2 and 'radiology_ai: QYRED\\x1b[31m.dcm: ' in text and text.count('\n')==1
 

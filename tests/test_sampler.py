@@ -243,12 +243,14 @@ def test_a_class_of_minus_one_is_unknown_as_nan_is():
     nan = np.where(y<0, np.nan, y)
     def same(make): return all(make(y).batches(e).tolist()==make(nan).batches(e).tolist() for e in range(3))
     assert same(lambda v: BalancedBatchSampler(v, 6, 1)) and BalancedBatchSampler(y, 6).classes==[0, 1, 2]
-    assert same(lambda v: PairedBatchSampler(v, 3, 2, min_per_class=1)) and same(lambda v: PairedBatchSampler(v, 3, 2))
+    assert same(lambda v: PairedBatchSampler(v, 3, 2,
+        min_per_class=1)) and same(lambda v: PairedBatchSampler(v, 3, 2))
     binary = np.where(y>1, -1, y)
     assert same(lambda v: PositiveShareSampler(np.where(v==2, v*0-1, v), 6))
     known = np.flatnonzero(binary>=0)
     assert set(PositiveShareSampler(binary, 6).batches(0).ravel())<=set(known)
-    assert inverse_frequency(y).tolist()==inverse_frequency(nan).tolist() and (inverse_frequency(y)==0).sum()==12
+    assert inverse_frequency(y).tolist()==inverse_frequency(nan).tolist() and (
+        inverse_frequency(y)==0).sum()==12
     names = np.array(['a', 'b', 'a', 'c'])
     assert BalancedBatchSampler(names, 3).classes==['a', 'b', 'c']
 

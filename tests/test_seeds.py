@@ -1,4 +1,5 @@
-"Intervals over seeds hold what they say with three to five of them, and comparisons are corrected for their number."
+"""Intervals over seeds hold what they say with three to five of them, and comparisons are corrected for their
+number."""
 import importlib.util
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def test_they_cover(n, share):
 def test_it_is_students_interval():
     d = np.array([.031, .052, .018, .044])
     g,test = seeds.over_seeds(d),stats.ttest_1samp(d, 0)
-    assert (g.low, g.high)==pytest.approx(tuple(test.confidence_interval())) and g.p==pytest.approx(test.pvalue)
+    assert (g.low, g.high)==pytest.approx(tuple(test.confidence_interval())) and g.p==pytest.approx(
+        test.pvalue)
     wide = seeds.over_seeds(d, shared=.01**2, units=200)
     assert wide.low<g.low+.02 and wide.value==g.value and wide.p!=g.p
     alone = seeds.over_seeds(d*0+.03, shared=.01**2, units=101) # all of the variance comes from the patients

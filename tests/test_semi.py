@@ -250,7 +250,8 @@ def test_mixmatch_guesses_on_weak_views_and_learns_strong_ones():
         assert run_record(learn)['settings']['spy']['strong']==repr(given)
 
 def test_mixmatch_of_the_paper_draws_one_view():
-    "`strong='weak'` learns the views of the guess; a strong view leaves the draws of the weak ones as they are."
+    """`strong='weak'` learns the views of the guess; a strong view leaves the draws of the weak ones as they
+    are."""
     class Spy(MixMatch):
         def see(self, name, augment, x):
             seen.append((name, type(augment), super().see(name, augment, x)))

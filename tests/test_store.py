@@ -222,7 +222,8 @@ def test_a_folder_that_cannot_be_written(pictures):
         shutil.copytree(pictures, folder/'pictures')
         whole = preprocess_folder(folder/'pictures', folder/'store', recipe('plain', size=16), workers=1)
         (folder/'locked').mkdir()
-        for p in (folder/'store').rglob('*'): p.chmod(0o644) # its owner lets others read the tables of files, too
+        for p in (folder/'store').rglob('*'):
+            p.chmod(0o644) # its owner lets others read the tables of files, too
         for p in (folder/'locked', folder/'store', folder/'store/shards'): p.chmod(0o555)
         become()
         with pytest.raises(StoreError, match='cannot be written.*Permission denied'):

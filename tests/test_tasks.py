@@ -239,7 +239,8 @@ def test_what_is_predicted_is_what_was_evaluated(hospital, tmp_path):
 def mended(rule, logits, bundle) -> np.ndarray:
     "The logits after the rule of a bundle: one line for all classes, or one for each label of a tree."
     if 'labels' not in rule: return rule['slope']*logits + rule['intercepts']
-    lines = [rule['labels'][bundle.vocab.index(o['line of'])] if 'line of' in o else o for o in rule['labels']]
+    lines = [rule['labels'][bundle.vocab.index(o['line of'])] if 'line of' in o else o
+        for o in rule['labels']]
     z = logits*[o.get('slope', 1.) for o in lines] + [o.get('intercept', 0.) for o in lines]
     return enforced(z, bundle.model.head.below.numpy())
 

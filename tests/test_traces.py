@@ -50,7 +50,8 @@ def supervised():
     return xray_learner(dls, network(), pretrained=False, lr=.01, seed=5)
 
 
-@pytest.mark.parametrize('make', [supervised, *(lambda k=k: semi(k()) for k in (MeanTeacher, FlexMatch, FreeMatch,
+@pytest.mark.parametrize('make', [supervised,
+    *(lambda k=k: semi(k()) for k in (MeanTeacher, FlexMatch, FreeMatch,
     lambda: SoftMatch(align='labels')))])
 def test_lr_find_leaves_no_trace(make):
     ways = []

@@ -272,10 +272,13 @@ def test_own_names_stand_for_one_column(tmp_path):
 
 
 def test_rows_of_ones_own_image_agree(tmp_path):
-    f = write(tmp_path/'b.csv', 'id,pat,study,part,x,y,w,h,fx', 'a,1,s,train,1,1,5,5,1', 'a,2,s,train,2,2,5,5,0',
+    f = write(tmp_path/'b.csv', 'id,pat,study,part,x,y,w,h,fx', 'a,1,s,train,1,1,5,5,1',
+        'a,2,s,train,2,2,5,5,0',
         'b,,s,train,1,1,5,5,0', 'b,3,t,test,2,2,5,5,no', 'c,4,u,,3,3,5,5,yes', 'c,4.0,,valid,4,4,5,5,')
-    names = dict(image_id='id', patient_id='pat', study_id='study', split='part', x1='x', y1='y', w='w', h='h')
-    with pytest.raises(DataError, match="line 2 .image a., column 'patient_id': '1' here, '2' in another row"):
+    names = dict(image_id='id', patient_id='pat', study_id='study', split='part', x1='x', y1='y', w='w',
+        h='h')
+    with pytest.raises(DataError,
+            match="line 2 .image a., column 'patient_id': '1' here, '2' in another row"):
         from_csv(f, names, 'fx')
     ds = from_csv(f, names, 'fx', errors='list')
     assert where(ds)==[(2, 'patient_id'), (3, 'patient_id'), (4, 'study_id'), (5, 'study_id'), (4, 'split'),
@@ -296,7 +299,8 @@ def test_what_is_no_patient_of_ones_own(tmp_path, nobody):
     assert ds.manifest[['patient_id', 'Fx']].values.tolist()==[['7', 0]] and ds.boxes.image_id.tolist()==['b']
     assert not len(ds.problems)
     siim = write(tmp_path/'s.csv', 'ImageId, EncodedPixels', '1.2,-1', '1.3,-1')
-    index = pd.DataFrame({'SOPInstanceUID': ['1.2', '1.3'], 'PatientID': ['p', nobody], 'StudyInstanceUID': 's',
+    index = pd.DataFrame({'SOPInstanceUID': ['1.2', '1.3'], 'PatientID': ['p', nobody],
+        'StudyInstanceUID': 's',
         'path': ['x/a.dcm', 'x/b.dcm'], 'view': 'PA', 'laterality': ''})
     with pytest.warns(UserWarning, match='each of the 1 counts'):
         assert siim_pneumothorax(siim, index=index).manifest.patient_id.tolist()==['p', '1.3']
@@ -326,7 +330,8 @@ def test_files_that_belong_to_no_image_are_listed(tmp_path):
 
 def test_boxes_carry_the_size_that_they_were_drawn_on(tmp_path):
     boxes = write(tmp_path/'b.csv', 'Image Index,Finding Label,Bbox [x,y,w,h]', '0_0.png,Mass,1,1,9,9')
-    assert chestxray14(nih(tmp_path/'n.csv', 'Mass'), boxes).boxes[['width', 'height']].values.tolist()==[[1024,
+    assert chestxray14(nih(tmp_path/'n.csv', 'Mass'),
+        boxes).boxes[['width', 'height']].values.tolist()==[[1024,
         1024]]
     rsna = write(tmp_path/'l.csv', 'patientId,x,y,width,height,Target', 'a,1,2,30,40,1')
     b = quiet(rsna_pneumonia, rsna).boxes

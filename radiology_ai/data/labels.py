@@ -420,15 +420,18 @@ def make_dataset(
     if notes:
         warnings.warn(f"{file_label(file) if file else 'The data set'}: {len(notes)} odd cell{'s'*(len(notes)>1)}, "
             f"such as {_place_of(notes[0])} (all of them: `problems` of the data set)", stacklevel=3)
-    return Dataset(df, boxes, masks, problem_table([*everything, *notes, *strange]), (*labels, *(grades or {})))
+    return Dataset(df, boxes, masks, problem_table([*everything, *notes, *strange]),
+        (*labels, *(grades or {})))
 
 def _strangers(files, at, others, images) -> list[Problem]:
-    "The files beside the images that no image of the data set has, and that are none of the `others`, such as masks."
+    """The files beside the images that no image of the data set has, and that are none of the `others`, such
+    as masks."""
     ends = tuple({Path(f).suffix for f in at.dropna()})
     lost = files[files.map(lambda f: f.endswith(ends)) & ~files.isin(at)]
     others = pd.Series([o for o in others if isinstance(o, str) and o], dtype=object)
     if len(lost) and len(others): lost = lost[~lost.isin(_match_ends(files, others))]
-    return [Problem(None, '', 'path', f, 'this file belongs to no image of the data set', str(images)) for f in lost]
+    return [Problem(None, '', 'path', f, 'this file belongs to no image of the data set', str(images))
+        for f in lost]
 
 def _place_of(p: Problem) -> str:
     "Where a cell stands and what is wrong with it, without what it holds."

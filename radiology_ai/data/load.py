@@ -269,13 +269,13 @@ def xray_dataloaders(
     drawn = dict(boxes=boxes, masks=masks, points=points)
     _check_what(labels, **drawn)
     rows = training_rows(manifest, train, valid, check_leakage, duplicates)
-    if views is not None: rows = study_rows(rows, views, [labels] if isinstance(labels, str) else labels or [])
+    if views is not None:
+        rows = study_rows(rows, views, [labels] if isinstance(labels, str) else labels or [])
     if ordinal and vocab is None: vocab = grades(rows, labels)
     regions = _regions(store, vocab if labels is None else None, undrawn, **drawn)
     if labels is None: rows,targets,vocab = _drawn_rows(store, rows, regions),None,regions.vocab
     else: rows,targets,vocab = _known_rows(rows, labels, vocab)
-    sets = _train_and_valid(store, rows, targets, vocab, (train, valid), labels=labels, regions=regions,
-        one_class=one_class)
+    sets = _train_and_valid(store, rows, targets, vocab, (train, valid), labels=labels, regions=regions, one_class=one_class)
     make = lambda ds, s, tfms=None: XrayDL(ds, bs, s, num_workers=workers,
         after_batch=batch_transforms(channels, tfms, ds.views.shape[1]))
     train_dl = make(sets[0], _sampler(sampler, sets[0], bs, min_per_class, seed), batch_tfms)

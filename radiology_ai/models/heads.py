@@ -140,7 +140,8 @@ class Head(nn.Module):
 
     def _load_from_state_dict(self, state, prefix, *args):
         for k in ('slope','shift'):
-            if self.below is not None and prefix + k in state: setattr(self, k, torch.zeros_like(state[prefix + k]))
+            if self.below is not None and prefix + k in state:
+                setattr(self, k, torch.zeros_like(state[prefix + k]))
         super()._load_from_state_dict(state, prefix, *args)
 
     @torch.no_grad()

@@ -120,6 +120,15 @@ def _decoder(name, decoder, body_args, n_in, n_out, *, width):
             f"({str(e).splitlines()[0] if str(e) else type(e).__name__})",
             "A plain ViT wants decoder='dpt'; unet, fpn, upernet and segformer want an encoder with falling resolution") from e
 
+def _check_wanted(decoder, n_out, n_labels, width):
+    "Raises `ModelError` for a decoder or a number that cannot be."
+    if decoder not in DECODERS:
+        raise ModelError(f"There is no decoder {decoder!r}", f"Give one of {', '.join(DECODERS)}")
+    if n_out<1 or n_labels<0:
+        raise ModelError(f"The network is asked for {n_out} masks and {n_labels} labels",
+            "Give at least one mask")
+    if not width>0: raise ModelError(f"width is {width}", "Give a number above 0")
+
 def create_segmenter(
     name: str='tf_efficientnet_lite0', # the encoder, of `list_encoders`, or the folder of a bundle of a classifier
     n_out: int=1,            # masks
@@ -140,12 +149,7 @@ def create_segmenter(
     """A network from pixels in [0, 1] to masks. Raises `ModelError`.
 
     Example: `create_segmenter('tf_efficientnet_lite0', 5, weights='efficientnet-lite0')` for five structures"""
-    if decoder not in DECODERS:
-        raise ModelError(f"There is no decoder {decoder!r}", f"Give one of {', '.join(DECODERS)}")
-    if n_out<1 or n_labels<0:
-        raise ModelError(f"The network is asked for {n_out} masks and {n_labels} labels",
-            "Give at least one mask")
-    if not width>0: raise ModelError(f"width is {width}", "Give a number above 0")
+    _check_wanted(decoder, n_out, n_labels, width)
     if size is not None: size = tuple(-(-int(v)//32)*32 for v in ((size, size) if np.ndim(size)==0 else size))
     if name not in MIT: kwargs = size_arguments(name, size) | kwargs
     body = (_mit_body(name, n_in) if name in MIT
@@ -160,12 +164,12 @@ def create_segmenter(
     if name not in MIT: _take_weights(net.encoder.model, body.net, name)
     last = net.segmentation_head
     if prior is not None:
-        with torch.no_grad(): last[0].bias.copy_(log_prior(np.array(np.broadcast_to(prior, n_out)), multi_label=True))
+        with torch.no_grad():
+            last[0].bias.copy_(log_prior(np.array(np.broadcast_to(prior, n_out)), multi_label=True))
     config = dict(kind='segmenter', name=body.name, n_out=n_out, n_in=n_in, decoder=decoder,
         n_labels=n_labels, width=width,
         dropout=dropout, **kwargs)
-    stride = max(32, 16 if decoder=='dpt' else 32)
-    return Segmenter(Encoder(net.encoder, body), SegmenterHead(net.decoder, last, labels), config, stride)
+    return Segmenter(Encoder(net.encoder, body), SegmenterHead(net.decoder, last, labels), config)
 
 def _mit_body(name: str, n_in: int) -> Backbone:
     "Normalisation and name of an encoder that timm lacks."

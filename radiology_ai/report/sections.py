@@ -59,13 +59,15 @@ class Section:
         "The content as plain numbers and text, without the pictures."
         kinds = {'text': lambda p: p, 'table': lambda p: {'caption': p.caption, 'rows': p.rows},
             'chart': lambda p: p.title, 'example': lambda p: p.image_id}
-        return {'title': self.title, 'cards': self.cards, 'parts': [{k: kinds[k](p)} for k,p in self.by_kind()]}
+        return {'title': self.title, 'cards': self.cards,
+            'parts': [{k: kinds[k](p)} for k,p in self.by_kind()]}
 
     def by_kind(self) -> list[tuple[str, object]]:
         "The parts with their kind: 'text', 'table', 'chart' or 'example'. `DataError` for anything else."
         out = []
         for p in self.parts:
-            kind = ('text' if isinstance(p, str) else 'table' if isinstance(p, Table) else 'chart' if hasattr(p, 'svg')
+            kind = ('text' if isinstance(p, str) else 'table' if isinstance(p, Table) else 'chart'
+                if hasattr(p, 'svg')
                 else 'example' if hasattr(p, 'image') else '')
             if not kind:
                 raise DataError(f"Section {self.title!r} holds a {type(p).__name__}",

@@ -85,7 +85,8 @@ class ChestSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name,choice in (('hierarchy', ('max','flat')), ('loss', ('bce','asymmetric')), ('calls', tuple(CALLS)),
+        for name,choice in (('hierarchy', ('max','flat')), ('loss', ('bce','asymmetric')),
+                ('calls', tuple(CALLS)),
                 ('tier_calls', tuple(TIER_CALLS)),
                 ('contradictions', ('raise','unknown'))):
             if getattr(self, name) not in choice:
@@ -151,4 +152,5 @@ CHEST = Task(
     remedy='Check that it is a frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection'},
     shown={'view': 'projection'},
-    demo=Demo(simulated_chests, dict(arch='resnet10t', pretrained=False, epochs=16, lr=4e-3, bs=16), patients=800))
+    demo=Demo(simulated_chests, dict(arch='resnet10t', pretrained=False, epochs=16, lr=4e-3, bs=16),
+    patients=800))

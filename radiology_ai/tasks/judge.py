@@ -91,7 +91,8 @@ def evaluate_run(
 
 # %% ../../nbs/68_tasks.judge.ipynb #d2721ba4
 def _store_of_training(run) -> ImageStore:
-    "The store of a run, joined with that of the run with which it began. Raises `StoreError` where it is gone."
+    """The store of a run, joined with that of the run with which it began. Raises `StoreError` where it is
+    gone."""
     own,start = ImageStore(run.record['store'] or run.path),run.settings.get('start')
     first = store_of(start) if start else ''
     if not first or Path(first).resolve()==own.path.resolve(): return own
@@ -169,7 +170,8 @@ def report_run(
     return write_report(Path(out or run.path), d)
 
 def _audits(task, run, d: ReportData, store) -> list:
-    "The sections on shortcuts and waiting times; what the network has learnt from teaches the readers of shortcuts too."
+    """The sections on shortcuts and waiting times; what the network has learnt from teaches the readers of
+    shortcuts too."""
     if 'split' not in run.manifest: learnt = run.manifest.iloc[:0]
     else: learnt = run.manifest[run.manifest.split.isin(['train','valid'])].reset_index(drop=True)
     truth = task.answer.truth(learnt, make_settings(task.settings, run.settings)) if len(learnt) else {}

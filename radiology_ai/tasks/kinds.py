@@ -146,8 +146,10 @@ class Answer:
     def settled(self, valid, vocab): return self # with what the table of the validation images decides
     def prepared(self, labels, settings) -> pd.DataFrame:
         "The table of labels as a manifest wants it. Raises `DataError` for a column that is not there."
-        return with_columns(labels, settings.labels, of='The labels have', remedy="Name one of them with label=")
-    def strata(self, manifest, settings) -> list: return settings.labels # the columns spread evenly over the splits
+        return with_columns(labels, settings.labels, of='The labels have',
+            remedy="Name one of them with label=")
+    def strata(self, manifest, settings) -> list:
+        return settings.labels # the columns spread evenly over the splits
     def network(self, vocab) -> dict: return {} # further arguments of `create_model`
 
     def probabilities(self, models, store, positions, show=None) -> np.ndarray:
@@ -359,7 +361,8 @@ class Labels(Answer):
 
     def known(self, df, settings): return ~df[settings.labels].apply(is_blank).all(axis=1)
     def checked(self, df, settings) -> pd.DataFrame:
-        "The rows whose labels are 1, 0 or NaN, each of both kinds; yes and no are 1 and 0. Raises `DataError`."
+        """The rows whose labels are 1, 0 or NaN, each of both kinds; yes and no are 1 and 0. Raises
+        `DataError`."""
         values = df[settings.labels].apply(label_numbers)
         for c in settings.labels:
             _refuse_cells(df, c, ~is_blank(df[c]) & ~values[c].isin([0, 1]), f"1, 0, or {_ANSWERS}")

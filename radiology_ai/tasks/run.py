@@ -154,7 +154,8 @@ def read_exactly(
     NaN, a text that is missing as ''."""
     table = load_table(path)
     text = [c for c in table if not pd.api.types.is_numeric_dtype(table[c]) or table[c].isna().all()]
-    return note_ids(table.assign(**{c: text_column(table[c].astype(object).fillna('').tolist()) for c in text}))
+    return note_ids(table.assign(**{c: text_column(table[c].astype(object).fillna('').tolist())
+        for c in text}))
 
 def _earlier(path: Path) -> bool:
     "Whether it looks like a run of version 0.1."

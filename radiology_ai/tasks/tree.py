@@ -132,7 +132,8 @@ def _means(p, columns, calls, draws) -> dict:
     rank,left = ranks.loc['mean'],[n for n in how['names'] if ranks.loc[n].reason]
     call = label_table(t, .5*c + .499*s, thresholds=.5, **how).loc['mean'] # a call, and within it the score
     def one(row, k, other=False):
-        if len(left)==len(columns): return undefined(len(t), 'of no category two patients are positive and two negative')
+        if len(left)==len(columns):
+            return undefined(len(t), 'of no category two patients are positive and two negative')
         if k not in row or np.isnan(row[k]): return undefined(len(t), row.reason or 'no such images')
         v = [row[k], row[f'{k}_low'], row[f'{k}_high']]
         value,low,high = (1-v[0], 1-v[2], 1-v[1]) if other else v
@@ -226,7 +227,8 @@ class Tree(Labels):
                 "Train the model again") from e
     def spec(self, rows, vocab, settings) -> dict:
         share = rows[vocab].mean()
-        return {'kind': 'tree', 'activation': self.activation, 'hierarchy': 'flat' if self.flat else 'max', 'calls': self.calling,
+        return {'kind': 'tree', 'activation': self.activation, 'hierarchy': 'flat' if self.flat else 'max',
+            'calls': self.calling,
             'tier_calls': self.tier_calling, 'tier_thresholds': list(self.tier_thresholds),
             'tree': asdict(self.tree), 'frequency': {v: float(np.nan_to_num(share[v])) for v in vocab}}
     def network(self, vocab) -> dict:
@@ -290,7 +292,8 @@ def numbers(self:Tree, rows, vocab, settings): return rows[vocab].to_numpy(float
 
 @patch
 def truth(self:Tree, rows, settings) -> pd.DataFrame:
-    return rows[list(self.tree.names)].astype(float).reset_index(drop=True)
+    names = list(self.tree.names)
+    return _blank_unknown(rows[names], names).astype(float).reset_index(drop=True)
 
 # %% ../../nbs/67_tasks.tree.ipynb #50c87621
 @patch
@@ -352,12 +355,19 @@ def tune(self:Tree, valid, vocab) -> list:
     out = []
     for v in vocab:
         known = valid[valid[v].notna()]
-        out.append(float(CALLS[self.calling](known[v], known[f'p_{v}'])) if known[v].nunique()==2 else None)
+        out.append(_finite(CALLS[self.calling](known[v], known[f'p_{v}']), known[f'p_{v}'])
+            if known[v].nunique()==2
+            else None)
     return out
+
+def _finite(threshold, scores) -> float:
+    "A threshold; just above the scores where only calling nothing reaches what was wanted."
+    return float(threshold if np.isfinite(threshold) else np.nextafter(np.max(scores), 2.))
 
 @patch
 def settled(self:Tree, valid, vocab) -> Tree:
-    "With a threshold of the triage score for each tier, None where the validation patients have one class only."
+    """With a threshold of the triage score for each tier, None where the validation patients have one class
+    only."""
     how = TIER_CALLS[self.tier_calling]
     if how is None: return replace(self, tier_thresholds=())
     known = valid.assign(tier=self.true_tier(valid, vocab))
@@ -454,7 +464,8 @@ def examples(self:Tree, table) -> pd.DataFrame|None:
     "The highest tier against all others, by the triage score."
     if 'tier' not in table: return None
     known,top = table[table.tier_true!=''],self.tree.order[-1]
-    return known.assign(target=(known.tier_true==top).astype(float), score=known.triage, grade=known.tier_true,
+    return known.assign(target=(known.tier_true==top).astype(float), score=known.triage,
+        grade=known.tier_true,
         threshold=np.where(known.tier==top, 0., 1.)) if len(known) else None
 
 @patch
