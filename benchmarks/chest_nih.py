@@ -34,7 +34,6 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import GroupKFold
 
 from radiology_ai.data.chest import NIH14
-from radiology_ai.data.duplicates import thumbnails
 from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.data.split import patient_split
 from radiology_ai.metrics.ranking import auroc_ci
@@ -43,7 +42,7 @@ from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
 from radiology_ai.pretrain.ssl import save_body, ssl_learner
-from radiology_ai.report.shortcuts import pixel_features, stratified_auroc_ci
+from radiology_ai.report.shortcuts import pixel_features, stratified_auroc_ci, thumbnails
 from radiology_ai.tasks.kinds import stored_batches
 from radiology_ai.train.learner import xray_learner
 from radiology_ai.vision.augment import BatchAugment
