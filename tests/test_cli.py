@@ -217,7 +217,8 @@ def test_bad_labels(hospital, store, tmp_path):
             ('strange', labels.assign(fractured='maybe'), 'maybe'),
                                   ('others', labels.assign(image_id=[f'1.2.{i}' for i in range(len(labels))],
                                   path=[f'elsewhere/{i}.dcm' for i in range(len(labels))]), 'None of the'),
-                                  ('twice', pd.concat([labels, labels]), '2 times')]:
+                                  ('twice', pd.concat([labels, labels.assign(fractured=1-labels.fractured)]),
+                '2 times')]:
         table.to_csv(tmp_path/f'{name}.csv', index=False)
         again = [tmp_path/f'{name}.csv' if w==hospital/'labels.csv' else w for w in words]
         assert re.search(expected, refuses(*again)), name

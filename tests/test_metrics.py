@@ -663,8 +663,9 @@ def accuracy_of(t, said, g):
         draws=30).difference
 
 def test_masks_of_less_than_nothing_are_refused():
-    for truth in ([0, -1], [0, -1.]):
-        with pytest.raises(DataError, match='The truth holds -1'): dice(truth, [0, 1])
+    for truth in ([0, -2], [0, -1.], [0, -.5]):
+        with pytest.raises(DataError, match=f'The truth holds {truth[1]:.3g}'): dice(truth, [0, 1])
+    for unknown in (-1, -100): assert dice([1, unknown, 0], [1, 1, 0])==1
 
 def test_order_of_rows_and_names_of_patients_do_not_matter():
     t,s,g = scored(7, 120, 1, 40)

@@ -210,7 +210,7 @@ def _known_rows(rows, labels, vocab):
             stacklevel=3)
     return rows[known],targets[known],vocab
 
-def _train_and_valid(store, rows, targets, vocab, splits, *, labels, regions, one_class) -> list[XrayDataset]:
+def _both_sets(store, rows, targets, vocab, splits, *, labels, regions, one_class) -> list[XrayDataset]:
     "The data sets of both splits."
     is_train = (rows.split==splits[0]).to_numpy()
     if targets is not None: _check_learnable(targets[is_train], vocab, labels, one_class)
@@ -275,10 +275,10 @@ def xray_dataloaders(
     regions = _regions(store, vocab if labels is None else None, undrawn, **drawn)
     if labels is None: rows,targets,vocab = _drawn_rows(store, rows, regions),None,regions.vocab
     else: rows,targets,vocab = _known_rows(rows, labels, vocab)
-    sets = _train_and_valid(store, rows, targets, vocab, (train, valid), labels=labels, regions=regions, one_class=one_class)
+    sets = _both_sets(store, rows, targets, vocab, (train, valid), labels=labels, regions=regions,
+        one_class=one_class)
     make = lambda ds, s, tfms=None: XrayDL(ds, bs, s, num_workers=workers,
         after_batch=batch_transforms(channels, tfms, ds.views.shape[1]))
-    train_dl = make(sets[0], _sampler(sampler, sets[0], bs, min_per_class, seed), batch_tfms)
-    dls = XrayDataLoaders(train_dl, make(sets[1], None), store=store, labels=labels, channels=channels,
-        views=views, ordinal=ordinal)
-    return dls.to(device or default_device())
+    train_set = make(sets[0], _sampler(sampler, sets[0], bs, min_per_class, seed), batch_tfms)
+    return XrayDataLoaders(train_set, make(sets[1], None), store=store, labels=labels, channels=channels,
+        views=views, ordinal=ordinal).to(device or default_device())

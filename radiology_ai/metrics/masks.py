@@ -35,7 +35,7 @@ def _masks(truth, mask) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"The masks have shapes {a.shape} and {b.shape}", "Bring both to the same size first")
     for o,name in ((a, 'truth'), (b, 'mask')):
         odd = (o<0) | ((o>0) & (o<1)) if o.dtype.kind in 'if' else np.zeros(0, bool)
-        if name=='truth' and o.dtype.kind=='i': odd = odd & (o!=-1) # -1: nobody has drawn there
+        if name=='truth' and o.dtype.kind=='i': odd = odd & (o!=-1) & (o!=-100) # nobody has drawn there
         if odd.any():
             raise DataError(f"The {name} holds {o[odd][0]:.3g}",
                 "Give 0 and 1; probabilities become a mask at a threshold")

@@ -152,12 +152,13 @@ class Backbone(nn.Module):
         if isinstance(x, (list, tuple)): x = x[-1]
         if x.ndim==3:
             x = x[:,getattr(self.net, 'num_prefix_tokens', 0):]
+            n = x.shape[1]
             grid = token_grid(x.shape[1], size, patch_size(self.net))
             if grid is None: # a class token of which the network does not tell
                 x = x[:,1:]
                 grid = token_grid(x.shape[1], size)
             if grid is None:
-                raise ModelError(f"{x.shape[1]} tokens are no grid over {size[0]} x {size[1]} pixels",
+                raise ModelError(f"{n} tokens are no grid over {size[0]} x {size[1]} pixels",
                     "Give images of the size that the network was made for")
             return x.transpose(1, 2).reshape(x.shape[0], self.n_features, *grid)
         return x.permute(0, 3, 1, 2) if x.shape[1]!=self.n_features and x.shape[-1]==self.n_features else x

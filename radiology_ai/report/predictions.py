@@ -198,7 +198,8 @@ def thresholds_of(
     # a number for all, a dict by label, `Thresholds`, or None: the column `threshold` (of one label) or `threshold_<label>`
     threshold=None,
 ) -> np.ndarray:
-    "(N, C) threshold of each image and label, NaN where there is none."
+    """(N, C) threshold of each image and label, NaN where there is none. One of several labels that lacks it for some images, as
+    in a fold whose validation patients were of one class, has none."""
     out = np.full(p.scores.shape, np.nan)
     values = threshold.values if isinstance(threshold, Thresholds) else threshold
     if isinstance(values, dict):
@@ -208,12 +209,12 @@ def thresholds_of(
                 f"The labels are {', '.join(p.labels)}")
     for c,l in enumerate(p.labels):
         column = 'threshold' if len(p.labels)==1 and 'threshold' in p.table else f'threshold_{l}'
-        v = (values.get(l, np.nan) if isinstance(values, dict) else values if values is not None
-            else p.table.get(column, np.nan))
+        if isinstance(values, dict): v = values.get(l)
+        else: v = p.table.get(column) if values is None else values
+        if v is None: continue
         out[:,c] = v
-        if not (np.isfinite(out[:,c]).all() or np.isnan(out[:,c]).all()
-                and (values is None and column not in p.table or isinstance(values, dict)
-                and l not in values)):
+        if values is None and len(p.labels)>1 and np.isnan(out[:,c]).any(): out[:,c] = np.nan
+        elif not np.isfinite(out[:,c]).all():
             raise DataError("The threshold is not a finite number",
                 "Choose it on validation images, such as with `choose_thresholds`")
     return out

@@ -342,7 +342,7 @@ def audit_shortcuts(
     try: part[:n] = patient_parts(p.patients, folds, seed)
     except DataError: pass # too few patients: nothing is judged
     scores,alone = ({k: linear_scores(x, targets, part)[:n] for k,x in o.items()} for o in (features, single))
-    cells = _cells(p.table, list(single))
+    cells = _cells(everyone[:n], list(single))
     # of the pairs: with a teacher from outside they count once
     twice = (folds-1)/(folds-1 + folds*len(more)/n)
     patients = group_numbers(p.patients, n)

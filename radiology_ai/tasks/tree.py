@@ -374,7 +374,7 @@ def settled(self:Tree, valid, vocab) -> Tree:
     known = known[known.tier!='']
     number,cuts = tree_numbers(self.tree, known.tier),[]
     for k in range(1, len(self.tree.order)):
-        cuts.append(float(how(number>=k, known.triage)) if len(set(number>=k))==2 else None)
+        cuts.append(_finite(how(number>=k, known.triage), known.triage) if len(set(number>=k))==2 else None)
     lower = -np.inf
     for k,cut in enumerate(cuts): # a film of a tier belongs to the lower ones too
         if cut is not None: cuts[k] = lower = max(cut, lower)
