@@ -15,7 +15,7 @@ from torch import nn
 
 # %% ../../nbs/41_losses.teacher.ipynb #1283fed8
 from ..core import ModelError
-from .base import ClassAnswer, ClassLoss, LabelLoss, full_precision, keep_settings, reduced
+from .base import ClassAnswer, LabelAnswer, full_precision, keep_settings, reduced
 
 # %% ../../nbs/41_losses.teacher.ipynb #45788c3d
 class DistillationLoss(nn.Module):
@@ -33,14 +33,17 @@ class DistillationLoss(nn.Module):
         if not 0<=alpha<=1 or not tau>0:
             raise ModelError(f"DistillationLoss got alpha {alpha}, tau {tau}",
                 "alpha is in [0, 1], tau above 0")
-        if not isinstance(base, (ClassLoss, LabelLoss)):
+        if not isinstance(base, (ClassAnswer, LabelAnswer)):
             raise ModelError(f"DistillationLoss got {base!r}",
                 "Give a loss over classes or labels, such as WeightedCrossEntropy() or BCEWithNaN()")
+        if reduction!='mean' and not hasattr(base, 'reduction'):
+            raise ModelError(f"DistillationLoss got reduction {reduction!r}, and {type(base).__name__} only has a mean",
+                "Leave reduction out")
         self.base,self.alpha,self.tau,self.hard = base,alpha,tau,hard
 
     def forward(self, logits, target, teacher=None):
         own,second = logits if isinstance(logits, (tuple, list)) else (logits, logits)
-        self.base.reduction = self.reduction
+        if hasattr(self.base, 'reduction'): self.base.reduction = self.reduction
         if teacher is None: return self.base(_mean(logits), target)
         if teacher.shape!=second.shape:
             raise ModelError(f"DistillationLoss got logits {tuple(second.shape)} and a teacher's "
@@ -51,7 +54,7 @@ class DistillationLoss(nn.Module):
 
     def distance(self, z, t):
         "(B,) for classes, (B, C) for labels."
-        labels,tau = isinstance(self.base, LabelLoss),self.tau
+        labels,tau = isinstance(self.base, LabelAnswer),self.tau
         if self.hard:
             return (F.binary_cross_entropy_with_logits(z, (t>=0).to(z.dtype), reduction='none') if labels
                 else F.cross_entropy(z, t.argmax(1), reduction='none'))

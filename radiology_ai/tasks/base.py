@@ -47,6 +47,9 @@ class Settings:
     copies: float=.9        # correlation from which two stored images count as one film
     no_patient: str='drop'  # images without a patient: drop, image (each is of another patient), or raise
     calibration: str='platt' # of the probabilities, on validation patients: platt, temperature or none
+    teacher: str|None=None  # a run or bundle whose network teaches this one
+    teach: str='distil'     # distil: its answers are learnt beside the labels; fill: it fills in labels that are unknown
+    distil: float=.5        # share of the teacher's answers in the loss
 
     def __post_init__(self):
         for name,least in (('epochs', 1), ('bs', 2), ('min_per_class', 0), ('folds', 0), ('seed', 0)):
@@ -60,6 +63,10 @@ class Settings:
         if self.calibration not in ('platt','temperature','none'):
             raise DataError(f"The setting calibration is {self.calibration!r}",
                 "Choose platt, temperature or none")
+        if self.teach not in ('distil','fill'):
+            raise DataError(f"The setting teach is {self.teach!r}", "Choose distil or fill")
+        if not 0<self.distil<=1:
+            raise DataError(f"The setting distil is {self.distil}", "Give a share above 0, at most 1")
         if not self.lr>0: raise DataError(f"The setting lr is {self.lr}", "Give a learning rate above 0")
         if not (self.train>0 and self.valid>0 and self.train+self.valid<1):
             raise DataError(f"The shares of the patients are train={self.train} and valid={self.valid}",

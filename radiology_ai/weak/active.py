@@ -163,10 +163,8 @@ def pick(
 def _pooled(model, maps):
     "(B, D): what goes into the last layer, without dropout."
     head = model.head
-    drop,linear,norm = head.drop,head.linear,head.norm
-    head.drop,head.linear,head.norm = nn.Identity(),nn.Identity(),nn.Identity()
-    try: return head(maps)
-    finally: head.drop,head.linear,head.norm = drop,linear,norm
+    pooled = head.pooled(maps)
+    return pooled.flatten(1) if head.pool=='query' else head.hidden(pooled)
 
 def model_outputs(
     learn,            # a Learner of a model of `create_model`

@@ -1,0 +1,93 @@
+"""Bundles that stay: what `tests/test_lasting.py` loads in every later version and with every supported timm.
+
+`python tests/make_bundles.py` writes those that are not there yet to `tests/data/bundles/`, each with an input
+(`case.npz`: `x` uint8) and what it said of it then (`logits`, and the task's `probabilities`). One that is there is never
+written again: it stands for the bundles that users have kept. A new task, or a new format, adds one with a new name."""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from radiology_ai.models.backbone import create_model
+from radiology_ai.models.bundle import load_bundle, save_bundle
+from radiology_ai.models.heads import tree_parents
+from radiology_ai.models.segmenter import create_segmenter
+from radiology_ai.preprocess.recipe import recipe
+from radiology_ai.tasks.chest import CHEST, ChestSettings
+from radiology_ai.tasks.knee import KNEE
+
+FOLDER = Path(__file__).parent/'data'/'bundles'
+SIZE = 64
+
+
+def settled(model, seed=0):
+    "The network after a few batches in training: its BatchNorms have figures of their own."
+    gen = torch.Generator().manual_seed(seed)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3): model(torch.rand(16, 1, SIZE, SIZE, generator=gen))
+    return model.eval()
+
+
+def knee(arch, path):
+    "Six grades, mended by a line a grade."
+    model = settled(create_model(arch, 7, pretrained=False, prior=[.7, *[.05]*6], dropout=.1, size=SIZE,
+        seed=1))
+    model.head.rescale(np.linspace(.8, 1.4, 7), np.linspace(-.2, .3, 7))
+    save_bundle(model, path, recipe('knee', size=SIZE), list(range(7)), task='knee', threshold=.31,
+        settings={'label': 'schatzker', 'arch': arch}, answer={'kind': 'grades', 'activation': 'softmax'})
+
+
+def chest(arch, path):
+    "The 32 categories under their tree, mended by a line a category."
+    s = ChestSettings(arch=arch)
+    answer, vocab = CHEST.answer.of_run(s), s.labels
+    model = settled(create_model(arch, len(vocab), pretrained=False, multi_label=True, size=SIZE, seed=2,
+        parents=tree_parents(answer.tree)))
+    model.head.rescale(np.linspace(.7, 1.5, len(vocab)), np.linspace(-.5, .5, len(vocab)))
+    spec = {'kind': 'tree', 'activation': 'sigmoid', 'hierarchy': 'max', 'calls': 'sp95',
+        'frequency': dict.fromkeys(vocab, .1), 'tree': {'names': answer.tree.names,
+        'parents': answer.tree.parents,
+            'tiers': answer.tree.tiers, 'order': answer.tree.order, 'normal': answer.tree.normal}}
+    save_bundle(model, path, recipe('chest', size=SIZE), vocab, task='chest', threshold=[.4]*len(vocab),
+        settings={'arch': arch}, answer=spec)
+
+
+def masks(arch, path):
+    "Two masks."
+    model = settled(create_segmenter(arch, 2, pretrained=False, width=.125, seed=3))
+    save_bundle(model, path, recipe('chest', size=SIZE), ['left lung', 'right lung'], task='lungs')
+
+
+BUNDLES = {'knee_resnet': (knee, 'test_resnet'), 'knee_vit': (knee, 'test_vit'),
+    'chest_resnet': (chest, 'test_resnet'),
+    'chest_vit': (chest, 'test_vit'), 'masks_efficientnet': (masks, 'test_efficientnet')}
+TASKS = {'knee': KNEE, 'chest': CHEST}
+
+
+class Films(list):
+    "What an `ImageStore` is to a kind of answer."
+
+
+def probabilities(bundle, x) -> np.ndarray:
+    "What the task of a bundle makes of images; of masks their probabilities."
+    if bundle.task not in TASKS: return bundle.probabilities(x)
+    answer = TASKS[bundle.task].answer.of_bundle(bundle.answer)
+    return answer.probabilities([bundle.model], Films(x), range(len(x)), show=False)
+
+
+def main():
+    "Write what is missing."
+    for name, (make, arch) in BUNDLES.items():
+        if (FOLDER/name).exists(): continue
+        make(arch, FOLDER/name)
+        x = np.random.default_rng(5).integers(0, 256, (4, SIZE//8, SIZE//8), dtype=np.uint8)
+        x = x.repeat(8, 1).repeat(8, 2)
+        x[2:] = np.random.default_rng(6).integers(0, 256, (2, SIZE, SIZE), dtype=np.uint8)
+        bundle = load_bundle(FOLDER/name)
+        np.savez_compressed(FOLDER/name/'case.npz', x=x, logits=bundle.logits(x),
+            probabilities=probabilities(bundle, x))
+        print(name, sum(p.stat().st_size for p in (FOLDER/name).iterdir())//1000, 'kB')
+
+
+if __name__=='__main__': main()
