@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,16 @@ class Bundle:
         "(B, C) float32 logits of the network. Raises `DataError` for pixels in another range."
         return run_model(self.model, [_batch(x, self.meta.get('n_in', 1))])['logits'].numpy()
 
+    def detect(self,
+        x,       # as in `logits`
+        **rules, # of `Detector.detect`
+    ) -> list[dict]:
+        "Of each image the boxes, scores and labels of a detector. Raises `BundleError` for another network."
+        if self.meta.get('network', {}).get('kind')!='detector':
+            raise BundleError(f"The bundle {self.task} holds no detector", "Ask for logits or probabilities")
+        found = {'boxes': lambda model,x: model.detect(x, **rules)}
+        return run_model(self.model, [_batch(x, self.meta['n_in'])], found)['boxes']
+
     @property
     def activation(self) -> str:
         "The name in `ACTIVATIONS`: what `answer` says, or else a softmax, or a sigmoid for each label."
@@ -183,13 +194,15 @@ def load_bundle(
 
 _MORE = ('stage','settings','answer') # since format 2
 
+_KINDS = {'segmenter': 'create_segmenter', 'detector': 'create_detector'}
+
 def _made(network: dict):
     "The network that these settings describe, with random weights."
     kind,more = network.get('kind', ''),{k: v for k,v in network.items() if k!='kind'}
     if not kind: return create_model(**more, pretrained=False)
-    if kind!='segmenter': raise ModelError(f"The kind of network {kind!r} is not known", "Update radiology_ai")
-    from radiology_ai.models.segmenter import create_segmenter  # a classifier needs no decoder
-    return create_segmenter(**more, pretrained=False)
+    if kind not in _KINDS: raise ModelError(f"The kind of network {kind!r} is not known", "Update radiology_ai")
+    make = getattr(import_module(f'radiology_ai.models.{kind}'), _KINDS[kind]) # a classifier needs neither
+    return make(**more, pretrained=False)
 
 def _network(path: Path, meta: dict):
     "The network with its weights."

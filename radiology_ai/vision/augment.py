@@ -258,7 +258,7 @@ def augment(self:BatchAugment,
     return image if torch.is_tensor(b) else (image, *moved)
 
 # entries of a target that have no place in the image
-_ALONG = ('labels','known','flippable','image_id','image_ids','weight')
+_ALONG = ('labels','classes','known','flippable','image_id','image_ids','weight')
 
 @patch
 def _move_target(self:BatchAugment, draw, size, t):
