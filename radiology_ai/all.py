@@ -109,6 +109,7 @@ from radiology_ai.metrics.detection import (
     rsna_map_ci,
     threshold_sweep,
 )
+from .metrics.fusion import choose_decoding, pool_members, suppress_boxes, weighted_fusion
 from .metrics.intervals import Interval, bootstrap_ci, mean_ci, proportion_ci, wilson_ci
 from .metrics.masks import dice, dice_ci, hausdorff95, iou, mask_table, surface_dice
 from .metrics.operating import cost_threshold, f_threshold, operating_point, threshold_for, youden_threshold
@@ -123,6 +124,8 @@ from radiology_ai.metrics.recalibration import (
 from .metrics.running import AUROC
 from .models.backbone import create_backbone, create_model, list_backbones
 from .models.bundle import Bundle, export_onnx, load_bundle, save_bundle
+from .models.detector import DetectorLoss, create_detector, fit_anchors
+from .models.segmenter import create_segmenter, list_encoders
 from .phantom.chest import simulate_chest
 from .phantom.hospital import simulate_hospital, write_dicom
 from .phantom.knee import simulate_knee
@@ -155,6 +158,8 @@ from .report.card import Example, ReportData
 from .report.evaluation import evaluate_table
 from .report.page import write_report
 from .report.predictions import Thresholds, choose_thresholds
+from .report.reading_room import ReadingRoom, operating_tiers, simulate_reading
+from .report.shortcuts import audit_shortcuts, stratified_auroc_ci
 from .semi.audit import audit, audit_curve, draw_audit, pseudo_labels
 from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatch
 from .semi.load import semi_dataloaders
