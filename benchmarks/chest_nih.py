@@ -53,7 +53,7 @@ ARMS = {'cnn random': (CNN, 112), 'cnn lite0': (CNN, 112), 'cnn probe': (CNN, 11
     'cnn ssl': (CNN, 112), 'cnn lite0+ssl': (CNN, 112), 'cnn random@160': (CNN, 160),
     'cnn lite0@160': (CNN, 160),
     'vit random': (VIT, 112), 'vit ssl': (VIT, 112)}
-EPOCHS = {112: 8, 160: 5}
+EPOCHS = {112: 4, 160: 3}
 LABELS = [*NIH14, 'No Finding']
 LEAST = 8 # positive patients of a finding that is judged
 
@@ -268,8 +268,8 @@ def outlined(found, rows, labels):
         if label not in labels: continue
         drawn = {Path(v).stem for v in p[image][p[names].astype(str).str.lower()==label.lower()]}
         y = part.path.map(lambda v: Path(v).stem).isin(drawn).to_numpy(int)
-        if min(y.sum(), (1-y).sum())<3:
-            print(f'  {label}: {y.sum()} with it, too few')
+        if min(y.sum(), (1-y).sum())<3 or part[label].nunique()<2:
+            print(f'  {label}: {y.sum()} with it, {int(part[label].sum())} by the text-mined label, too few')
             continue
         mined = auroc_ci(y, part[label].to_numpy(float), part.patient_id)
         text = ', '.join(f"{arm} {v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})" for arm, each in found.items()
