@@ -38,6 +38,7 @@ class Settings:
     epochs: int=12          # passes over the training images
     head_epochs: int|None=None # passes with the body frozen before them; none: 1 for a pretrained body, else 0
     lr: float=2e-3          # the highest learning rate
+    body_div: float|None=None # the body's rate is divided by it; none: 10 for a pretrained body, else 1
     bs: int=32              # images in a batch
     min_per_class: int=1    # images of each class in every batch
     folds: int=0            # 0: one split; k: cross-validation over patients
@@ -68,6 +69,8 @@ class Settings:
         if not 0<self.distil<=1:
             raise DataError(f"The setting distil is {self.distil}", "Give a share above 0, at most 1")
         if not self.lr>0: raise DataError(f"The setting lr is {self.lr}", "Give a learning rate above 0")
+        if self.body_div is not None and not self.body_div>=1:
+            raise DataError(f"The setting body_div is {self.body_div}", "Give at least 1, or none")
         if not (self.train>0 and self.valid>0 and self.train+self.valid<1):
             raise DataError(f"The shares of the patients are train={self.train} and valid={self.valid}",
                 "Give positive shares that leave some patients for the test")

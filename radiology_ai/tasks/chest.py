@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.chest.html.md"""
 
 # %% auto #0
 __all__ = ['LABEL_SETS', 'CHEST', 'nih14_tree', 'chexpert_tree', 'label_set', 'ChestSettings', 'chest_seen', 'chest_augment',
-           'simulated_chests']
+           'simulated_chests', 'chest_start']
 
 # %% ../../nbs/71_tasks.chest.ipynb #9cb7d76f
 from dataclasses import dataclass, field, replace
@@ -17,6 +17,7 @@ import pandas as pd
 from ..core import DataError
 from ..data.chest import CHEXPERT, NIH14
 from ..data.tree import LabelTree, chest_terms, chest_tree
+from ..models.weights import has_package
 from ..preprocess.recipe import recipe
 from .base import SUBGROUPS, Demo, Settings, Stage, Task, near
 from .knee import knee_arch
@@ -140,6 +141,11 @@ def simulated_chests(folder, patients: int, seed: int=0, workers: int|None=None,
         masks=False, broken=True)
     return truth[truth.broken==''].reset_index(drop=True)
 
+def chest_start() -> dict:
+    "How the demonstration begins: from ImageNet where the package of the weights is, else from random weights."
+    if has_package('efficientnet-lite0'): return dict(arch='tf_efficientnet_lite0', weights='efficientnet-lite0')
+    return dict(arch='resnet10t', pretrained=False)
+
 CHEST = Task(
     name='chest',
     title='Triage of chest radiographs',
@@ -152,5 +158,5 @@ CHEST = Task(
     remedy='Check that it is a frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection'},
     shown={'view': 'projection'},
-    demo=Demo(simulated_chests, dict(arch='resnet10t', pretrained=False, epochs=16, lr=4e-3, bs=16),
-    patients=800))
+    demo=Demo(simulated_chests, chest_start() | dict(epochs=16, lr=4e-3, body_div=1., bs=16, augment=1.),
+        patients=900))

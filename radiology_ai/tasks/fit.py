@@ -285,7 +285,8 @@ def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: di
     task,s,answer = plan.task,plan.settings,stage.answer
     vocab = answer.vocab(rows, s)
     learn = stage_learner(task, stage, plan.store, rows, s, earlier=earlier, show=show)
-    learn.fit_two_phase(s.epochs, head_epochs=s.head_epochs, checkpoint=folder/'checkpoint')
+    learn.fit_two_phase(s.epochs, head_epochs=s.head_epochs, body_div=s.body_div,
+        checkpoint=folder/'checkpoint')
     mended = answer.calibrate(learn.model, plan.store, rows[rows.split=='valid'], vocab, s)
     parts = [score_table(task, stage, [learn.model], plan.store, rows[rows.split==k], settings=s, vocab=vocab)
         for k in ('valid','test')]
