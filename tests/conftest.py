@@ -3,6 +3,7 @@ run, which are made once for all workers of pytest-xdist. Who changes them works
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,8 @@ from filelock import FileLock
 
 # two workers on two cores: each computes with one thread, its children too
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# a shell gives its background jobs an ignored Ctrl-C, which the commands under test would inherit
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files with the longest tests: a worker that begins with them is not still at it when the other has finished.
 LONGEST = ['test_cli.py', 'test_docs.py', 'test_demo.py', 'test_augment.py', 'test_house.py',
