@@ -3,6 +3,7 @@
 `python tests/make_bundles.py` writes those that are not there yet to `tests/data/bundles/`, each with an input
 (`case.npz`: `x` uint8) and what it said of it then (`logits`, and the task's `probabilities`). One that is there is never
 written again: it stands for the bundles that users have kept. A new task, or a new format, adds one with a new name."""
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from radiology_ai.models.segmenter import create_segmenter
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.tasks.chest import CHEST, ChestSettings
 from radiology_ai.tasks.knee import KNEE
+from radiology_ai.tasks.masks import mask_answers
+from radiology_ai.tasks.pneumothorax import PNEUMOTHORAX
 
 FOLDER = Path(__file__).parent/'data'/'bundles'
 SIZE = 64
@@ -59,18 +62,39 @@ def masks(arch, path):
     save_bundle(model, path, recipe('chest', size=SIZE), ['left lung', 'right lung'], task='lungs')
 
 
+def pneumothorax(arch, path):
+    "Masks and a label of the whole film, with the three thresholds."
+    model = settled(create_segmenter(arch, 1, pretrained=False, width=.125, n_labels=1, seed=4))
+    answer = replace(PNEUMOTHORAX.answer, fit={'call': .4, 'area': .001, 'draw': .3})
+    save_bundle(model, path, recipe('chest', size=SIZE), ['Pneumothorax'], task='pneumothorax', stage='call',
+        threshold=.4, settings={'arch': arch}, answer=answer.spec(None, ['Pneumothorax'], None))
+
+
 BUNDLES = {'knee_resnet': (knee, 'test_resnet'), 'knee_vit': (knee, 'test_vit'),
     'chest_resnet': (chest, 'test_resnet'),
-    'chest_vit': (chest, 'test_vit'), 'masks_efficientnet': (masks, 'test_efficientnet')}
+    'chest_vit': (chest, 'test_vit'), 'masks_efficientnet': (masks, 'test_efficientnet'),
+    'pneumothorax_efficientnet': (pneumothorax, 'test_efficientnet')}
 TASKS = {'knee': KNEE, 'chest': CHEST}
+# of each task; a transformer with a decoder is never small
+KINDS = {'knee': ('resnet', 'vit'), 'chest': ('resnet', 'vit'), 'pneumothorax': ('efficientnet',)}
 
 
 class Films(list):
     "What an `ImageStore` is to a kind of answer."
 
 
+def logits(bundle, x) -> np.ndarray:
+    "(B, C) of a classifier, (B, C, H, W) of masks, and of masks with a label both in a row."
+    if not bundle.model.config.get('n_labels'): return bundle.logits(x)
+    with torch.no_grad(): out = bundle.model(torch.from_numpy(x[:, None]/np.float32(255)))
+    return torch.cat([o.flatten(1) for o in out], 1).numpy()
+
+
 def probabilities(bundle, x) -> np.ndarray:
     "What the task of a bundle makes of images; of masks their probabilities."
+    if bundle.task=='pneumothorax':
+        pixels, films = mask_answers([bundle.model], torch.from_numpy(x[:, None]/np.float32(255)), mirror=True)
+        return np.concatenate([pixels.reshape(len(x), -1), films[:, None]], 1)
     if bundle.task not in TASKS: return bundle.probabilities(x)
     answer = TASKS[bundle.task].answer.of_bundle(bundle.answer)
     return answer.probabilities([bundle.model], Films(x), range(len(x)), show=False)
@@ -85,7 +109,7 @@ def main():
         x = x.repeat(8, 1).repeat(8, 2)
         x[2:] = np.random.default_rng(6).integers(0, 256, (2, SIZE, SIZE), dtype=np.uint8)
         bundle = load_bundle(FOLDER/name)
-        np.savez_compressed(FOLDER/name/'case.npz', x=x, logits=bundle.logits(x),
+        np.savez_compressed(FOLDER/name/'case.npz', x=x, logits=logits(bundle, x),
             probabilities=probabilities(bundle, x))
         print(name, sum(p.stat().st_size for p in (FOLDER/name).iterdir())//1000, 'kB')
 
