@@ -107,12 +107,13 @@ def _forward(model: nn.Module, layer: nn.Module, x) -> tuple:
     "The layer's output, from which the graph starts, and the model's output."
     kept = []
     def hook(module, inputs, out):
+        *finer,out = out if isinstance(out, list) and out else [out] # of several maps the last one
         if not isinstance(out, torch.Tensor):
             raise ModelError(f"The layer {type(module).__name__} gives a {type(out).__name__}",
                 "Choose a layer that gives one tensor")
         torch.set_grad_enabled(True)
         kept[:] = [out.detach().requires_grad_()]
-        return kept[0].clone()
+        return [*finer, kept[0].clone()] if finer else kept[0].clone()
     handle = layer.register_forward_hook(hook)
     try: out = model(x)
     finally: handle.remove()

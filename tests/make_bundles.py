@@ -11,12 +11,14 @@ import torch
 
 from radiology_ai.models.backbone import create_model
 from radiology_ai.models.bundle import load_bundle, save_bundle
+from radiology_ai.models.detector import create_detector
 from radiology_ai.models.heads import tree_parents
 from radiology_ai.models.segmenter import create_segmenter
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.tasks.chest import CHEST, ChestSettings
 from radiology_ai.tasks.knee import KNEE
 from radiology_ai.tasks.masks import mask_answers
+from radiology_ai.tasks.pneumonia import PNEUMONIA, PneumoniaSettings
 from radiology_ai.tasks.pneumothorax import PNEUMOTHORAX
 
 FOLDER = Path(__file__).parent/'data'/'bundles'
@@ -70,13 +72,22 @@ def pneumothorax(arch, path):
         threshold=.4, settings={'arch': arch}, answer=answer.spec(None, ['Pneumothorax'], None))
 
 
+def pneumonia(arch, path):
+    "Boxes and the class of the whole film, with how they are decoded."
+    model = settled(create_detector(arch, 1, pretrained=False, width=.0625, levels=(3, 4, 5), seed=5))
+    save_bundle(model, path, recipe('chest', size=SIZE), PNEUMONIA.answer.vocab(None, PneumoniaSettings()),
+        task='pneumonia', threshold=.3, settings={'arch': arch})
+
+
 BUNDLES = {'knee_resnet': (knee, 'test_resnet'), 'knee_vit': (knee, 'test_vit'),
     'chest_resnet': (chest, 'test_resnet'),
     'chest_vit': (chest, 'test_vit'), 'masks_efficientnet': (masks, 'test_efficientnet'),
-    'pneumothorax_efficientnet': (pneumothorax, 'test_efficientnet')}
+    'pneumothorax_efficientnet': (pneumothorax, 'test_efficientnet'),
+    'pneumonia_efficientnet': (pneumonia, 'test_efficientnet')}
 TASKS = {'knee': KNEE, 'chest': CHEST}
 # of each task; a transformer with a decoder is never small
-KINDS = {'knee': ('resnet', 'vit'), 'chest': ('resnet', 'vit'), 'pneumothorax': ('efficientnet',)}
+KINDS = {'knee': ('resnet', 'vit'), 'chest': ('resnet', 'vit'), 'pneumonia': ('efficientnet',),
+    'pneumothorax': ('efficientnet',)}
 
 
 class Films(list):
@@ -87,6 +98,7 @@ def logits(bundle, x) -> np.ndarray:
     "(B, C) of a classifier, (B, C, H, W) of masks, and of masks with a label both in a row."
     if not bundle.model.config.get('n_labels'): return bundle.logits(x)
     with torch.no_grad(): out = bundle.model(torch.from_numpy(x[:, None]/np.float32(255)))
+    if isinstance(out, dict): out = [out[k] for k in ('logits', 'offsets', 'classes')]
     return torch.cat([o.flatten(1) for o in out], 1).numpy()
 
 

@@ -51,7 +51,7 @@ from radiology_ai.tasks.masks import (
     mask_answers,
     mask_fault,
     on_film,
-    one_row_a_film,
+    one_mask_a_film,
     truth_masks,
 )
 from radiology_ai.tasks.pneumothorax import (
@@ -426,11 +426,11 @@ def test_several_rows_a_film_become_one_and_files_are_read(tmp_path):
     a[2:5, 3:9] = b[10:12, 20:25] = True
     t = pd.DataFrame({'image_id': ['x', 'x', 'y'], 'Pneumothorax': [1, 1, 0], 'height': 20, 'width': 30,
         'rle': [rle_encode(a), rle_encode(b), '-1']})
-    out = one_row_a_film(t, 'Pneumothorax')
+    out = one_mask_a_film(t, 'Pneumothorax')
     assert len(out)==2 and np.array_equal(rle_decode(out.rle[0], (20, 30)), a | b)
-    with pytest.raises(DataError, match='sizes'): one_row_a_film(t.assign(width=[30, 31, 30]), 'Pneumothorax')
+    with pytest.raises(DataError, match='sizes'): one_mask_a_film(t.assign(width=[30, 31, 30]), 'Pneumothorax')
     with pytest.raises(DataError, match='several values'):
-        one_row_a_film(t.assign(Pneumothorax=[1, 0, 0]), 'Pneumothorax')
+        one_mask_a_film(t.assign(Pneumothorax=[1, 0, 0]), 'Pneumothorax')
     cv2.imwrite(str(tmp_path/'m.png'), (a*255).astype(np.uint8))
     files = pd.DataFrame({'image_id': ['x', 'y'], 'Pneumothorax': [1, 0], 'mask': [str(tmp_path/'m.png'), None]})
     read = Masks().prepared(files, PneumothoraxSettings())

@@ -32,6 +32,7 @@ from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
 from radiology_ai.serve.predict import predict
 from radiology_ai.tasks.base import Settings, make_settings
+from radiology_ai.tasks.boxes import Boxes
 from radiology_ai.tasks.kinds import Classes, Grades, Labels
 from radiology_ai.tasks.registry import TASKS, evaluate, report, train
 from radiology_ai.tasks.run import alone_in, read_run, run_state
@@ -248,6 +249,7 @@ def mended(rule, logits, bundle) -> np.ndarray:
 @pytest.mark.slow
 def test_the_bundle_holds_the_calibration_and_predicts_with_it(hospital, tmp_path):
     if len(hospital.task.stages)>1: pytest.skip('the last of several networks is looked at elsewhere')
+    if isinstance(hospital.task.answer, Boxes): pytest.skip('a detector is mended in its classifier: test_pneumonia')
     rule = load_bundle(hospital.run.path/'model').answer['calibration']
     assert rule==hospital.run.record['fits'][0]['calibration'] and rule['kind'].startswith('platt')
     plain = train(hospital.task.name, hospital.store, hospital.labels, tmp_path/'plain', **hospital.settings,

@@ -157,10 +157,8 @@ def rle_decode(
     if len(ends) and ends[-1]>h*w:
         raise DataError(f"The mask ends at pixel {ends[-1]}, an image of {h} x {w} has {h*w}",
             "The mask belongs to an image of another size")
-    step = np.zeros(h*w+1, np.int32)
-    np.add.at(step, starts, 1)
-    np.add.at(step, ends, -1)
-    return np.cumsum(step[:-1]).astype(bool).reshape(w, h).T
+    gaps = np.diff(np.r_[0, np.stack([starts, ends], 1).ravel(), h*w])
+    return np.repeat(np.arange(len(gaps))%2==1, gaps).reshape(w, h).T
 
 def rle_encode(
     mask: np.ndarray, # (H, W), what is not 0 belongs to the mask

@@ -194,14 +194,16 @@ def load_bundle(
 
 _MORE = ('stage','settings','answer') # since format 2
 
-_KINDS = {'segmenter': 'create_segmenter', 'detector': 'create_detector'}
+_KINDS = {'segmenter': ('segmenter', 'create_segmenter'), 'detector': ('detector', 'create_detector'),
+    'aligner': ('stn', 'create_aligner')}
 
 def _made(network: dict):
     "The network that these settings describe, with random weights."
     kind,more = network.get('kind', ''),{k: v for k,v in network.items() if k!='kind'}
     if not kind: return create_model(**more, pretrained=False)
     if kind not in _KINDS: raise ModelError(f"The kind of network {kind!r} is not known", "Update radiology_ai")
-    make = getattr(import_module(f'radiology_ai.models.{kind}'), _KINDS[kind]) # a classifier needs neither
+    room,name = _KINDS[kind]
+    make = getattr(import_module(f'radiology_ai.models.{room}'), name) # a classifier needs none of them
     return make(**more, pretrained=False)
 
 def _network(path: Path, meta: dict):

@@ -47,12 +47,16 @@ OUTPUTS,CHANNELS = 10_000,1024 # the most of a network in a bundle
 _WIDTH = (lambda v: type(v) in (int, float) and 0<v<=4), 'a number above 0, at most 4'
 _LENGTHS = ((lambda v: isinstance(v, list) and 1<=len(v)<=16 and all(type(x) in (int, float) and 0<x<=1000 for x in v)),
     'numbers above 0, at most 1000')
+_LIMITS = ((lambda v: isinstance(v, list) and len(v)==5 and all(type(p) in (int, float) for p in v)
+    and 0<v[0]<=180 and 0<v[1]<=2 and .05<=v[2]<1<v[3]<=20 and 0<v[4]<90), 'turn, shift, scales and shear')
 NETWORK = dict(name=_ARCHITECTURE, n_out=_whole(1, OUTPUTS), n_in=_whole(1, CHANNELS), dropout=_SHARE,
     pool=_one_of('avg', 'max', 'both', 'query'), batchnorm=_TRUTH, multi_label=_TRUTH, ordinal=_TRUTH,
     parents=_PARENTS, head_layers=_whole(0, 3), distilled=_TRUTH,
-    kind=_one_of('segmenter', 'detector'),
+    kind=_one_of('segmenter', 'detector', 'aligner'),
     decoder=_one_of('unet', 'unet++', 'fpn', 'upernet', 'segformer', 'dpt', 'deeplabv3+'),
     norm=_one_of('frozen', 'batch', 'group'), levels=_wholes(2, 7), anchor_sizes=_LENGTHS, anchor_ratios=_LENGTHS,
+    map=_one_of('similarity', 'scales', 'affine'), steps=_whole(1, 8), n_masks=_whole(0, 64), fill=_SHARE,
+    n_points=_whole(0, OUTPUTS), size=_whole(16, 2048), size_out=_wholes(1, 8192), limits=_LIMITS,
     n_labels=_whole(0, OUTPUTS), width=_WIDTH, views=_whole(1, 64), fuse=_one_of('attention', 'mean', 'max'),
     **dict.fromkeys(('img_size','image_size'), _wholes(1, 8192)),
     **dict.fromkeys(('patch_size','window_size','output_stride'), _wholes(1, 512)),

@@ -266,12 +266,13 @@ def stage_learner(
         seed=s.seed,
         **answer.targets(store, rows, s))
     loss = stage.loss(s, dls) if stage.loss else answer.loss(s, dls)
-    args = answer.network(list(dls.vocab)) | ({} if s.weights is None else {'weights': s.weights})
-    teachers = teaching(task, stage, store, rows, s, vocab=list(dls.vocab))
+    vocab = answer.vocab(rows, s)
+    args = answer.network(vocab) | ({} if s.weights is None else {'weights': s.weights})
+    teachers = teaching(task, stage, store, rows, s, vocab=vocab)
     distils = any(isinstance(cb, Distil) for cb in teachers)
     if distils and has_token(s.arch): args['distilled'] = True
     model = (stage.model(s, dls, earlier) if s.start is None
-        else started(task, stage, s.start, list(dls.vocab)))
+        else started(task, stage, s.start, vocab))
     learn = xray_learner(dls, model, loss_func=loss, metrics=answer.metrics(), monitor=answer.monitor,
         pretrained=s.pretrained, model_args=args or None, lr=s.lr, seed=s.seed, show=show, cbs=teachers)
     if distils or getattr(learn.model, 'config', {}).get('distilled'):

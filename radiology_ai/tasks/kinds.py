@@ -181,6 +181,7 @@ class Answer:
         return {'kind': type(self).__name__.lower(), 'activation': self.activation}
     def examples(self, table) -> pd.DataFrame|None: # with `target` and `score`, for pictures of a report
         return table if 'target' in table and 'score' in table else None
+    def pictures(self, rows, store) -> list|None: return None # of rows of `choose_examples`; None: with heat maps
     def facts(self, r) -> dict: return {}          # of a row of predictions, beside its findings
     def sections(self, figures) -> list: return [] # of the report, beside the usual ones
 

@@ -78,12 +78,13 @@ def read_images(
     matrix: torch.Tensor,  # (B, 3, 3)
     mode: str='bilinear', padding: str='zeros', bend: torch.Tensor|None=None, # as in `warp`
     *,
+    size: tuple|None=None, # height and width of the new images; None: those of the old
     moved=None,            # (B,) bool: the others are copied; None: all move
     after=None,            # what is done to each image at once: f(i, array (C, H, W)), which it changes
 ) -> torch.Tensor:
     "A new batch, read image by image in threads."
-    h,w = x.shape[-2:]
-    out = torch.empty(x.shape)
+    h,w = x.shape[-2:] if size is None else size
+    out = torch.empty(*x.shape[:2], h, w)
     old = x.contiguous().numpy()
     inverse = torch.linalg.inv(matrix.double().cpu()).numpy()
     new = out.numpy()
@@ -110,15 +111,16 @@ def read_images(
     in_threads(one, len(old))
     return out
 
-def _read_grid(x, matrix, mode, padding, bend):
+def _read_grid(x, matrix, mode, padding, bend, *, size=None):
     "The batch in one call."
-    (h,w),inverse = x.shape[-2:],torch.linalg.inv(matrix.double().cpu())
+    (h,w),inverse = x.shape[-2:] if size is None else size,torch.linalg.inv(matrix.double().cpu())
     dtype = torch.float64 if x.dtype==torch.float64 else torch.float32
     at = lambda n: torch.arange(n, device=x.device, dtype=dtype)+.5
     shift = (None if bend is None else bending(bend.to(x.device, dtype), h, w)*torch.tensor([w, h],
         device=x.device, dtype=dtype)[:,None,None])
     sx,sy = _source(inverse.to(x.device, dtype), at(w), at(h), shift)
-    grid = torch.stack([(sx*(2/w)-1).expand(len(x), h, w), (sy*(2/h)-1).expand(len(x), h, w)], -1)
+    sx,sy = sx*(2/x.shape[-1])-1,sy*(2/x.shape[-2])-1
+    grid = torch.stack([sx.expand(len(x), h, w), sy.expand(len(x), h, w)], -1)
     return F.grid_sample(x, grid.to(x.dtype), mode=mode, padding_mode=padding, align_corners=False)
 
 def warp(
@@ -127,10 +129,13 @@ def warp(
     mode: str='bilinear',  # or 'nearest'
     padding: str='zeros',  # beyond the border: 'zeros', 'border' or 'reflection'
     bend: torch.Tensor|None=None, # (B, 2, k, k) bending after the matrix
+    *,
+    size: tuple|None=None, # height and width of the new images; None: those of the old
 ) -> torch.Tensor:
-    "The images moved by `matrix` and `bend`; type and shape stay."
+    "The images moved by `matrix` and `bend`; the type stays. A matrix that is learnt gets its gradient."
     values = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return (read_images if by_image(values) else _read_grid)(values, matrix, mode, padding, bend).to(x.dtype)
+    read = read_images if by_image(values) and not matrix.requires_grad else _read_grid
+    return read(values, matrix, mode, padding, bend, size=size).to(x.dtype)
 
 # %% ../../nbs/40_vision.geometry.ipynb #2509d16e
 def _times(m, points):
