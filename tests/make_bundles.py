@@ -18,7 +18,7 @@ from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.tasks.chest import CHEST, ChestSettings
 from radiology_ai.tasks.knee import KNEE
 from radiology_ai.tasks.masks import mask_answers
-from radiology_ai.tasks.pneumonia import PNEUMONIA, PneumoniaSettings
+from radiology_ai.tasks.pneumonia import PNEUMONIA
 from radiology_ai.tasks.pneumothorax import PNEUMOTHORAX
 
 FOLDER = Path(__file__).parent/'data'/'bundles'
@@ -75,7 +75,7 @@ def pneumothorax(arch, path):
 def pneumonia(arch, path):
     "Boxes and the class of the whole film, with how they are decoded."
     model = settled(create_detector(arch, 1, pretrained=False, width=.0625, levels=(3, 4, 5), seed=5))
-    save_bundle(model, path, recipe('chest', size=SIZE), PNEUMONIA.answer.vocab(None, PneumoniaSettings()),
+    save_bundle(model, path, recipe('chest', size=SIZE), PNEUMONIA.answer.vocab(None, None),
         task='pneumonia', threshold=.3, settings={'arch': arch})
 
 
@@ -107,6 +107,7 @@ def probabilities(bundle, x) -> np.ndarray:
     if bundle.task=='pneumothorax':
         pixels, films = mask_answers([bundle.model], torch.from_numpy(x[:, None]/np.float32(255)), mirror=True)
         return np.concatenate([pixels.reshape(len(x), -1), films[:, None]], 1)
+    if bundle.task=='pneumonia': return 1/(1+np.exp(-logits(bundle, x))) # as boxes are scored
     if bundle.task not in TASKS: return bundle.probabilities(x)
     answer = TASKS[bundle.task].answer.of_bundle(bundle.answer)
     return answer.probabilities([bundle.model], Films(x), range(len(x)), show=False)
