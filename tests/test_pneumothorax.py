@@ -58,10 +58,11 @@ from radiology_ai.tasks.pneumothorax import (
     PNEUMOTHORAX,
     PneumothoraxSettings,
     outliner,
+    pool_thresholds,
     save_siim,
     simulated_pneumothoraces,
 )
-from radiology_ai.tasks.run import load_models
+from radiology_ai.tasks.run import load_models, mean_threshold
 
 
 def field(gen, size=40, sigma=2.):
@@ -519,3 +520,19 @@ def test_a_bundle_without_thresholds_is_refused(both):
     for bad in (dict(label='a,b'), dict(contradictions='?'), dict(augment=11), dict(width=0), dict(flip=2)):
         with pytest.raises(DataError): PneumothoraxSettings(**bad)
     assert isinstance(Stage(Masks(), model=outliner).answer, Masks)
+
+
+@pytest.mark.slow
+def test_folds_get_one_triplet_from_their_pooled_scores(chests, both, tmp_path):
+    with pytest.raises(DataError, match='has no folds'): pool_thresholds(both)
+    run = train_task(ONE, chests/'store', chests/'labels.csv', tmp_path/'run', **TINY | {'folds': 3})
+    tested = run.predictions[run.predictions.split=='test']
+    assert tested.image_id.is_unique and len(tested)==len(run.manifest)
+    before = evaluate_run(ONE, run).table.dice
+    found = pool_thresholds(run)
+    wanted = fit_triplet(tested.score, drawn_films([json.loads(t) for t in tested.film]), tested.patient_id.to_numpy())
+    assert found.triplet==wanted.triplet
+    bundles = load_models(run.path, ONE)
+    assert len(bundles)==3 and mean_threshold(bundles)==pytest.approx(found.triplet.call)
+    assert all(b.answer['triplet']['draw']==found.triplet.draw and b.answer['triplet']['pooled'] for b in bundles)
+    assert evaluate_run(ONE, run).table.dice.equals(before)

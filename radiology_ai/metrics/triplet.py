@@ -49,7 +49,8 @@ def decide(
     p: np.ndarray,     # (H, W) probability of each pixel
     triplet: Triplet,
 ) -> tuple[bool, np.ndarray]:
-    "Whether the film is called, and its mask (H, W): a call without a mask is cancelled, a mask without a call removed."
+    """Whether the film is called, and its mask (H, W): a call without a mask is cancelled, a mask without a
+    call removed."""
     if score<triplet.call: return False,np.zeros(p.shape, bool)
     mask = drawn_mask(p, triplet)
     return bool(mask.any()),mask
@@ -96,7 +97,8 @@ def _labelled(mask) -> tuple[np.ndarray, int]:
 # %% ../../nbs/44_metrics.triplet.ipynb #c89bd03b
 @dataclass
 class Drawn:
-    "What N films would show at D lower scores and A areas, in shares of the image; NaN where the truth is unknown."
+    """What N films would show at D lower scores and A areas, in shares of the image; NaN where the truth is
+    unknown."""
     size: np.ndarray  # (N, D, A) drawn
     right: np.ndarray # (N, D, A) of it inside the truth
     truth: np.ndarray # (N,) marked in truth
@@ -125,15 +127,19 @@ def drawn_films(
     if odd:
         raise DataError(f"Film {odd[0]} has {len(films[odd[0]]['regions'])} lower scores, not {len(levels)}",
             "Give the levels with which film_regions was called")
-    each = [(i, d, s/f['pixels'], r/f['pixels']) for i,f in enumerate(films) for d,o in enumerate(f['regions'])
+    each = [(i, d, s/f['pixels'], r/f['pixels']) for i,f in enumerate(films)
+        for d,o in enumerate(f['regions'])
         for s,r in o]
-    film,level,size,right = (np.array(v) for v in zip(*each)) if each else (np.zeros(0, int),)*2 + (np.zeros(0),)*2
+    film,level,size,right = ((np.array(v) for v in zip(*each)) if each
+        else (np.zeros(0, int),)*2 + (np.zeros(0),)*2)
     shape = (len(films), len(levels), len(areas))
     out = np.zeros((2, *shape))
     for k,a in enumerate(areas):
         for o,v in zip(out, (size, right)):
-            o[...,k] = np.bincount(film*len(levels) + level, v*(size>=a), len(films)*len(levels)).reshape(shape[:2])
-    truth = np.array([sum(a for a,_ in f['lesions'])/f['pixels'] if 'lesions' in f else math.nan for f in films])
+            o[...,k] = np.bincount(film*len(levels) + level, v*(size>=a),
+                len(films)*len(levels)).reshape(shape[:2])
+    truth = np.array([sum(a for a,_ in f['lesions'])/f['pixels'] if 'lesions' in f else math.nan
+        for f in films])
     return Drawn(out[0], out[1], truth, tuple(levels), tuple(areas))
 
 # %% ../../nbs/44_metrics.triplet.ipynb #6c993f85
@@ -153,7 +159,8 @@ def plateau_point(
     width: float=1.,     # of the surroundings in grid steps
     low: float|None=.1,  # share of the draws that may be worse; None: the mean of the draws counts
 ) -> tuple:
-    "The point whose surroundings are best in the worst of the draws, among those that cannot be told from the best."
+    """The point whose surroundings are best in the worst of the draws, among those that cannot be told from
+    the best."""
     from scipy.ndimage import gaussian_filter  # a prediction looks for no plateau
     each = gaussian_filter(drawn, (0, *[width]*value.ndim), mode='nearest')
     worst = each.mean(0) if low is None else np.quantile(each, low, axis=0)
@@ -162,7 +169,8 @@ def plateau_point(
 
 # %% ../../nbs/44_metrics.triplet.ipynb #a81b0f38
 def _cuts(t, s, most: int) -> np.ndarray:
-    "At most so many thresholds between the scores, half of them spread over the positives; the first calls all."
+    """At most so many thresholds between the scores, half of them spread over the positives; the first calls
+    all."""
     values = np.unique(s)
     mid = np.r_[values[0], values[:-1] + (values[1:]-values[:-1])/2]
     if len(mid)<=most: return mid
@@ -185,14 +193,16 @@ def youden_plateau(
     *,
     width: float=4.,# of the surroundings in thresholds, of 48
 ) -> float:
-    "A threshold of large sensitivity + specificity (Youden 1950) with a plateau around it. Raises `DataError`."
+    """A threshold of large sensitivity + specificity (Youden 1950) with a plateau around it. Raises
+    `DataError`."""
     t,(s,),g = binary(targets, scores, groups=groups)
     cuts = _cuts(t, s, 48)
     bins = np.searchsorted(cuts, s, 'right')
     def figure(w):
         w = np.asarray(w, float)
         with np.errstate(invalid='ignore', divide='ignore'):
-            return (_above(w[t], bins[t], len(cuts))/w[t].sum(0) - _above(w[~t], bins[~t], len(cuts))/w[~t].sum(0)).T
+            return (_above(w[t], bins[t], len(cuts))/w[t].sum(0)
+                - _above(w[~t], bins[~t], len(cuts))/w[~t].sum(0)).T
     drawn = np.concatenate([figure(w) for w in Draws(g, t, draws, seed)])
     value,drawn = figure(np.ones((len(t), 1)))[0],drawn[~np.isnan(drawn).any(1)]
     return float(cuts[plateau_point(value, drawn, width, None)])
@@ -207,12 +217,14 @@ def sensitivity_threshold(
     seed: int=0,
     sure: float=.5,     # share of the draws in which it is reached
 ) -> float:
-    "The highest threshold that reaches a sensitivity in a share of the draws of patients. Raises `DataError`."
+    """The highest threshold that reaches a sensitivity in a share of the draws of patients. Raises
+    `DataError`."""
     t,(s,),g = binary(targets, scores, groups=groups)
     for name,v in (('sensitivity', sensitivity), ('sure', sure)):
         if not 0<v<=1: raise DataError(f"{name} is {v}", "Give a share above 0 and up to 1, such as 0.9")
     p,g = s[t],g[t]
-    if len(np.unique(g))<2: raise DataError("All positive images belong to one patient", "Add positive patients")
+    if len(np.unique(g))<2:
+        raise DataError("All positive images belong to one patient", "Add positive patients")
     order = np.argsort(-p, kind='stable')
     found = []
     for w in Draws(g, None, draws, seed):
@@ -245,7 +257,8 @@ def _weighed(w, lesion, prevalence) -> np.ndarray:
         return np.where(lesion[:,None], w*prevalence/w[lesion].sum(0), w*(1-prevalence)/w[~lesion].sum(0))
 
 def _mean_dice(w, bins, gain, empty, k) -> np.ndarray:
-    "(R, k, P) the figure at k cuts and P masks: `empty` (N,) of films that are not called, plus `gain` (N, P) of the called."
+    """(R, k, P) the figure at k cuts and P masks: `empty` (N,) of films that are not called, plus `gain` (N,
+    P) of the called."""
     each = np.zeros((k+1, gain.shape[1], w.shape[1]))
     for b in np.unique(bins): each[b] = gain[bins==b].T@w[bins==b]
     return (np.cumsum(each[::-1], 0)[::-1][1:] + empty@w).transpose(2, 0, 1)
@@ -293,13 +306,15 @@ def triplet_calls(
     drawn: Drawn,     # of these films
     triplet: Triplet, # of its grid
 ) -> tuple[np.ndarray, np.ndarray]:
-    "(N,) bool, the films that are called, and (N,) the Dice of what is shown; NaN where the truth is unknown."
+    """(N,) bool, the films that are called, and (N,) the Dice of what is shown; NaN where the truth is
+    unknown."""
     size,dice = drawn.at(triplet)
     call = (np.asarray(scores)>=triplet.call) & (size>0)
     return call,np.where(call, dice, np.where(np.isnan(drawn.truth), np.nan, drawn.truth==0))
 
 # %% ../../nbs/44_metrics.triplet.ipynb #318e1473
-SIZES = (.032, .08) # shares of the image between small, middle and large, as in the first published system of this kind
+# shares of the image between small, middle and large, as in the first published system of this kind
+SIZES = (.032, .08)
 
 def mask_figures(
     call,            # (N,) bool, called

@@ -188,10 +188,11 @@ def model_folders(
     run,           # a run, or a bundle
     stage: str='', # of a task with several
 ) -> list[Path]:
-    "The bundles of a run, one a fold; a bundle itself."
+    "The bundles of a run, one a fold; a bundle itself; that of a stage in a folder of several."
     run = Path(run)
     if (run/'bundle.json').exists(): return [run]
     folders = [p/stage if stage else p for p in (run/'model', *sorted(run.glob('fold_*/model'), key=_fold))]
+    if stage: folders.append(run/stage)
     return [p for p in folders if (p/'bundle.json').exists()] or [run]
 
 def _fold(p: Path) -> int: return int(p.parent.name.split('_')[1])
