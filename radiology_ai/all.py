@@ -126,6 +126,7 @@ from .models.backbone import create_backbone, create_model, list_backbones
 from .models.bundle import Bundle, export_onnx, load_bundle, save_bundle
 from .models.detector import DetectorLoss, create_detector, fit_anchors
 from .models.segmenter import create_segmenter, list_encoders
+from .models.stn import create_aligner
 from .phantom.chest import simulate_chest
 from .phantom.hospital import simulate_hospital, write_dicom
 from .phantom.knee import simulate_knee
@@ -168,9 +169,12 @@ from .semi.step import gentle, harsh
 from .serve.outputs import OUTPUTS
 from .serve.predict import explain, predict
 from .tasks.base import Demo, Settings, Stage, Task
+from .tasks.boxes import Boxes
 from .tasks.chest import label_set
 from .tasks.judge import Evaluation, heat_maps
 from .tasks.kinds import Classes, GradedLoss, Grades, Labels
+from .tasks.masks import Masks
+from .tasks.pneumothorax import save_siim
 from .tasks.registry import TASKS, adapt, evaluate, report, train
 from .tasks.run import load_models, read_run
 from .tasks.tree import Tree, part_of

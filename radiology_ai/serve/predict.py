@@ -46,7 +46,8 @@ def models_and_task(
 ) -> tuple[list, Task]:
     """The bundles that answer, and their task. Raises `BundleError` for a task that is unknown, or another
     than asked for."""
-    stages = [p.parent for at in ('', 'fold_0/') for p in sorted(Path(path).glob(f'{at}model/*/bundle.json'))]
+    places = ('model/','fold_0/model/') if (Path(path)/'model').exists() else ('fold_0/model/','')
+    stages = [p.parent for at in places for p in sorted(Path(path).glob(f'{at}*/bundle.json'))]
     if task is not None: task = task_named(task)
     elif stages: task = known_task(TASKS, load_models(stages[0])[0].task, path) # of a task with several networks
     else:

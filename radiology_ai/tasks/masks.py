@@ -103,7 +103,8 @@ def one_mask_a_film(
     table: pd.DataFrame, # with `image_id` or `path`, `rle`, and `height` and `width` where they are known
     label: str,          # the column with 1 and 0
 ) -> pd.DataFrame:
-    "The table with all masks of a film in one row. Raises `DataError` for masks of one film on several sizes."
+    """The table with all masks of a film in one row. Raises `DataError` for masks of one film on several
+    sizes."""
     key = next((c for c in ('image_id','path') if c in table), None)
     if key is None or not table[key].duplicated().any(): return table
     out = []
@@ -120,7 +121,8 @@ def one_mask_a_film(
             first |= {'rle': rle_encode(both), 'height': shape[0], 'width': shape[1]}
         elif len(given): first |= given.iloc[0][[c for c in ('rle','height','width') if c in given]].to_dict()
         if rows[label].nunique()>1:
-            raise DataError(f"Image {name} has several values of {label!r}", "Give one to all rows of an image")
+            raise DataError(f"Image {name} has several values of {label!r}",
+                "Give one to all rows of an image")
         out.append(first)
     return pd.DataFrame(out)
 
@@ -129,7 +131,8 @@ def truth_masks(
     rows: pd.DataFrame, # of a manifest: `image_id`, `rle`, `height`, `width`
     label: str,         # what the masks are called
 ) -> MaskStore|None:
-    "The masks in pixels of the stored images, in a temporary folder that goes with them; None if none is known."
+    """The masks in pixels of the stored images, in a temporary folder that goes with them; None if none is
+    known."""
     known = rows[rows.rle.map(_runs_of)!='']
     if not len(known): return None
     table = known[['image_id','rle','height','width']].assign(label=label, rle=known.rle.map(_runs_of))
@@ -149,7 +152,8 @@ class MaskLabelLoss(LabelAnswer, nn.Module):
     def __init__(self, mask: float=.5, pixel: float=.5):
         super().__init__()
         if not (mask>=0 and pixel>=0):
-            raise ModelError(f"MaskLabelLoss got the weights {mask} and {pixel}", "Give weights of at least 0")
+            raise ModelError(f"MaskLabelLoss got the weights {mask} and {pixel}",
+                "Give weights of at least 0")
         self.masks,self.labels = DiceBCE(mask, pixel),BCEWithNaN()
 
     def forward(self, logits, masks, labels):
@@ -219,14 +223,17 @@ class Masks(Answer):
     def of_bundle(self, spec: dict):
         try:
             t = spec.get('triplet')
-            told = {} if not t else {'triplet': Triplet(*(float(t[k]) for k in ('call','area','draw'))), 'fit': dict(t)}
+            told = ({} if not t else {'triplet': Triplet(*(float(t[k]) for k in ('call','area','draw'))),
+                'fit': dict(t)})
             if len(spec.get('levels', LEVELS))!=len(LEVELS): raise ValueError('other lower scores')
-            return replace(self, mirror=bool(spec.get('mirror', False)), prevalence=spec.get('prevalence'), **told)
+            return replace(self, mirror=bool(spec.get('mirror', False)), prevalence=spec.get('prevalence'),
+                **told)
         except (KeyError, TypeError, ValueError, AttributeError, DataError) as e:
             raise BundleError(f"The bundle tells no thresholds of masks ({type(e).__name__}: {e})",
                 "Train the model again") from e
     def spec(self, rows, vocab, settings) -> dict:
-        return {'kind': 'masks', 'activation': self.activation, 'mirror': self.mirror, 'prevalence': self.prevalence,
+        return {'kind': 'masks', 'activation': self.activation, 'mirror': self.mirror,
+            'prevalence': self.prevalence,
             'levels': list(LEVELS), 'triplet': plain(self.fit)}
     def vocab(self, manifest, settings) -> list: return [settings.label]
     def strata(self, manifest, settings) -> list: return [settings.label]
@@ -281,8 +288,10 @@ def targets(self:Masks, store, manifest, settings) -> dict:
                 "Give fewer folds, another seed, or more patients: each part needs both")
     learnt = rows[rows.split=='train']
     y = learnt[label] if self.whole else learnt[label].where(learnt.rle!='', -1)
-    sampler = PositiveShareSampler(y.to_numpy(float), settings.bs, self.start, self.end, settings.epochs, seed=settings.seed)
-    return dict(masks=truth_masks(store, rows, label), sampler=sampler, **({'labels': [label]} if self.whole else {}))
+    sampler = PositiveShareSampler(y.to_numpy(float), settings.bs, self.start, self.end, settings.epochs,
+        seed=settings.seed)
+    return dict(masks=truth_masks(store, rows, label), sampler=sampler,
+        **({'labels': [label]} if self.whole else {}))
 
 @patch
 def loss(self:Masks, settings, dls): return MaskLabelLoss() if self.whole else DiceBCE(1., .5)
@@ -297,7 +306,8 @@ def calibrate(self:Masks, model, store, rows, vocab, settings) -> dict:
     batches = stored_batches(store, at, 32, channels=channels_of(model), show=False)
     z = run_model(model, batches, {'z': lambda m, x: m(x)[1]})['z'].numpy()
     try:
-        slope,bias,told = self.rules(settings.calibration, self.numbers(rows, vocab, settings), z, rows.patient_id, vocab)
+        slope,bias,told = self.rules(settings.calibration, self.numbers(rows, vocab, settings), z,
+            rows.patient_id, vocab)
         head.rescale(slope, bias)
     except (DataError, ModelError) as e: return {'reason': e.what}
     return told
@@ -344,7 +354,8 @@ def settled(self:Masks, valid, vocab) -> Masks:
 
 def _at(answer, threshold) -> Triplet:
     "The triplet with the score to call of a bundle, or of several together."
-    if answer.triplet is None: raise BundleError("The bundle tells no thresholds of masks", "Train the model again")
+    if answer.triplet is None:
+        raise BundleError("The bundle tells no thresholds of masks", "Train the model again")
     return replace(answer.triplet, call=float(threshold))
 
 @patch
@@ -354,21 +365,27 @@ def thresholds(self:Masks, table, threshold) -> pd.DataFrame:
     t,drawn,s = _at(self, threshold),drawn_films(_films(table)),table.score.to_numpy(float)
     call,value = triplet_calls(s, drawn, t)
     cut = np.where((s>=t.call) & ~call, np.nextafter(s, np.inf), t.call)
-    return table.assign(marked=drawn.truth, drawn=np.where(call, drawn.at(t)[0], 0.), dice=value, threshold=cut)
+    return table.assign(marked=drawn.truth, drawn=np.where(call, drawn.at(t)[0], 0.), dice=value,
+        threshold=cut)
 
 @patch
 def figures(self:Masks, table, subgroups) -> dict:
-    "Those of a label, and `masks`, `lesions` (found, by their size), `abstain` (risk against coverage) and `prevalence`."
+    """Those of a label, and `masks`, `lesions` (found, by their size), `abstain` (risk against coverage) and
+    `prevalence`."""
     from radiology_ai.metrics.operating import operating_point
     from radiology_ai.report.evaluation import evaluate_table  # a prediction needs no report
     from radiology_ai.report.figures import figures_of
     call,g = (table.score>=table.threshold).to_numpy(),table.patient_id.to_numpy()
-    more = {'masks': figures_of(mask_figures(call, table.dice, table.marked, g)), 'lesions': self.found(table, call)}
+    more = {'masks': figures_of(mask_figures(call, table.dice, table.marked, g)),
+        'lesions': self.found(table, call)}
     wrong = (call!=(table.target>0).to_numpy()).astype(float)
     sure = confidence(table.score, float(np.median(table.threshold)))
-    more['abstain'] = {'area': risk_area(wrong, sure), 'curve': risk_coverage(wrong, sure, g).to_dict('records')}
+    more['abstain'] = {'area': risk_area(wrong, sure),
+        'curve': risk_coverage(wrong, sure, g).to_dict('records')}
     if self.prevalence is not None:
-        try: point = figures_of(operating_point(table.target, call.astype(float), .5, g, prevalence=self.prevalence))
+        try:
+            point = figures_of(operating_point(table.target, call.astype(float), .5, g,
+                prevalence=self.prevalence))
         except DataError: point = {}
         more['prevalence'] = {k: v for k,v in point.items() if k in ('PPV','NPV')}
     return evaluate_table(table, subgroups=subgroups) | more
@@ -381,7 +398,8 @@ def found(self:Masks, table, call) -> list[dict]:
     lesions = lesion_recall(_films(table), call, t)
     g = table.patient_id.to_numpy()[lesions.film.astype(int)]
     strata = {'all': np.ones(len(lesions), bool)} | size_strata(lesions.area)
-    return [{'lesions': name, 'number': int(m.sum()), 'found': figure(m.sum(), proportion_ci, lesions.found.to_numpy(), m, g)}
+    return [{'lesions': name, 'number': int(m.sum()),
+        'found': figure(m.sum(), proportion_ci, lesions.found.to_numpy(), m, g)}
         for name,m in strata.items() if m.any()]
 
 @patch
@@ -402,29 +420,34 @@ def sections(self:Masks, figures) -> list:
     parts = [f"A film is called from a score of {t.call:.3f} on; its pixels are drawn from a probability of {t.draw:g} on, in regions "
         f"of at least {t.area:.2%} of the image. A call without a region is cancelled.",
         Table('Dice of what is shown', masks), Table('Lesions that a region touches', figures['lesions'])]
-    curve = [{'coverage': f"{r['coverage']:.0%}", 'wrong calls': f"{r['risk']:.3f}", 'from': f"{r['low']:.3f}",
+    curve = [{'coverage': f"{r['coverage']:.0%}", 'wrong calls': f"{r['risk']:.3f}",
+        'from': f"{r['low']:.3f}",
         'to': f"{r['high']:.3f}", 'films': r['n']} for r in figures['abstain']['curve']]
     parts += ["The films that are surest by their distance from the threshold, and how many of their calls are wrong.",
         Table('Risk against coverage', curve)]
     rare = figures.get('prevalence')
     if rare:
-        parts.append(Table(f'At a share of {self.prevalence:.1%}', [{'figure': k, 'value (95 % CI)': v} for k,v in rare.items()]))
+        parts.append(Table(f'At a share of {self.prevalence:.1%}',
+            [{'figure': k, 'value (95 % CI)': v} for k,v in rare.items()]))
     return [Section('Masks', parts)]
 
 # %% ../../nbs/67_tasks.masks.ipynb #ffacee4d
 @patch
 def row(self:Masks, table, threshold, vocab) -> pd.DataFrame:
-    "`score`, `call`, `area` (share of the image that is drawn) and the mask on the original film: `rle`, `height`, `width`."
+    """`score`, `call`, `area` (share of the image that is drawn) and the mask on the original film: `rle`,
+    `height`, `width`."""
     t,drawn = _at(self, threshold),drawn_films(_films(table))
     s = table.score.to_numpy(float)
     call = triplet_calls(s, drawn, t)[0]
     out = pd.DataFrame({'score': s, 'call': call.astype(int), 'area': np.where(call, drawn.at(t)[0], 0.)})
     if 'rle' not in table: return out
-    return out.assign(rle=np.where(call, table.rle, '-1'), height=table.height.to_numpy(int), width=table.width.to_numpy(int))
+    return out.assign(rle=np.where(call, table.rle, '-1'), height=table.height.to_numpy(int),
+        width=table.width.to_numpy(int))
 
 @patch
 def findings(self:Masks, r, vocab) -> tuple:
-    "The finding with its score, and where it is called its mask and the box around it in pixels of the original film."
+    """The finding with its score, and where it is called its mask and the box around it in pixels of the
+    original film."""
     call,mask,box = bool(r['call']),None,None
     if call and isinstance(r.get('rle'), str):
         mask = rle_decode(r['rle'], (int(r['height']), int(r['width'])))

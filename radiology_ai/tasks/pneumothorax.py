@@ -6,24 +6,28 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.pneumothorax.html.md"""
 
 # %% auto #0
 __all__ = ['SHARE', 'PNEUMOTHORAX', 'PneumothoraxSettings', 'outliner', 'caller', 'drawn_rows', 'pneumothorax_augment',
-           'simulated_pneumothoraces', 'save_siim']
+           'simulated_pneumothoraces', 'pooled_triplet', 'pool_thresholds', 'save_siim']
 
-# %% ../../nbs/73_tasks.pneumothorax.ipynb #77172ed2
+# %% ../../nbs/73_tasks.pneumothorax.ipynb #58074a98
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-# %% ../../nbs/73_tasks.pneumothorax.ipynb #38224441
-from ..core import DataError
+# %% ../../nbs/73_tasks.pneumothorax.ipynb #5521c667
+from ..core import DataError, atomic_path, plain
 from ..data.regions import rle_encode
+from ..metrics.triplet import TripletFit, drawn_films, fit_triplet
+from ..models.sealed import check_meta, read_meta, sealed
 from ..preprocess.recipe import recipe
 from ..tables import save_table
 from .base import SUBGROUPS, Demo, Settings, Stage, Task, every_row
 from .chest import chest_seen
 from .knee import knee_arch
 from .masks import Masks
+from .run import model_folders, read_run
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #4824c5c4
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class PneumothoraxSettings(Settings):
         super().__post_init__()
         if len(super().labels)!=1: raise DataError(f"The setting label is {self.label!r}", "Name one column")
         if self.contradictions not in ('raise','unknown'):
-            raise DataError(f"The setting contradictions is {self.contradictions!r}", "Choose raise or unknown")
+            raise DataError(f"The setting contradictions is {self.contradictions!r}",
+                "Choose raise or unknown")
         if not 0<=self.augment<=10:
             raise DataError(f"The setting augment is {self.augment}", "Give a level from 0 to 10")
         for k in ('flip','prevalence'):
             v = getattr(self, k)
-            if v is not None and not 0<=v<=1: raise DataError(f"The setting {k} is {v}", "Give a share from 0 to 1")
+            if v is not None and not 0<=v<=1:
+                raise DataError(f"The setting {k} is {v}", "Give a share from 0 to 1")
         if not self.width>0: raise DataError(f"The setting width is {self.width}", "Give a number above 0")
 
     @property
@@ -66,7 +72,8 @@ def outliner(settings, dls, earlier: dict, n_labels: int=0):
     "The network of the first stage."
     from radiology_ai.models.segmenter import create_segmenter  # other tasks need no decoder
     x = dls.train_ds.shape
-    return create_segmenter(settings.arch, 1, pretrained=settings.pretrained, prior=[SHARE], decoder=settings.decoder,
+    return create_segmenter(settings.arch, 1, pretrained=settings.pretrained, prior=[SHARE],
+        decoder=settings.decoder,
         n_labels=n_labels, width=settings.width, weights=settings.weights, seed=settings.seed, size=tuple(x))
 
 def caller(settings, dls, earlier: dict):
@@ -91,7 +98,8 @@ def pneumothorax_augment(settings):
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #a23d6e19
 def simulated_pneumothoraces(folder, patients: int, seed: int=0, workers: int|None=None, *, hospital: str='a',
         size: int=320) -> pd.DataFrame:
-    "A department's films; the truth with `rle`, `height`, `width` of the masks and `drain`. A second one is `hospital='b'`."
+    """A department's films; the truth with `rle`, `height`, `width` of the masks and `drain`. A second one is
+    `hospital='b'`."""
     from radiology_ai.phantom.hospital import read_planes, simulate_chests
     truth = simulate_chests(folder, n=patients, seed=seed, size=size, hospital=hospital, workers=workers,
         changed={'pneumothorax': .4, 'drain': .15, 'skinfold': .15}, broken=True)
@@ -99,8 +107,10 @@ def simulated_pneumothoraces(folder, patients: int, seed: int=0, workers: int|No
     masks = [read_planes(Path(folder)/name)['pneumothorax'] for name in truth.masks]
     shutil.rmtree(Path(folder)/'masks') # they would be taken for films
     there = [int(m.any()) for m in masks] # a rim that the film does not show is none
-    return truth.drop(columns='masks').assign(rle=[rle_encode(m) for m in masks], height=[m.shape[0] for m in masks],
-        width=[m.shape[1] for m in masks], Pneumothorax=there, drain=truth.forms.str.contains('drain:').astype(int))
+    return truth.drop(columns='masks').assign(rle=[rle_encode(m) for m in masks],
+        height=[m.shape[0] for m in masks],
+        width=[m.shape[1] for m in masks], Pneumothorax=there,
+        drain=truth.forms.str.contains('drain:').astype(int))
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #253b365b
 _OUTLINE = Stage(Masks('pneumothorax'), 'outline', model=outliner, rows=drawn_rows)
@@ -118,17 +128,56 @@ PNEUMOTHORAX = Task(
     remedy='Check that it is a frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection', 'drain': 'drain'},
     shown={'view': 'projection'},
-    demo=Demo(simulated_pneumothoraces, dict(arch='resnet10t', pretrained=False, width=.25, epochs=12, lr=3e-3, bs=16),
+    demo=Demo(simulated_pneumothoraces, dict(arch='resnet10t', pretrained=False, width=.25, epochs=12,
+    lr=3e-3, bs=16),
         patients=600, size=192))
+
+# %% ../../nbs/73_tasks.pneumothorax.ipynb #74808d4f
+def pooled_triplet(
+    run,           # a run with folds, or its folder
+    draws: int=400,# of patients
+    seed: int=0,
+) -> TripletFit:
+    """The triplet on a plateau over the out-of-fold scores of all films. Raises `DataError` for a run without
+    folds."""
+    run = read_run(run)
+    if not run.settings['folds']:
+        raise DataError(f"{run.path} has no folds", "Its thresholds are those of its validation films")
+    table = run.predictions[run.predictions.split=='test']
+    films = drawn_films([json.loads(t) for t in table.film])
+    return fit_triplet(table.score.to_numpy(float), films, table.patient_id.to_numpy(),
+        prevalence=run.settings.get('prevalence'), draws=draws, seed=seed)
+
+def pool_thresholds(
+    run,           # a run with folds, or its folder
+    draws: int=400,# of patients
+    seed: int=0,
+) -> TripletFit:
+    """Give the bundles of all folds the triplet of `pooled_triplet`: predictions use it, the run's own
+    figures do not."""
+    run = read_run(run)
+    found = pooled_triplet(run, draws, seed)
+    alone = (Path(run.path)/'fold_0'/'model'/'bundle.json').exists() # of a task with one stage
+    for folder in model_folders(run.path, '' if alone else PNEUMOTHORAX.stages[-1].name):
+        meta = read_meta(folder)
+        answer = meta['answer'] | {'triplet': plain(found.to_dict()) | {'pooled': True}}
+        meta = sealed(meta | {'threshold': found.triplet.call, 'answer': answer})
+        check_meta(meta, folder.name)
+        with atomic_path(folder/'bundle.json') as tmp:
+            tmp.write_text(json.dumps(meta, indent=1), encoding='utf-8')
+    return found
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #bcd7bf8c
 def save_siim(
     predictions: pd.DataFrame, # of `predict`, with `image_id` and `rle`
     path,                      # the CSV file to write
 ) -> pd.DataFrame:
-    "Write `ImageId` and `EncodedPixels` as SIIM-ACR has them, -1 without a mask; films that were not read are left out."
+    """Write `ImageId` and `EncodedPixels` as SIIM-ACR has them, -1 without a mask; films that were not read
+    are left out."""
     lost = [c for c in ('image_id','rle') if c not in predictions]
-    if lost: raise DataError(f"The predictions have no column {lost[0]!r}", "Give the table of predict with a model of masks")
+    if lost:
+        raise DataError(f"The predictions have no column {lost[0]!r}",
+            "Give the table of predict with a model of masks")
     there = predictions[predictions.rle.notna() & (predictions.rle.astype(str)!='')]
     out = pd.DataFrame({'ImageId': there.image_id.astype(str), 'EncodedPixels': there.rle.astype(str)})
     save_table(out.reset_index(drop=True), path)
