@@ -377,6 +377,9 @@ def test_a_run_learns_what_its_labels_know(run, here):
 def test_the_report_tells_tiers_and_the_tail(run, tmp_path):
     text = report(run, out=tmp_path).read_text()
     assert 'Long tail' in text and 'Triage' in text and 'tier or above' in text
+    # columns of the labels that are named like those of the header stay apart
+    again = dataclasses.replace(run, manifest=run.manifest.assign(sex='F', age=50))
+    assert 'Long tail' in report(again, out=tmp_path/'again').read_text()
 
 
 def test_one_file_a_folder_and_several_runs_are_predicted(run, here, tmp_path):

@@ -177,7 +177,10 @@ def _audits(task, run, d: ReportData, store) -> list:
     else: learnt = run.manifest[run.manifest.split.isin(['train','valid'])].reset_index(drop=True)
     truth = task.answer.truth(learnt, make_settings(task.settings, run.settings)) if len(learnt) else {}
     store = ImageStore(store) if store is not None and not isinstance(store, ImageStore) else store
-    return standard_sections(d, store, learnt.rename(columns=task.subgroups).assign(**truth), task.urgent)
+    names = task.subgroups
+    other = [new for old,new in names.items() if new!=old and {old, new}<=set(learnt)] # of the labels
+    learnt = learnt.drop(columns=other).rename(columns=names)
+    return standard_sections(d, store, learnt.assign(**truth), task.urgent)
 
 def _unreadable(run) -> list[dict]:
     "Files of the store that could not be used by their numbers; with their paths where names were asked for."
