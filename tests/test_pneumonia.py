@@ -9,17 +9,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_tasks import Written, from_balanced_batches
 
 from radiology_ai.core import BundleError, DataError
 from radiology_ai.data.targets import stored_boxes
+from radiology_ai.metrics.calibration import calibration
 from radiology_ai.metrics.fusion import Decoding
 from radiology_ai.models.bundle import load_bundle
+from radiology_ai.models.heads import Head
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
 from radiology_ai.serve.predict import explain, predict
 from radiology_ai.tables import table_digest
-from radiology_ai.tasks.base import make_settings
+from radiology_ai.tasks.base import Settings, make_settings
 from radiology_ai.tasks.boxes import (
     XYWH,
     Boxes,
@@ -35,7 +38,7 @@ from radiology_ai.tasks.boxes import (
 )
 from radiology_ai.tasks.fit import train_task
 from radiology_ai.tasks.judge import evaluate_run, report_run
-from radiology_ai.tasks.kinds import task_manifest
+from radiology_ai.tasks.kinds import Classes, task_manifest
 from radiology_ai.tasks.pneumonia import PNEUMONIA, RSNA_CLASSES, PneumoniaSettings, simulated_opacities, submission
 from radiology_ai.tasks.run import read_exactly, read_run
 
@@ -99,7 +102,8 @@ def test_boxes_that_are_there_twice_count_once():
 def test_a_film_that_nobody_looked_at_is_left_out():
     out = folded(pd.concat([RSNA, table(('d', *NONE, np.nan, np.nan))]))
     assert out.boxes.tolist()[3]=='' and out['class'].tolist()[3]==''
-    assert PNEUMONIA.answer.known(out.rename(columns={'class': 'film_class'}), None).tolist()==[True]*3 + [False]
+    assert PNEUMONIA.answer.known(out.rename(columns={'class': 'film_class'}),
+        None).tolist()==[True]*3 + [False]
 
 
 def changed(row, **cells):
@@ -128,7 +132,8 @@ def test_what_contradicts_itself_names_its_film(said):
     with pytest.raises(DataError, match=said): folded(BAD[said])
 
 
-@pytest.mark.parametrize('text', ['[[1, 2, 3]]', 'nothing', '[[1, 2, 3, NaN]]', '{}', '[1, 2, 3, 4]', '['*5000])
+@pytest.mark.parametrize('text', ['[[1, 2, 3]]', 'nothing', '[[1, 2, 3, NaN]]', '{}', '[1, 2, 3, 4]',
+    '['*5000])
 def test_text_that_holds_no_boxes_is_refused(text):
     with pytest.raises(DataError, match='cannot be read'): text_boxes(text)
 
@@ -146,7 +151,8 @@ def test_a_box_outside_its_film_is_refused_and_one_of_another_size_is_moved():
     twice = answer.checked(frame(drawn_width=200, drawn_height=160), None)
     assert np.allclose(text_boxes(twice.boxes[0])[0]*2, text_boxes(frame().boxes[0])[0])
     assert 'drawn_width' not in twice and twice.class_number.tolist()==[2, 0, 1]
-    with pytest.raises(DataError, match='another shape'): answer.checked(frame(drawn_width=200, drawn_height=200), None)
+    with pytest.raises(DataError, match='another shape'):
+        answer.checked(frame(drawn_width=200, drawn_height=200), None)
     with pytest.raises(DataError, match='lies outside the film of 60 x 80'):
         answer.checked(frame().assign(Columns=60), None)
     with pytest.raises(DataError, match='None of 2 films'): answer.checked(frame()[1:], None)
@@ -204,7 +210,8 @@ def test_all_networks_and_the_mirrored_film_are_pooled():
     film[4:9, 3:8] = 255
     one, both, three = (film_candidates([Bright()]*n, [film, film], [0, 1], mirror=m, show=False)
         for n, m in ((1, False), (1, True), (3, True)))
-    assert one[0]['boxes'].tolist()==[[4, 4, 9, 9]] and [f['members'] for f in (one[0], both[0], three[1])]==[1, 2, 6]
+    assert one[0]['boxes'].tolist()==[[4, 4, 9, 9]] and [f['members']
+        for f in (one[0], both[0], three[1])]==[1, 2, 6]
     assert both[1]['boxes'].tolist()==[[4, 4, 9, 9], [2, 4, 7, 9]] and len(three[0]['boxes'])==6
     assert both[0]['classes'].tolist()==pytest.approx([.3, .7])
 
@@ -213,13 +220,15 @@ def candidates(n=12, seed=0):
     gen = np.random.default_rng(seed)
     corner = gen.uniform(0, 200, (n, 8, 2))
     boxes = np.concatenate([corner, corner+gen.uniform(20, 80, (n, 8, 2))], 2)
-    return pd.DataFrame({'image_id': [f'i{k}' for k in range(n)], 'patient_id': [f'p{k//2}' for k in range(n)],
+    return pd.DataFrame({'image_id': [f'i{k}' for k in range(n)],
+        'patient_id': [f'p{k//2}' for k in range(n)],
         'target': np.arange(n)%2, 'score': gen.uniform(size=n), 'members': 2,
         'candidates': [boxes_text(b, s) for b, s in zip(boxes, gen.uniform(.02, 1, (n, 8)))],
         'boxes_true': [boxes_text(b[:1]) if k%2 else '[]' for k, b in enumerate(boxes)]})
 
 
-@pytest.mark.parametrize('rules', [Decoding(score=.1, iou=.2, threshold=.5, best=.5), Decoding(how='fuse', best=.7),
+@pytest.mark.parametrize('rules', [Decoding(score=.1, iou=.2, threshold=.5, best=.5),
+    Decoding(how='fuse', best=.7),
     Decoding(overall=.5, positive=-1, threshold=.4, size=.8)])
 def test_the_boxes_that_count_are_those_of_the_rules(rules):
     found = candidates()
@@ -253,7 +262,8 @@ def test_a_run_holds_a_detector_and_its_rules(run):
 
 def test_predictions_are_those_of_the_evaluation_in_pixels_of_the_film(run, tmp_path):
     told = evaluate_run(PNEUMONIA, run).table
-    found = predict(run, [Path(p) for p in told.path], out=tmp_path/'p.csv', to=('csv', 'json', 'png'), workers=1,
+    found = predict(run, [Path(p) for p in told.path], out=tmp_path/'p.csv', to=('csv', 'json', 'png'),
+        workers=1,
         show=False)
     rows = found.set_index('image_id').loc[told.image_id]
     assert np.abs(rows.score.to_numpy(float)-told.score.to_numpy()).max()<1e-6
@@ -271,7 +281,8 @@ def test_the_report_shows_boxes_and_an_explanation_can_be_drawn(run, tmp_path):
     evaluation = evaluate_run(PNEUMONIA, run)
     text = report_run(PNEUMONIA, run, evaluation, out=tmp_path).read_text()
     assert 'RSNA score' in text and 'Free response' in text and 'data:image' in text and 'optimism' in text
-    assert (explain(run, [Path(evaluation.table.path[0])], tmp_path/'heat', workers=1, show=False).error=='').all()
+    assert (explain(run, [Path(evaluation.table.path[0])], tmp_path/'heat', workers=1,
+        show=False).error=='').all()
 
 
 def test_a_run_is_trained_further_where_the_classes_are_known(run, films, tmp_path):
@@ -288,6 +299,30 @@ def test_settings_are_checked(given):
     with pytest.raises(DataError): make_settings(PneumoniaSettings, given)
 
 
+class Says(torch.nn.Module):
+    "A detector whose classes are the numbers that were written into the images."
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Module()
+        self.head.classes = Head(3, 3, batchnorm=False)
+        with torch.no_grad(): self.head.classes.linear.weight.copy_(torch.eye(3))
+
+    def forward(self, x): return {'classes': self.head.classes(x[:, 0, 0, :3, None, None]*10 - 5)}
+
+
+def test_the_probabilities_of_the_film_are_mended_inside_the_classifier():
+    rows, z, vocab = from_balanced_batches(Classes())
+    rows, model = rows.assign(class_number=rows.a.map(vocab.index)), Says()
+    errors = []
+    for kind in ('none', 'platt'):
+        told = PNEUMONIA.answer.calibrate(model, Written(z), rows[:300], [OPACITY],
+            Settings(calibration=kind))
+        with torch.no_grad():
+            p = model(torch.from_numpy(np.stack(Written(z)))[:, None]/255)['classes'].softmax(1)
+        errors.append(calibration(rows.class_number[300:]==0, p[300:, 0].numpy().astype(float)).ece)
+    assert told['kind'].startswith('platt') and errors[1]<.06<.1<errors[0], errors
+
+
 def predictions(*films, **more):
     return pd.DataFrame([dict(path=f'/x/{f}.dcm', boxes=t, error='') | more for f, t in films])
 
@@ -295,7 +330,8 @@ def predictions(*films, **more):
 def test_a_submission_is_that_of_the_challenge(tmp_path):
     two = predictions(('a', boxes_text([[1, 2, 4, 8]], [.5])), ('b', '[]'))
     out = submission(two, ['b', 'a'], tmp_path/'s.csv')
-    assert out.patientId.tolist()==['b', 'a'] and out.PredictionString.tolist()==['', '0.5000 1.0 2.0 3.0 6.0']
+    assert out.patientId.tolist()==['b', 'a'] and out.PredictionString.tolist()==['',
+        '0.5000 1.0 2.0 3.0 6.0']
     assert (tmp_path/'s.csv').read_text().splitlines()[0]=='patientId,PredictionString'
     for films, said in ((['a'], 'b is not in the list'), (['a', 'b', 'c'], 'c was not predicted')):
         with pytest.raises(DataError, match=said): submission(two, films)
@@ -304,6 +340,7 @@ def test_a_submission_is_that_of_the_challenge(tmp_path):
 
 
 def test_another_kind_of_place_is_a_setting_of_the_kind():
-    out = one_row_a_film(table(('a', 1, 1, 5, 5, 1), ('b', *NONE, 0), columns=('path', *XYWH, 'Target')), 'what',
+    out = one_row_a_film(table(('a', 1, 1, 5, 5, 1), ('b', *NONE, 0), columns=('path', *XYWH, 'Target')),
+        'what',
         ('nothing', 'finding'))
     assert Boxes().positive=='finding' and out['what'].tolist()==['finding', 'nothing']

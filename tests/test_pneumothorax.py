@@ -536,3 +536,11 @@ def test_folds_get_one_triplet_from_their_pooled_scores(chests, both, tmp_path):
     assert len(bundles)==3 and mean_threshold(bundles)==pytest.approx(found.triplet.call)
     assert all(b.answer['triplet']['draw']==found.triplet.draw and b.answer['triplet']['pooled'] for b in bundles)
     assert evaluate_run(ONE, run).table.dice.equals(before)
+
+
+def test_thresholds_that_call_nothing_are_told():
+    p, corner = np.full((40, 40), .2), np.zeros((40, 40), bool)
+    p[10:30, 10:30], corner[:2, :2] = .9, True
+    kept = [json.dumps(film_regions(p, corner & (k%5==0))) for k in range(20)]
+    valid = pd.DataFrame({'score': np.linspace(.1, .9, 20), 'film': kept, 'patient_id': range(20)})
+    with pytest.warns(UserWarning, match='call no validation film'): Masks().settled(valid, ['x'])

@@ -31,7 +31,6 @@ from ..metrics.detection import coco_map_ci, detection_table, froc, rsna_map_ci
 from ..metrics.fusion import Decoding, choose_decoding, decoding_grid, mirror_boxes, pool_members
 from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
-from ..models.detector import ANCHOR_RATIOS, ANCHOR_SIZES, DetectorLoss, create_detector, fit_anchors
 from ..models.run import run_model
 from .base import Settings, near
 from .kinds import Answer, channels_of, said, stored_batches
@@ -101,13 +100,15 @@ def _corners(table) -> tuple[np.ndarray, np.ndarray, list]:
     size = v[:,2:]-v[:,:2] if names==XYXY else v[:,2:]
     for k in (0, 1):
         with np.errstate(invalid='ignore'): bad = there & (size[:,k]<=0)
-        faults += [(i, names[k+2], table[names[k+2]].iloc[i], 'the box is empty') for i in np.flatnonzero(bad)]
+        faults += [(i, names[k+2], table[names[k+2]].iloc[i], 'the box is empty')
+            for i in np.flatnonzero(bad)]
     return (v if names==XYXY else np.concatenate([v[:,:2], v[:,:2]+v[:,2:]], 1)),there,faults
 
 def _classes_of(table, label, classes) -> tuple[pd.Series, list]:
     "The class of each row as it is written in `classes`, '' where there is none; faults."
     if label not in table: return pd.Series('', table.index),[]
-    known,text = {bare_name(c): c for c in classes},table[label].where(~is_blank(table[label]), '').astype(str)
+    known = {bare_name(c): c for c in classes}
+    text = table[label].where(~is_blank(table[label]), '').astype(str)
     out = text.map(lambda t: known.get(bare_name(t), '') if t else '')
     odd = np.flatnonzero((text!='') & (out==''))
     return out,[(i, label, text.iloc[i], 'is no class: ' + near(text.iloc[i], classes)) for i in odd]
@@ -156,7 +157,8 @@ def one_row_a_film(
     twice = t.assign(**dict(zip(XYXY, xyxy.T))).duplicated(['_film', *XYXY]).to_numpy() & there
     if twice.any():
         warnings.warn(f"{int(twice.sum())} boxes are there twice and count once", stacklevel=4)
-    drawn = pd.Series(np.flatnonzero(there & ~twice)).groupby(t['_film'].to_numpy()[there & ~twice], sort=False)
+    drawn = pd.Series(np.flatnonzero(there & ~twice)).groupby(t['_film'].to_numpy()[there & ~twice],
+        sort=False)
     text = {film: boxes_text(xyxy[rows.to_numpy()]) for film,rows in drawn}
     # a film without boxes was looked at where its target or class is known
     klass = t['_class'].mask((t['_class']=='') & (t['_target']==0), none).mask(there, positive)
@@ -165,7 +167,8 @@ def one_row_a_film(
     one = out['_film'].map(first).fillna('')
     boxes = out['_film'].map(text).fillna('').mask((one!='') & ~out['_film'].isin(list(text)), '[]')
     gone = [*XYXY, *XYWH, '_film', '_there', '_target', '_class', 'boxes', 'Target', 'class_number']
-    return out.drop(columns=[c for c in gone if c in out]).assign(**{label: one, 'boxes': boxes}).reset_index(drop=True)
+    return out.drop(columns=[c for c in gone if c in out]).assign(**{label: one,
+        'boxes': boxes}).reset_index(drop=True)
 
 # %% ../../nbs/67_tasks.boxes.ipynb #858b802e
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class BoxSettings(Settings):
     "What a run of a detector is made of."
     label: str='class'      # the column of the class of the whole film; beside it x, y, width, height and Target
     bs: int=16              # images in a batch
-    lr: float=1e-3          # the highest learning rate
+    lr: float=5e-4          # the highest learning rate
     flip: float=.5          # chance of a mirror image
     augment: float=3.       # level of the augmentation, 0 to 10
     levels: str='3,4,5,6,7' # of the pyramid: level k has a place every 2^k pixels
@@ -212,18 +215,20 @@ class BoxSettings(Settings):
 # %% ../../nbs/67_tasks.boxes.ipynb #e335e2c6
 def detector_of(settings: BoxSettings, dls, earlier: dict):
     "The detector that the settings name, with anchors as the boxes of training are."
-    s,size = settings,dls.train_ds.shape
-    shape = dict(anchor_sizes=ANCHOR_SIZES, anchor_ratios=ANCHOR_RATIOS)
+    from radiology_ai.models.detector import create_detector, fit_anchors  # what classifies does without
+    s,size,shape = settings,dls.train_ds.shape,{}
     levels = tuple(int(k) for k in s.levels.split(','))
     if s.anchors=='fit':
-        there = [dls.train_ds.regions.by[i][0].numpy() for i in dls.train_ds.positions if i in dls.train_ds.regions.by]
+        drawn = dls.train_ds.regions.by
+        there = [drawn[i][0].numpy() for i in dls.train_ds.positions if i in drawn]
         if sum(map(len, there))>=12: shape = fit_anchors(np.concatenate(there), size, levels)
     return create_detector(s.arch, 1, dls.channels, s.pretrained, n_labels=len(dls.vocab), levels=levels,
         norm=s.norm, width=s.width, weights=s.weights, seed=s.seed, size=size, **shape)
 
 def _looked(model, store, positions, looks: dict, show) -> dict:
     "Of each look (a function of the model and images) a dict a film, as arrays."
-    found = run_model(model, stored_batches(store, positions, 16, channels=channels_of(model), show=show), looks)
+    found = run_model(model, stored_batches(store, positions, 16, channels=channels_of(model), show=show),
+        looks)
     return {k: [{n: v.numpy() for n,v in f.items()} for f in films] for k,films in found.items()}
 
 def film_candidates(
@@ -267,7 +272,8 @@ def to_film(
 @dataclass(frozen=True)
 class Boxes(Answer):
     "Boxes of one kind, and the class of the whole film. Its tables are in pixels of the film."
-    classes: tuple=('nothing','finding') # of the whole film; the last one is that with boxes, the one before that without more words
+    # of the whole film; the last one is that with boxes, the one before it that of a film of which no more is known
+    classes: tuple=('nothing','finding')
     seen: tuple=()              # the classes that a network tells apart, as a bundle says; (): those of the labels
     decoding: Decoding=field(default_factory=Decoding)
     chosen: dict=field(default_factory=dict) # how the decoding was chosen: score, honest, optimism, n, or the reason
@@ -285,7 +291,8 @@ class Boxes(Answer):
         try:
             seen = tuple(map(str, spec['classes']))
             if len(seen)<2 or seen[-1]!=self.positive: raise ValueError(f'the classes are {seen}')
-            return replace(self, seen=seen, decoding=Decoding(**spec['decoding']), chosen=dict(spec['chosen']),
+            return replace(self, seen=seen, decoding=Decoding(**spec['decoding']),
+                chosen=dict(spec['chosen']),
                 mirror=bool(spec['mirror']), candidates=int(spec['candidates']))
         except (KeyError, TypeError, ValueError, AttributeError, DataError) as e:
             raise BundleError(f"The bundle tells no boxes ({type(e).__name__}: {e})",
@@ -309,6 +316,7 @@ class Boxes(Answer):
     def vocab(self, manifest, settings) -> list: return [self.positive]
     def numbers(self, rows, vocab, settings): return rows.class_number.to_numpy(int)
     def loss(self, settings, dls):
+        from radiology_ai.models.detector import DetectorLoss  # what predicts does without
         return DetectorLoss(settings.loss, settings.box_loss, settings.class_weight)
     def metrics(self): return []
     def heat(self): return _opacity_logit
@@ -328,7 +336,8 @@ def checked(self:Boxes, df, settings) -> pd.DataFrame:
     odd = df.film_class[~df.film_class.isin(self.classes)]
     if len(odd): raise DataError(f"There is no class {odd.iloc[0]!r}", near(odd.iloc[0], self.classes))
     films = df[['Columns','Rows']].to_numpy(float)
-    drawn = df[DRAWN].apply(pd.to_numeric, errors='coerce').to_numpy(float) if set(DRAWN)<=set(df) else films.copy()
+    drawn = (df[DRAWN].apply(pd.to_numeric, errors='coerce').to_numpy(float) if set(DRAWN)<=set(df)
+        else films.copy())
     drawn = np.where(np.isnan(drawn), films, drawn)
     scale,why = size_scale(drawn, films)
     boxes,found = box_lists(df.boxes)[0],[]
@@ -338,7 +347,8 @@ def checked(self:Boxes, df, settings) -> pd.DataFrame:
         elif why[i]: found.append((i, 'drawn_width', drawn[i,0], why[i]))
         elif (b<-.5).any() or (b>np.tile(drawn[i], 2)+.5).any():
             k = int(((b<-.5) | (b>np.tile(drawn[i], 2)+.5)).any(1).argmax())
-            found.append((i, 'boxes', b[k].tolist(), "lies outside the film of {:g} x {:g} pixels".format(*drawn[i])))
+            found.append((i, 'boxes', b[k].tolist(),
+                "lies outside the film of {:g} x {:g} pixels".format(*drawn[i])))
     refuse_or_list([(df.index[i], df.image_id.iloc[i], *more) for i,*more in found], 'raise', 'The boxes',
         "Give boxes in pixels of the film, or the size they were drawn on as drawn_width and drawn_height")
     names = self.film_classes(df)
@@ -352,14 +362,17 @@ def checked(self:Boxes, df, settings) -> pd.DataFrame:
 
 @patch
 def targets(self:Boxes, store, manifest, settings) -> dict:
-    "Boxes and class numbers. Raises `DataError` where the training has no box, or a class that the network does not know."
+    """Boxes and class numbers. Raises `DataError` where the training has no box, or a class that the network
+    does not know."""
     names = self.film_classes(manifest)
     lost = manifest.film_class[~manifest.film_class.isin(names)]
     if len(lost):
-        raise DataError(f"The model does not know the class {lost.iloc[0]!r}", f"It tells {', '.join(names)} apart")
+        raise DataError(f"The model does not know the class {lost.iloc[0]!r}",
+            f"It tells {', '.join(names)} apart")
     train = manifest[manifest.split=='train']
     if not (train.film_class==self.positive).any():
-        raise DataError(f"None of {len(train)} films of the training has a box", "Give another split, or more films")
+        raise DataError(f"None of {len(train)} films of the training has a box",
+            "Give another split, or more films")
     rows = [(i, *b) for i,each in zip(manifest.image_id, box_lists(manifest.boxes)[0])
         for b in (each.tolist() if len(each) else [[np.nan]*4])]
     table = pd.DataFrame(rows, columns=['image_id', *XYXY]).assign(label=self.positive)
@@ -374,7 +387,8 @@ def calibrate(self:Boxes, model, store, rows, vocab, settings) -> dict:
     logits = run_model(model, stored_batches(store, at, 16, channels=channels_of(model), show=False),
         {'classes': lambda m,x: m(x)['classes']})['classes'].numpy()
     try:
-        slope,bias,told = Answer.rules(self, settings.calibration, self.numbers(rows, vocab, settings), logits,
+        slope,bias,told = Answer.rules(self, settings.calibration, self.numbers(rows, vocab, settings),
+            logits,
             rows.patient_id, vocab)
         model.head.classes.rescale(slope, bias)
     except (DataError, ModelError) as e: return {'reason': e.what}
@@ -394,7 +408,8 @@ def scores(self:Boxes, models, store, rows, vocab, show=None) -> pd.DataFrame:
     found = film_candidates(models, store, at, self.candidates, mirror=self.mirror, show=show)
     index = store.index.iloc[at]
     text = [boxes_text(to_film(f['boxes'], r), f['scores']) for f,r in zip(found, index.itertuples())]
-    return pd.DataFrame({'score': [float(f['classes'][-1]) for f in found], 'members': [f['members'] for f in found],
+    return pd.DataFrame({'score': [float(f['classes'][-1]) for f in found],
+        'members': [f['members'] for f in found],
         'candidates': text})
 
 def candidates_of(
@@ -411,9 +426,11 @@ def candidates_of(
 def sweep_settings(
     found: list, # of `candidates_of`, on validation patients
 ) -> list[Decoding]:
-    "The rules that are tried: for each way of suppression, thresholds at quantiles of the best score of each film."
+    """The rules that are tried: for each way of suppression, thresholds at quantiles of the best score of
+    each film."""
     base = decoding_grid(Decoding(score=.01, most=20), iou=(.1, .3, .5), overall=(0., .5), size=(.9, 1.))
-    base += decoding_grid(Decoding(score=.01, most=20, how='fuse'), iou=(.4,), overall=(0., .5), size=(.9, 1.))
+    base += decoding_grid(Decoding(score=.01, most=20, how='fuse'), iou=(.4,), overall=(0., .5),
+        size=(.9, 1.))
     out = []
     for d in base:
         top = [f['scores'].max(initial=0) for f in d(found)]
@@ -429,10 +446,12 @@ def tune(self:Boxes, valid, vocab):
 @patch
 def settled(self:Boxes, valid, vocab) -> Boxes:
     "With the rules that are best by the RSNA score on validation patients."
-    if not self.sweep: return replace(self, decoding=Decoding(threshold=.2), chosen={'reason': 'it was not asked for'})
+    if not self.sweep:
+        return replace(self, decoding=Decoding(threshold=.2), chosen={'reason': 'it was not asked for'})
     found,truths = candidates_of(valid),box_lists(valid.boxes_true)[0]
     if not any(len(t) for t in truths):
-        return replace(self, decoding=Decoding(threshold=.2), chosen={'reason': 'no validation film has a box'})
+        return replace(self, decoding=Decoding(threshold=.2),
+            chosen={'reason': 'no validation film has a box'})
     best,told,_ = choose_decoding(found, truths, sweep_settings(found), valid.patient_id)
     told = {k: None if isinstance(v, float) and math.isnan(v) else v for k,v in told.items()}
     return replace(self, decoding=best, chosen=told)
@@ -460,7 +479,8 @@ def counting_boxes(
 
 @patch
 def row(self:Boxes, table, threshold, vocab) -> pd.DataFrame:
-    "`score` of the whole film, its `call`, the number `n_boxes`, and the `boxes` that count with their scores."
+    """`score` of the whole film, its `call`, the number `n_boxes`, and the `boxes` that count with their
+    scores."""
     out = self.decoded(table)
     boxes,scores = counting_boxes(out)
     out = out.drop(columns='box_threshold').assign(boxes=[boxes_text(b, s) for b,s in zip(boxes, scores)])
@@ -473,7 +493,8 @@ def findings(self:Boxes, r, vocab) -> tuple:
     "The whole film, and each box, in pixels of the film."
     boxes,scores = text_boxes(r['boxes'], True)
     whole = Finding(self.positive, r['score'], bool(r['call']) if 'call' in r else None)
-    return (whole, *(Finding(self.positive, float(s), True, box=tuple(map(float, b))) for b,s in zip(boxes, scores)))
+    return (whole, *(Finding(self.positive, float(s), True, box=tuple(map(float, b)))
+        for b,s in zip(boxes, scores)))
 
 # %% ../../nbs/67_tasks.boxes.ipynb #26547066
 def _figures_by(table, draws: int, groups) -> list[dict]:
@@ -486,7 +507,8 @@ def _figures_by(table, draws: int, groups) -> list[dict]:
         for g in sorted(names.unique()):
             part = table[(names==g).to_numpy()]
             boxes,scores = counting_boxes(part)
-            rows.append({'group': f'{c} {g}', 'films': len(part), 'RSNA score': figure(len(part), rsna_map_ci, boxes, scores,
+            rows.append({'group': f'{c} {g}', 'films': len(part),
+                'RSNA score': figure(len(part), rsna_map_ci, boxes, scores,
                 box_lists(part.boxes_true)[0], part.patient_id, draws)})
     return rows
 
@@ -525,8 +547,10 @@ def box_figures(
     except DataError as e: out |= {k: undefined(len(table), e.what) for k in ('AP','AP50','AP75')}
     try:
         curve = froc(*every, truths, who, draws=draws)
-        rates = [{'false boxes a film': float(k), 'sensitivity': {'value': r.sensitivity, 'low': r.low, 'high': r.high,
-            'n': curve.lesions, 'reason': r.reason}, 'threshold': None if math.isinf(r.threshold) else float(r.threshold)}
+        rates = [{'false boxes a film': float(k),
+            'sensitivity': {'value': r.sensitivity, 'low': r.low, 'high': r.high,
+            'n': curve.lesions, 'reason': r.reason},
+            'threshold': None if math.isinf(r.threshold) else float(r.threshold)}
             for k,r in curve.table.iterrows()]
         cpm = {**curve.cpm._asdict(), 'n': curve.lesions, 'reason': ''}
         out |= {'cpm': {k: cpm[k] for k in ('value','low','high','n','reason')}, 'froc': rates}
@@ -546,7 +570,8 @@ def figures(self:Boxes, table, subgroups) -> dict:
 def lines(self:Boxes, figures) -> list[str]:
     one,b = figures['labels'][0],figures['boxes']
     return [f"{figures['images']} test images of {figures['patients']} patients, {one['positives']} with boxes",
-        f"RSNA score {said(b['rsna'])}", f"AP50 {said(b['AP50'])}", f"sensitivity over the FROC curve {said(b['cpm'])}",
+        f"RSNA score {said(b['rsna'])}", f"AP50 {said(b['AP50'])}",
+        f"sensitivity over the FROC curve {said(b['cpm'])}",
         *(f"{k}: {said(b['counting'][k])}" for k in ('sensitivity by lesion', 'false boxes an image')),
         f"AUROC of the whole film {said(one['auroc'])}"]
 
@@ -557,13 +582,16 @@ def sections(self:Boxes, figures) -> list:
     b,chosen = figures['boxes'],figures['chosen']
     how = (f"The rules of the boxes are the usual ones: {chosen['reason']}." if 'reason' in chosen else
         f"The rules of the boxes were chosen on {chosen['n']} validation films that count: RSNA score {chosen['score']:.3f} there"
-        + ('.' if chosen['honest'] is None else f", and {chosen['honest']:.3f} by rules chosen without the film "
+        + ('.' if chosen['honest'] is None
+        else f", and {chosen['honest']:.3f} by rules chosen without the film "
         f"(optimism {chosen['optimism']:.3f})."))
-    scores = [{'figure': name, 'value': b[k]} for name,k in (('RSNA score', 'rsna'), ('AP', 'AP'), ('AP50', 'AP50'),
+    scores = [{'figure': name, 'value': b[k]} for name,k in (('RSNA score', 'rsna'), ('AP', 'AP'),
+        ('AP50', 'AP50'),
         ('AP75', 'AP75'), ('mean sensitivity over the FROC curve', 'cpm'))]
     parts = [how, Table('Scores of boxes', scores),
         Table('Boxes that count', [{'figure': k, 'value': v} for k,v in b['counting'].items()])]
-    for caption,rows in (('Free response', [{k: r[k] for k in ('false boxes a film','sensitivity')} for r in b['froc']]),
+    for caption,rows in (('Free response', [{k: r[k] for k in ('false boxes a film','sensitivity')}
+            for r in b['froc']]),
             ('By group', b['by']), ('By size of the true box', b['sizes'])):
         if rows: parts.append(Table(caption, rows))
     parts.append("Rules: " + ', '.join(f'{k} {v}' for k,v in figures['decoding'].items()) + '.')
@@ -579,7 +607,8 @@ def box_picture(
     scores=(),          # (N,)
     size: int=448,      # height of the picture at least
 ) -> np.ndarray:
-    "(h, w, 3) uint8 RGB: the film with true boxes in green, and those of the network in orange with their scores."
+    """(h, w, 3) uint8 RGB: the film with true boxes in green, and those of the network in orange with their
+    scores."""
     f = max(1, math.ceil(size/pixels.shape[0]))
     grey = cv2.resize(pixels, None, fx=f, fy=f, interpolation=cv2.INTER_LINEAR)
     out = np.repeat(grey[...,None], 3, 2)
@@ -587,7 +616,8 @@ def box_picture(
         for b in np.rint(np.reshape(np.asarray(rows, float), (-1, 4))*f).astype(int).tolist():
             cv2.rectangle(out, tuple(b[:2]), tuple(b[2:]), colour, 2)
     for b,s in zip(np.reshape(np.asarray(boxes, float), (-1, 4))*f, scores):
-        cv2.putText(out, f'{s:.2f}', (int(b[0]), max(12, int(b[1])-4)), cv2.FONT_HERSHEY_SIMPLEX, .5, ORANGE, 1, cv2.LINE_AA)
+        cv2.putText(out, f'{s:.2f}', (int(b[0]), max(12, int(b[1])-4)), cv2.FONT_HERSHEY_SIMPLEX, .5, ORANGE,
+            1, cv2.LINE_AA)
     return out
 
 @patch

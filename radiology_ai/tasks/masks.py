@@ -350,6 +350,9 @@ def tune(self:Masks, valid, vocab) -> float: return self.fitted(valid).triplet.c
 @patch
 def settled(self:Masks, valid, vocab) -> Masks:
     found = self.fitted(valid)
+    if not triplet_calls(valid.score.to_numpy(float), drawn_films(_films(valid)), found.triplet)[0].any():
+        warnings.warn("The thresholds of masks call no validation film: the mean Dice is best without any mask. Train longer, "
+            "or with more films that have a mask", stacklevel=2)
     return replace(self, triplet=found.triplet, fit=found.to_dict())
 
 def _at(answer, threshold) -> Triplet:

@@ -35,7 +35,8 @@ class PneumoniaSettings(BoxSettings):
 def pneumonia_augment(
     settings: PneumoniaSettings, # of the run: its seed draws
 ):
-    "The augmentation of the pneumonia task: small movements and exposure, and mirrored films. A turned box does not swell."
+    """The augmentation of the pneumonia task: small movements and exposure, and mirrored films. A turned box
+    does not swell."""
     from radiology_ai.vision.augment import BatchAugment
     s = settings.augment/10
     if not s and not settings.flip: return BatchAugment(p=0)
@@ -63,7 +64,8 @@ def opacity_rows(
 def simulated_opacities(folder, patients: int, seed: int=0, workers: int|None=None) -> pd.DataFrame:
     "A department's chest radiographs, some of them broken; a row a box and one for each film without."
     from radiology_ai.phantom.hospital import simulate_chests
-    truth = simulate_chests(folder, n=patients, seed=seed, size=320, workers=workers, masks=False, broken=True,
+    truth = simulate_chests(folder, n=patients, seed=seed, size=320, workers=workers, masks=False,
+        broken=True,
         changed={'pneumonia': .35, 'consolidation': .12, 'infiltration': 0., 'edema': 0.})
     truth = truth[truth.broken=='']
     # an opacity whose box was not drawn says neither yes nor no
@@ -84,7 +86,8 @@ PNEUMONIA = Task(
     remedy='Check that it is a frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection'},
     shown={'view': 'projection'},
-    demo=Demo(simulated_opacities, chest_start() | dict(epochs=16, bs=8, width=.25, levels='3,4,5', body_div=1.),
+    demo=Demo(simulated_opacities, chest_start()
+    | dict(epochs=16, bs=8, width=.25, levels='3,4,5', body_div=1.),
         patients=500))
 
 # %% ../../nbs/72_tasks.pneumonia.ipynb #42032f26
@@ -95,16 +98,22 @@ def submission(
 ) -> pd.DataFrame:
     """`patientId` and `PredictionString` (score x y width height of each box) as the RSNA challenge takes them. Raises
     `DataError` for films that are not in the list, are missing, or were not read."""
-    t = predictions.assign(film=[str(p).replace('\\', '/').rsplit('/', 1)[-1].rsplit('.', 1)[0] for p in predictions.path])
+    t = predictions.assign(film=[str(p).replace('\\', '/').rsplit('/', 1)[-1].rsplit('.', 1)[0]
+        for p in predictions.path])
     bad = t[t.error!='']
-    if len(bad): raise DataError(f"{len(bad)} films have no answer, such as {bad.film.iloc[0]}: {bad.error.iloc[0]}",
-        "Mend these files, or leave them out of the list and of the predictions")
+    if len(bad):
+        raise DataError(f"{len(bad)} films have no answer, such as {bad.film.iloc[0]}: {bad.error.iloc[0]}",
+            "Mend these files, or leave them out of the list and of the predictions")
     wanted = list(t.film) if films is None else [str(f) for f in films]
-    for these,others,why in ((t.film, wanted, 'is not in the list'), (wanted, set(t.film), 'was not predicted')):
+    for these,others,why in ((t.film, wanted, 'is not in the list'),
+            (wanted, set(t.film), 'was not predicted')):
         lost = [f for f in these if f not in set(others)]
-        if lost: raise DataError(f"The film {lost[0]} {why} ({len(lost)} such films)", "Predict the films of the list")
+        if lost:
+            raise DataError(f"The film {lost[0]} {why} ({len(lost)} such films)",
+                "Predict the films of the list")
     if t.film.duplicated().any():
-        raise DataError(f"The film {t.film[t.film.duplicated()].iloc[0]} was predicted twice", "Give each film once")
+        raise DataError(f"The film {t.film[t.film.duplicated()].iloc[0]} was predicted twice",
+            "Give each film once")
     text = {r.film: ' '.join(f'{s:.4f} {x1:.1f} {y1:.1f} {x2-x1:.1f} {y2-y1:.1f}'
         for (x1,y1,x2,y2),s in zip(*text_boxes(r.boxes, True))) for r in t.itertuples()}
     table = pd.DataFrame({'patientId': wanted, 'PredictionString': [text[f] for f in wanted]})
