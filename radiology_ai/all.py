@@ -124,7 +124,6 @@ from radiology_ai.metrics.recalibration import (
 from .metrics.running import AUROC
 from .models.backbone import create_backbone, create_model, list_backbones
 from .models.bundle import Bundle, export_onnx, load_bundle, save_bundle
-from .models.detector import DetectorLoss, create_detector, fit_anchors
 from .models.segmenter import create_segmenter, list_encoders
 from .models.stn import create_aligner
 from .phantom.chest import simulate_chest
