@@ -45,7 +45,7 @@ SMALL = dict(pretrained=False, width=.125)
 @pytest.fixture(scope='module')
 def detector():
     "A small network whose answers differ from place to place."
-    model = create_detector('resnet10t', 2, norm='batch', levels=(3, 4, 5), **SMALL).eval()
+    model = create_detector('resnet10t', 2, norm='batch', head_norm='none', levels=(3, 4, 5), **SMALL).eval()
     gen = torch.Generator().manual_seed(1)
     scores = model.head.boxes.classification_head.cls_logits
     places = model.head.boxes.regression_head.bbox_reg
@@ -177,7 +177,7 @@ def test_frozen_statistics_stay_and_groups_have_none(tmp_path):
 
 
 def test_wrong_settings_are_named():
-    for words, args in {'The levels are': dict(levels=(3, 4)), 'norm is': dict(norm='layer'),
+    for words, args in {'The levels are': dict(levels=(3, 4)), 'norm is': dict(norm='layer'), 'head_norm is': dict(head_norm='batch'),
             'kinds of boxes': dict(n_out=0),
             'classes of the image': dict(n_labels=1), 'anchor_sizes': dict(anchor_sizes=[]),
             'anchor_ratios': dict(anchor_ratios=[1., -1])}.items():

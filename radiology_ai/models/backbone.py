@@ -297,7 +297,7 @@ def _published(make, net, name, n_in, kwargs) -> tuple[nn.Module, dict]:
 # entries of a model's config that are no arguments of the architecture
 MODEL_SETTINGS = ('name','n_out','n_in','dropout','pool','batchnorm','multi_label','views','fuse','ordinal',
     'parents','head_layers','distilled','kind','decoder','n_labels','width','levels','norm','anchor_sizes',
-    'anchor_ratios','map','steps','size','size_out','limits','fill','n_masks','n_points')
+    'anchor_ratios','head_norm','map','steps','size','size_out','limits','fill','n_masks','n_points')
 
 def _from_bundle(name, weights, kwargs):
     """The architecture, weights and arguments of a bundle whose folder is given as the name; other names as

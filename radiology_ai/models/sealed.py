@@ -36,7 +36,8 @@ def _wholes(low, high):
     return ((lambda v: one(v) or isinstance(v, list) and 1<=len(v)<=16 and all(map(one, v))),
         f'whole numbers from {low} to {high}')
 
-_NAME = re.compile(r'(efficientnet_pytorch/|torchxrayvision/|eva-x/|ark\+/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}')
+_NAME = re.compile(
+    r'(efficientnet_pytorch/|torchxrayvision/|eva-x/|ark\+/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}')
 _ARCHITECTURE = (lambda v: isinstance(v, str) and bool(_NAME.fullmatch(v))), 'the name of an architecture'
 _TRUTH = (lambda v: type(v) is bool), 'true or false'
 _SHARE = (lambda v: type(v) in (int, float) and 0<=v<=1), 'a number from 0 to 1'
@@ -45,7 +46,8 @@ _PARENTS = (lambda v: isinstance(v, list) and all(type(p) is int and -1<=p<len(v
 
 OUTPUTS,CHANNELS = 10_000,1024 # the most of a network in a bundle
 _WIDTH = (lambda v: type(v) in (int, float) and 0<v<=4), 'a number above 0, at most 4'
-_LENGTHS = ((lambda v: isinstance(v, list) and 1<=len(v)<=16 and all(type(x) in (int, float) and 0<x<=1000 for x in v)),
+_LENGTHS = ((lambda v: isinstance(v, list) and 1<=len(v)<=16
+    and all(type(x) in (int, float) and 0<x<=1000 for x in v)),
     'numbers above 0, at most 1000')
 _LIMITS = ((lambda v: isinstance(v, list) and len(v)==5 and all(type(p) in (int, float) for p in v)
     and 0<v[0]<=180 and 0<v[1]<=2 and .05<=v[2]<1<v[3]<=20 and 0<v[4]<90), 'turn, shift, scales and shear')
@@ -54,7 +56,8 @@ NETWORK = dict(name=_ARCHITECTURE, n_out=_whole(1, OUTPUTS), n_in=_whole(1, CHAN
     parents=_PARENTS, head_layers=_whole(0, 3), distilled=_TRUTH,
     kind=_one_of('segmenter', 'detector', 'aligner'),
     decoder=_one_of('unet', 'unet++', 'fpn', 'upernet', 'segformer', 'dpt', 'deeplabv3+'),
-    norm=_one_of('frozen', 'batch', 'group'), levels=_wholes(2, 7), anchor_sizes=_LENGTHS, anchor_ratios=_LENGTHS,
+    norm=_one_of('frozen', 'batch', 'group'), head_norm=_one_of('group', 'none'), levels=_wholes(2, 7),
+    anchor_sizes=_LENGTHS, anchor_ratios=_LENGTHS,
     map=_one_of('similarity', 'scales', 'affine'), steps=_whole(1, 8), n_masks=_whole(0, 64), fill=_SHARE,
     n_points=_whole(0, OUTPUTS), size=_whole(16, 2048), size_out=_wholes(1, 8192), limits=_LIMITS,
     n_labels=_whole(0, OUTPUTS), width=_WIDTH, views=_whole(1, 64), fuse=_one_of('attention', 'mean', 'max'),
