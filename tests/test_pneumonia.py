@@ -262,9 +262,15 @@ def test_a_run_holds_a_detector_and_its_rules(run):
 
 def test_predictions_are_those_of_the_evaluation_in_pixels_of_the_film(run, tmp_path):
     told = evaluate_run(PNEUMONIA, run).table
-    found = predict(run, [Path(p) for p in told.path], out=tmp_path/'p.csv', to=('csv', 'json', 'png'),
-        workers=1,
-        show=False)
+    (tmp_path/'torn.dcm').write_bytes(b'DICM')
+    with pytest.warns(UserWarning, match='1 films have no answer'):
+        found = predict(run, [*(Path(p) for p in told.path), tmp_path/'torn.dcm'], out=tmp_path/'p.csv',
+            to=('csv', 'json', 'png', 'submission'), workers=1, show=False)
+    sent = pd.read_csv(tmp_path/'p_submission.csv', dtype=str)
+    found = found[found.error=='']
+    assert sent.patientId.tolist()==found.image_id.tolist() # the files of this folder are called alike
+    assert [len(str(t).split())//5 for t in sent.PredictionString.fillna('')]==found.n_boxes.tolist()
+    with pytest.raises(DataError, match="no output 'siim'"): predict(run, told.path[0], to=['siim'], show=False)
     rows = found.set_index('image_id').loc[told.image_id]
     assert np.abs(rows.score.to_numpy(float)-told.score.to_numpy()).max()<1e-6
     for text, b, s in zip(rows.boxes, *counting_boxes(told)):

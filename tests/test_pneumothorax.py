@@ -375,7 +375,7 @@ def test_what_is_predicted_is_what_was_evaluated_with_the_mask_on_the_film(chest
     meta['answer']['triplet'] |= {'call': meta['threshold'], 'area': 0., 'draw': .1}
     (bundle/'model'/'call'/'bundle.json').write_text(json.dumps(sealed(meta)))
     model = load_bundle(bundle/'model'/'call').model
-    told = predict(bundle, list(table.path), out=tmp_path/'p.csv', to=('csv', 'json'), workers=1,
+    told = predict(bundle, list(table.path), out=tmp_path/'p.csv', to=('csv', 'json', 'siim'), workers=1,
         task=PNEUMOTHORAX).set_index('image_id').loc[table.index]
     assert np.abs(told.score.astype(float) - table.score).max()<1e-6
     store = ImageStore(chests/'store')
@@ -390,7 +390,8 @@ def test_what_is_predicted_is_what_was_evaluated_with_the_mask_on_the_film(chest
         assert row.call==int(row.score>=meta['threshold'] and (p>=.1).any()) and bool(mask.any())==bool(row.call)
         found = readings[image]['findings'][0]
         assert found['call']==bool(row.call) and ('mask' in found)==bool(row.call)
-    siim = save_siim(told.reset_index(), tmp_path/'siim.csv')
+    siim = pd.read_csv(tmp_path/'p_siim.csv', dtype=str)
+    assert save_siim(told.reset_index(), tmp_path/'again.csv').equals(siim)
     assert list(siim)==['ImageId', 'EncodedPixels'] and len(siim)==len(told)
 
 

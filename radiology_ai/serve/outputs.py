@@ -10,9 +10,10 @@ __all__ = ['OUTPUTS', 'Answered', 'write_csv', 'finding_record', 'reading_record
 
 # %% ../../nbs/80_serve.outputs.ipynb #1dea3630
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -114,13 +115,22 @@ OUTPUTS: dict[str, Callable] = {'csv': write_csv, 'json': write_json, 'png': wri
 def write_outputs(
     answered: Answered,
     out,          # the table's path; other forms are called after it
-    to=('csv',),  # names of `OUTPUTS`
+    to=('csv',),  # names of `OUTPUTS`, or of `more`
+    more: Mapping=MappingProxyType({}), # forms of the task: name to a function of table and path
 ):
-    "Write a prediction in all these forms. Raises `DataError` for one that does not exist."
-    check_outputs(to)
-    for name in to: OUTPUTS[name](answered, Path(out))
+    """Write a prediction in all these forms; one of the task is a CSV called after it. Raises `DataError` for
+    one that does not exist."""
+    check_outputs(to, more)
+    out = Path(out)
+    for name in to:
+        if name in OUTPUTS: OUTPUTS[name](answered, out)
+        else: more[name](answered.table, out.with_name(f'{out.stem}_{name}.csv'))
 
-def check_outputs(to):
+def check_outputs(
+    to,       # names
+    more=(),  # forms of the task
+):
     "Raises `DataError` for a form that does not exist."
-    strange = [name for name in to if name not in OUTPUTS]
-    if strange: raise DataError(f"There is no output {strange[0]!r}", f"Choose of {', '.join(OUTPUTS)}")
+    known = [*OUTPUTS, *more]
+    strange = [name for name in to if name not in known]
+    if strange: raise DataError(f"There is no output {strange[0]!r}", f"Choose of {', '.join(known)}")

@@ -49,7 +49,8 @@ def models_and_task(
     places = ('model/','fold_0/model/') if (Path(path)/'model').exists() else ('fold_0/model/','')
     stages = [p.parent for at in places for p in sorted(Path(path).glob(f'{at}*/bundle.json'))]
     if task is not None: task = task_named(task)
-    elif stages: task = known_task(TASKS, load_models(stages[0])[0].task, path) # of a task with several networks
+    elif stages:
+        task = known_task(TASKS, load_models(stages[0])[0].task, path) # of a task with several networks
     else:
         bundles = load_models(path)
         return bundles,_told_by(bundles, known_task(TASKS, bundles[0].task, path))
@@ -58,7 +59,8 @@ def models_and_task(
 
 def _told_by(bundles, task):
     "The task whose answer knows what the bundles tell."
-    return task.answering(lambda o: o.answer.of_bundle(bundles[0].answer) if o is task.stages[-1] else o.answer)
+    return task.answering(lambda o: o.answer.of_bundle(bundles[0].answer) if o is task.stages[-1]
+        else o.answer)
 
 # %% ../../nbs/81_serve.predict.ipynb #52b6f435
 @contextmanager
@@ -134,7 +136,7 @@ def predict(
     model,                  # a bundle, or a run of `train`
     paths,                  # a DICOM file, a folder, or a list of them
     out=None,               # also write the table to this CSV, and other forms beside it
-    to=('csv',),            # names of `OUTPUTS`: csv, json, png
+    to=('csv',),            # csv, json, png (`OUTPUTS`), and what the task has, such as submission
     workers: int|None=None, # processes that read and prepare
     *,
     show: bool|None=None,   # progress bars; None: on a terminal
@@ -145,14 +147,15 @@ def predict(
     no file could be predicted.
 
     Example: `predict('run', 'folder', out='predictions.csv', to=('csv','json'))`"""
-    check_outputs(to)
     bundles,task = models_and_task(model, task)
+    check_outputs(to, task.outputs)
     with stored(bundles[0].recipe, paths, workers, show) as store:
         table = _with_errors(predicted_rows(bundles, task, store, show), store)
     _check_some(table)
     shown = _ordered(table)
     if out is not None:
-        write_outputs(Answered(task.name, shown, readings_of(table, task, bundles[0].vocab)), out, to)
+        write_outputs(Answered(task.name, shown, readings_of(table, task, bundles[0].vocab)), out, to,
+            task.outputs)
     return shown
 
 def _check_some(table: pd.DataFrame):

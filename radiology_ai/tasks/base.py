@@ -230,6 +230,7 @@ class Task:
     remedy: str=''                # what a user can do about such a reason
     subgroups: Mapping=field(default_factory=lambda: dict(SUBGROUPS))
     shown: Mapping=field(default_factory=dict) # further columns of a prediction: column of the store's index to name
+    outputs: Mapping=field(default_factory=dict) # further forms of a prediction: name to a function of table and path
     demo: Demo|None=None
     urgent: str=''                # the label whose positive call is read first; '': of a single label its own
 

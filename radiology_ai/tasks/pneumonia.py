@@ -10,7 +10,9 @@ __all__ = ['RSNA_CLASSES', 'PNEUMONIA', 'PneumoniaSettings', 'pneumonia_augment'
 
 # %% ../../nbs/72_tasks.pneumonia.ipynb #9eb83587
 import json
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -73,33 +75,18 @@ def simulated_opacities(folder, patients: int, seed: int=0, workers: int|None=No
     named = truth.forms.fillna('').str.contains('|'.join(f'{k}:' for k in _OPACITIES)).to_numpy()
     return opacity_rows(truth[np.array(drawn) | ~named])
 
-# %% ../../nbs/72_tasks.pneumonia.ipynb #bf903338
-PNEUMONIA = Task(
-    name='pneumonia',
-    title='Lung opacities on chest radiographs',
-    question='Does this frontal chest radiograph show an opacity of pneumonia, and where?',
-    recipe=recipe('chest'),
-    stages=(Stage(Boxes(RSNA_CLASSES), model=detector_of),),
-    settings=PneumoniaSettings,
-    augment=pneumonia_augment,
-    usable=chest_seen,
-    remedy='Check that it is a frontal chest radiograph',
-    subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection'},
-    shown={'view': 'projection'},
-    demo=Demo(simulated_opacities, chest_start()
-    | dict(epochs=16, bs=8, width=.25, levels='3,4,5', body_div=1.),
-        patients=500))
-
 # %% ../../nbs/72_tasks.pneumonia.ipynb #42032f26
 def submission(
     predictions: pd.DataFrame, # of `predict`
     films=None,                # names of all films that are asked for, in their order; None: those of the predictions
     out=None,                  # also write it to this CSV
 ) -> pd.DataFrame:
-    """`patientId` and `PredictionString` (score x y width height of each box) as the RSNA challenge takes them. Raises
+    """`patientId` (the file's name; `image_id` where several files are called alike) and `PredictionString` (score x y width height
+    of each box) as the RSNA challenge takes them. Raises
     `DataError` for films that are not in the list, are missing, or were not read."""
     t = predictions.assign(film=[str(p).replace('\\', '/').rsplit('/', 1)[-1].rsplit('.', 1)[0]
         for p in predictions.path])
+    if t.film.duplicated().any() and 'image_id' in t and t.image_id.is_unique: t = t.assign(film=t.image_id)
     bad = t[t.error!='']
     if len(bad):
         raise DataError(f"{len(bad)} films have no answer, such as {bad.film.iloc[0]}: {bad.error.iloc[0]}",
@@ -119,3 +106,27 @@ def submission(
     table = pd.DataFrame({'patientId': wanted, 'PredictionString': [text[f] for f in wanted]})
     if out is not None: save_table(table, out)
     return table
+
+def _submitted(table, path):
+    "The same of the films that were read, for `predict`."
+    bad = int((table.error!='').sum())
+    if bad: warnings.warn(f"{bad} films have no answer and are not in {Path(path).name}", stacklevel=3)
+    submission(table[table.error==''], out=path)
+
+# %% ../../nbs/72_tasks.pneumonia.ipynb #bf903338
+PNEUMONIA = Task(
+    name='pneumonia',
+    title='Lung opacities on chest radiographs',
+    question='Does this frontal chest radiograph show an opacity of pneumonia, and where?',
+    recipe=recipe('chest'),
+    stages=(Stage(Boxes(RSNA_CLASSES), model=detector_of),),
+    settings=PneumoniaSettings,
+    augment=pneumonia_augment,
+    usable=chest_seen,
+    remedy='Check that it is a frontal chest radiograph',
+    subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection'},
+    shown={'view': 'projection'},
+    outputs={'submission': _submitted},
+    demo=Demo(simulated_opacities, chest_start()
+    | dict(epochs=16, bs=8, width=.25, levels='3,4,5', body_div=1.),
+        patients=500))

@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.pneumothorax.html.md"""
 
 # %% auto #0
 __all__ = ['SHARE', 'PNEUMOTHORAX', 'PneumothoraxSettings', 'outliner', 'caller', 'drawn_rows', 'pneumothorax_augment',
-           'simulated_pneumothoraces', 'pooled_triplet', 'pool_thresholds', 'save_siim']
+           'simulated_pneumothoraces', 'save_siim', 'pooled_triplet', 'pool_thresholds']
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #58074a98
 import json
@@ -112,6 +112,22 @@ def simulated_pneumothoraces(folder, patients: int, seed: int=0, workers: int|No
         width=[m.shape[1] for m in masks], Pneumothorax=there,
         drain=truth.forms.str.contains('drain:').astype(int))
 
+# %% ../../nbs/73_tasks.pneumothorax.ipynb #bcd7bf8c
+def save_siim(
+    predictions: pd.DataFrame, # of `predict`, with `image_id` and `rle`
+    path,                      # the CSV file to write
+) -> pd.DataFrame:
+    """Write `ImageId` and `EncodedPixels` as SIIM-ACR has them, -1 without a mask; films that were not read
+    are left out."""
+    lost = [c for c in ('image_id','rle') if c not in predictions]
+    if lost:
+        raise DataError(f"The predictions have no column {lost[0]!r}",
+            "Give the table of predict with a model of masks")
+    there = predictions[predictions.rle.notna() & (predictions.rle.astype(str)!='')]
+    out = pd.DataFrame({'ImageId': there.image_id.astype(str), 'EncodedPixels': there.rle.astype(str)})
+    save_table(out.reset_index(drop=True), path)
+    return out.reset_index(drop=True)
+
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #253b365b
 _OUTLINE = Stage(Masks('pneumothorax'), 'outline', model=outliner, rows=drawn_rows)
 _CALL = Stage(Masks('pneumothorax', whole=True, start=.8, end=.3), 'call', model=caller, rows=every_row)
@@ -128,6 +144,7 @@ PNEUMOTHORAX = Task(
     remedy='Check that it is a frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection', 'drain': 'drain'},
     shown={'view': 'projection'},
+    outputs={'siim': save_siim},
     demo=Demo(simulated_pneumothoraces, dict(arch='resnet10t', pretrained=False, width=.25, epochs=12,
     lr=3e-3, bs=16),
         patients=600, size=192))
@@ -166,19 +183,3 @@ def pool_thresholds(
         with atomic_path(folder/'bundle.json') as tmp:
             tmp.write_text(json.dumps(meta, indent=1), encoding='utf-8')
     return found
-
-# %% ../../nbs/73_tasks.pneumothorax.ipynb #bcd7bf8c
-def save_siim(
-    predictions: pd.DataFrame, # of `predict`, with `image_id` and `rle`
-    path,                      # the CSV file to write
-) -> pd.DataFrame:
-    """Write `ImageId` and `EncodedPixels` as SIIM-ACR has them, -1 without a mask; films that were not read
-    are left out."""
-    lost = [c for c in ('image_id','rle') if c not in predictions]
-    if lost:
-        raise DataError(f"The predictions have no column {lost[0]!r}",
-            "Give the table of predict with a model of masks")
-    there = predictions[predictions.rle.notna() & (predictions.rle.astype(str)!='')]
-    out = pd.DataFrame({'ImageId': there.image_id.astype(str), 'EncodedPixels': there.rle.astype(str)})
-    save_table(out.reset_index(drop=True), path)
-    return out.reset_index(drop=True)
