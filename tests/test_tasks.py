@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import fails, run_cli
+from forks import Forks
 
 from radiology_ai.core import BundleError, DataError, RadiologyError
 from radiology_ai.metrics.calibration import calibration
@@ -38,7 +39,7 @@ from radiology_ai.tasks.registry import TASKS, evaluate, report, train
 from radiology_ai.tasks.run import alone_in, read_run, run_state
 from radiology_ai.tasks.tree import enforced
 
-TINY = dict(epochs=1, bs=16)
+TINY = dict(epochs=1, bs=16, arch='resnet10t', pretrained=False, weights=None)
 
 
 class Hospital:
@@ -46,7 +47,8 @@ class Hospital:
     def __init__(self, task, folder: Path):
         self.task, self.folder = task, folder
         self.truth = task.demo.simulate(folder/'dicom', 60, 5, 1)
-        self.settings = task.demo.settings | TINY | ({'pretrained': False})
+        self.settings = task.demo.settings | TINY
+        if 'width' in self.settings: self.settings['width'] = .0625 # of a decoder or detector
         self.columns = task.settings(**self.settings).labels
         self.labels = folder/'labels.csv'
         self.truth[['image_id', *self.columns]].to_csv(self.labels, index=False)
@@ -73,17 +75,24 @@ def digests(run: Path) -> dict:
     return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
 
 
-def killed(words, ready, seconds: float=120):
+@pytest.fixture(scope='module')
+def forks():
+    running = Forks()
+    yield running
+    running.close()
+
+
+def killed(forks, words, out, ready, seconds: float=120):
     "Start a command and kill it (SIGKILL) as soon as `ready()`; whether it was still running then."
-    code = 'from radiology_ai.cli import main; main()'
-    process = subprocess.Popen([sys.executable, '-c', code, *map(str, words)], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL)
-    end = time.monotonic() + seconds
-    while process.poll() is None and not ready() and time.monotonic()<end: time.sleep(.002)
-    alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return alive
+    pid, end = forks.start(words, out), time.monotonic() + seconds
+    code = None
+    while code is None and not ready() and time.monotonic()<end:
+        time.sleep(.002)
+        code = forks.ended(pid)
+    if code is None:
+        os.kill(pid, signal.SIGKILL)
+        assert forks.ended(pid, wait=True) in (0, -signal.SIGKILL)
+    return code is None
 
 
 @pytest.mark.slow
@@ -104,25 +113,24 @@ MOMENTS = {'the plan': lambda out: (out/'plan.json').exists(),
 
 @pytest.mark.slow
 @pytest.mark.parametrize('moment', MOMENTS)
-def test_killed_and_called_again_it_ends_the_same(hospital, tmp_path, moment):
+def test_killed_and_called_again_it_ends_the_same(hospital, forks, tmp_path, tmp_path_factory, moment):
     words = hospital.words(tmp_path/'run')
-    killed(words, lambda: MOMENTS[moment](tmp_path/'run'))
-    done = run_cli(*words)
+    killed(forks, words, tmp_path_factory.mktemp('said')/'out', lambda: MOMENTS[moment](tmp_path/'run'))
+    said = forks.run(*words)
     assert digests(tmp_path/'run')==digests(hospital.run.path)
-    assert not list((tmp_path/'run').rglob('.*')) and not (tmp_path/'run'/'fits').exists(), done.stdout
+    assert not list((tmp_path/'run').rglob('.*')) and not (tmp_path/'run'/'fits').exists(), said
     assert [p.name for p in tmp_path.iterdir()]==['run']
 
 
 @pytest.mark.slow
-def test_killed_folds_go_on(hospital, tmp_path):
+def test_killed_folds_go_on(hospital, forks, tmp_path):
     whole = train(hospital.task.name, hospital.store, hospital.labels, tmp_path/'whole', **hospital.settings,
         folds=3)
     words = hospital.words(tmp_path/'run', folds=3)
-    assert killed(
-        words, lambda: (
-        tmp_path/'run'/'fold_0'/'model'/'bundle.json').exists()), 'it ended before it was killed'
+    first = tmp_path/'run'/'fold_0'/'model'
+    assert killed(forks, words, tmp_path/'said', lambda: any(first.rglob('bundle.json'))), 'it ended before it was killed'
     assert run_state(tmp_path/'run')=='begun' and 'not finished' in fails('evaluate', tmp_path/'run')
-    run_cli(*words)
+    forks.run(*words)
     assert digests(tmp_path/'run')==digests(whole.path) and len(list((tmp_path/'run').glob('fold_*')))==3
     tested = whole.predictions[whole.predictions.split=='test']
     assert tested.image_id.is_unique and set(tested.image_id)==set(whole.manifest.image_id)
@@ -186,8 +194,8 @@ def test_a_folder_in_use_a_newer_run_and_a_foreign_folder_are_refused(hospital, 
 
 
 @pytest.mark.slow
-def test_a_run_is_repeated_from_its_folder_alone(hospital, tmp_path):
-    run_cli('train', '--settings', hospital.run.path/'run.toml', '--out', tmp_path/'again')
+def test_a_run_is_repeated_from_its_folder_alone(hospital, forks, tmp_path):
+    forks.run('train', '--settings', hospital.run.path/'run.toml', '--out', tmp_path/'again')
     again = read_run(tmp_path/'again')
     assert again.predictions.drop(columns='path').equals(hospital.run.predictions.drop(columns='path'))
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
