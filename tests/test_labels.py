@@ -430,3 +430,11 @@ def test_identities_are_found_by_what_their_columns_hold():
     missing = match.assign(pid=['r1', None, np.nan])
     assert same_images(a, b.assign(image_id=['2', 'nan', 'None']),
         missing).values.tolist()==[['r1', '2', 'r1', 'x']]
+
+
+def test_the_same_row_twice_is_one_and_another_is_refused():
+    index = pd.DataFrame({'image_id': list('abc'), 'path': [f'{k}.dcm' for k in 'abc'], 'patient_id': list('xyz')})
+    labels = pd.DataFrame({'image_id': list('abc'), 'found': [0, 1, 1]})
+    once = make_manifest(index, labels)
+    assert make_manifest(index, pd.concat([labels, labels])).equals(once) and once.found.tolist()==[0, 1, 1]
+    with pytest.raises(DataError, match='2 times'): make_manifest(index, pd.concat([labels, labels.assign(found=0)]))
