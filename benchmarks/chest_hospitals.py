@@ -34,8 +34,8 @@ def films(args):
         folder = args.out/hospital
         truth = simulate_chests(folder, n=n, seed=31, size=384, hospital=hospital, workers=1, masks=False)
         truth.to_csv(args.out/f'{hospital}.csv', index=False)
-        store = preprocess_folder(folder, args.out/f'{hospital}_{args.size}', recipe('chest', size=args.size), workers=1,
-            show=False)
+        store = preprocess_folder(folder, args.out/f'{hospital}_{args.size}', recipe('chest', size=args.size),
+            workers=1, show=False)
         print(f'hospital {hospital}: {len(store)} films of {n} patients, {time.process_time()-start:.0f} s')
 
 
