@@ -183,7 +183,7 @@ def _whole(box, same, stored, value, upright):
     n,labels,stats,_ = same
     box = [max(0, int(box[0])), max(0, int(box[1])), min(labels.shape[1], int(box[2])),
         min(labels.shape[0], int(box[3]))]
-    x,y,w,h,a = stats.T
+    (x,y,w,h),a = stats.T[:4],stats.T[4]
     fits = (w<=_SHARE*labels.shape[1]) & (h<=_SHARE*labels.shape[0]) & (a>=9)
     fits[0],known = False,{}
     (u,du),(v,dv) = ((x, w), (y, h)) if not upright else ((y, h), (x, w)) # along the line, across it

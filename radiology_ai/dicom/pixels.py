@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.pixels.html.md"""
 # %% auto #0
 __all__ = ['HeldBack', 'used_bits', 'without_unused', 'tidy_pixels']
 
-# %% ../../nbs/18_dicom.pixels.ipynb #39bb3adf
+# %% ../../nbs/18_dicom.pixels.ipynb #331bd5f7
 import imagecodecs
 import numpy as np
 import pydicom
@@ -91,7 +91,7 @@ def _native(ds, path, account):
     elif alloc>8 or not big: _check_drawn(ds, new, path) # no overlay lay in the unused bits
     ds.PixelData = new.tobytes() + b'\0'*(new.nbytes%2)
 
-# %% ../../nbs/18_dicom.pixels.ipynb #5cedb362
+# %% ../../nbs/18_dicom.pixels.ipynb #941cc750
 def _numbers(data, ds, dtype, shape, path):
     "A stream's numbers; for JPEG by what it says itself of its colours."
     if stream_info(data)['kind'] in ('jpeg', 'lossless'):

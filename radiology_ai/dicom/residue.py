@@ -20,7 +20,7 @@ from pydicom.multival import MultiValue
 
 from .profile import CODES, TITLES, VOCABULARY
 
-# %% ../../nbs/18_dicom.residue.ipynb #e1c90a74
+# %% ../../nbs/18_dicom.residue.ipynb #f06748df
 _TWO = dict(zip('äöüåøæœ', ('ae', 'oe', 'ue', 'aa', 'oe', 'ae', 'oe')))
 _ONE = {'ß': 'ss', 'ø': 'o', 'æ': 'ae', 'œ': 'oe', 'đ': 'd', 'ð': 'd', 'þ': 'th', 'ł': 'l', 'ı': 'i',
     'ħ': 'h', 'ŋ': 'n'}
@@ -49,7 +49,7 @@ def folded(
 
 def _plain(text, two=False): return folded(normalize('NFC', text), two)[0]
 
-# %% ../../nbs/18_dicom.residue.ipynb #e1c90a74
+# %% ../../nbs/18_dicom.residue.ipynb #78563ab0
 _GLYPH = r'\u0e00-\u0e7f\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff'
 _ADDRESS = '様|さん|氏|先生|殿|君|ちゃん|씨|님|군|양|女士|小姐|医師|医生'
 _GAP = r'[\W_]*'
@@ -106,7 +106,7 @@ def name_patterns(
                 if len(row)>1 and len(''.join(row))>3: out.add(rf'(?<![^\W\d_]){_in_row(row)}(?![^\W\d_])')
     return out
 
-# %% ../../nbs/18_dicom.residue.ipynb #7c5b916e
+# %% ../../nbs/18_dicom.residue.ipynb #1f9cf061
 _MONTHS = '''january jan janvier januar enero janeiro gennaio januari|
 february feb fevrier februar febrero fevereiro febbraio februari fev fevr|
 march mar mars marz maerz mrz marzo marco maart|april apr avril abril aprile avr abr|
@@ -233,7 +233,7 @@ def byte_forms(
     forms = (v.encode(k, 'ignore' if k=='latin-1' else 'strict') for v in texts for k in encodings)
     return {b for b in forms if len(b)>=5}
 
-# %% ../../nbs/18_dicom.residue.ipynb #7c5b916e
+# %% ../../nbs/18_dicom.residue.ipynb #784e08db
 _NUMERIC = {'DS', 'IS', 'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV', 'AT', 'OB', 'OW', 'OD', 'OF', 'OL',
     'OV', 'SQ', 'UI', 'DA', 'DT', 'TM', 'US or SS', 'OB or OW'}
 _NEVER_EMPTY = {'CodeMeaning', 'CodeValue', 'LongCodeValue', 'CodingSchemeDesignator'}

@@ -17,7 +17,7 @@ import numpy as np
 from .codecs import stream_info
 from .limits import MAX_SEGMENTS
 
-# %% ../../nbs/17_dicom.streams.ipynb #cbee881f
+# %% ../../nbs/17_dicom.streams.ipynb #d5403514
 class Unclear(ValueError): "A stream whose parts cannot be told from each other."
 
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7}
@@ -71,7 +71,7 @@ def _jpeg(data, kind):
         p = end.start()
     raise Unclear('it has too many marker segments')
 
-# %% ../../nbs/17_dicom.streams.ipynb #a54c0483
+# %% ../../nbs/17_dicom.streams.ipynb #3685ff2d
 _J2K = {0x50, 0x51, 0x52, 0x53, 0x55, 0x56, 0x57, 0x58, 0x59, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63} # kept
 _LENGTHS = {0x55, 0x57, 0x58, 0x63} # a decoder can do without them
 # comments that name an encoder and nothing else
@@ -138,7 +138,7 @@ def _jpeg2000(data):
     if not same: main = [s for s in main if s[1]!=0x55]
     return b''.join([data[:2], *main, *parts, b'\xff\xd9']),p + 2
 
-# %% ../../nbs/17_dicom.streams.ipynb #a54c0483
+# %% ../../nbs/17_dicom.streams.ipynb #65038cdb
 def _runs_end(data, p, end, n):
     "Where the runs from byte `p` on have unpacked to `n` bytes."
     while n>0 and p<end:
@@ -166,7 +166,7 @@ def _rle(data, planes, n):
     places = np.cumsum([64, *map(len, out)])[:planes]
     return struct.pack('<16I', planes, *places, *[0]*(15 - planes)) + b''.join(out)
 
-# %% ../../nbs/17_dicom.streams.ipynb #a54c0483
+# %% ../../nbs/17_dicom.streams.ipynb #a80abc17
 _PADDING = 16 # bytes behind the end that stay if they are zero
 
 def stripped(
@@ -185,7 +185,7 @@ def stripped(
     padding = data[:len(new)]==new and len(data) - len(new)<=_PADDING and not any(data[len(new):])
     return (data, len(data)) if padding else (new, end)
 
-# %% ../../nbs/17_dicom.streams.ipynb #345d947d
+# %% ../../nbs/17_dicom.streams.ipynb #0d7b3c0b
 _END = re.compile(rb'[A-Za-z0-9 .,:;/^_=\-]{5,}')      # in the last bytes of a coded part
 _LONG = re.compile(rb'[A-Za-z0-9 .,:;/^_=\-]{15,}')    # anywhere
 _LOOKED = 512 # bytes at the end of a coded part
