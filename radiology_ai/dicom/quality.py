@@ -123,7 +123,7 @@ def sides_disagree(
 
 _DOUBTS = { # what needs attention: why it matters, and what to do
     'unreadable': ('They are lost to training, perhaps not at random',
-        'Copy them again; see tables["unreadable"]'),
+        'Copy them again; see the table of what is unreadable'),
     'pixels damaged': ('The header is whole, the picture is not', 'Copy them again or leave them out'),
     'all pixels equal': ('A blank image teaches nothing, and its label is wrong', 'Leave them out'),
     'same pixels, different patients': ('A split by patient leaks', 'Find out whose image it is; keep one'),

@@ -34,6 +34,7 @@ class Interval(NamedTuple):
     high: float
     def __str__(self):
         return 'n/a' if math.isnan(self.value) else f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+    def __repr__(self): return f"Interval({self})"
 
 NA = Interval(math.nan, math.nan, math.nan)
 
