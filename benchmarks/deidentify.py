@@ -1,17 +1,24 @@
 """Judge the de-identification: every action of the Basic Profile's table, linkage, leaks, burned-in text and speed.
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/deidentify.py [--films 45] [--pictures FOLDER]
+        [--places 1000] [--dciodvfy PATH]
 
 Parts, each printed as a line or a small table:
 1. the table: one made-up element a row of Table E.1-1, at the top and in a sequence, for CR and DX; what came out
    against what the row allows;
 2. a simulated hospital with a planted name, number, date and UID in every row's element: no original byte in the
    output, intervals and references kept;
+5. (`--places`) files with identity in bits, streams, fragments, tails, texts and unlisted elements, as the places of
+   tests/test_identity_reports.py, through `deidentify`: no byte of it in a copy, the picture bit for bit; with
+   `--dciodvfy` (Debian dicom3tools) the kinds of error that copies have and their sources have not;
 3. burned-in text on simulated films (fonts, sizes, polarities, places) and false alarms on films without and on real radiographs.
 """
 import argparse
+import importlib.util
 import io
 import os
+import re
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -297,12 +304,98 @@ def real_test(folder: Path, pictures: Path|None=None) -> dict:
         dicom_with=[n for n, k in found if k])
 
 
+def reports():
+    "The tests of identity, which hold the places."
+    spec = importlib.util.spec_from_file_location('reports',
+        Path(__file__).parent.parent/'tests/test_identity_reports.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def planted_film(r, i: int, gen):
+    """The `i`-th film: its place, the data set, the bytes that must not be found again, and the picture
+    (None: not compared)."""
+    high = int(gen.integers(60, 140)), int(gen.integers(100, 200))
+    a = r.grey(12, *high)
+    told = (r.NAME, b'WINTERBOTTOM', b'MRN', b'17.3.1951')
+    kind = ('jpeg', 'lossless', 'jpegls', 'jpeg2k', 'htj2k', 'rle', 'bits', 'bits in a stream', 'tail',
+        'name', 'date', 'unlisted')[i%12]
+    if kind in ('jpeg', 'lossless', 'jpegls', 'jpeg2k', 'htj2k', 'rle'):
+        places = r.JPEG_PLACES if i%12<3 else r.J2K_PLACES if i%12<5 else r.RLE_PLACES
+        name, b = sorted(places)[(i//12)%len(places)], (a>>4).astype('u1') if kind=='jpeg' else a
+        return f'{kind} {name}', r.stream(kind, b, places[name]), told, r.numbers(r.stream(kind, b))
+    if kind.startswith('bits'):
+        t = cv2.resize(r.letters((120, 160)), a.shape[::-1],
+            interpolation=cv2.INTER_NEAREST)<<int(gen.integers(12, 16))
+        stream = ('lossless', 'jpegls', 'jpeg2k', 'htj2k', 'rle')[(i//12)%5]
+        return kind, r.film(a | t) if kind=='bits' else r.stream(stream, a | t), (), a
+    if kind=='tail':
+        ds = r.film(a)
+        ds.PixelData += r.even(r.TOLD)
+        return kind, ds, told, a
+    if kind=='name':
+        text, name = r.NAMES[(i//12)%len(r.NAMES)]
+        return kind, r.meaning(text, PatientName=name), [w.encode() for w in text.split()[1:]
+            if len(w.encode())>3], None
+    if kind=='date':
+        text = r.DATES[(i//12)%len(r.DATES)]
+        return kind, r.meaning(f'AP born {text}', PatientBirthDate='19510317'), [text.encode()], None
+    inner = Dataset()
+    for k, v in r.UNLISTED.items(): setattr(inner, k, v)
+    return kind, r.film(a, ReferencedImageSequence=Sequence([inner]), **r.UNLISTED), told, a
+
+
+def faults(dciodvfy: str, path: Path) -> set:
+    "The errors that dciodvfy finds in a file, without values."
+    said = subprocess.run([dciodvfy, str(path)], capture_output=True, text=True, errors='replace').stderr
+    return {re.sub(r'[<=(].*', '', line).strip() for line in said.splitlines() if line.startswith('Error')}
+
+
+def places_test(n: int, dciodvfy: str|None=None) -> dict:
+    "Identity in `n` made-up files, a place each: what is found again, pictures that differ, files held back."
+    r, films = reports(), []
+    with tempfile.TemporaryDirectory() as t, disable_value_validation():
+        t = Path(t)
+        (t/'in').mkdir()
+        for i in range(n):
+            films.append(planted_film(r, i, rng(i, 'place')))
+            films[-1][1].SOPInstanceUID = f'1.2.77.1.{i}'
+            pydicom.dcmwrite(t/f'in/{i:05d}.dcm', films[-1][1], enforce_file_format=True)
+        start = time.perf_counter()
+        account = deidentify(t/'in', t/'out', key=b'a benchmark secret', burned_in='keep', show=False)
+        seconds = time.perf_counter() - start
+        left, other, new_faults = [], [], Counter()
+        for row, (place, _, told, picture) in zip(account.itertuples(), films):
+            if row.status!='ok': continue
+            data = (t/'out'/row.path).read_bytes()
+            if any(s in data or s in data.upper() for s in told): left.append(place)
+            if (picture is not None and not np.array_equal(r.numbers(pydicom.dcmread(t/'out'/row.path)),
+                    picture)):
+                other.append(place)
+            # not known to it
+            if (dciodvfy and 'htj2k' not in place and films[row.number
+                    -1][1].file_meta.TransferSyntaxUID!=r.HTJ2K):
+                new_faults.update(faults(dciodvfy, t/'out'/row.path)
+                    - faults(dciodvfy, t/f'in/{row.number:05d}.dcm'))
+        return dict(files=n, ok=int((account.status=='ok').sum()), left=Counter(left),
+            other_picture=Counter(other),
+            not_ok=Counter(zip(account.cause[account.status!='ok'],
+            [f[0] for f, s in zip(films, account.status) if s!='ok'])),
+            files_per_s=round(n/seconds, 1), new_faults=dict(new_faults) if dciodvfy else 'not looked for')
+
+
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--films', type=int, default=45)
     a.add_argument('--pictures', type=Path)
+    a.add_argument('--places', type=int, default=0)
+    a.add_argument('--dciodvfy')
     o = a.parse_args()
     if o.pictures: o.pictures.mkdir(parents=True, exist_ok=True)
+    if o.places:
+        for k, v in places_test(o.places, o.dciodvfy).items(): print(f'5. {k}: {v}', flush=True)
+        return
     right, total, misses = table_test()
     print(f'1. Table E.1-1: {right} of {total} actions right ({right/total:.4%}); misses: {misses[:20] or "none"}', flush=True)
     for k, v in hospital_test().items(): print(f'2. {k}: {v}', flush=True)

@@ -30,6 +30,18 @@ class _During:
         return exec_module
 
 
+class _Quietly(_During):
+    "While the module is imported, warnings that speak to its programmers are not shown."
+    def around(self, run):
+        def exec_module(module):
+            import warnings
+            with warnings.catch_warnings():
+                for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)
+                run(module)
+            if self in sys.meta_path: sys.meta_path.remove(self)
+        return exec_module
+
+
 class _Later(ModuleType):
     "Stands in for a module that is not loaded, and imports it when something of it is asked for."
     def __getattr__(self, name):
@@ -71,5 +83,6 @@ def _no_compiler():
 # networks: where they are called it comes then
 for _one in (_During('gdcm', _no_dl),
         _During('torchvision.ops.roi_align', _later('torch._dynamo.utils', 'is_compile_supported')),
-        _During('timm.models.naflexvit', _no_compiler)):
+        _During('timm.models.naflexvit', _no_compiler),
+        _Quietly('fastai.layers')): # its torch.jit.script is deprecated
     if _one.name not in sys.modules: sys.meta_path.insert(0, _one)

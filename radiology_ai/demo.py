@@ -116,6 +116,7 @@ def run_demo(
         raise RadiologyError(f"The task {task.name!r} has no demonstration", "Train it on your own images")
     fresh_folder(out)
     patients,settings = patients or demo.patients,demo.settings | settings
+    say(_cost(demo, patients, settings, size or demo.size))
     say(f"simulating a hospital of {patients} patients: {out/'hospital'}")
     truth = demo.simulate(out/'hospital', patients, seed, workers)
     store = _prepared(task, out, size or demo.size, workers, say)
@@ -124,6 +125,13 @@ def run_demo(
     say(f"training {settings.get('arch', task.settings().arch)} on {store.recipe.size} x {store.recipe.size} pixels: {out/'run'}")
     run = train(task, store, out/'labels.csv', out/'run', **settings | {'seed': seed})
     return _judge(task, run, store, truth, out, workers=workers, say=say)
+
+def _cost(demo, patients: int, settings: dict, size: int) -> str:
+    "How long a demonstration takes, and how much it writes, roughly."
+    slow = 1. if settings.get('arch')=='resnet10t' else 3. # a larger network
+    seconds = patients*(.08 + slow*.02*settings.get('epochs', 12)*(size/128)**2) + 20
+    return (f"about {max(1, round(seconds/60))} minutes on two cores of a computer with nothing else to do, and "
+        f"{max(10, round(patients*.4, -1)):.0f} MB")
 
 def _prepared(task, out, size, workers, say) -> ImageStore:
     "The index and the store of the simulated folder."

@@ -161,6 +161,17 @@ def _uneven(path, text, sep, exact, why) -> pd.DataFrame:
         for k,cells in enumerate(zip(*rows[1:]))},
         columns=range(len(rows[0])))
 
+def _below_title(text: str) -> str:
+    """A table without lines of one cell above its header, such as a title: the lines below have several cells, all equally
+    many."""
+    lines = [m for m in re.finditer(r'[^\r\n]*(?:\r\n|\n|\r|$)', text[:2**16]) if m[0]]
+    full = [m for m in lines if m[0].strip().strip(_SEPARATORS)][:30]
+    for sep in _SEPARATORS:
+        counts = [len(next(_cells_of(m[0].strip().rstrip(sep), sep), [])) for m in full]
+        k = next((k for k,n in enumerate(counts) if n>1), 0)
+        if 0<k<=5 and len(counts)>k+1 and all(n>1 for n in counts[k:-1]): return text[full[k].start():]
+    return text
+
 def _text_table(path, found, exact) -> pd.DataFrame:
     """The cells of a CSV, '' where empty; row i is line i + 2, and columns are named as in the file, even
     twice."""
@@ -170,7 +181,7 @@ def _text_table(path, found, exact) -> pd.DataFrame:
     whole,text = text,text.lstrip('\r\n')
     first,rest = text[:len('sep=;')].lower(),text[len('sep=;'):].lstrip('\r\n')
     given = first[-1] if first[:-1]=='sep=' and rest else '' # the line that Excel understands
-    text = rest if given else text
+    text = _below_title(rest if given else text)
     above = whole[:len(whole)-len(text)].count('\n')
     header = _HEADER.match(text)[0]
     plain = re.sub('"[^"]*"', '', header)
@@ -279,7 +290,11 @@ def _other_rows(path, kind, sheet) -> tuple[list, list]:
 def _sheet_table(path, kind, sheet) -> pd.DataFrame:
     "The cells of a sheet, '' where empty; row i is its row i + 2."
     rows,merged = _excel_rows(path, sheet) if kind=='xlsx' else _other_rows(path, kind, sheet)
-    head = next((i for i,r in enumerate(rows) if any(c.strip() for c in r)), None)
+    filled = [(i, sum(bool(c.strip()) for c in r)) for i,r in enumerate(rows) if any(c.strip() for c in r)]
+    # a title above the header fills one cell, the header and the row below it several
+    title = next((k for k,(_,n) in enumerate(filled) if n>1), 0)
+    if title>5 or len(filled)<title+2: title = 0
+    head = filled[title][0] if filled else None
     if head is None:
         raise DataError(f"{path.name} is empty", "Give a table with a header line and one line an image")
     width = max(map(len, rows))

@@ -6,8 +6,8 @@ Docs: https://lluissalord.github.io/radiology_ai/data.labels.html.md"""
 
 # %% auto #0
 __all__ = ['SCHATZKER', 'KELLGREN_LAWRENCE', 'MANIFEST', 'Grade', 'contradicting_rows', 'find_problems', 'manifest_problems',
-           'validate_manifest', 'make_manifest', 'missing_rows', 'Dataset', 'with_sizes', 'make_dataset', 'files_below',
-           'find_images']
+           'validate_manifest', 'named_columns', 'make_manifest', 'missing_rows', 'Dataset', 'with_sizes',
+           'make_dataset', 'files_below', 'find_images']
 
 # %% ../../nbs/30_data.labels.ipynb #40759246
 import os
@@ -21,6 +21,7 @@ import pandas as pd
 from ..core import DataError
 from .cells import Problem, name_rows, problem_table, refuse
 from radiology_ai.data.words import (
+    bare_name,
     find_column,
     is_blank,
     is_nobody,
@@ -147,12 +148,22 @@ def _match_paths(images, labels) -> np.ndarray:
     lengths = sorted({len(p) for p in ends}, reverse=True)
     for i,p in enumerate(images):
         out[i] = next((ends[p[-n:]] for n in lengths if n<=len(p) and p[-n:] in ends), -1)
-    for short in (lambda p: p[-1], lambda p: p[-1].rsplit('.', 1)[0]):
+    for short in (lambda p: p[-1], _stem, lambda p: _stem(p).casefold(), _unpadded):
         taken = set(out[out>=0])
         rest = [i for i in np.flatnonzero(out<0) if images[i]]
         by_name = _unique({i: short(p) for i,p in enumerate(labels) if p and i not in taken})
         for name,i in _unique({i: short(images[i]) for i in rest}).items(): out[i] = by_name.get(name, -1)
     return out
+
+def _stem(parts) -> str:
+    "The name of a file without its suffix; of a name that is only a number, all of it."
+    stem,_,end = parts[-1].rpartition('.')
+    return stem if stem and not end.isdecimal() else parts[-1]
+
+def _unpadded(parts) -> str:
+    "As a spreadsheet leaves it: a number without the zeros in front."
+    stem = _stem(parts).casefold()
+    return stem.lstrip('0') if stem.isdecimal() and stem.strip('0') else stem
 
 def _unique(names: dict) -> dict:
     "{number: name} as {name: number}, names that occur twice left out."
@@ -251,18 +262,60 @@ def _best_key(df, labels, on) -> tuple[tuple, np.ndarray]:
         return (column, target), _match(df, labels, column, target)
     keys = list(dict.fromkeys((match_column(labels, c), target) for c,target in _KEYS))
     keys = [k for k in keys if k[0] is not None]
-    if not keys:
-        raise DataError("The labels have no column that names an image (columns: "
-            f"{', '.join(map(str, labels.columns))})",
-            "Add image_id or path, or say on=(label column, manifest column)")
+    found,errors = _matches(df, labels, keys)
+    best = max(found, key=_hits, default=None)
+    if best is not None and _hits(best) or errors: # a column that names images, though badly, is the one that is meant
+        if best is None or not _hits(best): raise errors[0]
+        return best
+    other = _telling_column(df, labels, [k[0] for k in keys])
+    if other is not None: return other
+    if best is not None: return best
+    raise DataError(f"The labels have no column that names an image (columns: {', '.join(map(str, labels.columns))})",
+        "Add image_id or path, or say on=(label column, manifest column)")
+
+def _hits(found) -> int:
+    "Images that have a label."
+    return int((found[1]>=0).sum())
+
+def _matches(df, labels, keys) -> tuple[list, list]:
+    "What each pair of columns gives, and the errors of the others."
     found,errors = [],[]
     for k in keys:
         try: found.append((k, _match(df, labels, *k)))
         except DataError as e: errors.append(e)
-    if not found: raise errors[0]
-    best = max(found, key=lambda o: (o[1]>=0).sum())
-    if errors and not (best[1]>=0).any(): raise errors[0]
-    return best
+    return found,errors
+
+def _telling_column(df, labels, tried):
+    "The one other column of text whose cells are names of images in at least half of the rows; None without."
+    others = [c for c in labels if c not in tried and not pd.api.types.is_float_dtype(labels[c])
+        and not is_blank(labels[c]).all() and text_ids(labels[c]).nunique()>=.5*len(labels)]
+    found,_ = _matches(df, labels, [(c, t) for c in others for t in ('image_id', 'path')])
+    found = [o for o in found if _hits(o)>=max(2, .5*len(labels))]
+    columns = {o[0][0] for o in found}
+    return max(found, key=_hits) if len(columns)==1 else None
+
+# what a column of patients is called, where the files themselves name none
+_PATIENTS = ('patient', 'patientnumber', 'patientno', 'patientnr', 'patientcode', 'patientuid', 'patid', 'pid', 'mrn',
+    'subject', 'subjectid', 'paciente', 'idpaciente')
+
+def _patients_by_another_name(df, labels) -> pd.DataFrame:
+    "`labels` whose one column of patients is called so, where neither files nor labels have a `patient_id`."
+    if 'patient_id' in labels or not is_nobody(df.patient_id).all(): return labels
+    found = [c for c in labels if bare_name(c) in _PATIENTS]
+    return labels.rename(columns={found[0]: 'patient_id'}) if len(found)==1 else labels
+
+def named_columns(
+    labels: pd.DataFrame,    # a table of labels
+    image: str|None=None,    # its column that names the images; None: a usual one
+    patient: str|None=None,  # its column that names the patients; None: patient_id, or that of the files
+) -> pd.DataFrame:
+    "The table whose columns of images and patients are called `image_id` and `patient_id`. Raises `DataError`."
+    for given,name,others in ((image, 'image_id', {'image_id', *(match_column(labels, c) for c,_ in _KEYS)}),
+            (patient, 'patient_id', {match_column(labels, 'patient_id')})):
+        if given is None: continue
+        column = find_column(labels, given, of='The labels have')
+        labels = labels.drop(columns=[c for c in labels if c in others and c!=column]).rename(columns={column: name})
+    return labels
 
 # %% ../../nbs/30_data.labels.ipynb #fe23f344
 def make_manifest(
@@ -274,7 +327,9 @@ def make_manifest(
     """One row for each readable image: the columns of a manifest, what the index knew, and the labels (NaN
     where there is none)."""
     df = _base(index)
-    if labels is not None and len(labels): df = _join(df, _usual_names(labels.reset_index(drop=True)), on)
+    if labels is not None and len(labels):
+        labels = _patients_by_another_name(df, _usual_names(labels.reset_index(drop=True)))
+        df = _join(df, labels, on)
     elif labels is not None: raise DataError("The table of labels is empty", "Give one row an image")
     if (lost := is_nobody(df.patient_id)).any():
         if no_patient=='drop':

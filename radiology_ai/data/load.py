@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import IntToFloatTensor
+from fastai.data.transforms import CategoryMap, IntToFloatTensor
 from fastai.torch_core import default_device
 from fastai.vision.core import TensorImage
 from fastai.vision.data import get_grid
@@ -61,6 +61,10 @@ class XrayDL(TfmdDL):
         return (b for k,b in enumerate(self.batch_rows) if k%self.num_workers==self.offs)
     def create_item(self, rows): return self.dataset.batch(rows)
     def do_batch(self, b): return self.before_batch(b)
+    @property
+    def vocab(self) -> CategoryMap|None:
+        "The names of the classes or labels, in fastai's form."
+        return None if self.dataset.vocab is None else CategoryMap(self.dataset.vocab, sort=False)
     def one_batch(self):
         epoch = self.epoch
         try: return super().one_batch()
@@ -78,6 +82,29 @@ class XrayDL(TfmdDL):
             if region is not None: self.dataset.regions.draw(ax, region, k)
             if y and self.dataset.vocab is not None:
                 write_text(ax.set_title, self.dataset.title(y[0][k].cpu()), fontsize=9)
+
+    def show_results(self, b, out, max_n: int=9, *, nrows=None, ncols=None, figsize=None, **kwargs):
+        """Draw images with what is true and below it what a network says, red where they differ; masks that it says are
+        dashed."""
+        x,*y = b
+        views,n = self.dataset.views.shape[1],min(max_n, len(x))
+        out = out[-1] if isinstance(out, tuple) else out
+        region = y.pop(0) if self.dataset.regions is not None else None
+        for k,ax in zip(range(n), np.ravel(get_grid(n, nrows, ncols, figsize=figsize))):
+            ax.imshow(np.hstack(x[k, :views].as_subclass(torch.Tensor).cpu().float().numpy()), cmap='gray',
+                vmin=0, vmax=1)
+            ax.set_axis_off()
+            said = out[k].as_subclass(torch.Tensor).cpu()
+            if region is not None:
+                self.dataset.regions.draw(ax, region, k)
+                for plane in np.asarray(said).reshape(-1, *x.shape[-2:]):
+                    if (plane>0).any():
+                        ax.contour(plane>0, [.5], colors='white', linewidths=.8, linestyles='dashed')
+                continue
+            said = self.dataset.title(said)
+            true = self.dataset.title(y[-1][k].as_subclass(torch.Tensor).cpu()) if y else said
+            write_text(ax.set_title, f'{true}\n{said}' if y else said, fontsize=9,
+                color='black' if said==true or true=='unknown' else 'red')
 
     def new(self, dataset=None, cls=None, shuffle=None, **kwargs):
         """A loader over the same images with the same transforms; in order, without the sampler, for
@@ -147,17 +174,31 @@ class XrayDataLoaders(DataLoaders):
         super().__init__(*loaders, **kwargs)
         self.store,self.labels = store,labels
         self.channels,self.views,self.ordinal = channels,views,ordinal
+    @property
+    def vocab(self) -> list|None:
+        "The names of the classes or labels."
+        return self.train_ds.vocab
     def test_dl(self,
         rows,                     # rows of a manifest or of the store's index
         with_labels: bool=False,  # with targets
         bs: int|None=None,        # images in a batch; None: that of the training
+        *,
+        process=None, rm_type_tfms=None, num_workers: int=0, # fastai's: the last is `workers`
         **kwargs                  # workers, device as in `xray_test_dl`
     ) -> XrayDL:
         "A loader of other images of the same store in their order."
         if self.views is not None: rows = study_rows(rows, self.views, all_views=False)
         given = (dict(labels=self.labels, vocab=list(self.vocab) if self.labels is not None else None,
             regions=self.train_ds.regions) if with_labels else {})
-        return xray_test_dl(self, rows, bs or self.train.bs, **given, **kwargs)
+        return xray_test_dl(self, rows, bs or self.train.bs, **given | {'workers': num_workers} | kwargs)
+
+    def __repr__(self):
+        parts = ' and '.join(f"{len(dl.dataset)} images {name}"
+            for dl,name in zip(self.loaders, ('to train', 'to validate')))
+        what = self.labels if self.labels is not None else getattr(self.train_ds.regions, 'vocab', '')
+        kinds = f", classes {', '.join(map(str, self.vocab))}" if isinstance(self.labels, str) else ''
+        size = ' x '.join(map(str, self.train_ds.shape))
+        return f"XrayDataLoaders({parts} of {size}, bs={self.train.bs}, labels {what!r}{kinds})"
 
 # %% ../../nbs/35_data.load.ipynb #2ac79b4b
 def training_rows(

@@ -33,13 +33,19 @@ def _grey8(stored):
     noisy = bool(np.median(cv2.absdiff(grey, smooth))>=_NOISE)
     return (cv2.medianBlur(grey, 5) if noisy else grey),noisy
 
-def _pieces(grey, extreme, k):
-    """The top-hat, and bright strokes narrower than `k` pixels as a dict of equally long arrays: x, y, w, h,
-    a(rea), sw (stroke width), v(alue), t (contrast), e (share of extreme values)."""
+def _flat(stored, tolerance):
+    "Where the values of 3 x 3 pixels are as good as one."
+    a = stored.astype(np.float32)
+    return cv2.dilate(a, np.ones((3, 3))) - cv2.erode(a, np.ones((3, 3)))<=tolerance
+
+def _pieces(grey, extreme, k, flat=None):
+    """The top-hat, and bright strokes narrower than `k` pixels (of one value, where `flat` says so) as a dict of equally
+    long arrays: x, y, w, h, a(rea), sw (stroke width), v(alue), t (contrast), e (share of extreme values)."""
     padded = cv2.copyMakeBorder(grey, k, k, k, k, cv2.BORDER_REPLICATE)
     top = np.ascontiguousarray(cv2.morphologyEx(padded, cv2.MORPH_TOPHAT, np.ones((k, k), np.uint8))[k:-k,
         k:-k])
-    mask = ((top>_LEAST) | (top>_FAINT) & extreme).astype(np.uint8)
+    mask = (top>_LEAST) | (top>_FAINT) & extreme
+    mask = (mask if flat is None else mask & flat).astype(np.uint8)
     n,labels,stats,_ = cv2.connectedComponentsWithStats(mask, connectivity=8, ltype=cv2.CV_32S)
     w,h,a = stats[1:, 2:].T
     short,long = np.minimum(w, h),np.maximum(w, h)
@@ -125,31 +131,105 @@ def _grown(top, grey, stored, box, value, *, tolerance):
     m = .3*height + 1
     return x1 - m,y1 - m,x2 + m,y2 + m
 
+_RIM = .06       # of the range of values, by which letters differ from what is around them
+_LARGE = (2, 4, 8)  # large type is looked for in the picture at so many times a smaller scale
+_SHARE = .4      # of the picture's height and width: what is larger is no letter
+
+def _typed(g, extreme, stored, tolerance, flat=None):
+    "Boxes of lines of bright letters, each with the stored value of its type."
+    for k in _KERNELS:
+        top,p = _pieces(g, extreme, k, flat)
+        best = np.argsort(-p['t'], kind='stable')[:_MOST]
+        p = {key: v[best] for key,v in p.items()}
+        for upright in (False, True):
+            q = p if not upright else p | dict(x=p['y'], y=p['x'], w=p['h'], h=p['w'])
+            keep = (q['h']>=6) & (q['h']<=6*k) & (q['w']<=8*q['h'])
+            q = {key: v[keep] for key,v in q.items()}
+            for s in _chains(q) if keep.sum()>1 else ():
+                if not _is_type(q, s): continue
+                turn = np.transpose if upright else np.asarray
+                core = (q['x'][s].min(), q['y'][s].min(), (q['x'] + q['w'])[s].max(),
+                    (q['y'] + q['h'])[s].max())
+                b = _grown(turn(top), turn(g), turn(stored), core, np.median(q['v'][s]), tolerance=tolerance)
+                a,t = (turn(m)[int(core[1]):int(core[3]), int(core[0]):int(core[2])] for m in (stored, top))
+                yield ((b[1], b[0], b[3], b[2]) if upright
+                    else b),float(np.median(a[t>_LEAST] if (t>_LEAST).any() else a)),upright
+
+def _large(stored, grey, scale, tolerance):
+    """As `_typed` of bright and dark letters that are too large for the kernels, if they are of one value
+    throughout."""
+    small = lambda a: cv2.resize(a, None, fx=1/scale, fy=1/scale, interpolation=cv2.INTER_AREA)
+    flat = small(_flat(stored, tolerance).astype(np.float32))>.5
+    g = small(grey)
+    s = small(stored.astype(np.float32))
+    if min(g.shape)<24: return
+    for h in (g, 255 - g):
+        for b,v,upright in _typed(h, flat, s, tolerance, flat):
+            across = b[0]<=0 and b[2]>=g.shape[1] or b[1]<=0 and b[3]>=g.shape[0] # a frame, or a step of a test pattern
+            if not across: yield tuple(scale*c for c in b),v,upright
+
+def _stands_out(labels, i, stored, value, box):
+    "Is the piece `i` of the mask another value than what is around it, on most of its rim?"
+    x,y,w,h = box
+    cut = slice(max(0, y - 4), y + h + 4),slice(max(0, x - 4), x + w + 4)
+    own = (labels[cut]==i).astype(np.uint8)
+    rim = cv2.dilate(own, np.ones((7, 7), np.uint8)) - cv2.dilate(own, np.ones((3, 3), np.uint8))>0
+    around = np.abs(stored[cut][rim].astype(np.float32) - value)
+    return len(around)>0 and (around>_RIM*np.ptp(stored[::4, ::4])).mean()>.6
+
+def _whole(box, same, stored, value, upright):
+    """The box with all of each letter that it cuts, and with the letters that continue its line: pieces of the mask
+    `same` that stand out."""
+    n,labels,stats,_ = same
+    box = [max(0, int(box[0])), max(0, int(box[1])), min(labels.shape[1], int(box[2])),
+        min(labels.shape[0], int(box[3]))]
+    (x,y,w,h),a = stats.T[:4],stats.T[4]
+    fits = (w<=_SHARE*labels.shape[1]) & (h<=_SHARE*labels.shape[0]) & (a>=9)
+    fits[0],known = False,{}
+    (u,du),(v,dv) = ((x, w), (y, h)) if not upright else ((y, h), (x, w)) # along the line, across it
+    (u1,u2),(v1,v2) = ((0, 2), (1, 3)) if not upright else ((1, 3), (0, 2))
+    for _ in range(64):
+        high = .6*(box[v2] - box[v1])
+        touch = (x<box[2]) & (x + w>box[0]) & (y<box[3]) & (y + h>box[1])
+        inside = (x>=box[0]) & (x + w<=box[2]) & (y>=box[1]) & (y + h<=box[3])
+        middle = v + dv/2
+        next_to = (middle>box[v1]) & (middle<box[v2]) & (dv>=.2*high) & (dv<=2.4*high) & (u<box[u2]
+            + 1.6*high) & (u + du>box[u1] - 1.6*high)
+        for i in np.flatnonzero(fits & ~inside & (touch | next_to)):
+            if i not in known: known[i] = _stands_out(labels, i, stored, value, stats[i, :4])
+        ids = [i for i in np.flatnonzero(fits & ~inside & (touch | next_to)) if known[i]]
+        if not ids: break
+        box = [min(box[0], x[ids].min()), min(box[1], y[ids].min()), max(box[2], (x + w)[ids].max()),
+            max(box[3], (y + h)[ids].max())]
+    return box
+
 def find_text(
     stored: np.ndarray, # (H, W) stored integers or grey values
 ) -> np.ndarray:
     """Boxes (N, 4) of lines of 3 letters or more as x1 y1 x2 y2 in whole stored pixels (x2, y2 not included),
     level or upright type, bright or dark."""
-    (grey,noisy),boxes = _grey8(stored),[]
-    lo,hi = float(stored.min()),float(stored.max())
+    (grey,noisy),boxes,masks = _grey8(stored),[],{}
+    lo,hi,tolerance = float(stored.min()),float(stored.max()),.005*np.ptp(stored[::4, ::4])
+    found = []
     for g,extreme in ((grey, (not noisy) & (stored>=hi - .03*(hi - lo))),
             (255 - grey, (not noisy) & (stored<=lo + .03*(hi - lo)))):
-        for k in _KERNELS:
-            top,p = _pieces(g, extreme, k)
-            best = np.argsort(-p['t'], kind='stable')[:_MOST]
-            p = {key: v[best] for key,v in p.items()}
-            for upright in (False, True):
-                q = p if not upright else p | dict(x=p['y'], y=p['x'], w=p['h'], h=p['w'])
-                keep = (q['h']>=6) & (q['h']<=6*k) & (q['w']<=8*q['h'])
-                q = {key: v[keep] for key,v in q.items()}
-                for s in _chains(q) if keep.sum()>1 else ():
-                    if not _is_type(q, s): continue
-                    turn = np.transpose if upright else np.asarray
-                    b = _grown(turn(top), turn(g), turn(stored),
-                        (q['x'][s].min(), q['y'][s].min(), (q['x'] + q['w'])[s].max(),
-                        (q['y'] + q['h'])[s].max()), np.median(q['v'][s]), tolerance=.005*np.ptp(stored[::4, ::4]))
-                    boxes.append((b[1], b[0], b[3], b[2]) if upright else b)
-    return _merged(np.array(boxes).reshape(-1, 4), stored.shape)
+        found += _typed(g, extreme, stored, tolerance)
+    for scale in _LARGE: found += _large(stored, grey, scale, tolerance)
+    for first,value,upright in found:
+        key = round(value)
+        if key not in masks:
+            same = np.abs(stored.astype(np.float32) - value)<=tolerance
+            masks[key] = cv2.connectedComponentsWithStats(same.astype(np.uint8), connectivity=8,
+                ltype=cv2.CV_32S)
+        box = _whole(first, masks[key], stored, value, upright)
+        # which way it runs is not told yet
+        if max(box[2] - box[0], box[3] - box[1])<3*min(box[2] - box[0], box[3] - box[1]):
+            box = _whole(box, masks[key], stored, value, not upright)
+        large = (box[2] - box[0])*(box[3] - box[1])>.35*stored.size # no line
+        boxes.append(first if large else box)
+    whole,bare = (_merged(np.array(b).reshape(-1, 4), stored.shape) for b in (boxes, [f[0] for f in found]))
+    area = lambda b: float(np.prod(b[:, 2:] - b[:, :2], axis=1).sum())
+    return bare if area(whole)>.5*stored.size>area(bare) else whole # what has grown over half of the picture is no line
 
 def _merged(boxes, shape):
     "Boxes that overlap as one, within the picture, in whole pixels."

@@ -44,6 +44,7 @@ def content(name):
 
 def openjph(name): return imagecodecs.htj2k_decode(content(name)).tobytes()
 def jpeg2k(name): return imagecodecs.jpeg2k_decode(content(name)).tobytes()
+def jpegxl(name): return imagecodecs.jpegxl_decode(content(name), numthreads=1).tobytes()
 
 def by_gdcm(name):
     r = gdcm.ImageReader(); r.SetFileName(name)
@@ -58,7 +59,7 @@ for line in sys.stdin:
     try:
         alarm(int(seconds)) # whoever asked may have been killed
         if int(memory): allow(taken() + int(memory))
-        b = dict(openjph=openjph, jpeg2k=jpeg2k, gdcm=by_gdcm)[decoder](name)
+        b = dict(openjph=openjph, jpeg2k=jpeg2k, jpegxl=jpegxl, gdcm=by_gdcm)[decoder](name)
     except Exception: b = None
     finally:
         alarm(0)
@@ -69,7 +70,7 @@ for line in sys.stdin:
 """
 
 class Child:
-    "gdcm, OpenJPH and OpenJPEG in a child process."
+    "gdcm, OpenJPH, OpenJPEG and libjxl in a child process."
     def __init__(self): self.process,self.owner,self.lock = None,0,threading.Lock()
 
     def _start(self):
@@ -94,7 +95,7 @@ class Child:
         self.process = None
 
     def decode(self,
-        decoder: str,     # gdcm, openjph or jpeg2k
+        decoder: str,     # gdcm, openjph, jpeg2k or jpegxl
         file: bytes,      # a DICOM file of one frame (gdcm), or a stream
         seconds: float=20,# after which it is ended; its start does not count
         memory: int=0,    # bytes that it may take; 0: 4 GB

@@ -422,10 +422,24 @@ def show(self:Exploration):
 
 @patch
 def _repr_html_(self:Exploration):
-    t = self.attention
+    return f"<p><b>{html.escape(repr(self))}</b></p>{_first_tables(self)}"
+
+def _first_tables(e) -> str:
+    "The overview and what needs attention."
+    t = e.attention
     if 'share' in t: t = t.assign(share=t.share.map('{:.1%}'.format))
-    tables = self.tables['overview'].to_html(index=False) + t.to_html(index=False)
-    return f"<p><b>{html.escape(repr(self))}</b></p>{tables}"
+    return _wide(e.tables['overview']) + (_wide(t) if len(t) else '<p>Nothing needs attention.</p>')
+
+def _wide(t) -> str:
+    "A table that can be pushed sideways where the page is narrow; a shadow at its edge says so."
+    return f'<div class="wide">{t.to_html(index=False, na_rep="")}</div>'
+
+_STYLE = (':root{color-scheme:light}body{font:15px/1.45 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}'
+    'table{border-collapse:collapse;font-size:13px}td,th{padding:2px 9px;border-bottom:1px solid #ddd;text-align:left}'
+    'img{max-width:100%}.wide{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,#fff 30%,#fff0),'
+    'linear-gradient(270deg,#fff 30%,#fff0) 100% 0,linear-gradient(90deg,#0003,#0000),linear-gradient(270deg,#0003,#0000) 100% 0;'
+    'background-size:40px 100%,40px 100%,12px 100%,12px 100%;background-repeat:no-repeat;'
+    'background-attachment:local,local,scroll,scroll}')
 
 def _readable(t):
     "A table whose texts are harmless."
@@ -437,11 +451,9 @@ def to_html(self:Exploration,
 ) -> Path:
     "Writes tables and figures as one page that needs nothing else. Paths are left out of it."
     import matplotlib.pyplot as plt
-    parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>What is in this '
-        'folder?</title><style>body{font:15px/1.45 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}'
-             'table{border-collapse:collapse;font-size:13px}td,th{padding:2px 9px;border-bottom:1px solid '
-             '#ddd;text-align:left}img{max-width:100%}</style><h1>What is in this folder?</h1>',
-             self._repr_html_()]
+    parts = ['<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>What is in this folder?</title>'
+        f'<style>{_STYLE}</style><h1>What is in this folder?</h1>', _first_tables(self)]
     for name,fig in self.figures().items():
         buffer = io.BytesIO()
         fig.savefig(buffer, format='png', dpi=110)
@@ -451,7 +463,7 @@ def to_html(self:Exploration,
     for name,t in self.tables.items():
         if name not in ('overview', 'duplicates'):
             t = t.drop(columns='example', errors='ignore').head(60).round(3)
-            parts.append(f"<h2>{name}</h2>{_readable(t).to_html(index=False)}")
+            parts.append(f"<h2>{name}</h2>{_wide(_readable(t))}")
     with atomic_path(path) as p: p.write_text('\n'.join(parts), encoding='utf-8')
     return Path(path)
 

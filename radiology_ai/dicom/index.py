@@ -13,9 +13,11 @@ import os
 import warnings
 import zlib
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from struct import Struct
 from struct import error as struct_error
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import pandas as pd
@@ -23,15 +25,20 @@ from pydicom.config import disable_value_validation
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
 from pydicom.tag import Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ..core import NO_MEMORY, DataError, DicomError, atomic_path, own_fault
-from .file import file_kind, pixel_limit
+from .codecs import COMPRESSED, NATIVE, unsupported
+from .file import GZIP, check_order, file_kind, inflater, open_parts, pixel_limit, read_head
 from radiology_ai.dicom.limits import (
     MAX_DEPTH,
     MAX_ELEMENTS,
     MAX_FRAGMENTS,
     MAX_FRAMES,
+    MAX_INFLATED,
+    MAX_PIXELS,
     MAX_VALUE,
     NOT_UTF8,
     NotAFile,
@@ -41,7 +48,17 @@ from radiology_ai.dicom.limits import (
     text_codecs,
 )
 from .read import read_header
-from .tags import TAGS, laterality, spacing, tags_of, view
+from radiology_ai.dicom.tags import (
+    TAGS,
+    apply_frame,
+    code_string,
+    item_of,
+    laterality,
+    spacing,
+    tags_of,
+    value_of,
+    view,
+)
 from ..names import file_label, note_files, note_ids
 from ..parallel import run_parallel
 
@@ -72,6 +89,47 @@ def _files_of(folder) -> list[str]:
             "Give a folder with DICOM, PNG, JPEG or TIFF files")
     return out
 
+_PICTURES = ('.dcm', '.dicom', '.ima', '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.dcm.gz', '.zip')
+
+def _begins_as_image(head, packed=2):
+    "Are these the first bytes of an image, or of one that is packed so often at most?"
+    if head[:2]==GZIP:
+        if not packed: return False
+        try: return _begins_as_image(zlib.decompressobj(31).decompress(head, 2**12), packed - 1)
+        except zlib.error: return False
+    if head[257:262]==b'ustar':
+        name = head[:100].rstrip(b'\0').decode('latin-1').lower()
+        return name.endswith(_PICTURES) or head[640:644]==b'DICM'
+    bare = head[:2]==b'\x08\0' and head[3:4]==b'\0' and (head[4:6] in _EXPLICIT or head[6:8]==b'\0\0')
+    if not (bare or head[128:132]==b'DICM' or head[:2] in (b'\x89P', b'\xff\xd8', b'II', b'MM', b'\2\0')): return False
+    try: return file_kind('', head) in ('dicom', 'still')
+    except DicomError: return False
+
+def _zip_of_images(f, size):
+    "May a zip file hold images? Its list of files tells, or where that is not told their first bytes."
+    f.seek(max(0, size - 2**16))
+    tail = f.read(2**16)
+    end = tail.rfind(b'PK\5\6')
+    if end<0 or int.from_bytes(tail[end+12:end+16], 'little')>2**22: return True
+    try:
+        with ZipFile(f) as z:
+            members = [o for o in z.infolist() if not o.is_dir()]
+            names = [o.filename.rsplit('/', 1)[-1].lower() for o in members]
+            if any(n.endswith(_PICTURES) or n=='dicomdir' for n in names): return True
+            plain = [o for o,n in zip(members, names) if '.' not in n]
+            if any(o.flag_bits & 1 or o.compress_type not in (0, 8) for o in plain): return True
+            return any(_begins_as_image(z.open(o).read(644)) for o in plain[:16])
+    except (BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, zlib.error): return True
+
+def _is_image(path, suffix):
+    "Does a file hold an image, or images that are packed, whose name says that it holds none?"
+    try:
+        with open_regular(path, 0) as f:
+            head = f.read(2**12 if suffix=='.gz' else 644)
+            if suffix=='.zip': return head[:2]==b'PK' and _zip_of_images(f, os.fstat(f.fileno()).st_size)
+            return _begins_as_image(head)
+    except OSError: return False
+
 def _below(folder):
     "The files in a folder and its subfolders; links to folders are not followed."
     todo = [folder]
@@ -84,15 +142,16 @@ def _below(folder):
             continue
         for o in entries:
             if o.is_dir(follow_symlinks=False): todo.append(o.path)
-            elif (o.name[0]!='.' and os.path.splitext(o.name)[1].lower() not in _NO_IMAGE
-                    and o.name.upper()!='DICOMDIR' and not (o.is_symlink() and os.path.isdir(o.path))):
-                yield o.path
+            elif o.name[0]!='.' and o.name.upper()!='DICOMDIR' and not (o.is_symlink() and os.path.isdir(o.path)):
+                suffix = os.path.splitext(o.name)[1].lower()
+                if suffix not in _NO_IMAGE or _is_image(o.path, suffix): yield o.path
 
 # %% ../../nbs/15_dicom.index.ipynb #0e42c345
 _PIECE = 2**14        # bytes of a file that are read at once
-_INFLATED = 2**22     # bytes of a deflated header
 _TAGS = {tag_for_keyword(k): (k, dictionary_VR(k)) for k in TAGS}
-_WANTED = {t: vr.encode() for t,(_,vr) in _TAGS.items()} | {0x00080005: b'CS', 0x00020010: b'UI'}
+_GROUPS = 0x52009230,0x52009229 # of the frames, and shared by them
+_WANTED = ({t: vr.encode() for t,(_,vr) in _TAGS.items()} | {0x00080005: b'CS', 0x00020010: b'UI'}
+    | dict.fromkeys(_GROUPS, b'SQ'))
 _LONG = {b'OB', b'OW', b'OF', b'OD', b'OL', b'OV', b'SQ', b'UC', b'UN', b'UR', b'UT', b'SV', b'UV'}
 _OPEN = 0xFFFFFFFF
 _ITEM_END,_SEQUENCE_END = 0xFFFEE00D,0xFFFEE0DD
@@ -115,9 +174,9 @@ class _Inflated(_Source):
     "The deflated data set that begins at byte `start`, inflated as far as it is asked for."
     def __init__(self, file, start):
         super().__init__(file, 2**63)
-        self.z,self.out,self.next = zlib.decompressobj(-zlib.MAX_WBITS),bytearray(),start
+        self.z,self.out,self.next = inflater(_Source.at(self, start, 2)),bytearray(),start
     def at(self, p, n=_PIECE):
-        if p+n>_INFLATED: raise _Fault(f'the deflated header is longer than {_INFLATED} bytes')
+        if p+n>MAX_INFLATED: raise _Fault(f'the deflated header is longer than {MAX_INFLATED} bytes')
         while len(self.out)<p+n and not self.z.eof:
             raw = self.z.unconsumed_tail or _Source.at(self, self.next)
             if not self.z.unconsumed_tail: self.next += len(raw)
@@ -126,6 +185,16 @@ class _Inflated(_Source):
             if not raw and not more: break
             self.out += more
         return bytes(self.out[p:p+n])
+    def reach(self, end):
+        "As far as it inflates, up to byte `end`; what lies behind the header is not kept."
+        have = len(self.out)
+        while have<end and not self.z.eof:
+            raw = self.z.unconsumed_tail or _Source.at(self, self.next, 2**18)
+            if not raw: break
+            if not self.z.unconsumed_tail: self.next += len(raw)
+            try: have += len(self.z.decompress(raw, min(2**20, end - have)))
+            except zlib.error as e: raise _Fault('the deflated data set is damaged') from e
+        return have
 
 def _skip(source, p, modes, little, steps):
     """The position behind a value of undefined length that begins at `p`; `modes` tells for each open level
@@ -176,6 +245,7 @@ def _walk(source, p, implicit, little, stop):
             if vr in _LONG: n,v = u4(data, v)[0],p + 12
             elif not b'AA'<=vr<=b'ZZ': (g,e,n),vr = implicit_form(data, p),None
         tag = g<<16|e
+        if implicit and tag in _STOPS and data[p+4:p+6] in _LONG: n,v = u4(data, p+8)[0],p + 12
         if stop(tag): return found,odd,base + p,-1 if tag==_ITEM_END else base + v,n
         first = base + v
         if n==_OPEN:
@@ -200,21 +270,23 @@ def scan_header(
     size: int, # its length in bytes
 ) -> dict:
     """Raw `values` and `odd` types by tag, `implicit`, `little`, `syntax`, and where the pixel data's value
-    begins (`at`; -1: none), its `length` and the `size` of what holds it."""
+    begins (`at`; -1: none), its `length` and the `size` of what holds it; of a deflated file a function that gives
+    it up to a byte."""
     source = _Source(file, size)
     head = source.at(0, 140)
     p = 132 if head[128:132]==b'DICM' else 0
     try:
         meta,_,p,*_ = _walk(source, p, not _letters(head[p+4:p+6]), True, lambda tag: tag>>16!=2)
         syntax = meta.get(0x00020010, b'').decode('latin-1').strip('\0 ')
-        if syntax=='1.2.840.10008.1.2.1.99': source,p = _Inflated(file, p),0
+        if syntax==DeflatedExplicitVRLittleEndian: source,p = _Inflated(file, p),0
         peek,little = source.at(p, 8),syntax!='1.2.840.10008.1.2.2'
         if not syntax and peek[4:6] in _EXPLICIT: little = peek[0] + 256*peek[1]<1024
         implicit = not _letters(peek[4:6])
+        if syntax: check_order(peek[:2], little)
         values,odd,*_ = walked = _walk(source, p, implicit, little, _STOPS.__contains__)
     except struct_error as e: raise _Fault('the header ends early') from e
     return dict(values=values, odd=odd, implicit=implicit, little=little, syntax=syntax, at=walked[3],
-        length=walked[4], size=source.size)
+        length=walked[4], size=getattr(source, 'reach', source.size))
 
 # %% ../../nbs/15_dicom.index.ipynb #fb7234c5
 _PLAIN_SETS = {b'', b'ISO_IR 6', b'ISO_IR 100', b'ISO_IR 101', b'ISO_IR 109', b'ISO_IR 110', b'ISO_IR 126',
@@ -292,12 +364,28 @@ def header_values(
     if scan['syntax']: tags['TransferSyntaxUID'] = scan['syntax']
     return tags
 
+def _first_spacing(scan):
+    "The spacing that the functional groups say of the first frame, as header values."
+    for raw in filter(None, map(scan['values'].get, _GROUPS)):
+        n = int.from_bytes(raw[4:8], 'little')
+        if raw[:4]!=b'\xfe\xff\0\xe0' or not n: continue
+        with warnings.catch_warnings(), disable_value_validation():
+            warnings.simplefilter('ignore')
+            try: group = read_dataset(BytesIO(raw[8:] if n==_OPEN else raw[8:8+n]), scan['implicit'], True)
+            except Exception as e: # hostile bytes may raise anything in pydicom
+                if own_fault(e): raise
+                continue
+            found = value_of(item_of(group, 'PixelMeasuresSequence') or {}, 'PixelSpacing')
+        if found is not None: return dict(PixelSpacing=found)
+    return {}
+
 def fast_header(
     path, # a DICOM file
 ) -> dict:
     """The header values of a file as `read_header` gives them. `DicomError` where the header is damaged or
     beyond the limits."""
     with open_regular(path, 0) as f:
+        if f.read(2)==GZIP: return read_header(path)
         try: tags = header_values(scan_header(f, os.fstat(f.fileno()).st_size))
         except _Fault as e:
             raise DicomError(path, str(e), 'Copy the file again from its source, or leave it out') from e
@@ -337,20 +425,32 @@ def _pixel_fault(file, tags, at, n, size):
     limit = pixel_limit(samples, bits)
     if rows*cols>limit: return f'it declares {rows} x {cols} pixels, above the limit of {limit}'
     if at<0 or n==0 or rows*cols<=0: return 'it has no pixel data'
-    if n==_OPEN: return _fragments_fault(file, at, size, max(1, frames))
+    syntax = tags.get('TransferSyntaxUID', '')
+    if n==_OPEN or syntax in COMPRESSED and _item_at(file, at):
+        return _fragments_fault(file, at, size, max(1, frames)) if file else ''
+    if syntax in COMPRESSED: return 'the compressed pixel data is not in whole fragments'
+    if syntax not in NATIVE: return unsupported(syntax).cause
     need = ((rows*cols*max(1, frames)*samples*bits + 7)//8 if bits==1
         else rows*cols*max(1, frames)*samples*max(1, bits//8))
-    if tags.get('PhotometricInterpretation')=='YBR_FULL_422': need = need*2//3
+    if code_string(tags.get('PhotometricInterpretation'))=='YBR_FULL_422': need = need*2//3
+    if not isinstance(size, int): size = size(at + min(n, need, 4*MAX_PIXELS))
     return f'the pixel data ends early: {min(n, size-at)} of {need} bytes' if min(n, size-at)<need else ''
 
+def _item_at(file, at):
+    "Does an item of a sequence begin there?"
+    if not file: return False
+    file.seek(at)
+    return file.read(4)==b'\xfe\xff\0\xe0'
+
 def _fragments_fault(file, at, size, frames):
-    "Follows the fragments of encapsulated pixel data (PS3.5 A.4)."
-    for _ in range(MAX_FRAGMENTS + frames + 2):
+    "Follows the fragments of encapsulated pixel data (PS3.5 A.4); the mark of their end may be missing."
+    for k in range(MAX_FRAGMENTS + frames + 2):
+        if at>size: return 'the compressed pixel data ends early'
         file.seek(at)
         head = file.read(8)
-        if len(head)<8: return 'the pixel data ends early'
         tag,n = int.from_bytes(head[:4], 'little'),int.from_bytes(head[4:], 'little')
-        if tag==0xE0DDFFFE: return ''
+        if len(head)<8 or tag==0xE0DDFFFE:
+            return '' if k>1 else 'the compressed pixel data is not in whole fragments'
         if tag!=0xE000FFFE: return 'the compressed pixel data is not in whole fragments'
         at += 8 + n
     return f'its pixel data is cut into more than {MAX_FRAGMENTS} fragments'
@@ -358,10 +458,24 @@ def _fragments_fault(file, at, size, frames):
 def _file_tags(path, size):
     "Header values of a file and what is wrong with its pixel data."
     with open_regular(path, 0) as f:
-        if file_kind(path, f.read(132))!='dicom': return read_header(path),''
+        head = f.read(262)
+        if head[:2]==GZIP: return _packed_tags(path)
+        if file_kind(path, head)!='dicom': return read_header(path),''
         scan = scan_header(f, size)
         tags = header_values(scan)
-        return tags,_pixel_fault(f, tags, scan['at'], scan['length'], scan['size'])
+        if spacing(tags) is None and scan['little']: tags |= _first_spacing(scan)
+        return tags,_pixel_fault(None if callable(scan['size']) else f, tags, scan['at'], scan['length'], scan['size'])
+
+def _packed_tags(path):
+    "The same of a file that is packed with gzip, which is unpacked as if its pixels were to be read."
+    if file_kind(path, read_head(path))!='dicom': return read_header(path),''
+    ds,value = open_parts(path)
+    tags = tags_of(ds)
+    if spacing(tags) is None:
+        apply_frame(ds, 0)
+        tags |= tags_of(ds, ['PixelSpacing'])
+    if value is None: return tags,_pixel_fault(None, tags, -1, 0, 0)
+    return tags,_pixel_fault(BytesIO(value.data) if value.fragmented else None, tags, 0, value.length, value.size)
 
 def _row(path, lost=''):
     "The values of `INDEX_COLUMNS` of one file; it is not read again where a process was `lost` over it."
@@ -392,7 +506,7 @@ def index_row(
     return dict(zip(INDEX_COLUMNS, _row(str(path))))
 
 # %% ../../nbs/15_dicom.index.ipynb #6a81ef94
-_VERSION = 2 # of what a row says; rows of another version are not taken over
+_VERSION = 3 # of what a row says; rows of another version are not taken over
 _TEXT_TYPE = 'str' if int(pd.__version__.split('.')[0])>=3 else object
 def _table(rows):
     "Rows as typed columns."

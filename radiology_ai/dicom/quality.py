@@ -21,7 +21,7 @@ from .file import file_kind, open_dicom, read_head
 from .limits import open_regular
 from .read import read_radiograph
 from .stored import decode_stored
-from .tags import laterality
+from .tags import code_string, laterality
 
 # %% ../../nbs/16_dicom.quality.ipynb #71abfd8f
 def pixel_digest(
@@ -123,7 +123,7 @@ def sides_disagree(
 
 _DOUBTS = { # what needs attention: why it matters, and what to do
     'unreadable': ('They are lost to training, perhaps not at random',
-        'Copy them again; see tables["unreadable"]'),
+        'Copy them again; see the table of what is unreadable'),
     'pixels damaged': ('The header is whole, the picture is not', 'Copy them again or leave them out'),
     'all pixels equal': ('A blank image teaches nothing, and its label is wrong', 'Leave them out'),
     'same pixels, different patients': ('A split by patient leaks', 'Find out whose image it is; keep one'),
@@ -181,11 +181,13 @@ def _twice_over(df, twice):
 
 def _film_or_not(df):
     "Masks over readable DICOM files for what may be no film, or no film as it was taken."
+    photometric = df.PhotometricInterpretation.map(code_string)
     capture = df.SOPClassUID.str.startswith(_CAPTURE) | df.ImageType.str.contains('SCREEN', case=False)
     return {'burned-in annotation': df.BurnedInAnnotation.str.upper()=='YES', 'secondary capture': capture,
-        'not a projection radiograph': ~df.Modality.isin(RADIOGRAPHS),
-        'colour': ~df.PhotometricInterpretation.isin(['MONOCHROME1', 'MONOCHROME2', '']),
-        'several frames': df.NumberOfFrames>1, 'for processing': df.PresentationIntentType=='FOR PROCESSING',
+        'not a projection radiograph': ~df.Modality.map(code_string).isin(RADIOGRAPHS),
+        'colour': ~photometric.isin(['MONOCHROME1', 'MONOCHROME2', '']),
+        'several frames': df.NumberOfFrames>1,
+        'for processing': df.PresentationIntentType.map(code_string)=='FOR PROCESSING',
         'lossy compression': df.TransferSyntaxUID.isin(_LOSSY) | (df.LossyImageCompression=='01'),
         'small': (df[['Rows', 'Columns']].min(axis=1)<256) & (df.Rows>0)}
 
@@ -203,7 +205,7 @@ def _questions(df, twice, damaged, constant):
     "(name, mask over the files, why it matters, what to do), in the order of `_DOUBTS`."
     good = df.error==''
     fine = good & ((df.SOPClassUID!='') | (df.TransferSyntaxUID!=''))
-    negative = fine & (df.PhotometricInterpretation=='MONOCHROME1')
+    negative = fine & (df.PhotometricInterpretation.map(code_string)=='MONOCHROME1')
     masks = {'unreadable': ~good, 'pixels damaged': df.path.isin(damaged),
         'all pixels equal': df.path.isin(constant),
         'some are MONOCHROME1': negative & (negative.sum()<fine.sum())}

@@ -12,18 +12,19 @@ import math
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
-from ..core import Radiograph, file_fault, fit_size, resize_array, scale, shift
+from ..core import Radiograph, file_fault, fit_size, own_fault, resize_array, scale, shift
 from .file import file_kind, open_dicom, open_parts, read_head
 from .limits import MAX_PIXELS
 from .still import LUMA, open_still, read_still
 from .stored import decode
-from .tags import TAGS, spacing, tags_of, value_of
+from .tags import TAGS, apply_frame, code_of, spacing, tags_of, value_of
 from ..names import file_label
 
 # %% ../../nbs/14_dicom.read.ipynb #2fa9a82c
@@ -35,23 +36,64 @@ def _number(ds, k, i=0):
     if isinstance(v, list): v = v[min(i, len(v)-1)]
     return float(v) if isinstance(v, (int, float)) and math.isfinite(v) and abs(v)<1e12 else None
 
-def _lut(x, item, little=True):
-    "Values `x` through a DICOM lookup table (PS3.3 C.11.1.1): the entries and their number of bits."
-    n,first,bits = (int(v) for v in item.LUTDescriptor)
-    n,data = n or 65536,item.LUTData
-    if first>32767 and (first+n>65536 or np.max(x)<first): first -= 65536 # a negative value read as unsigned
-    data = data[:2*n] if isinstance(data, bytes) else data[:n] if hasattr(data, '__len__') else data
-    if isinstance(data, bytes): data = np.frombuffer(data[:len(data)//2*2], '<u2' if little else '>u2')
-    data = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF
-    if len(data)<n and len(data)*2>=n:
-        data = np.ascontiguousarray(data, '<u2').view('u1') # two 8-bit entries in a word
-    bits = max(bits if 0<bits<=16 else 16, int(data.max()).bit_length())
-    return data[np.clip(np.round(x).astype(np.int64) - first, 0, min(n, len(data)) - 1)].astype(float),bits
+class _Table(NamedTuple):
+    "A lookup table of a header."
+    data: np.ndarray # its entries, of 8 or 16 bits
+    n: int           # how many it says that it has
+    first: int       # the value that is mapped by the first
+    bits: int        # of an entry
 
-def _modality(x, ds, little=True):
-    "The modality step: lookup table, or slope and intercept (PS3.3 C.11.1)."
-    if ds.get('ModalityLUTSequence'): return _lut(x, ds.ModalityLUTSequence[0], little)[0]
-    return x*(_number(ds, 'RescaleSlope') or 1) + (_number(ds, 'RescaleIntercept') or 0)
+def _words(item, k, little):
+    "The 16-bit words of an element, whatever its type; none where it is absent or not readable."
+    try: v = item.get(k)
+    except Exception as e: # pydicom converts late and raises many types
+        if own_fault(e): raise
+        v = None
+    if isinstance(v, bytes):
+        if item[k].VR=='OB': little = True
+        return np.frombuffer(v[:min(len(v)//2, 2**16)*2], '<u2' if little else '>u2').astype(np.int64)
+    v = v[:2**16] if hasattr(v, '__len__') and not isinstance(v, str) else [v]
+    return np.asarray(v, np.int64) & 0xFFFF if len(v) and all(isinstance(o, int) for o in v) else np.zeros(0, np.int64)
+
+def _table(ds, sequence, which, little, path):
+    "The table of an item of `sequence`; None where the header has none that can be used (PS3.3 C.11.1.1)."
+    items = [o for o in ds.get(sequence) or () if len(o)]
+    found = []
+    for o in items:
+        described,data = _words(o, 'LUTDescriptor', little),_words(o, 'LUTData', little)
+        if len(described)==3 and len(data): found.append((described.tolist(), data))
+    if not found:
+        if items: _warn(path, 'a lookup table of the header cannot be used and is left out')
+        return None
+    (n,first,bits),data = found[min(which, len(found)-1)]
+    n = n or 65536
+    if len(data)<n and len(data)==(n + 1)//2 and (bits<=8 or _paired(data)):
+        data,bits = data.astype('<u2').view('u1'),8 # two entries in a word
+    if len(data)<n: _warn(path, 'a lookup table of the header has fewer entries than it says; the last one is repeated')
+    data = data[:n]
+    return _Table(data, n, first, max(bits if bits<=16 else 1, int(data.max()).bit_length(), 1))
+
+def _paired(words):
+    "Are the two bytes of a word neighbours in a table, though it says that its entries have more than 8 bits?"
+    return words.max()>255 and (abs((words>>8) - (words & 255))<=2).mean()>.9
+
+def _warn(path, text): warnings.warn(f'{file_label(path or "image")}: {text}', stacklevel=2)
+
+def _look_through(x, table):
+    "Values `x` through a table. Its first value may stand for a negative one."
+    first = table.first
+    if first>32767 and (first + table.n>65536 or np.max(x)<first and np.min(x)<0): first -= 65536
+    return table.data[np.clip(np.round(x).astype(np.int64) - first, 0, len(table.data) - 1)].astype(float)
+
+# angiography and fluoroscopy: their modality step is for measuring, not for display (PS3.3 C.8.7.1.1.2)
+_NOT_SHOWN = {f'1.2.840.10008.5.1.4.1.1.12.{n}' for n in ('1', '2', '3')}
+
+def _modality(ds, little, path):
+    "The modality step as a function: lookup table, or slope and intercept (PS3.3 C.11.1)."
+    if str(value_of(ds, 'SOPClassUID')) in _NOT_SHOWN: return lambda x: x
+    table = _table(ds, 'ModalityLUTSequence', 0, little, path)
+    if table is not None: return lambda x: _look_through(x, table)
+    return lambda x: x*(_number(ds, 'RescaleSlope') or 1) + (_number(ds, 'RescaleIntercept') or 0)
 
 def window(
     x: np.ndarray,  # values after the modality step
@@ -65,14 +107,12 @@ def window(
     if width<=1: return (x>center - .5).astype(float)
     return np.clip((x - (center - .5))/(width - 1) + .5, 0, 1)
 
-def _voi(x, ds, little=True, which=0):
+def _voi(x, ds, little, which, path):
     "The VOI step in [0, 1], or None where the header has none (PS3.3 C.11.2)."
-    if ds.get('VOILUTSequence'):
-        tables = ds.VOILUTSequence
-        y,bits = _lut(x, tables[min(which, len(tables)-1)], little)
-        return y/(2**bits - 1)
+    table = _table(ds, 'VOILUTSequence', which, little, path)
+    if table is not None: return _look_through(x, table)/(2**table.bits - 1)
     c,w = _number(ds, 'WindowCenter', which),_number(ds, 'WindowWidth', which)
-    shape = str(value_of(ds, 'VOILUTFunction') or 'LINEAR').upper()
+    shape = code_of(ds, 'VOILUTFunction') or 'LINEAR'
     if c is None or w is None or w<(1 if shape=='LINEAR' else 1e-9): return None
     return window(x, c, w, shape)
 
@@ -80,15 +120,17 @@ def _voi(x, ds, little=True, which=0):
 def inverted(ds) -> bool:
     """Is the smallest value to be shown white? `MONOCHROME1`, or told once more or only by
     `PresentationLUTShape`."""
-    return ds.get('PhotometricInterpretation')=='MONOCHROME1' or ds.get('PresentationLUTShape')=='INVERSE'
+    return code_of(ds, 'PhotometricInterpretation')=='MONOCHROME1' or code_of(ds, 'PresentationLUTShape')=='INVERSE'
 
 def _padding(values, ds):
     "Which of the `values` are padding (PS3.3 C.7.5.1.1.2); None if the header has none."
-    a = value_of(ds, 'PixelPaddingValue')
+    a,b = value_of(ds, 'PixelPaddingValue'),value_of(ds, 'PixelPaddingRangeLimit')
     if not isinstance(a, int): return None
-    b = value_of(ds, 'PixelPaddingRangeLimit')
-    b = b if isinstance(b, int) else a
-    return (values>=min(a, b)) & (values<=max(a, b))
+    limits = [v for v in (a, b) if isinstance(v, int)]
+    if values.dtype.itemsize<=2: # an element of the other sign
+        limits = [int(np.array(v & 0xFFFF, np.uint16).view(np.int16)) if values.dtype.kind=='i' else v & 0xFFFF
+            for v in limits]
+    return (values>=min(limits)) & (values<=max(limits))
 
 def _inside_border(stored, lo, hi):
     """Smallest and largest stored number without a saturated border: one that fills a quarter of the
@@ -101,15 +143,17 @@ def _inside_border(stored, lo, hi):
         if abs(v - near)>.25*(hi - lo) and abs(ends[1-i] - near)>=4: ends[i] = near
     return ends
 
-def _used_range(stored, ends, x, pad, small, *, u):
+def _used(stored, pad, small, *, u):
+    "Which numbers occur, or which pixels are shown, outside of padding; None where there is no padding."
+    if pad is None or not pad.any(): return None
+    if not small: return ~pad
+    return (np.bincount(stored.view(u).ravel(), minlength=len(pad))[:len(pad)]>0) & ~pad
+
+def _used_range(stored, ends, x, used, small, *, u):
     "Smallest and largest modality value that occurs outside of padding."
-    if pad is None or not pad.any():
-        if not small: return x.min(),x.max()
-        ends = x[np.array(_inside_border(stored, *ends)).astype(stored.dtype).view(u)]
-        return ends.min(),ends.max()
-    used = (x[~pad] if not small else x[(np.bincount(stored.view(u).ravel(), minlength=len(x))[:len(x)]>0)
-        & ~pad])
-    return (used.min(),used.max()) if used.size else (0.,1.)
+    if used is not None: x = x[used]
+    elif small: x = x[np.array(_inside_border(stored, *ends)).astype(stored.dtype).view(u)]
+    return x.min(),x.max()
 
 def _grey_values(stored, ds, path, which):
     """float32 in [0, 1]: for every number that can occur, indexed by the number read as unsigned; of 32-bit
@@ -120,23 +164,27 @@ def _grey_values(stored, ds, path, which):
     ends = [int(v) for v in (cv2.minMaxLoc(stored)[:2] if small else (stored.min(), stored.max()))]
     n = 2**(8*u.itemsize) if stored.dtype.kind=='i' else ends[1] + 1
     values = np.arange(n, dtype=u).view(stored.dtype) if small else stored
-    x = _modality(values.astype(float), ds, little)
-    pad = _padding(values, ds)
-    lo,hi = _used_range(stored, ends, x, pad, small, u=u)
-    y = _voi(x, ds, little, which)
+    step = _modality(ds, little, path)
+    x,pad = step(values.astype(float)),_padding(values, ds)
+    used = _used(stored, pad, small, u=u)
+    if used is not None and not used.any():
+        _warn(path, 'the padding of the header would cover the whole picture; it is left out')
+        pad = used = None
+    lo,hi = _used_range(stored, ends, x, used, small, u=u)
+    y = _voi(x, ds, little, which, path)
     if y is not None and lo<hi:
         shown = y[(x>=lo) & (x<=hi)]
         if shown.size and shown.min()==shown.max():
-            warnings.warn(f'{file_label(path or "image")}: the window of the header would show nothing; the used range is shown instead',
-                stacklevel=2)
+            _warn(path, 'the window of the header would show nothing; the used range is shown instead')
             y = None
     if y is None:
         bits = int(ds.get('BitsStored') or 16)
         if bits<=8 and not ds.get('ModalityLUTSequence'):
-            ends = _modality(np.array([0, 2**bits - 1]) - (2**(bits-1) if stored.dtype.kind=='i' else 0.), ds,
-                little)
+            ends = step(np.array([0, 2**bits - 1]) - (2**(bits-1) if stored.dtype.kind=='i' else 0.))
             lo,hi = min(ends),max(ends)
         y = np.clip((x - lo)/((hi - lo) or 1), 0, 1)
+    if code_of(ds, 'PhotometricInterpretation') not in ('MONOCHROME1', 'MONOCHROME2', ''):
+        _warn(path, 'its photometric interpretation is none of a grey picture; MONOCHROME2 is taken')
     if inverted(ds): y = 1 - y
     if pad is not None: y[pad] = 0
     return y.astype(np.float32)
@@ -178,7 +226,7 @@ def to_grey(
 # %% ../../nbs/14_dicom.read.ipynb #78a63db8
 def _colour_grey(stored, ds, path):
     "(H, W, 3) stored colour or palette indices as (H, W) float32 in [0, 1], with a warning."
-    warnings.warn(f'{file_label(path or "image")}: a colour picture is turned to grey', stacklevel=2)
+    _warn(path, 'a colour picture is turned to grey')
     if stored.ndim==2:
         from pydicom.pixels import apply_color_lut
         stored = apply_color_lut(stored, ds)
@@ -205,7 +253,8 @@ def _read_dicom(path, size, crop, frame, max_pixels, *, verify, voi):
         full = int(ds.get('Rows') or 0),int(ds.get('Columns') or 0)
         wanted = fit_size(full, size) if size is not None and crop is None and all(full) else None
         stored,codec,step = decode(ds, value, frame, path, max_pixels, verify=verify, least=wanted)[:3]
-        colour = stored.ndim==3 or ds.get('PhotometricInterpretation')=='PALETTE COLOR'
+        apply_frame(ds, frame or 0)
+        colour = stored.ndim==3 or code_of(ds, 'PhotometricInterpretation')=='PALETTE COLOR'
         pixels = _colour_grey(stored, ds, path) if colour else to_grey(stored, ds, path, voi, wanted)
     tags = tags_of(ds) | dict(Rows=full[0], Columns=full[1])
     r = Radiograph(pixels, spacing(tags), tags, codec=codec, path=str(path))

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import DicomError, file_fault
 from .codecs import check_cost, stream_info
-from .file import pixel_limit
+from .file import GZIP, pixel_limit
 from radiology_ai.dicom.limits import (
     MAX_CHUNK,
     MAX_CHUNKS,
@@ -120,6 +120,7 @@ def _looked_at(path, whole):
     f,pages = open_regular(path),1
     try:
         head = f.peek(4)[:4]
+        if head[:2]==GZIP: raise DicomError(path, 'it is a still image that is packed (gzip)', 'Unpack it first')
         if head==b'\x89PNG': _check_png(f, path, whole)
         elif head[:2] in (b'II', b'MM'): pages = _count_pages(f, path)
         elif os.fstat(f.fileno()).st_size>MAX_STILL:

@@ -15,11 +15,20 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
-from ..core import DicomError, own_fault
-from .codecs import Decoded, decode_frame, syntax_of
-from .file import PixelValue, declared_frame, fragments
+from ..core import DicomError, file_fault, own_fault
+from radiology_ai.dicom.codecs import (
+    COMPRESSED,
+    DEFLATED_FRAMES,
+    NATIVE,
+    RAW_FRAMES,
+    Decoded,
+    decode_frame,
+    syntax_of,
+    unsupported,
+)
+from .file import PixelValue, declared_frame, fragments, inflater
 from .limits import MAX_PIXELS
-from .tags import value_of
+from .tags import code_of, value_of
 from ..names import file_label
 
 # %% ../../nbs/13_dicom.stored.ipynb #3d3be762
@@ -99,16 +108,14 @@ def layout(
 def encapsulated(value: PixelValue, ds: Dataset) -> bool:
     "Is the pixel data a list of fragments? Its length says so; a few writers give a length all the same."
     if value.fragmented: return True
-    syntax = pydicom.uid.UID(syntax_of(ds))
-    return (syntax.is_transfer_syntax and not syntax.is_private and syntax.is_compressed
-        and not syntax.is_deflated and value.read(0, 4)==b'\xfe\xff\0\xe0')
+    return syntax_of(ds) in COMPRESSED and value.read(0, 4)==b'\xfe\xff\0\xe0'
 
 # %% ../../nbs/13_dicom.stored.ipynb #c5b938e7
 def _raw_frame(path, value, ds, frame, dtype, *, shape, n_frames):
     "One uncompressed frame; only its own bytes are read."
     big = ds.original_encoding[1] is False
-    ybr422 = ds.get('PhotometricInterpretation')=='YBR_FULL_422' and shape[2:]
-    n = int(np.prod(shape[:2]))*(2 if ybr422 else shape[2] if shape[2:] else 1)*dtype.itemsize
+    ybr422 = shape[2:] and code_of(ds, 'PhotometricInterpretation')=='YBR_FULL_422'
+    n = _frame_bytes(ds, shape, dtype)
     if value.size<n*n_frames:
         raise DicomError(path, f'the pixel data ends early: {value.size} of {n*n_frames} bytes', _copy)
     if big and dtype.itemsize==1 and value.vr=='OW': # pairs of bytes are swapped
@@ -124,12 +131,14 @@ def _raw_frame(path, value, ds, frame, dtype, *, shape, n_frames):
     if shape[2:] and ds.get('PlanarConfiguration'): return a.reshape(shape[2], *shape[:2]).transpose(1, 2, 0)
     return a.reshape(shape)
 
-def _raw_twice(a, path, value, ds, frame):
+def _raw_twice(a, path, value, ds, frame, *, n_frames):
     "Compares an uncompressed frame with pydicom's reading of it."
     peer = Dataset()
-    for k in ('Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration',
-            'BitsAllocated', 'BitsStored', 'PixelRepresentation', 'NumberOfFrames'):
+    for k in ('Rows', 'Columns', 'SamplesPerPixel', 'PlanarConfiguration', 'BitsAllocated', 'BitsStored',
+            'PixelRepresentation'):
         if ds.get(k) is not None: setattr(peer, k, ds.get(k))
+    if 'BitsStored' not in peer: peer.BitsStored = peer.BitsAllocated
+    peer.PhotometricInterpretation,peer.NumberOfFrames = code_of(ds, 'PhotometricInterpretation'),n_frames
     little = ds.original_encoding[1] is not False
     peer.PixelData = bytes(value.read(0, value.size))
     peer['PixelData'].VR = value.vr if value.vr in ('OB', 'OW') else 'OW'
@@ -140,17 +149,39 @@ def _raw_twice(a, path, value, ds, frame):
         raise DicomError(path, 'two decoders disagree (raw and pydicom)', 'Ask the source for another copy')
 
 # %% ../../nbs/13_dicom.stored.ipynb #8b5bdd75
+def _place_of_bits(ds, alloc, path):
+    "How many bits of a number are stored, and above how many unused ones."
+    stored,high = value_of(ds, 'BitsStored'),value_of(ds, 'HighBit')
+    if not stored and isinstance(high, int) and 6<=high<alloc - 1:
+        warnings.warn(f'{file_label(path or "image")}: BitsStored is missing; {high + 1} is taken, from HighBit',
+            stacklevel=2)
+        return high + 1,0
+    bits = min(int(stored or alloc), alloc)
+    low = (high if isinstance(high, int) else bits - 1) + 1 - bits
+    if 0<=low<=alloc - bits: return bits,low
+    warnings.warn(f'{file_label(path or "image")}: HighBit {low + bits - 1} is impossible with {bits} '
+        f'bits stored of {alloc}; {bits - 1} is taken', stacklevel=2) # it contradicts the other two
+    return bits,0
+
+def _already_low(a, bits, low, signed, ds):
+    """Do all numbers lie in the lowest `bits` bits, also in those which HighBit leaves to others, though no overlay is said to
+    be there?"""
+    alloc = a.dtype.itemsize*8
+    if any(g in ds for g in range(0x60000102, 0x60200102, 0x20000)): return False
+    words = a.view(f"{'i' if signed else 'u'}{alloc//8}")
+    same = (words<<(alloc - bits))>>(alloc - bits)==words
+    return bool(same.all() and (words & (2**low - 1)).any())
+
 def _fit_bits(a, ds, raw, exact, depth, *, path):
     "`a` reduced to BitsStored bits with the sign of PixelRepresentation."
     alloc,signed = a.dtype.itemsize*8,bool(ds.get('PixelRepresentation', 0))
-    bits = min(int(ds.get('BitsStored') or alloc), alloc)
+    bits,low = _place_of_bits(ds, alloc, path)
     u,s = np.dtype(f'u{alloc//8}'),np.dtype(f'i{alloc//8}')
-    low = int(ds.get('HighBit') if ds.get('HighBit') is not None else bits-1) + 1 - bits
-    if not 0<=low<=alloc-bits: # it contradicts the other two
-        warnings.warn(f'{file_label(path or "image")}: HighBit {low + bits - 1} is impossible with {bits} '
-            f'bits stored of {alloc}; {bits - 1} is taken', stacklevel=2)
-        low = 0
     if raw or exact and (depth or alloc)==alloc: # whole words
+        if low and _already_low(a, bits, low, signed, ds):
+            warnings.warn(f'{file_label(path or "image")}: HighBit {low + bits - 1} contradicts the pixels; '
+                f'{bits - 1} is taken', stacklevel=2)
+            low = 0
         if low>0: a = a.view(u)>>low
     elif a.dtype.kind=='i' and signed: return a
     elif not signed:
@@ -166,8 +197,19 @@ def _fit_bits(a, ds, raw, exact, depth, *, path):
     return a & top if a.size and a.max()>top else a
 
 # %% ../../nbs/13_dicom.stored.ipynb #94d2496a
-_COMPRESSED = (pydicom.uid.JPEGTransferSyntaxes + pydicom.uid.JPEG2000TransferSyntaxes
-    + pydicom.uid.RLETransferSyntaxes)
+def _unpacked_frame(data, syntax, path, n):
+    "The `n` bytes of an uncompressed frame that a fragment holds, deflated or as it is."
+    if syntax==DEFLATED_FRAMES:
+        z = inflater(data[:2])
+        with file_fault(path, 'the compressed pixel data is damaged', _copy): data = z.decompress(data, n + 2)
+    if len(data) not in (n, n + n%2):
+        raise DicomError(path, f'the compressed pixel data is damaged: it holds {len(data)} of {n} bytes', _copy)
+    return PixelValue(len(data), 'OB', data=data)
+
+def _frame_bytes(ds, shape, dtype):
+    "Bytes of an uncompressed frame."
+    halved = shape[2:] and code_of(ds, 'PhotometricInterpretation')=='YBR_FULL_422'
+    return int(np.prod(shape[:2]))*(2 if halved else shape[2] if shape[2:] else 1)*dtype.itemsize
 
 def decode(
     ds: Dataset,              # a header
@@ -187,18 +229,21 @@ def decode(
     frame = frame or 0
     if not 0<=frame<n_frames:
         raise DicomError(path, f'frame {frame} does not exist', f'Choose one of 0 to {n_frames-1}')
-    raw = not encapsulated(value, ds)
-    if raw:
-        if pydicom.uid.UID(syntax_of(ds)) in _COMPRESSED:
-            raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
-        d = Decoded(_raw_frame(path, value, ds, frame, dtype, shape=shape, n_frames=n_frames), 'raw')
-        if verify:
-            _raw_twice(d.array, path, value, ds, frame)
-            d = d._replace(codec='raw + pydicom')
-    else:
+    raw,syntax = not encapsulated(value, ds),syntax_of(ds)
+    if raw and syntax not in NATIVE:
+        if syntax not in COMPRESSED: raise unsupported(syntax, path)
+        raise DicomError(path, 'the compressed pixel data is not in whole fragments', _copy)
+    if not raw:
         limit = 4*int(np.prod(shape))*dtype.itemsize + 2**20
         data = compressed_frame(value, ds, frame, n_frames, limit, path=path)
-        d = decode_frame(data, ds, dtype, shape, path, verify=verify, least=least)
+        raw = syntax in (RAW_FRAMES, DEFLATED_FRAMES)
+        if raw: value,frame,n_frames = _unpacked_frame(data, syntax, path, _frame_bytes(ds, shape, dtype)),0,1
+    if raw:
+        d = Decoded(_raw_frame(path, value, ds, frame, dtype, shape=shape, n_frames=n_frames), 'raw')
+        if verify:
+            _raw_twice(d.array, path, value, ds, frame, n_frames=n_frames)
+            d = d._replace(codec='raw + pydicom')
+    else: d = decode_frame(data, ds, dtype, shape, path, verify=verify, least=least)
     a = _rgb(d.array, ds, d.codec)
     return d._replace(array=_fit_bits(np.ascontiguousarray(a), ds, raw, d.exact, d.bits, path=path))
 
@@ -206,7 +251,7 @@ def _rgb(a, ds, codec):
     """A decoded frame without a third axis of length 1, and colours as red, green, blue where no decoder has
     done that."""
     if a.ndim==3 and a.shape[2]==1: return a[..., 0]
-    full = str(ds.get('PhotometricInterpretation', '')).startswith('YBR_FULL')
+    full = code_of(ds, 'PhotometricInterpretation').startswith('YBR_FULL')
     if a.ndim<3 or not full or codec.split()[0] not in ('raw', 'imagecodecs.packbits'): return a
     from pydicom.pixels import convert_color_space
     return convert_color_space(np.ascontiguousarray(a), 'YBR_FULL', 'RGB')
@@ -214,9 +259,8 @@ def _rgb(a, ds, codec):
 def pixel_value(ds: Dataset) -> PixelValue|None:
     "The pixel data of a data set in memory."
     if 'PixelData' not in ds: return None
-    e,syntax = ds['PixelData'],pydicom.uid.UID(syntax_of(ds))
-    listed = (syntax.is_transfer_syntax and not syntax.is_private and syntax.is_encapsulated
-        and e.value[:4]==b'\xfe\xff\0\xe0')
+    e = ds['PixelData']
+    listed = syntax_of(ds) in COMPRESSED and e.value[:4]==b'\xfe\xff\0\xe0'
     return PixelValue(0xFFFFFFFF if e.is_undefined_length or listed else len(e.value), e.VR, data=e.value)
 
 def decode_stored(

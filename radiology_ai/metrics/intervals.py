@@ -34,6 +34,7 @@ class Interval(NamedTuple):
     high: float
     def __str__(self):
         return 'n/a' if math.isnan(self.value) else f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+    def __repr__(self): return f"Interval({self})"
 
 NA = Interval(math.nan, math.nan, math.nan)
 
@@ -240,6 +241,16 @@ def bounded_ci(
     return Interval(float(value), *(low + (high-low)*o for o in ci[1:]))
 
 # %% ../../nbs/40_metrics.intervals.ipynb #2101f0f0
+def _secant(f, a: tuple, b: tuple, low: float, high: float) -> float|None:
+    "Where f, nearly a line through the points a and b, is 0; None where a few steps do not find it between low and high."
+    for _ in range(8):
+        if a[1]==b[1]: return None
+        x = b[0] - b[1]*(b[0]-a[0])/(b[1]-a[1])
+        if not low<x<high: return None
+        if abs(x-b[0])<1e-7: return x
+        a,b = b,(x, f(x))
+    return None
+
 def paired_ci(
     a: Callable,        # level -> `Interval` of the first model's figure
     b: Callable,        # the same of the second
@@ -263,7 +274,9 @@ def paired_ci(
     towards = lambda z: ends(1-2*float(ndtr(-z)))[1 if d>0 else 2]*(1 if d>0 else -1)
     least,most = 1e-15,1-1e-9
     first,last = (-float(ndtri(p/2)) for p in (most, least))
-    if towards(last)>=0: p = least
+    z = _secant(towards, (0., abs(d)), (float(ndtri((1+level)/2)), low if d>0 else -high), first, last)
+    if z is not None: p = 2*ndtr(-z)
+    elif towards(last)>=0: p = least
     elif towards(first)<=0: p = 1.
     else: p = 2*ndtr(-brentq(towards, first, last, xtol=1e-7))
     return Interval(float(d), low, high),float(p)

@@ -52,7 +52,7 @@ class Collected:
 def columns(
     probabilities,         # (N, C) or (N,), softmax or sigmoid
     targets,               # (N,) class numbers, below 0 for unknown, or (N, C) of 1, 0 and NaN, soft ones between
-    against: int|None=None # all other classes against this one
+    against=None           # all other classes against this one, or against these
 ) -> tuple[np.ndarray, np.ndarray]:
     "Targets (N, K) of 1, 0 and NaN and scores (N, K); soft labels count as positive from one half on."
     p,t = np.asarray(probabilities, float),np.asarray(targets)
@@ -61,6 +61,8 @@ def columns(
     if t.ndim==1:
         kept = t>=0
         p,t = p[kept],t[kept]
+        if isinstance(against, (list, tuple)):
+            return (~np.isin(t, against))[:,None].astype(float),1-p[:,list(against)].sum(1, keepdims=True)
         if against is not None: return (t!=against)[:,None].astype(float),1-p[:,[against]]
         if p.shape[1]==2: return (t==1)[:,None].astype(float),p[:,1:]
         return (t[:,None]==np.arange(p.shape[1])).astype(float),p
@@ -86,7 +88,7 @@ def mean_figure(
 def scores_auroc(
     probabilities,         # (N, C), softmax or sigmoid
     targets,               # (N,) class numbers, or (N, C) of 1, 0 and NaN
-    against: int|None=None # this class against all others
+    against=None           # this class, or these, against all others
 ) -> float:
     "Mean AUROC over the classes or labels with both positives and negatives; NaN if there are none."
     return mean_figure(auroc, *columns(probabilities, targets, against))
@@ -97,7 +99,7 @@ class EpochMetric(Metric):
     shown,falling = '',False # the name for the recorder; whether small is good
     def __init__(self,
         label=None,             # name or number of one label or class; None: the mean over all
-        against: int|None=None, # all other classes against this one
+        against=None,           # all other classes against this one, or against these
     ): self.label,self.against,self.collected,self.at = label,against,None,None
 
     def reset(self): self.collected = None

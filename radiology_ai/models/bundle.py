@@ -176,12 +176,12 @@ def _batch(x, n_in: int) -> torch.Tensor:
 
 # %% ../../nbs/46_models.bundle.ipynb #148eac3e
 def load_bundle(
-    path,         # a folder of `save_bundle`
+    path,         # a folder of `save_bundle`, or a run of one network
     device='cpu', # where the network shall run
 ) -> Bundle:
     """A bundle, checked. Raises `BundleError`; nothing in it is ever executed. Its digests tell damage, edits and
     exchanged files; they are no signature of who made it."""
-    path = Path(path)
+    path = _of_run(Path(path))
     meta = read_meta(path)
     try: recipe = Preprocess.from_dict(meta['recipe'])
     except RadiologyError as e:
@@ -192,6 +192,18 @@ def load_bundle(
     return Bundle(model.eval().to(device), recipe, meta['vocab'], meta['task'], meta['threshold'], meta=meta,
         path=path, **more)
 
+def _of_run(path: Path) -> Path:
+    """The bundle in a run; `path` itself where it is no run. Raises `BundleError` for a run of several
+    networks."""
+    if (path/'bundle.json').exists() or not any((path/name).exists() for name in ('run.json', 'plan.json')):
+        return path
+    found = sorted(p.parent for depth in ('*', '*/*') for p in path.glob(f'{depth}/bundle.json'))
+    if len(found)==1: return found[0]
+    if not found: raise BundleError(f"The run {path.name} holds no model yet", "Call train again: it goes on")
+    names = ', '.join(p.relative_to(path).as_posix() for p in found)
+    raise BundleError(f"The run {path.name} holds {len(found)} networks ({names})",
+        "Give the folder of one of them")
+
 _MORE = ('stage','settings','answer') # since format 2
 
 _KINDS = {'segmenter': ('segmenter', 'create_segmenter'), 'detector': ('detector', 'create_detector'),
@@ -201,7 +213,8 @@ def _made(network: dict):
     "The network that these settings describe, with random weights."
     kind,more = network.get('kind', ''),{k: v for k,v in network.items() if k!='kind'}
     if not kind: return create_model(**more, pretrained=False)
-    if kind not in _KINDS: raise ModelError(f"The kind of network {kind!r} is not known", "Update radiology_ai")
+    if kind not in _KINDS:
+        raise ModelError(f"The kind of network {kind!r} is not known", "Update radiology_ai")
     room,name = _KINDS[kind]
     make = getattr(import_module(f'radiology_ai.models.{room}'), name) # a classifier needs none of them
     return make(**more, pretrained=False)

@@ -10,6 +10,7 @@ __all__ = ['STORE_COLUMNS', 'ERROR_COLUMNS', 'SHARD_PARTS', 'typed_table', 'shar
 
 # %% ../../nbs/24_preprocess.store.ipynb #e855847d
 import hashlib
+import html
 import io
 import json
 import os
@@ -24,7 +25,16 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .. import __version__
-from ..core import DataError, Radiograph, StoreError, atomic_path, disk_remedy, is_temporary, locked
+from radiology_ai.core import (
+    DataError,
+    Radiograph,
+    StoreError,
+    atomic_path,
+    disk_remedy,
+    is_temporary,
+    locked,
+    picture_html,
+)
 from ..dicom.quality import bytes_digest
 from ..files import array_shape, map_array, open_file, plain_digest, quick_digest, read_json
 from ..names import note_files, note_ids
@@ -86,7 +96,8 @@ def _bytes_of(what):
 def _put(path, what) -> str:
     "Write a table, an array, or a record for JSON, whole or not at all; SHA-256 of its bytes."
     data = _bytes_of(what)
-    named = isinstance(what, pd.DataFrame) or isinstance(what, dict) and 'files' in what # of files or patients
+    # of files or patients
+    named = isinstance(what, pd.DataFrame) or isinstance(what, dict) and 'files' in what
     with atomic_path(path, private=named) as tmp, open(tmp, 'wb') as f:
         f.write(data)
         f.flush()
@@ -175,7 +186,8 @@ def alone(self:ShardWriter):
     if store.exists() and not self.begun and not all(map(_of_a_begun_store, store.iterdir())):
         raise StoreError(f"The folder {store} is not empty and no store", "Give a new folder")
     (store/'shards').mkdir(parents=True, exist_ok=True)
-    busy = StoreError(f"Another run is writing the store {store}", "Wait until it is done, or give another folder")
+    busy = StoreError(f"Another run is writing the store {store}",
+        "Wait until it is done, or give another folder")
     with locked(store, busy):
         for p in _left_behind(store): p.unlink(missing_ok=True)
         yield
@@ -433,6 +445,16 @@ def contact_sheet(self:ImageStore,
     for ax,i in zip(axes.ravel(), which): ax.imshow(self[int(i)], cmap='gray', vmin=0, vmax=self.peak)
     fig.subplots_adjust(0, 0, 1, 1, .03, .03)
     return fig
+
+# %% ../../nbs/24_preprocess.store.ipynb #1ff34e2f
+@patch
+def _repr_html_(self:ImageStore) -> str:
+    "Up to eight images spread over the store, for a notebook."
+    which = np.linspace(0, len(self)-1, min(8, len(self))).astype(int)
+    if not len(which): return html.escape(repr(self))
+    small = np.hstack([self[int(i)][::max(1, self.recipe.size//96), ::max(1, self.recipe.size//96)]
+        for i in which])
+    return picture_html(small/self.peak, repr(self), 8*96)
 
 # %% ../../nbs/24_preprocess.store.ipynb #8ad98373
 @patch

@@ -20,6 +20,7 @@ import pandas as pd
 # %% ../../nbs/63_report.card.ipynb #886df549
 from ..core import DataError, versions
 from ..data.split import assert_no_leakage, patient_keys, split_hash
+from ..data.words import SIMULATED
 from .checklist import claim_checklist
 from .figures import HEADLINES
 from .predictions import in_ranges, in_years
@@ -70,6 +71,7 @@ class ReportData:
     claim: dict=field(default_factory=dict)    # number of a point of CLAIM 2024 to the author's answer
     figures: dict|None=None           # of `evaluate_table` of this table, where they are known; None: they are computed
     sections: list[Section]=field(default_factory=list) # what the task tells beside, in front of the discrimination
+    simulated: bool=False             # the radiographs were made by the simulator of this library
 
     def __post_init__(self):
         if len(self.labels or ())==1:
@@ -116,7 +118,7 @@ def warnings_of(
     split: dict|None, # of `split_facts`
 ) -> list[str]:
     "What a reader must know before the first figure."
-    out,labels = [],e['labels']
+    out,labels = [SIMULATED]*d.simulated,e['labels']
     if split and not split['ok']: out.append(f"{split['text']} The figures below are too good.")
     leaky = (f"on {e['threshold_leak']} patients of the test set" if e['threshold_leak'] else 'on test images'
         if re.search(r'\btest\b', d.threshold_from) and any(o['operating'] for o in labels) else '')

@@ -29,9 +29,11 @@ def grade_figures(
     calls: np.ndarray|None=None, # (N,) bool, called positive
     draws: int=400,              # of patients
     seed: int=0,
+    *,
+    cut: int=1,                  # the lowest grade that is positive
 ) -> dict:
     """Confusion of the grades, quadratic kappa, accuracy, and for each grade how many are called right
-    (positive, or negative for grade 0); of the images with a known grade."""
+    (positive, or negative below `cut`); of the images with a known grade."""
     there = ~unknown_targets(table.grade)
     table,calls = table[there],None if calls is None else calls[there]
     k = max(int(table[['grade','grade_predicted']].max().max())+1, len(names or ()))
@@ -43,7 +45,7 @@ def grade_figures(
            'accuracy': figure(len(table), proportion_ci, hits, None, g), 'found': []}
     for i in range(k) if calls is not None else ():
         m = (table.grade==i).to_numpy()
-        out['found'].append({'grade': names[i], **(figure(m.sum(), proportion_ci, calls==(i>0), m, g)
+        out['found'].append({'grade': names[i], **(figure(m.sum(), proportion_ci, calls==(i>=cut), m, g)
             if m.any() else undefined(0, 'no such images'))})
     return out
 
@@ -164,6 +166,7 @@ def evaluate_table(
     others=None,                # other models to compare with: name to table
     name: str='this model',     # of the model, where there are others
     missing: str='n/a',         # the mean over labels of which some lack a class: 'n/a', or 'skip' them
+    cut: int=1,                 # the lowest grade that is positive
 ) -> dict:
     """Every figure of a table of predictions, as plain numbers. Raises `DataError` for a table that is no
     evaluation."""
@@ -174,16 +177,16 @@ def evaluate_table(
     return {'images': len(p.table), 'patients': len(set(p.patients)), 'unknown': p.unknown, 'draws': draws,
         'labels': [label_figures(p, c, cuts, draws, seed) for c in range(len(p.labels))], 'mean': mean,
         'subgroups': subgroup_figures(p, subgroups, cuts), 'worst': worst_errors(p, cuts),
-        'grades': _grades(p, cuts, grade_names, draws, seed),
+        'grades': _grades(p, cuts, grade_names, draws, seed, cut=cut),
         'comparison': comparison_figures(p, others, name, draws, seed, mean=mean) if others else [],
         'models': [name, *others] if others else [],
         'threshold_from': str(tuned) if tuned else '',
         'threshold_leak': len(tuned.patients & set(map(str, p.patients))) if tuned else 0}
 
-def _grades(p, cuts, names, draws, seed) -> dict|None:
+def _grades(p, cuts, names, draws, seed, *, cut) -> dict|None:
     "The figures of the grades, where there are some beyond 0 and 1."
     t = p.table
     if 'grade' not in t or 'grade_predicted' not in t or unknown_targets(t.grade).all(): return None
     if max(t.grade.max(), t.grade_predicted.max())<=1: return None
     calls = p.scores[:,0]>=cuts[:,0] if len(p.labels) and not np.isnan(cuts[:,0]).any() else None
-    return grade_figures(t, names, calls, draws, seed)
+    return grade_figures(t, names, calls, draws, seed, cut=cut)

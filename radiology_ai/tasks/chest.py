@@ -156,6 +156,7 @@ CHEST = Task(
     augment=chest_augment,
     usable=chest_seen,
     remedy='Check that it is a frontal chest radiograph',
+    subject='frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection'},
     shown={'view': 'projection'},
     demo=Demo(simulated_chests, chest_start() | dict(epochs=16, lr=4e-3, body_div=1., bs=16, augment=1.),

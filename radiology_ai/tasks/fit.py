@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 # %% ../../nbs/67_tasks.fit.ipynb #99ef837c
-from ..core import BundleError, ModelError, RadiologyError, atomic_path, on_terminal, plain, versions
+from ..core import BundleError, ModelError, RadiologyError, atomic_path, plain, versions
 from ..data.duplicates import find_copies
 from ..data.load import xray_dataloaders
 from ..data.split import patient_folds, patient_split, save_split, split_hash
@@ -257,7 +257,7 @@ def stage_learner(
     settings: Settings,
     *,
     earlier: dict,        # networks of earlier stages by name
-    show: bool=False,     # a line an epoch on standard error
+    show: bool|None=False, # as of `Training`
 ):
     "The learner of a stage, untrained."
     s,answer = settings,stage.answer
@@ -372,7 +372,7 @@ def train_task(
     resume: bool=True, # go on with a run of the same plan that is there
     *,
     overwrite: bool=False, # replace a run that is there
-    show: bool|None=None,  # progress and a line an epoch on standard error; None: on a terminal
+    show: bool|None=None,  # progress; None: bars where somebody sees them, and elsewhere a line an epoch on standard error
     say=_quiet,      # is told what happens, a line at a time
     settings: dict=(), # of a settings file; keywords count more
     **given,         # settings of the task
@@ -381,7 +381,6 @@ def train_task(
     Raises `DataError`, `StoreError`, `ModelError` or `RadiologyError`; a run that could not begin leaves nothing behind."""
     s = make_settings(task.settings, given, settings)
     out = Path(out)
-    show = on_terminal() if show is None else show
     state = run_state(out)
     if state=='foreign' or state!='new' and not (resume or overwrite):
         raise RadiologyError(f"{out} is there already" + (' and is no run' if state=='foreign' else ''),

@@ -19,6 +19,7 @@ import pandas as pd
 from ..core import BundleError, StoreError, plain
 from ..data.duplicates import find_copies
 from ..data.split import assert_no_leakage
+from ..data.words import SIMULATED, is_simulated
 from ..explain import gradcam
 from ..metrics.intervals import Interval
 from ..models.sealed import read_meta
@@ -49,7 +50,8 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         "The figures as a few lines of text."
-        return self.task.answer.lines(self.figures)
+        made = is_simulated(self.table.image_id, self.table.patient_id).any()
+        return [*[SIMULATED]*bool(made), *self.task.answer.lines(self.figures)]
 
 def _shown(task, table) -> list: return [name for name in task.subgroups.values() if name in table]
 
@@ -158,7 +160,9 @@ def report_run(
     flow = record['flow']
     left_out = [k for k in list(flow)[1:list(flow).index('used')]]
     grades = evaluation.figures['grades']
-    d = ReportData(title=task.title, table=evaluation.table, figures=evaluation.figures, task=task.question,
+    title,question = task.told(make_settings(task.settings, s))
+    d = ReportData(title=title, table=evaluation.table, figures=evaluation.figures, task=question,
+        simulated=bool(is_simulated(evaluation.table.image_id, evaluation.table.patient_id).any()),
         subgroups=tuple(_shown(task, evaluation.table)), grade_names=grades['names'] if grades else None,
         manifest=run.manifest,
         flow={f'- {k}' if k in left_out else k: v for k,v in flow.items()}, unreadable=_unreadable(run),
@@ -201,7 +205,7 @@ def examples_of(task: Task, run, evaluation: Evaluation, store) -> list[Example]
     own = evaluation.task.answer.pictures(rows, store)
     if own is not None: return own
     model = load_models(run, task, task.stages[-1].name if len(task.stages)>1 else '')[0].model
-    heat = heat_maps(model, store, [store.position(i) for i in rows.image_id], task.answer.heat())
+    heat = heat_maps(model, store, [store.position(i) for i in rows.image_id], evaluation.task.answer.heat())
     truth = rows.grade if 'grade' in rows else rows.target
     return [Example(r.kind, np.asarray(store[store.position(r.image_id)]), h, r.image_id, r.score,
         f'{evaluation.label} {plain(t)}'.strip())

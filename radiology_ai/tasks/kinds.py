@@ -10,7 +10,8 @@ __all__ = ['UNLABELLED', 'NOBODY', 'stored_batches', 'network_logits', 'channels
 
 # %% ../../nbs/66_tasks.kinds.ipynb #02e71ea9
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from torch import nn
 from ..core import DataError, ModelError, RadiologyError, plain, progress
 from ..data.cells import read_labels
 from ..data.labels import make_manifest
-from ..data.words import LABEL_WORDS, is_blank, label_numbers, with_columns
+from ..data.words import LABEL_WORDS, bare_name, grade_numbers, is_blank, label_numbers, with_columns
 from ..findings import Finding
 from ..losses.base import ClassAnswer, unknown_classes
 from ..metrics.intervals import proportion_ci
@@ -107,10 +108,11 @@ class GradedLoss(ClassAnswer, nn.Module):
     def __init__(self,
         weight=None,        # (C,) weights of the classes in the grade's term
         binary: float=1.,   # weight of the second term
-        smoothing: float=0. # label smoothing of the grade's term
+        smoothing: float=0.,# label smoothing of the grade's term
+        cut: int=1,         # the lowest grade of the others
     ):
         super().__init__()
-        self.binary,self.smoothing = binary,smoothing
+        self.binary,self.smoothing,self.cut = binary,smoothing,cut
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         self.register_buffer('weight', weight)
 
@@ -125,13 +127,16 @@ class GradedLoss(ClassAnswer, nn.Module):
         logits,target = logits[known],target[known]
         grade = F.cross_entropy(logits, target, self.weight, label_smoothing=self.smoothing)
         if logits.shape[1]==2 or not self.binary: return grade
-        return grade + self.binary*F.binary_cross_entropy_with_logits(any_grade(logits), (target>0).float())
+        odds = any_grade(logits, self.cut)
+        return grade + self.binary*F.binary_cross_entropy_with_logits(odds, (target>=self.cut).float())
 
 def any_grade(
     logits: torch.Tensor, # (B, C)
+    cut: int=1,           # the lowest grade that counts
 ) -> torch.Tensor:
-    "(B,) log odds of any grade above 0."
-    return torch.logsumexp(logits[:,1:], 1) - logits[:,0]
+    "(B,) log odds of any grade from `cut` on."
+    if cut==1: return torch.logsumexp(logits[:,1:], 1) - logits[:,0]
+    return torch.logsumexp(logits[:,cut:], 1) - torch.logsumexp(logits[:,:cut], 1)
 
 # %% ../../nbs/66_tasks.kinds.ipynb #0ce2fcb9
 @dataclass(frozen=True)
@@ -231,55 +236,80 @@ def _count(figures) -> str: return f"{figures['images']} test images of {figures
 # %% ../../nbs/66_tasks.kinds.ipynb #8e26edb5
 @dataclass(frozen=True)
 class Grades(Answer):
-    "One grade 0, 1, 2, ... an image; the score is the probability of any grade above 0."
-    positive: str='positive'  # any grade above 0 in a word, such as 'fractured'
-    negative: str='negative'  # grade 0
+    "One grade 0, 1, 2, ... an image; the score is the probability of any grade from `cut` on."
+    positive: str='positive'  # such a grade in a word, such as 'fractured'
+    negative: str='negative'  # a lower one
     graded: tuple=()          # label columns of which `positive` speaks; of others their name does
+    cut: int=1                # the lowest grade that is positive
+    grade_names: tuple=()     # of the grades from 0 on; (): their numbers
+
+    def speaks_of(self,
+        label: str, # a column
+    ) -> bool:
+        "Is the label what the task asks for?"
+        return not self.graded or bare_name(label) in map(bare_name, self.graded)
+    def of_run(self, settings):
+        names = tuple(n.strip() for n in (settings.grade_names or '').split(',') if n.strip())
+        return replace(self, cut=settings.positive, grade_names=names, **self.names(settings))
+    def of_bundle(self, spec):
+        told = {k: spec[k] for k in ('positive','negative','cut') if k in spec}
+        return replace(self, **told, grade_names=tuple(spec.get('grade_names', self.grade_names)))
+    def spec(self, rows, vocab, settings) -> dict:
+        told = dict(positive=self.positive, negative=self.negative, cut=self.cut, grade_names=list(self.grade_names))
+        return super().spec(rows, vocab, settings) | told
 
     def known(self, df, settings): return ~is_blank(df[_one_column(settings)])
     def checked(self, df, settings) -> pd.DataFrame:
         "The rows with whole grades of at least two kinds; yes and no are 1 and 0. Raises `DataError`."
         label = _one_column(settings)
-        values = label_numbers(df[label])
+        values = grade_numbers(df[label])
         _refuse_cells(df, label, values.isna() | (values<0) | (values%1!=0), f"0, 1, 2, ..., or {_ANSWERS}")
         words = df[label].astype(str).str.strip().str.casefold().isin(LABEL_WORDS)
         if words.any(): _refuse_cells(df, label, values>1, f"either grades, or {_ANSWERS} and 1, 0")
         if values.nunique()<2:
             raise DataError(f"Column {label!r} has only one class among {len(df)} images: "
                 f"{sorted(values.unique().astype(int))}", "Two classes are needed to learn and to evaluate")
+        if (values>=self.cut).all() or (values<self.cut).all():
+            raise DataError(f"All grades of {label!r} are {'below' if values.max()<self.cut else 'at least'} {self.cut} "
+                f"({int(values.min())} to {int(values.max())})", "Give another positive=")
         return df.assign(**{label: values.astype(int)})
     def vocab(self, manifest, settings) -> list:
         return list(range(int(manifest[_one_column(settings)].max())+1))
     def targets(self, store, manifest, settings) -> dict:
         return dict(labels=_one_column(settings), vocab=self.vocab(manifest, settings))
-    def loss(self, settings, dls): return GradedLoss()
+    def loss(self, settings, dls): return GradedLoss(cut=self.cut)
     def metrics(self):
         from radiology_ai.metrics.running import AUROC
-        return [AUROC(against=0)]
-    def heat(self): return any_grade
+        return [AUROC(against=0 if self.cut==1 else tuple(range(self.cut)))]
+    def heat(self): return any_grade if self.cut==1 else partial(any_grade, cut=self.cut)
     def numbers(self, rows, vocab, settings): return rows[_one_column(settings)].to_numpy(int)
 
     def truth(self, rows, settings) -> pd.DataFrame:
-        "`target` (1: any grade above 0) and `grade`."
+        "`target` (1: any grade from `cut` on) and `grade`."
         grade = rows[_one_column(settings)].astype(int).to_numpy()
-        return pd.DataFrame({'target': (grade>0).astype(int), 'grade': grade})
+        return pd.DataFrame({'target': (grade>=self.cut).astype(int), 'grade': grade})
     def scores(self, models, store, rows, vocab, show=None) -> pd.DataFrame:
         "`score`, `grade_predicted`, `p_0`, `p_1`, ..."
         p = self.probabilities(models, store, [store.position(i) for i in rows.image_id], show)
-        out = pd.DataFrame({'score': 1-p[:,0], 'grade_predicted': p.argmax(1)})
+        score = 1-p[:,0] if self.cut==1 else p[:,self.cut:].sum(1)
+        out = pd.DataFrame({'score': score, 'grade_predicted': p.argmax(1)})
         return out.assign(**{f'p_{v}': p[:,k] for k,v in enumerate(vocab)})
     def tune(self, valid, vocab): return float(youden_threshold(valid.target, valid.score))
     def thresholds(self, table, threshold): return table.assign(threshold=threshold)
 
     def names(self, settings) -> dict:
         "`positive` and `negative` in words, for a report."
-        label = _one_column(settings)
-        told = not self.graded or label in self.graded
-        return dict(positive=self.positive if told else label, negative=self.negative if told else 'not')
+        label,cut = _one_column(settings),settings.positive
+        if self.speaks_of(label) and cut==1: return dict(positive=self.positive, negative=self.negative)
+        if cut==1: return dict(positive=label, negative='not')
+        return dict(positive=f'{label} {cut} or higher', negative=f'{label} below {cut}')
     def figures(self, table, subgroups) -> dict:
         from radiology_ai.report.evaluation import evaluate_table  # a prediction needs no report
         return evaluate_table(table, subgroups=subgroups,
-            grade_names=list(range(table.filter(regex=r'^p_\d+$').shape[1])))
+            grade_names=self._named(table.filter(regex=r'^p_\d+$').shape[1]), cut=self.cut)
+    def _named(self, n) -> list:
+        "The names of `n` grades; of those without one their number."
+        return [self.grade_names[k] if k<len(self.grade_names) else k for k in range(n)]
     def lines(self, figures) -> list[str]:
         one = figures['labels'][0]
         out = [f"{_count(figures)}, {one['positives']} positive", f"AUROC {said(one['auroc'])}",

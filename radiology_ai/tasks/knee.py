@@ -64,6 +64,7 @@ KNEE = Task(
     augment=knee_augment,
     usable=knee_found,
     remedy='Check that it is a frontal knee radiograph',
+    subject='frontal knee radiograph',
     shown={'side': 'side', 'score': 'knee_score'},
     demo=Demo(simulated_knees, dict(label='schatzker', arch='resnet10t', pretrained=False, epochs=16, lr=4e-3,
     bs=16),

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from ..core import BundleError, DataError
 from ..data.sampler import RepeatedBatchSampler
 from ..data.tree import LabelTree
+from ..data.words import match_column
 from ..findings import Finding
 from ..losses.base import BCEWithNaN
 from ..losses.labels import AsymmetricLoss, pos_weights
@@ -36,7 +37,7 @@ def part_of(
 ) -> LabelTree:
     """The tree of these categories, in the tree's order, each below its nearest ancestor that is kept. Raises
     `DataError`."""
-    names = list(names)
+    names = [match_column(tree.names, n) or n for n in names]
     strange = [n for n in names if n not in tree.names]
     if strange: raise DataError(f"There is no category {strange[0]!r}", near(strange[0], tree.names))
     above,tier = dict(zip(tree.names, tree.parents)),dict(zip(tree.names, tree.tiers))

@@ -26,7 +26,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.torch_core import TensorMask, params
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
@@ -44,14 +44,15 @@ from radiology_ai.train.callbacks import (
     Plateau,
     Precision,
     SeededRun,
-    TrainingBar,
+    training_bar,
 )
+from .calls import UsualCalls
 from .checkpoint import Checkpoint, starting_at
 from .optimizer import AdamW
 from .record import machine, run_identity, run_record
 
 # %% ../../nbs/48_train.learner.ipynb #6a97a1fb
-class XrayLearner(Learner):
+class XrayLearner(UsualCalls, Learner):
     "A `Learner` that can go on in the middle of a fit, and cleans up after an error."
     start_batch,_in_order = 0,(None, None)
 
@@ -115,7 +116,7 @@ class Training:
     channels_last: bool=True    # the weights' layout in memory while training: faster for convolutions
     compile: bool=False         # torch.compile, where it works
     opt_func: Callable=AdamW    # an optimizer of fastai, or `AdamW`
-    show: bool=False            # a progress bar and a line an epoch on standard error
+    show: bool|None=None        # None: fastai's bar and table in a notebook, elsewhere a line an epoch on standard error; False: none
 
 def _with(how: Training|None, changes: dict) -> Training:
     "The settings with these changes; raises `ModelError` for one that does not exist."
@@ -193,7 +194,7 @@ def _own_callbacks(device, how: Training, monitor) -> list:
     if how.accumulate!=1: cbs.append(Accumulate(how.accumulate))
     if precision!='fp32': cbs.append(Precision(precision))
     if how.clip: cbs.append(GradientClip(how.clip))
-    return cbs + ([TrainingBar()] if how.show else [])
+    return cbs + training_bar(how.show)
 
 @delegates(Training)
 def xray_learner(
@@ -222,17 +223,15 @@ def xray_learner(
     learn = XrayLearner(dls, model, loss_func, opt_func=how.opt_func, lr=how.lr, splitter=body_and_head,
         metrics=metrics, path=path, wd=how.wd, moms=(.95,.85,.95),
         cbs=_own_callbacks(dls.device, how, monitor) + list(L(cbs)))
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    learn.remove_cbs([cb for cb in learn.cbs if type(cb) is ProgressCallback])
     if hasattr(loss_func, 'to'): loss_func.to(dls.device)
     compiled = how.compile and compile_model(model, x.as_subclass(torch.Tensor))
     learn.settings = dict(optimizer=getattr(how.opt_func, '__name__', type(how.opt_func).__name__),
         monitor=monitor, patience=how.patience, ema=how.ema, clip=how.clip, accumulate=how.accumulate,
         precision=how.precision, channels_last=how.channels_last, compiled=compiled)
     learn.seed,learn.history,learn.seconds = how.seed,[],0.
-    learn.plan,learn.logger = {},_quiet
+    learn.plan,learn.logger = {},noop
     return learn
-
-def _quiet(values): pass
 
 # %% ../../nbs/48_train.learner.ipynb #810a8bb6
 @patch

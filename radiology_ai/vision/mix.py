@@ -38,7 +38,7 @@ class MixedLoss(nn.Module):
         return share*loss + (1-share)*self.loss(pred, other)
 
 class _Mix(Transform):
-    order,split_idx = 21,0
+    order,split_idx,mixes = 21,0,True
     def __init__(self,
         alpha: float=.4, # of the Beta distribution of the share: small, mostly one film; 1, any share alike
         p: float=1.,     # chance that a batch is mixed
