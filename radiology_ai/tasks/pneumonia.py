@@ -122,6 +122,7 @@ PNEUMONIA = Task(
     stages=(Stage(Boxes(RSNA_CLASSES), model=detector_of),),
     settings=PneumoniaSettings,
     augment=pneumonia_augment,
+    subject='frontal chest radiograph',
     usable=chest_seen,
     remedy='Check that it is a frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection'},

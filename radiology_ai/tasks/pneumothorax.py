@@ -140,6 +140,7 @@ PNEUMOTHORAX = Task(
     stages=(_OUTLINE, _CALL),
     settings=PneumothoraxSettings,
     augment=pneumothorax_augment,
+    subject='frontal chest radiograph',
     usable=chest_seen,
     remedy='Check that it is a frontal chest radiograph',
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection', 'drain': 'drain'},
