@@ -245,10 +245,8 @@ def _settings(settings: Optional[Path], given: list[str], options: dict) -> tupl
     return file,words | {k: v for k,v in options.items() if v is not None},run
 
 def _label_of(task: str, settings: dict) -> str:
-    "The label columns that a task of one or several labels will look for; '' where its labels are of a tree."
-    told = settings_told(task)
-    plain = told.get('label', ('', ''))[1].strip('\'"')
-    return str(settings.get('label') or plain) if plain and 'label_set' not in told else ''
+    "The label columns that were named; '' where the labels are of a tree."
+    return '' if 'label_set' in settings_told(task) else str(settings.get('label') or '')
 
 def _opened(data, labels, on=None, patient=None, label: str='') -> dict:
     "The store and the table of labels, opened before torch is loaded."
@@ -324,7 +322,7 @@ def train(
         labels=labels or run.get('labels'), out=out)
     check_task(wanted['task'])
     check_settings(wanted['task'], file | words)
-    wanted |= _opened(wanted['data'], wanted['labels'], on, patient, _label_of(wanted['task'], file | words))
+    wanted |= _opened(wanted['data'], wanted['labels'], on, patient, _label_of(wanted['task'], words))
     from radiology_ai.tasks import registry
     done = registry.train(*wanted.values(), settings=file, overwrite=overwrite, say=_say, **words)
     for line in registry.evaluate(done).lines(): _say(line)

@@ -248,13 +248,13 @@ def read_state(
 def _look(file: Path, where: str):
     "Do the first bytes tell a safetensors file? Raises `BundleError`."
     with open_file(file, WEIGHT_BYTES) as f: first,size = f.read(9),os.fstat(f.fileno()).st_size
+    # eight bytes of length, of which the first may be that of a pickle, and the header
+    if first[8:]==b'{' and int.from_bytes(first[:8], 'little')<=min(_HEADER_BYTES, size-8): return
     if first[:1]==b'\x80' or first[:4]==b'PK\x03\x04':
         raise BundleError(f"{file.name} of {where} is a pickle in disguise",
             "Do not open it; ask its author for safetensors")
-    n = int.from_bytes(first[:8], 'little')
-    if len(first)<9 or first[8:]!=b'{' or n>min(_HEADER_BYTES, size-8):
-        raise BundleError(f"{file.name} of {where} cannot be read (it does not begin as safetensors do)",
-            _AGAIN)
+    raise BundleError(f"{file.name} of {where} cannot be read (it does not begin as safetensors do)",
+        _AGAIN)
 
 # %% ../../nbs/42_models.sealed.ipynb #09a84cbf
 def tensors_digest(
