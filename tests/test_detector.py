@@ -177,7 +177,8 @@ def test_frozen_statistics_stay_and_groups_have_none(tmp_path):
 
 
 def test_wrong_settings_are_named():
-    for words, args in {'The levels are': dict(levels=(3, 4)), 'norm is': dict(norm='layer'), 'head_norm is': dict(head_norm='batch'),
+    for words, args in {'The levels are': dict(levels=(3, 4)), 'norm is': dict(norm='layer'),
+            'head_norm is': dict(head_norm='batch'),
             'kinds of boxes': dict(n_out=0),
             'classes of the image': dict(n_labels=1), 'anchor_sizes': dict(anchor_sizes=[]),
             'anchor_ratios': dict(anchor_ratios=[1., -1])}.items():
