@@ -172,10 +172,12 @@ from .tasks.boxes import Boxes
 from .tasks.chest import label_set
 from .tasks.judge import Evaluation, heat_maps
 from .tasks.kinds import Classes, GradedLoss, Grades, Labels
+from .tasks.lungs import child_lungs, jsrt_structures
 from .tasks.masks import Masks
 from .tasks.pneumothorax import save_siim
 from .tasks.registry import TASKS, adapt, evaluate, report, train
 from .tasks.run import load_models, read_run
+from .tasks.structures import Structures
 from .tasks.tree import Tree, part_of
 from .train.callbacks import EMA, Plateau
 from .train.checkpoint import Checkpoint

@@ -158,7 +158,9 @@ def _judge(task, run, store, truth, out, *, workers, say):
     learnt = set(run.manifest.path[run.manifest.split!='test'])
     files = [p for p in image_files(out/'hospital') if p not in learnt]
     predict(run, files, out=out/'predictions.csv', workers=workers, task=task)
-    figures = {'auroc': list(evaluation.auroc), 'images': evaluation.figures['images'],
+    name,f = evaluation.headline
+    figures = {name.lower().replace(' ', '_'): [f[k] for k in ('value','low','high')],
+        'images': evaluation.figures['images'],
         'patients': evaluation.figures['patients'], 'heat': heat}
     _write(out, figures)
     return DemoResult(out, evaluation, heat)

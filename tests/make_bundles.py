@@ -85,9 +85,9 @@ BUNDLES = {'knee_resnet': (knee, 'test_resnet'), 'knee_vit': (knee, 'test_vit'),
     'pneumothorax_efficientnet': (pneumothorax, 'test_efficientnet'),
     'pneumonia_efficientnet': (pneumonia, 'test_efficientnet')}
 TASKS = {'knee': KNEE, 'chest': CHEST}
-# of each task; a transformer with a decoder is never small
+# of each task; a transformer with a decoder is never small, and the network of lungs is that of the masks, which stands for it
 KINDS = {'knee': ('resnet', 'vit'), 'chest': ('resnet', 'vit'), 'pneumonia': ('efficientnet',),
-    'pneumothorax': ('efficientnet',)}
+    'pneumothorax': ('efficientnet',), 'lungs': ()}
 
 
 class Films(list):

@@ -80,21 +80,19 @@ class Adapted:
     after: dict  # likewise of the adapted run
 
     def table(self) -> pd.DataFrame:
-        """A row a hospital: `before`, `after` (mean AUROC with its interval in words), and the number of
+        """A row a hospital: `before`, `after` (the headline with its interval in words), and the number of
         `images`."""
         return pd.DataFrame([{'hospital': k, 'images': len(self.after[k].table),
-            'before': _auroc(self.before[k]),
-            'after': _auroc(self.after[k])} for k in ('old','new')])
+            'before': said(_figure(self.before[k])),
+            'after': said(_figure(self.after[k]))} for k in ('old','new')])
 
     def lines(self) -> list[str]:
         "The same as lines of text."
-        return [f"{r.hospital} hospital, {r.images} test images: AUROC {r.before} before, {r.after} after"
+        name = self.after['new'].headline[0]
+        return [f"{r.hospital} hospital, {r.images} test images: {name} {r.before} before, {r.after} after"
             for r in self.table().itertuples()]
 
-def _auroc(e: Evaluation) -> str:
-    return said(_figure(e))
-
-def _figure(e: Evaluation) -> dict: return (e.figures['mean'] or e.figures['labels'][0])['auroc']
+def _figure(e: Evaluation) -> dict: return e.headline[1]
 
 def adapt_run(
     task: Task,

@@ -48,6 +48,11 @@ class Evaluation:
         f = self.figures['mean'] or self.figures['labels'][0]
         return Interval(*(f['auroc'][k] for k in ('value','low','high')))
 
+    @property
+    def headline(self) -> tuple[str, dict]:
+        "The name of the figure by which runs of the task are compared, and the figure."
+        return self.task.answer.headline(self.figures)
+
     def lines(self) -> list[str]:
         "The figures as a few lines of text."
         made = is_simulated(self.table.image_id, self.table.patient_id).any()
@@ -201,7 +206,7 @@ def examples_of(task: Task, run, evaluation: Evaluation, store) -> list[Example]
     table = evaluation.task.answer.examples(evaluation.table)
     if table is None: return []
     store = store if isinstance(store, ImageStore) else ImageStore(store)
-    rows = choose_examples(table)
+    rows = table if 'kind' in table else choose_examples(table) # an answer may have chosen
     own = evaluation.task.answer.pictures(rows, store)
     if own is not None: return own
     model = load_models(run, task, task.stages[-1].name if len(task.stages)>1 else '')[0].model

@@ -187,6 +187,8 @@ class Answer:
     def examples(self, table) -> pd.DataFrame|None: # with `target` and `score`, for pictures of a report
         return table if 'target' in table and 'score' in table else None
     def pictures(self, rows, store) -> list|None: return None # of rows of `choose_examples`; None: with heat maps
+    def headline(self, figures) -> tuple: # the name of the figure by which two runs are compared, and the figure
+        return 'AUROC',(figures['mean'] or figures['labels'][0])['auroc']
     def facts(self, r) -> dict: return {}          # of a row of predictions, beside its findings
     def sections(self, figures) -> list: return [] # of the report, beside the usual ones
 

@@ -17,12 +17,13 @@ from ..core import DataError
 from .base import Task, near, setting_comments
 from .chest import CHEST
 from .knee import KNEE
+from .lungs import LUNGS
 from .pneumonia import PNEUMONIA
 from .pneumothorax import PNEUMOTHORAX
 from .run import known_task, read_run
 
 # %% ../../nbs/79_tasks.registry.ipynb #281a77d4
-TASKS = {t.name: t for t in (KNEE, CHEST, PNEUMONIA, PNEUMOTHORAX)}
+TASKS = {t.name: t for t in (KNEE, CHEST, PNEUMONIA, PNEUMOTHORAX, LUNGS)}
 
 def task_named(
     task, # a name of `TASKS`, or a `Task`
