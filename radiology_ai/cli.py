@@ -409,7 +409,8 @@ def predict(
     paths: Annotated[list[Path], typer.Argument(help="DICOM files or folders.")],
     out: Annotated[Path, typer.Option(help="The table to write, one row a file (CSV); other forms are called after it.")],
     to: Annotated[Optional[list[str]], typer.Option(
-        help="csv, json (every finding with its place) or png (drawn on the films); may be given several times.")]=None,
+        help="csv, json (every finding with its place), png (drawn on the films), and as DICOM sr (report), seg (masks), "
+        "sc (picture): several with commas, or several times.")]=None,
     workers: Workers=None,
     *,
     task: Told=None,
