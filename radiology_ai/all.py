@@ -69,10 +69,10 @@ from .data.targets import MaskStore, stored_boxes, stored_points, write_masks
 from .data.tree import LabelTree, chest_terms, chest_tree, resolve_uncertain
 from .demo import run_demo
 from .dicom.deidentify import deidentify
-from .dicom.write import secondary_capture, segmentation, structured_report
 from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
 from .dicom.index import index_dicoms, read_index, write_index
 from .dicom.read import read_header, read_radiograph
+from .dicom.write import secondary_capture, segmentation, structured_report
 from .explain import gradcam, heat_overlay, heat_to_stored, hottest
 from .findings import Finding, Reading
 from .losses.base import BCEWithNaN, WeightedCrossEntropy

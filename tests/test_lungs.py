@@ -37,7 +37,6 @@ from radiology_ai.tasks.lungs import (
 )
 from radiology_ai.tasks.structures import (
     CTR,
-    SidedAugment,
     Structures,
     agreement,
     film_masks,
@@ -47,7 +46,6 @@ from radiology_ai.tasks.structures import (
     measured,
     pixel_mm,
     runs_from_files,
-    sided,
     structure_answers,
     swapped,
     truth_planes,
@@ -74,7 +72,7 @@ def test_in_a_mirror_image_right_and_left_change_places():
     b = (TensorImage(torch.rand(6, 1, 48, 48)), TensorMask(torch.from_numpy(np.stack([masks]*6))))
     still = dict(rotation=0, translation=0, scale=(1, 1), brightness=0, contrast=(1, 1), gamma=(1, 1),
         noise=0, p=1.)
-    aug = sided(BatchAugment(flip=1., **still), NAMES)
+    aug = sided(BatchAugment(flip=1., **still), swapped(NAMES))
     assert isinstance(aug, SidedAugment)
     image, moved = aug(b, split_idx=0)
     assert isinstance(moved, TensorMask) and moved.dtype==torch.int8
@@ -82,7 +80,7 @@ def test_in_a_mirror_image_right_and_left_change_places():
         told, expected = moved[0, k].numpy(), masks[other][:, ::-1]
         assert np.array_equal(told, expected) if other!=3 else (told==-1).all()
     assert torch.equal(image, b[0].flip(-1))
-    half = sided(BatchAugment(flip=.5, seed=3, **still), NAMES)
+    half = sided(BatchAugment(flip=.5, seed=3, **still), swapped(NAMES))
     flipped = half.draw(6).flip
     _, some = half(b, split_idx=0)
     heart = some[:, 2].numpy().astype(float).mean(1)@np.arange(48)/some[:, 2].numpy().mean(1).sum(1)

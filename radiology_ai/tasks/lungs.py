@@ -28,7 +28,7 @@ from .base import SUBGROUPS, Demo, Settings, Stage, Task
 from .chest import chest_seen
 from .knee import knee_arch
 from .masks import mask_file
-from .structures import CTR, Structures, largest_part, sided
+from .structures import CTR, Structures, largest_part, swapped
 
 # %% ../../nbs/74_tasks.lungs.ipynb #13224991
 STRUCTURES = ('right_lung','left_lung','heart','right_clavicle','left_clavicle')
@@ -87,8 +87,10 @@ def structure_network(settings, dls, earlier: dict):
 
 def structure_augment(settings):
     "The augmentation: in a mirror image right and left change places."
-    from radiology_ai.vision.augment import rand_augment
-    return sided(rand_augment(settings.augment, flip=settings.flip, seed=settings.seed), settings.structures)
+    from radiology_ai.vision.augment import rand_augment  # a prediction moves nothing
+    from radiology_ai.vision.sided import sided
+    plain = rand_augment(settings.augment, flip=settings.flip, seed=settings.seed)
+    return sided(plain, swapped(settings.structures)) if settings.flip else plain
 
 # %% ../../nbs/74_tasks.lungs.ipynb #77eb56af
 def simulated_structures(folder, patients: int, seed: int=0, workers: int|None=None, *, hospital: str='a',
