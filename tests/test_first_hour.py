@@ -38,6 +38,15 @@ def test_a_title_above_the_header_is_none_of_the_table(tmp_path, text):
     assert (tmp_path/'t.csv').read_text(encoding='utf-8').split('\n')[df.index[0]+1].strip()[0]=='a'
 
 
+def test_a_header_whose_rows_hold_other_separators_is_no_title(tmp_path):
+    row = 'a.png,{},"CC BY 4.0 (images, Kermany; masks, V7 Labs)"\n'
+    (tmp_path/'t.csv').write_text('path,y,licence\n' + row.format(1) + row.format(0))
+    df = read_cells(tmp_path/'t.csv')
+    assert list(df)==['path', 'y', 'licence'] and df.y.tolist()==['1', '0']
+    (tmp_path/'u.csv').write_text('Export, ward 3\nid;y\na;0\nb;1\n')
+    assert list(read_cells(tmp_path/'u.csv'))==['id', 'y']
+
+
 def test_a_title_in_a_workbook(tmp_path):
     rows = [['My export', None], [None, None], ['id', 'kl'], ['a', True], ['b', False]]
     pd.DataFrame(rows).to_excel(tmp_path/'t.xlsx', index=False, header=False)

@@ -51,6 +51,7 @@ from radiology_ai.tasks.structures import (
     truth_planes,
 )
 from radiology_ai.vision.augment import BatchAugment, rand_augment
+from radiology_ai.vision.sided import SidedAugment, sided
 
 NAMES = list(STRUCTURES)
 

@@ -166,8 +166,10 @@ def _below_title(text: str) -> str:
     many."""
     lines = [m for m in re.finditer(r'[^\r\n]*(?:\r\n|\n|\r|$)', text[:2**16]) if m[0]]
     full = [m for m in lines if m[0].strip().strip(_SEPARATORS)][:30]
-    for sep in _SEPARATORS:
-        counts = [len(next(_cells_of(m[0].strip().rstrip(sep), sep), [])) for m in full]
+    counted = [[len(next(_cells_of(m[0].strip().rstrip(sep), sep), [])) for m in full] for sep in _SEPARATORS]
+    # a first line that is divided as the others are is the header
+    if any(c and c[0]>1 and 2*c.count(c[0])>len(c) for c in counted): return text
+    for counts in counted:
         k = next((k for k,n in enumerate(counts) if n>1), 0)
         if 0<k<=5 and len(counts)>k+1 and all(n>1 for n in counts[k:-1]): return text[full[k].start():]
     return text

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/68_tasks.structures.ipynb #49856876
