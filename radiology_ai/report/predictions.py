@@ -10,6 +10,7 @@ __all__ = ['Predictions', 'check_predictions', 'simulated_predictions', 'simulat
 
 # %% ../../nbs/60_report.predictions.ipynb #347cd26f
 import re
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,7 +214,12 @@ def thresholds_of(
         else: v = p.table.get(column) if values is None else values
         if v is None: continue
         out[:,c] = v
-        if values is None and len(p.labels)>1 and np.isnan(out[:,c]).any(): out[:,c] = np.nan
+        lost = int(np.isnan(out[:,c]).sum())
+        if values is None and len(p.labels)>1 and lost:
+            if lost<len(out):
+                warnings.warn(f"{l} has no threshold for {lost} of {len(out)} images, as in a fold whose validation patients "
+                    "were of one class: it has no operating point", stacklevel=3)
+            out[:,c] = np.nan
         elif not np.isfinite(out[:,c]).all():
             raise DataError("The threshold is not a finite number",
                 "Choose it on validation images, such as with `choose_thresholds`")

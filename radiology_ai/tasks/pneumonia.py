@@ -129,5 +129,5 @@ PNEUMONIA = Task(
     shown={'view': 'projection'},
     outputs={'submission': _submitted},
     demo=Demo(simulated_opacities, chest_start()
-    | dict(epochs=16, bs=8, width=.25, levels='3,4,5', body_div=1.),
-        patients=500))
+    | dict(epochs=12, bs=8, lr=1e-3, width=.5, levels='3,4,5', body_div=1.),
+        patients=500, size=160))

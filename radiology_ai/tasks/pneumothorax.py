@@ -24,7 +24,7 @@ from ..models.sealed import check_meta, read_meta, sealed
 from ..preprocess.recipe import recipe
 from ..tables import save_table
 from .base import SUBGROUPS, Demo, Settings, Stage, Task, every_row
-from .chest import chest_seen
+from .chest import chest_seen, chest_start
 from .knee import knee_arch
 from .masks import Masks
 from .run import model_folders, read_run
@@ -146,9 +146,7 @@ PNEUMOTHORAX = Task(
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection', 'drain': 'drain'},
     shown={'view': 'projection'},
     outputs={'siim': save_siim},
-    demo=Demo(simulated_pneumothoraces, dict(arch='resnet10t', pretrained=False, width=.25, epochs=12,
-    lr=3e-3, bs=16),
-        patients=600, size=192))
+    demo=Demo(simulated_pneumothoraces, chest_start() | dict(width=.5, epochs=8, bs=8), patients=500, size=192))
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #74808d4f
 def pooled_triplet(
