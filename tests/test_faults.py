@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from radiology_ai.core import DicomError, own_fault, rng
-from radiology_ai.dicom import codecs, deidentify, explore, file, index, quality, read, still, stored
+from radiology_ai.dicom import codecs, deidentify, explore, file, index, quality, read, residue, still, stored
 from radiology_ai.findings import Finding, Reading
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.hospital import simulate_hospital, write_dicom
@@ -88,7 +88,7 @@ PLACES = { # module and name of a function of ours, and a call that comes by it
     'walk': (deidentify.Walk, '_element', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
     'values': (deidentify.Walk, '_remember', lambda f, p: deidentify.deidentify(f, f.parent/'out',
     show=False)),
-    'residue': (deidentify, 'words_of', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
+    'residue': (residue, 'words_of', lambda f, p: deidentify.deidentify(f, f.parent/'out', show=False)),
     'recipe': (recipe.Preprocess, 'apply', lambda f, p: recipe.prepare(recipe.Source(str(f)),
     recipe.recipe('plain'))),
     'record': (recipe, 'view', lambda f, p: recipe.prepare(recipe.Source(str(f)), recipe.recipe('plain'))),

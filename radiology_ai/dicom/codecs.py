@@ -296,7 +296,8 @@ def _runs(data, n):
         if k<128: p,made = p + k + 2,made + k + 1
         elif k>128: p,made = p + 2,made + 257 - k
         else: p += 1
-    return imagecodecs.packbits_decode(data[:p], out=n + 1) if made==n else out
+    # a rest that is longer than the runs is no filling
+    return imagecodecs.packbits_decode(data[:p], out=n + 1) if made==n and len(data) - p<=max(p, 2**17) else out
 
 def _rle(data, dtype, shape):
     """RLE (PS3.5 annex G): each byte of each sample is a segment of runs, which must unpack to exactly one

@@ -20,7 +20,7 @@ from .burned_in import find_text
 from .codecs import decode_frame, stream_info, syntax_of
 from .file import declared_frame, fragments
 from .limits import MAX_STORED
-from .stored import compressed_frame, decode_stored, encapsulated, layout, pixel_value
+from .stored import compressed_frames, decode_stored, encapsulated, layout, pixel_value
 from .streams import Unclear, overwritten, stripped, suspects
 
 # %% ../../nbs/18_dicom.pixels.ipynb #61ef9d9a
@@ -141,7 +141,7 @@ def _compressed(ds, path, account):
     "Compressed pixel data with nothing but the frames, stripped; `Unclear` where that cannot be told."
     value,n = pixel_value(ds),_frames(ds)
     dtype,shape,_ = layout(ds, value, path)
-    frames = [compressed_frame(value, ds, i, n, path=path) for i in range(n)]
+    frames = compressed_frames(value, ds, n, path=path)
     new = [_frame(f, ds, dtype, shape, path) for f in frames]
     data = bytes(value.read(0, sum(fragments(value, n, path)[-1])))
     if all(a==b for a,b in zip(frames, new)) and _is_plain(ds, value, frames): ds.PixelData = data

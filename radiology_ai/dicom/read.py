@@ -61,7 +61,9 @@ def _table(ds, sequence, which, little, path):
     found = []
     for o in items:
         described,data = _words(o, 'LUTDescriptor', little),_words(o, 'LUTData', little)
-        if len(described)==3 and len(data): found.append((described.tolist(), data))
+        if len(described)==3 and len(data):
+            signed = o['LUTDescriptor'].VR=='SS' and described[1]>32767
+            found.append(((int(described[0]), int(described[1]) - 65536*signed, int(described[2])), data))
     if not found:
         if items: _warn(path, 'a lookup table of the header cannot be used and is left out')
         return None
@@ -82,6 +84,7 @@ def _warn(path, text): warnings.warn(f'{file_label(path or "image")}: {text}', s
 def _look_through(x, table):
     "Values `x` through a table. Its first value may stand for a negative one."
     first = table.first
+    if first<0 and np.min(x)>=0: first += 65536 # the sign of pixels that have none
     if first>32767 and (first + table.n>65536 or np.max(x)<first and np.min(x)<0): first -= 65536
     return table.data[np.clip(np.round(x).astype(np.int64) - first, 0, len(table.data) - 1)].astype(float)
 
