@@ -13,12 +13,12 @@ import time
 import warnings
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
+from radiology_ai.tables import load_table, save_table
 from radiology_ai.tasks.chest import chest_start
 from radiology_ai.tasks.pneumonia import simulated_opacities
 from radiology_ai.tasks.pneumothorax import simulated_pneumothoraces
@@ -40,10 +40,10 @@ def main():
     torch.set_num_threads(1)
     size, epochs = args.size or {'pneumonia': 160, 'pneumothorax': 192}[args.task], args.epochs or {
         'pneumonia': 14, 'pneumothorax': 8}[args.task]
-    films, labels, store = (args.out/f'{args.task}_{k}' for k in ('films', 'labels.pkl', str(size)))
+    films, labels, store = (args.out/f'{args.task}_{k}' for k in ('films', 'labels.csv', str(size)))
     args.out.mkdir(parents=True, exist_ok=True)
-    if not labels.exists(): SIMULATE[args.task](films, args.patients, args.seed, 1).to_pickle(labels)
-    table = pd.read_pickle(labels)
+    if not labels.exists(): save_table(SIMULATE[args.task](films, args.patients, args.seed, 1), labels)
+    table = load_table(labels)
     kept = (ImageStore(store) if store.exists()
         else preprocess_folder(films, store, recipe('chest', size=size), workers=1, show=False))
     start = time.process_time()
