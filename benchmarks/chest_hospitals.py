@@ -2,13 +2,14 @@
 `chest` task as it comes there, and adapted with a tenth of that hospital's patients.
 
     python benchmarks/chest_hospitals.py films --out FOLDER [--patients 1600 700] [--size 192]
-    python benchmarks/chest_hospitals.py run --out FOLDER [--epochs 14] [--flat]
-    python benchmarks/chest_hospitals.py adapt --out FOLDER [--share .1]
+    python benchmarks/chest_hospitals.py run --out FOLDER [--epochs 14] [--flat] [--start BUNDLE] [--pool both] [--lr .004]
+    python benchmarks/chest_hospitals.py adapt --out FOLDER [--share .1] [--epochs 14]
     python benchmarks/chest_hospitals.py paired --out FOLDER
 
 The mean AUROC is over the categories of the 32 that have at least ten positives and negatives among the films judged, with
 intervals over patients. `--flat` trains the same without the
 tree in the network (`hierarchy='flat'`); `paired` compares both on the same test patients, with what violates the tree.
+`--start` begins with another network, such as that of `chest_outlines.py teach`; `--first` takes so many patients only.
 """
 import argparse
 import time
@@ -16,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from radiology_ai.metrics.classification import label_table
@@ -41,8 +43,13 @@ def films(args):
 
 def run(args):
     start = time.process_time()
-    done = train('chest', args.out/f'a_{args.size}', args.out/'a.csv', args.out/name(args), **chest_start()
-        | dict(epochs=args.epochs, lr=4e-3, body_div=1., bs=16, augment=1., hierarchy='flat' if args.flat else 'max'))
+    labels = pd.read_csv(args.out/'a.csv')
+    if args.first: labels = labels[labels.patient_id.isin(sorted(labels.patient_id.unique())[:args.first])]
+    done = train('chest', args.out/f'a_{args.size}', labels, args.out/name(args), **chest_start()
+        | ({'start': str(args.start)} if args.start else {})
+        | dict(epochs=args.epochs, head_epochs=args.head_epochs, lr=args.lr, body_div=1., bs=16, augment=1.,
+        pool=args.pool,
+            hierarchy='flat' if args.flat else 'max'))
     print(f'{time.process_time()-start:.0f} s of processor')
     for line in evaluate(done).lines(): print(line)
     told('home', evaluate(done))
@@ -79,8 +86,9 @@ def paired(args):
 
 
 def adapted(args):
-    done = adapt(args.out/name(args), args.out/f'b_{args.size}', args.out/'b.csv', args.out/f'adapted_{args.share}',
-        share=args.share, replay=.3, say=print)
+    done = adapt(args.out/name(args), args.out/f'b_{args.size}', args.out/'b.csv',
+        args.out/f'adapted_{args.share}',
+        share=args.share, replay=.3, say=print, epochs=args.epochs)
     for line in done.lines(): print(line)
     for k in ('old', 'new'):
         told(f'{k} hospital, before', done.before[k])
@@ -88,7 +96,8 @@ def adapted(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('films', 'run', 'adapt', 'paired'))
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--patients', nargs=2, type=int, default=[1600, 700])
@@ -96,6 +105,11 @@ def main():
     parser.add_argument('--epochs', type=int, default=14)
     parser.add_argument('--share', type=float, default=.1)
     parser.add_argument('--flat', action='store_true')
+    parser.add_argument('--start', type=Path)
+    parser.add_argument('--pool', default='avg')
+    parser.add_argument('--lr', type=float, default=4e-3)
+    parser.add_argument('--head-epochs', type=int)
+    parser.add_argument('--first', type=int)
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ ChestX-ray14), 14 findings and "no finding", a small CNN and a small vision tran
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/chest_nih.py pretrain --out FOLDER
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/chest_nih.py run --out FOLDER [--arms NAME ...] [--seeds 3]
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/chest_nih.py table --out FOLDER [--part choice|test]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/chest_nih.py child --out FOLDER [--epochs 4] [--share .1]
 
 random:      all weights random.                      lite0:  ImageNet weights of a package, the default of the tasks.
 probe:       the frozen features of lite0, a logistic regression for each finding.
@@ -18,6 +19,9 @@ with at least 8 positive patients in the part the AUROC is taken over all films 
 an interval over seeds and patients (benchmarks/seeds.py). Beside it stands what sees no anatomy: source and view, and
 16 x 16 pixels, taught on the same training patients. With the radiologists' 124 films (ChestX-Det) as truth: pneumothorax,
 effusion and consolidation of the patients that were not trained on.
+
+`child`: a run of the chest task (nih14, lite0 from ImageNet, one seed) on the same training patients, judged on `chest_child`
+as it comes (pneumonia or not, which is all that its labels say) and adapted with a share of its patients.
 """
 import argparse
 import os
@@ -43,7 +47,8 @@ from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
 from radiology_ai.pretrain.ssl import save_body, ssl_learner
 from radiology_ai.report.shortcuts import pixel_features, stratified_auroc_ci, thumbnails
-from radiology_ai.tasks.kinds import stored_batches
+from radiology_ai.tasks.kinds import said, stored_batches
+from radiology_ai.tasks.registry import adapt, train
 from radiology_ai.train.learner import xray_learner
 from radiology_ai.vision.augment import BatchAugment
 
@@ -277,20 +282,47 @@ def outlined(found, rows, labels):
         print(f'  {label}: {y.sum()} with it; the text-mined label {mined[0]:.2f} ({mined[1]:.2f} to {mined[2]:.2f}); {text}')
 
 
+def child(args):
+    "Children's films as the second hospital of a run."
+    store, t = store_of(112, args.out)
+    m = pd.read_csv(folder()/'chest_child'/'manifest.csv')
+    files, where = [str(folder()/'chest_child'/p) for p in m.path], args.out/'child_112'
+    other = (ImageStore(where) if where.exists()
+        else preprocess_folder(files, where, recipe('plain', size=112), workers=1, show=False))
+    ids = dict(zip(other.index.path, other.index.image_id))
+    kids = pd.DataFrame({'image_id': [ids.get(f) for f in files], 'patient_id': m.patient_group,
+        'Pneumonia': (m.labels!='normal')*1.}).dropna(subset='image_id')
+    began = time.process_time()
+    home = t[t.split!='choice'][['image_id', 'patient_id', 'split', *NIH14]]
+    run = train('chest', store, home, args.out/'child_home', label_set='nih14', arch=CNN, weights=PACKAGE,
+        epochs=args.epochs, bs=16, augment=2., lr=2e-3)
+    done = adapt(run, other, kids, args.out/'child_adapted', share=args.share, replay=.3, epochs=args.epochs)
+    print(f'{time.process_time()-began:.0f} s of processor; adapted with '
+        f"{done.run.manifest[done.run.manifest.hospital.eq('new') & done.run.manifest.split.ne('test')].patient_id.nunique()} "
+        'of their patients')
+    for when, both in (('before', done.before), ('after', done.after)):
+        for place, e in both.items():
+            v = next(o for o in e.figures['labels'] if o['label']=='Pneumonia')
+            print(f"{place} {when}: {v['images']} films of {v['patients']} patients, {v['positives']} with pneumonia, "
+                f"AUROC {said(v['auroc'])}; mean of the categories {said(e.headline[1])}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('pretrain', 'run', 'table'))
+    parser.add_argument('what', choices=('pretrain', 'run', 'table', 'child'))
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--arms', nargs='*', choices=list(ARMS))
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--part', choices=('choice', 'test'), default='choice')
     parser.add_argument('--draws', type=int, default=500)
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--epochs', type=int, default=4)
+    parser.add_argument('--share', type=float, default=.1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    {'pretrain': pretrain, 'run': run, 'table': table}[args.what](args)
+    {'pretrain': pretrain, 'run': run, 'table': table, 'child': child}[args.what](args)
 
 
 if __name__=='__main__': main()

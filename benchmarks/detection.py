@@ -1,7 +1,7 @@
 """Detection metrics on 3,000 images: the RSNA score beside a plain Python form, COCO's average precision beside pycocotools, and what
 sweeps and intervals cost.
 
-    python benchmarks/detection.py [--images 3000] [--repeats 7] [--labels stage_2_train_labels.csv]
+    python benchmarks/detection.py [--parts metrics rules network] [--images 3000] [--repeats 7] [--labels stage_2_train_labels.csv]
 
 One core; the ways of one part take turns, the median counts, and the ratio comes from the same run (processor time; the clock beside
 it). Boxes: with `--labels` (or RADIOLOGY_AI_REAL_DATA) the true boxes of the RSNA challenge, once as they come (a quarter of the films
@@ -12,6 +12,11 @@ The RSNA score has two peers: the plain form follows the rules word by word on t
 kernels do (the IoU anew at each threshold); the tuned one is plain Python on lists, which computes each IoU once and skips what can't hit.
 pycocotools gets its dictionaries built inside its time, as `coco_map` does; it is timed with its usual settings and again with only what
 AP needs (all areas, 100 boxes an image).
+
+rules: what makes boxes of candidates. A sweep over 20 ways of suppression and 20 thresholds (50 candidates of a film and of its mirrored
+image), and an ensemble of 4 folds x 3 checkpoints (50 candidates each), pooled and suppressed or fused.
+network: `Detector.detect` beside torchvision's `RetinaNet` of the same backbone, pyramid, heads, anchors and weights on the same films (its
+resizing turned off), and what decoding and suppression take of it.
 """
 import os
 
@@ -21,12 +26,14 @@ import contextlib
 import io
 import statistics
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
 from radiology_ai.core import rng
 from radiology_ai.metrics.detection import COCO_IOUS, RSNA_IOUS, coco_map, froc, rsna_map, rsna_map_ci, threshold_sweep
+from radiology_ai.metrics.fusion import Decoding, choose_decoding, decoding_grid, pool_members
 
 # ---- boxes ---------------------------------------------------------------------------------------------------
 
@@ -185,14 +192,98 @@ def compare(name: str, truths: list, repeats: int):
     table('With intervals', turns(ways, max(2, repeats//3)), 'rsna_map_ci, 1,000 draws')
 
 
+# ---- from candidates to boxes --------------------------------------------------------------------------------
+
+def candidates(truths: list, members: int, each: int=50, seed: int=5, size: int=1024) -> list:
+    """Of each film simulated candidates of so many members: half of them about the true boxes, where there
+    are any."""
+    gen, out = rng(seed, 'candidates'), []
+    for t in truths:
+        n = members*each
+        middle, half = gen.uniform(100, size-100, (n, 2)), gen.uniform(30, 130, (n, 2))
+        if len(t):
+            k = gen.integers(0, len(t), n//2)
+            middle[:n//2] = (t[k,:2]+t[k,2:])/2 + gen.normal(0, 25, (n//2, 2))
+            half[:n//2] = (t[k,2:]-t[k,:2])/2*gen.uniform(.7, 1.3, (n//2, 2))
+        p = gen.random()
+        out.append(dict(boxes=np.hstack([middle-half, middle+half]), scores=gen.beta(1, 6, n)*.98+.011,
+            members=members,
+            classes=np.array([1-p, p])))
+    return out
+
+
+def rules(images: int):
+    truths = simulated_truths(images, 0, .4)
+    found = candidates(truths, 2)
+    grid = decoding_grid(Decoding(score=.01, most=20), iou=np.linspace(.05, .6, 20).tolist(),
+        threshold=np.linspace(.02, .9, 20).tolist())
+    once = {f'{len(grid)} settings on {images} films': lambda: choose_decoding(found, truths, grid)}
+    many = candidates(truths, 12)
+    parts = [[{k: f[k][50*m:50*m+50] for k in ('boxes', 'scores')} | dict(classes=f['classes']) for f in many]
+        for m in range(12)]
+    for how in ('suppress', 'fuse'):
+        once[f'12 members on {images} films, pooled, then {how}'] = lambda how=how: Decoding(how=how, iou=.4)(
+            pool_members(parts))
+    print('\n== From candidates to boxes (each once)')
+    for name, f in once.items():
+        clock, cpu = time.perf_counter(), time.process_time()
+        f()
+        print(f'  {name:52} {time.process_time()-cpu:7.1f} s   clock {time.perf_counter()-clock:7.1f} s',
+            flush=True)
+
+
+# ---- the network ---------------------------------------------------------------------------------------------
+
+def same_retinanet(model, size: int):
+    "torchvision's RetinaNet of the parts of a `Detector`."
+    import torch
+    from torchvision.models.detection import RetinaNet
+    class Body(torch.nn.Module):
+        out_channels = model.head.boxes.regression_head.conv[0][0].in_channels
+        def forward(self, x):
+            maps = model.body(x)
+            return model.head.pyramid(OrderedDict((str(k), m) for k, m in enumerate(maps)))
+    return RetinaNet(Body(), 1, min_size=size, max_size=size, image_mean=[0.], image_std=[1.],
+        anchor_generator=model.anchors,
+        head=model.head.boxes, score_thresh=.05, nms_thresh=.5, topk_candidates=1000,
+        detections_per_img=300).eval()
+
+
+def network(name: str, width: float, repeats: int, *, size: int=224, bs: int=8):
+    import torch
+
+    from radiology_ai.models.detector import candidates as decoded
+    from radiology_ai.models.detector import create_detector
+    torch.set_num_threads(1)
+    model = create_detector(name, pretrained=False, n_labels=0, width=width, norm='frozen').eval()
+    x = torch.rand(bs, 1, size, size, generator=torch.Generator().manual_seed(0))
+    theirs = same_retinanet(model, size)
+    with torch.no_grad():
+        model.head.boxes.classification_head.cls_logits.bias += 1.5 # many candidates
+        found, peer, n = model.detect(x), theirs(list(x)), len(decoded(model(x))[1])
+        print(f"\n== {name}, width {width}, {bs} films of {size} pixels: {n} candidates, "
+            f"{sum(len(f['scores']) for f in found)} boxes, torchvision (1,000 candidates a level) "
+            f"{sum(len(f['scores']) for f in peer)}")
+        table('Inference', turns({'Detector.detect': lambda: model.detect(x),
+            "torchvision's RetinaNet": lambda: theirs(list(x)), 'the network alone': lambda: model(x)},
+            repeats),
+            'Detector.detect')
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     real = os.environ.get('RADIOLOGY_AI_REAL_DATA')
+    p.add_argument('--parts', nargs='+', choices=['metrics', 'rules', 'network'],
+        default=['metrics', 'rules', 'network'])
     p.add_argument('--images', type=int, default=3000)
     p.add_argument('--repeats', type=int, default=7)
     p.add_argument('--labels', default=str(Path(real)/'labels/rsna/stage_2_train_labels.csv.gz') if real
         else None)
     a = p.parse_args()
+    if 'rules' in a.parts: rules(a.images)
+    for name, width in (('resnet18', 1.), ('tf_efficientnet_lite0', .25)) if 'network' in a.parts else ():
+        network(name, width, a.repeats)
+    if 'metrics' not in a.parts: return
     if a.labels:
         compare('RSNA films with lesions', rsna_truths(a.labels, a.images, 0, True), a.repeats)
         compare('RSNA films as they come', rsna_truths(a.labels, a.images, 0, False), a.repeats)

@@ -27,8 +27,9 @@ from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
 from radiology_ai.tasks.judge import Evaluation
 from radiology_ai.tasks.lungs import LUNGS, STRUCTURES, child_lungs, jsrt_structures
+from radiology_ai.tasks.outlines import outlined
 from radiology_ai.tasks.registry import evaluate, train
-from radiology_ai.tasks.structures import film_masks, outlined, table_names
+from radiology_ai.tasks.structures import film_masks, table_names
 
 SPLIT = dict(train=.6, valid=.15)
 SETS = {'jsrt': ('chest_jsrt', jsrt_structures, STRUCTURES),

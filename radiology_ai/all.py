@@ -71,11 +71,13 @@ from .demo import run_demo
 from .dicom.deidentify import deidentify
 from .dicom.explore import Exploration, explore_dicoms, show_index, summarise
 from .dicom.index import index_dicoms, read_index, write_index
+from .dicom.polarity import find_polarity
 from .dicom.read import read_header, read_radiograph
 from .dicom.write import secondary_capture, segmentation, structured_report
-from .explain import gradcam, heat_overlay, heat_to_stored, hottest
+from .explain import gradcam, heat_overlay, heat_to_stored, hottest, lrp
 from .findings import Finding, Reading
 from .losses.base import BCEWithNaN, WeightedCrossEntropy
+from .losses.graded import GradedLoss
 from radiology_ai.losses.labels import (
     AsymmetricLoss,
     BinaryFocalLoss,
@@ -124,7 +126,7 @@ from radiology_ai.metrics.recalibration import (
 )
 from .metrics.running import AUROC
 from .models.backbone import create_backbone, create_model, list_backbones
-from .models.bundle import Bundle, export_onnx, load_bundle, save_bundle
+from .models.bundle import Bundle, load_bundle, save_bundle
 from .models.segmenter import create_segmenter, list_encoders
 from .models.stn import create_aligner
 from .phantom.chest import simulate_chest
@@ -166,13 +168,14 @@ from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatc
 from .semi.load import semi_dataloaders
 from .semi.mixmatch import MixMatch
 from .semi.step import gentle, harsh
+from .serve.export import export_onnx
 from .serve.outputs import OUTPUTS
 from .serve.predict import explain, predict
 from .tasks.base import Demo, Settings, Stage, Task
 from .tasks.boxes import Boxes
 from .tasks.chest import label_set
 from .tasks.judge import Evaluation, heat_maps
-from .tasks.kinds import Classes, GradedLoss, Grades, Labels
+from .tasks.kinds import Classes, Grades, Labels
 from .tasks.lungs import child_lungs, jsrt_structures
 from .tasks.masks import Masks
 from .tasks.pneumothorax import save_siim

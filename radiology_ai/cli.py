@@ -1,4 +1,4 @@
-"""The way of the data as commands: `radiology_ai demo | index | explore | deidentify | preprocess | verify | tasks | train | evaluate | adapt | predict | explain`
+"""The way of the data as commands: `radiology_ai demo | index | explore | deidentify | preprocess | verify | tasks | train | evaluate | adapt | predict | explain | align | export | search`
 
 Docs: https://lluissalord.github.io/radiology_ai/cli.html.md"""
 
@@ -7,8 +7,8 @@ Docs: https://lluissalord.github.io/radiology_ai/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'SOME_UNUSED', 'Workers', 'Seed', 'Overwrite', 'On', 'Patient', 'Told', 'SettingsFile', 'Given', 'Title',
            'Question', 'NoPatient', 'Positive', 'GradeNames', 'Folds', 'Pretrained', 'Label', 'index', 'explore',
-           'deidentify', 'preprocess', 'verify', 'train', 'tasks', 'evaluate', 'adapt', 'predict', 'explain', 'demo',
-           'main']
+           'deidentify', 'preprocess', 'verify', 'train', 'tasks', 'evaluate', 'adapt', 'predict', 'explain', 'align',
+           'export', 'search', 'demo', 'main']
 
 # %% ../nbs/85_cli.ipynb #8931c3e8
 import gc
@@ -110,12 +110,19 @@ def index(
     out: Annotated[Path, typer.Option(help="The table to write, one row a file (parquet). If it is there, "
     "files that have not changed are not read again.")],
     workers: Workers=None,
+    *,
+    polarity: Annotated[bool, typer.Option('--polarity', help="Look at the pictures too: a column polarity says "
+    "whether bone is bright, dark (a negative) or unsure.")]=False,
 ):
     "Read the headers of a folder into one table; unreadable files are listed with their cause."
     check_films([folder])
     from radiology_ai.dicom.explore import summarise
     from radiology_ai.dicom.index import index_dicoms, write_index
     df = index_dicoms(folder, workers=workers, previous=out)
+    if polarity:
+        from radiology_ai.dicom.polarity import read_polarities
+        df['polarity'] = read_polarities(df, workers)
+        _say(f"negatives: {(df.polarity=='dark').sum()} of {(df.polarity!='').sum()} pictures")
     write_index(df, out)
     bad = df[df.error!='']
     _say(_as_lines(summarise(df)))
@@ -137,6 +144,8 @@ def explore(
 ):
     "What is in this folder: one page of tables, pictures and what needs attention."
     check_films([folder])
+    from radiology_ai.core import PAGE, check_replaced
+    check_replaced(out, PAGE)
     from radiology_ai.dicom.explore import explore_dicoms
     found = explore_dicoms(folder, labels=labels, pixels='all' if pixels else False, workers=workers)
     for r in found.attention.itertuples(): _say(f"{r.what}: {r.files} files")
@@ -196,15 +205,20 @@ def preprocess(
     shard_size: Annotated[Optional[int], typer.Option(
         help="Files in a shard: what a killed run loses at most. By default 8 to 256, by their number.",
         min=1)]=None,
+    polarity: Annotated[Optional[str], typer.Option(
+        help="header: as the header says; auto: a film that shows bone dark is turned into its negative.")]=None,
 ):
     "Turn a folder of radiographs into an image store that training reads at memory speed."
     check_films([folder])
     from radiology_ai.preprocess.recipe import recipe as named
     from radiology_ai.preprocess.scale import preprocess_folder
-    r = named(recipe, **{k: v for k,v in dict(size=size, bits=bits).items() if v is not None})
+    r = named(recipe, **{k: v for k,v in dict(size=size, bits=bits, polarity=polarity).items() if v is not None})
     store = preprocess_folder(folder, out, r, workers=workers, scheduler=scheduler, shard_size=shard_size,
         update=update, content=content)
     code = _errors(store.errors, [*store.index.path, *store.errors.path], out)
+    if dark := int((store.index.polarity=='dark').sum()):
+        _say(f"{dark} show bone dark, " + ('which was undone' if r.polarity=='auto'
+            else 'as their headers say: --polarity auto undoes it'))
     _say(f"{len(store)} images of {r.size} x {r.size}: {out}")
     return code
 
@@ -405,7 +419,7 @@ def adapt(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model bundle, or a run made by train.")],
+    model: Annotated[Path, typer.Argument(help="A model bundle, a run made by train, or an ONNX file made by export.")],
     paths: Annotated[list[Path], typer.Argument(help="DICOM files or folders.")],
     out: Annotated[Path, typer.Option(help="The table to write, one row a file (CSV); other forms are called after it.")],
     to: Annotated[Optional[list[str]], typer.Option(
@@ -416,10 +430,11 @@ def predict(
     task: Told=None,
 ):
     "Predict single files or whole folders; files that cannot be read are rows with their cause."
-    from radiology_ai.serve.outputs import check_outputs
+    from radiology_ai.serve.outputs import check_outputs, named_outputs
+    from radiology_ai.tasks.registry import TASKS
+    check_outputs(named_outputs(to or ['csv']), [name for t in TASKS.values() for name in t.outputs])
     check_model(model, 'model')
     check_task(task)
-    check_outputs(to or ['csv'])
     check_films(paths)
     from radiology_ai.serve.predict import predict as predicted
     table = predicted(model, paths, out, to or ['csv'], workers, task=task)
@@ -437,16 +452,118 @@ def explain(
     out: Annotated[Path, typer.Option(help="The folder for the pictures.")],
     workers: Workers=None,
     task: Told=None,
+    *,
+    method: Annotated[str, typer.Option(help="gradcam, gradcam++, layercam, hirescam, eigencam, rollout, integrated_gradients, lrp or "
+        "attnlrp (LRP is patented: free for personal and scientific use only). Without it GradCAM, and of masks their probability.")]='',
 ):
-    "Draw where the network looked (GradCAM), laid back onto the original radiographs."
+    "Draw where the network looked, laid back onto the original radiographs."
     check_model(model, 'model')
     check_task(task)
     check_films(paths)
     from radiology_ai.serve.predict import explain as explained
-    table = explained(model, paths, out, workers, task=task)
+    table = explained(model, paths, out, workers, task=task, method=method)
     code = _errors(table[table.error!=''].rename(columns=dict(error='cause')), table.path, out)
     _say(f"{int((table.error=='').sum())} pictures: {out}")
     return code
+
+@app.command()
+def align(
+    folder: Annotated[list[Path], typer.Argument(help="Chest radiographs: files or folders.")],
+    model: Annotated[Path, typer.Option(help="A run or a bundle of the task alignment.")],
+    out: Annotated[Path, typer.Option(help="The folder for the films, poses.csv and gallery.html.")],
+    to: Annotated[str, typer.Option(help="png, or store: an image store of aligned films.")]='png',
+    size: Annotated[int, typer.Option(help="Side of a film in pixels.", min=16, max=4096)]=512,
+    *,
+    least: Annotated[Optional[float],
+    typer.Option(help="Confidence from which on a film is moved, 0 to 1; by default as the "
+    "model says.", min=0, max=1)]=None,
+    workers: Workers=None,
+):
+    """Bring chest radiographs into one pose; a film of which the model is not sure is left as it is and
+    flagged."""
+    check_model(model, 'model')
+    check_films(folder)
+    from radiology_ai.serve.align import align_folder
+    table = align_folder(model, folder, out, to, size, least=least, workers=workers)
+    code = _errors(table[table.error!=''].rename(columns=dict(error='cause')), table.path, out)
+    good = table[table.error=='']
+    _say(f"{int((good.aligned==1).sum())} of {len(table)} files aligned, {int((good.aligned==0).sum())} left "
+        f"as they are: {out/'poses.csv'}")
+    _say(f"before and after: {out/'gallery.html'}")
+    return code
+
+# %% ../nbs/85_cli.ipynb #4ffe9de8
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A model bundle, or a run made by train, of one network.")],
+    out: Annotated[Path, typer.Option(help="The file to write (.onnx); `radiology_ai predict` takes it without torch.")],
+    films: Annotated[Optional[list[Path]], typer.Option(
+        help="DICOM files or folders on which it is compared with the network, and for the ranges of int8; "
+        "by default simulated films.")]=None,
+    labels: Annotated[Optional[Path], typer.Option(
+        help="Their labels: what fewer bits cost is measured on them.")]=None,
+    *,
+    int8: Annotated[bool, typer.Option('--int8', help="Whole numbers of 8 bits.")]=False,
+    fp16: Annotated[bool, typer.Option('--fp16', help="Numbers of 16 bits.")]=False,
+    dynamo: Annotated[bool, typer.Option('--dynamo', help="By the exporter of torch.export.")]=False,
+    workers: Workers=None,
+    on: On=None,
+    patient: Patient=None,
+    task: Told=None,
+):
+    "Write a model as one ONNX file, compared with the network on films before it is written."
+    if int8 and fp16: _fail("--int8 and --fp16 were both given", "Give one of them")
+    check_model(model)
+    check_task(task)
+    if films: check_films(films)
+    told = None if labels is None else label_table(labels, on, patient)
+    from radiology_ai.serve.export import export_onnx
+    done = export_onnx(model, out, films=films, labels=told,
+        precision='int8' if int8 else 'fp16' if fp16 else 'fp32',
+        dynamo=dynamo, task=task, workers=workers)
+    for line in done.lines(): _say(line)
+    _say(f"model: {out}")
+
+# %% ../nbs/85_cli.ipynb #6919fd96
+@app.command()
+def search(
+    task: Annotated[str, typer.Argument(autocompletion=_task_names,
+        help="A task, as `radiology_ai tasks` lists them.")],
+    data: Annotated[Path, typer.Option(help="An image store, made by preprocess.")],
+    labels: Annotated[Path, typer.Option(help="A table of labels, as for train.")],
+    out: Annotated[Path, typer.Option(
+        help="The folder of the search. One of the same arguments that is there is gone on with.")],
+    trials: Annotated[int, typer.Option(help="Short runs in all.", min=1)]=40,
+    *,
+    workers: Annotated[int, typer.Option(help="Processes that train.", min=1)]=1,
+    space: Annotated[Optional[Path], typer.Option(
+        help="A TOML file: of each setting a list, or {low, high, log, step}; by default the task's own space.")]=None,
+    short: Annotated[Optional[int], typer.Option(
+        help="Epochs of a short run; by default a quarter of the full ones.", min=1)]=None,
+    winners: Annotated[int, typer.Option(help="Trials that are run in full.", min=1)]=2,
+    seeds: Annotated[int, typer.Option(help="Runs of each winner, and of the default settings.", min=1)]=2,
+    seconds: Annotated[Optional[float], typer.Option(help="No short run begins later.")]=None,
+    seed: Seed=0,
+    storage: Annotated[str, typer.Option(
+        help="A database of Optuna for many machines, such as postgresql://...; by default a file in the folder.")]='',
+    given: Given=None,
+    label: Label=None,
+    on: On=None,
+    patient: Patient=None,
+):
+    """Try settings in short runs, judged on validation patients; train the best in full, and say how lucky
+    they were."""
+    check_task(task)
+    _,words,_ = _settings(None, given or [], dict(label=label))
+    check_settings(task, words)
+    opened = _opened(data, labels, on, patient, _label_of(task, words))
+    from radiology_ai.search import search as searched
+    done = searched(task, *opened.values(), out, trials=trials, workers=workers, space=space, short=short,
+        winners=winners, seeds=seeds, seconds=float('inf') if seconds is None else seconds, seed=seed,
+        storage=storage,
+        say=_say, **words)
+    for line in done.lines(): _say(line)
+    _say(f"page: {out/'search.html'}, settings: {out/'run.toml'}")
 
 # %% ../nbs/85_cli.ipynb #8344a49f
 @app.command()
@@ -475,10 +592,12 @@ for _one in app.registered_commands:
 
 # %% ../nbs/85_cli.ipynb #5e4feb6b
 class _Outlet(io.FileIO):
-    "A stream of the process that goes nowhere once its reader has left."
+    "A stream of the process that goes nowhere once its reader has left, or its disk is full."
+    failed = None # what the disk said
     def write(self, data):
         try: return super().write(data)
-        except BrokenPipeError:
+        except OSError as e:
+            if not isinstance(e, BrokenPipeError): self.failed = e
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -571,9 +690,19 @@ def main(
         except BaseException:
             if not signals.number: raise
             code = signals.tell()
-        if given is None: signals.ignore() # the end of the process is not to be interrupted
+        if given is None:
+            signals.ignore() # the end of the process is not to be interrupted
+            code = _all_said(code)
     code = code if isinstance(code, int) else 0
     sys.exit(0 if code==SOME_UNUSED and '--strict' not in args else code)
+
+def _all_said(code) -> int:
+    "The exit code: 2 where standard output could not be written."
+    sys.stdout.flush()
+    failed = getattr(getattr(getattr(sys.stdout, 'buffer', None), 'raw', None), 'failed', None)
+    if failed is None: return code
+    typer.echo(f'radiology_ai: standard output cannot be written ({failed.strerror})', err=True)
+    return code or 2
 
 _GLOBAL = ('--debug','--names','--strict') # any command takes them
 
@@ -639,6 +768,8 @@ def _usage(e, words) -> str:
         elif others: text = f"No such option: {option}. It belongs to {', '.join(others)}"
     return f"{text}{'' if text.endswith('?') else '.'} See --help"
 
+_NO_ROOM = re.compile("Resource temporarily unavailable|can't start new thread|[Cc]annot allocate memory|not enough memory")
+
 def _one_line(e: Exception, words: list=()) -> str:
     "What a user reads of an error."
     from radiology_ai.core import DicomError, RadiologyError, harmless
@@ -648,6 +779,12 @@ def _one_line(e: Exception, words: list=()) -> str:
     elif isinstance(e, DicomError):
         text = _spoken(f'{called(e.path, sys.stderr)}: {e.cause}. {e.remedy}'.removesuffix('. '), words)
     elif isinstance(e, RadiologyError): text = _spoken(str(e), words)
+    elif isinstance(e, MemoryError) or _NO_ROOM.search(str(e)):
+        text = ('There is not enough memory, or the system allows no more threads or processes. Raise its limits '
+            '(ulimit -v, -u), or use fewer --workers')
     elif isinstance(e, OSError): text = f'{e.strerror or e}: {e.filename}' if e.filename else str(e)
     else: text = f'unexpected {type(e).__name__}: {e}. Run again with --debug and report it'
     return harmless(' '.join(text.split()))
+
+# %% ../nbs/85_cli.ipynb #562793b9
+if __name__=='__main__': main()

@@ -10,19 +10,21 @@ __all__ = ['shown', 'numbered', 'unreadable_path', 'write_unreadable', 'Speech',
 
 # %% ../nbs/03_names.ipynb #f61a70b8
 import contextlib
+import gc
 import os
 import re
 import sys
-from bisect import bisect_right
 from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import pandas as pd
 
 # %% ../nbs/03_names.ipynb #f13aaccf
-from .core import harmless
+from .core import check_replaced, harmless
 from .tables import save_table
 
 # %% ../nbs/03_names.ipynb #2e239189
@@ -67,7 +69,9 @@ def write_unreadable(
 ) -> Path:
     "Write the table, readable by its owner alone; without rows, none is left from an earlier call."
     path = unreadable_path(out)
-    if len(bad): save_table(bad[_COLUMNS], path)
+    if len(bad):
+        check_replaced(path, (','.join(_COLUMNS).encode(),))
+        save_table(bad[_COLUMNS], path)
     elif path.is_file():
         with open(path, 'rb') as f: ours = f.readline(40).strip()==','.join(_COLUMNS).encode()
         if ours: path.unlink()
@@ -101,8 +105,9 @@ class Speech:
     roots: list=field(default_factory=list)   # files and folders that are read, as given
     files: list=field(default_factory=list)   # lists of their paths
     ids: list=field(default_factory=list)     # columns of identifiers
-    # how much of these is in; what stands for files and identifiers, for folders that are read, for parts of paths
-    known: tuple=(-1, {}, {}, {})
+    # how much of these is in; what stands for files and identifiers, for folders that are read, for parts of paths;
+    # and how long words are that begin with the same letters
+    known: tuple=(-1, {}, {}, {}, {})
 
     def _note_word(self, words, word, number):
         if not _too_short(word):
@@ -120,7 +125,9 @@ class Speech:
             for paths in self.files: self._note_files(paths, words, roots, folders)
             for column in self.ids:
                 for k,v in enumerate(column, 1): self._note_word(words, str(v), f'#{k}')
-            self.known = n,words,roots,folders
+            lengths = {}
+            for word in (*words, *roots, *folders, *self.words): lengths.setdefault(_start(word), set()).add(len(word))
+            self.known = n,words,roots,folders,{k: sorted(v, reverse=True) for k,v in lengths.items()}
         return self.known[1:]
 
     def _given(self):
@@ -145,20 +152,21 @@ class Speech:
         text: str, # whole lines
     ) -> str:
         "The text with a number for each name."
-        words,roots,folders = self._known()
+        words,roots,folders,lengths = self._known()
         given = self._given()
         said = {w: w for w in self.words if w not in given and not _too_short(w)}
         if not (words or roots): return text
-        edges = [p for p in range(len(text)+1) if p in (0, len(text)) or not (_joins(text[p-1]) and _joins(text[p]))]
-        longest = max(map(len, (*words, *roots, *said)))
-        out,at = [],0
-        for i,a in enumerate(edges):
+        edges = _edges(text)
+        out,at,ends = [],0,set(edges)
+        for a,next_edge in zip(edges, edges[1:]):
             if a<at: continue
-            for b in reversed(edges[i+1:bisect_right(edges, a + longest)]):
+            for b in (a + n for n in lengths.get(text[a:next_edge], ())):
+                if b not in ends: continue
                 word,beside = text[a:b],'/' in (text[a-1:a], text[b:b+1])
                 new = said.get(word) or words.get(word) or beside and folders.get(word)
                 if not new and word in roots and (text[b:b+1]=='/' or not _too_short(word)):
                     b,new = self._below(text, b, roots[word], words)
+                if new and not beside and _is_ours(text, a, word): new = word
                 if new:
                     out += [text[at:a], new]
                     at = b
@@ -176,7 +184,49 @@ class Speech:
 
 def _joins(c) -> bool: return c.isalnum() or c=='_'
 
-_WAY = re.compile(r"(?:[^\s'\"(]*/)?(?:\((?:path \d+|folder)\)/)+(?=file \d)|[^\s'\"(]*/(?=\(path \d)")
+def _edges(text) -> list[int]:
+    "Where words of a text may begin and end."
+    return [p for p in range(len(text)+1) if p in (0, len(text)) or not (_joins(text[p-1]) and _joins(text[p]))]
+
+def _start(word) -> str:
+    "Up to the first edge within a word."
+    n = next((p for p in range(1, len(word)) if not (_joins(word[p-1]) and _joins(word[p]))), len(word))
+    return word[:n]
+
+def _constants(code) -> set:
+    "The texts that stand in the code of a function, those of functions within it too."
+    out = set()
+    for c in code.co_consts:
+        if isinstance(c, str): out.add(c)
+        elif isinstance(c, CodeType): out |= _constants(c)
+    return out
+
+_PACKAGE = __name__.partition('.')[0] + '.'
+
+@lru_cache(1)
+def _texts(modules: int) -> list[str]:
+    "What the functions of this library say, in pieces between what they put in, when it has so many modules."
+    out = set()
+    for f in gc.get_objects():
+        if type(f) is FunctionType and str(f.__module__).startswith(_PACKAGE): out |= _constants(f.__code__)
+    for name in [n for n in sys.modules if n.startswith(_PACKAGE)]:
+        out |= {v for v in vars(sys.modules[name]).values() if isinstance(v, str)}
+    return [t for t in out if len(t)<400]
+
+def _is_ours(text, a, word) -> bool:
+    """Is the word at `a` one that this library says itself, such as `empty` in 'the file is empty', or the name of an extra?
+    A folder may have that name too."""
+    if not (word.isascii() and word.isalpha() and word.islower()): return False
+    if text[:a].endswith('radiology_ai[') and text[a+len(word):].startswith(']'): return True
+    for said in _texts(sum(n.startswith(_PACKAGE) for n in sys.modules)):
+        p = said.find(word) if len(said)>len(word) + 1 else -1
+        while p>=0:
+            if a>=p and text.startswith(said, a - p): return True
+            p = said.find(word, p + 1)
+    return False
+
+_ABOVE = r"(?<![^\s'\"(])[^\s'\"(]*/" # looked for where a word begins only: a text may be one word of a megabyte
+_WAY = re.compile(rf"(?:{_ABOVE})?(?:\((?:path \d+|folder)\)/)+(?=file \d)|{_ABOVE}(?=\(path \d)")
 
 # %% ../nbs/03_names.ipynb #5af2d94a
 _SPEECH = ContextVar('speech', default=None)

@@ -158,8 +158,9 @@ def check_model(
     path,            # a run or a bundle
     what: str='run', # as messages call it
 ):
-    "Raises `BundleError` where there is no such folder."
+    "Raises `BundleError` where there is no such folder; a model may also be an ONNX file."
     from radiology_ai.core import BundleError
+    if what=='model' and os.path.isfile(path) and str(path).lower().endswith('.onnx'): return
     if not os.path.isdir(path):
         if os.path.isfile(path):
             raise BundleError(f"{path} is a file", "Give the folder of a run or of a model")

@@ -21,6 +21,10 @@ class Forks:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
+    def place(self, folder: Path, env: dict):
+        "Where the next commands work, and their environment."
+        self.ask('place', str(folder), env)
+
     def start(self, words, out: Path) -> int:
         "The number of a process that runs `radiology_ai` with `words`, and writes what it says to `out`."
         return self.ask('start', list(map(str, words)), str(out))
@@ -67,7 +71,14 @@ def _serve():
         what, given, *more = json.loads(line)
         if what=='start':
             answer = os.fork()
-            if not answer: _command(given, *more)
+            if not answer:
+                os.setsid()
+                _command(given, *more)
+        elif what=='place':
+            os.chdir(given)
+            os.environ.clear()
+            os.environ.update(more[0])
+            answer = tempfile.tempdir = None
         else:
             pid, status = os.waitpid(given, 0 if what=='wait' else os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from radiology_ai.losses.alignment import Template
 from radiology_ai.models.backbone import create_model
 from radiology_ai.models.bundle import load_bundle, save_bundle
 from radiology_ai.models.detector import create_detector
 from radiology_ai.models.heads import tree_parents
 from radiology_ai.models.segmenter import create_segmenter
+from radiology_ai.models.stn import ORIENTATION, PARAMETERS, create_aligner
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.tasks.chest import CHEST, ChestSettings
 from radiology_ai.tasks.knee import KNEE
@@ -79,15 +81,29 @@ def pneumonia(arch, path):
         task='pneumonia', threshold=.3, settings={'arch': arch})
 
 
+def alignment(arch, path):
+    "One pose, with orientations; a template of a bright square."
+    image = torch.zeros(1, 64, 64)
+    image[:, 16:48, 20:44] = 1
+    model = settled(create_aligner(arch, 'scales', pretrained=False, size=SIZE, head='field', orient=True, stages=4,
+        template=Template(image), seed=6))
+    gen = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for w in model.head.parameters(): w += .1*torch.randn(w.shape, generator=gen)
+    save_bundle(model, path, recipe('chest', size=SIZE), [*PARAMETERS['scales'], 'confidence', *ORIENTATION], task='alignment',
+        settings={'arch': arch})
+
+
 BUNDLES = {'knee_resnet': (knee, 'test_resnet'), 'knee_vit': (knee, 'test_vit'),
     'chest_resnet': (chest, 'test_resnet'),
     'chest_vit': (chest, 'test_vit'), 'masks_efficientnet': (masks, 'test_efficientnet'),
     'pneumothorax_efficientnet': (pneumothorax, 'test_efficientnet'),
-    'pneumonia_efficientnet': (pneumonia, 'test_efficientnet')}
+    'pneumonia_efficientnet': (pneumonia, 'test_efficientnet'),
+    'alignment_resnet': (alignment, 'test_resnet')}
 TASKS = {'knee': KNEE, 'chest': CHEST}
 # of each task; a transformer with a decoder is never small, and the network of lungs is that of the masks, which stands for it
 KINDS = {'knee': ('resnet', 'vit'), 'chest': ('resnet', 'vit'), 'pneumonia': ('efficientnet',),
-    'pneumothorax': ('efficientnet',), 'lungs': ()}
+    'pneumothorax': ('efficientnet',), 'lungs': (), 'alignment': ('resnet',)}
 
 
 class Films(list):
@@ -96,6 +112,9 @@ class Films(list):
 
 def logits(bundle, x) -> np.ndarray:
     "(B, C) of a classifier, (B, C, H, W) of masks, and of masks with a label both in a row."
+    if bundle.task=='alignment':
+        with torch.no_grad(): told = bundle.model.tell(torch.from_numpy(x[:, None]/np.float32(255)))
+        return torch.cat([told.matrix.flatten(1).double(), told.confidence[:, None].double()], 1).numpy()
     if not bundle.model.config.get('n_labels'): return bundle.logits(x)
     with torch.no_grad(): out = bundle.model(torch.from_numpy(x[:, None]/np.float32(255)))
     if isinstance(out, dict): out = [out[k] for k in ('logits', 'offsets', 'classes')]
@@ -105,9 +124,11 @@ def logits(bundle, x) -> np.ndarray:
 def probabilities(bundle, x) -> np.ndarray:
     "What the task of a bundle makes of images; of masks their probabilities."
     if bundle.task=='pneumothorax':
-        pixels, films = mask_answers([bundle.model], torch.from_numpy(x[:, None]/np.float32(255)), mirror=True)
+        pixels, films = mask_answers([bundle.model], torch.from_numpy(x[:, None]/np.float32(255)), mirror=True,
+            joint=bundle.answer.get('joint', False))
         return np.concatenate([pixels.reshape(len(x), -1), films[:, None]], 1)
     if bundle.task=='pneumonia': return 1/(1+np.exp(-logits(bundle, x))) # as boxes are scored
+    if bundle.task=='alignment': return logits(bundle, x)
     if bundle.task not in TASKS: return bundle.probabilities(x)
     answer = TASKS[bundle.task].answer.of_bundle(bundle.answer)
     return answer.probabilities([bundle.model], Films(x), range(len(x)), show=False)

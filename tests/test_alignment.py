@@ -4,8 +4,10 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import fails, run_cli
 
 from radiology_ai.core import BundleError, DataError, ModelError, Radiograph, rng, transform_points
 from radiology_ai.losses.alignment import ALIGNMENT_LOSSES, AlignmentLoss, Template, correlation_loss, pixel_loss
@@ -26,18 +28,27 @@ from radiology_ai.metrics.pose import (
     times_smaller_ci,
 )
 from radiology_ai.models.bundle import load_bundle, save_bundle
-from radiology_ai.models.sealed import sealed
+from radiology_ai.models.meta import sealed
 from radiology_ai.models.stn import (
+    ORIENTATION,
     PARAMETERS,
+    FieldHead,
     create_aligner,
     draw_poses,
+    filled,
     fit_aligner,
     fit_matrix,
     mean_template,
     moment_points,
+    pose_matrix,
     procrustes_poses,
 )
-from radiology_ai.preprocess.recipe import Preprocess
+from radiology_ai.preprocess.recipe import Align, Preprocess
+from radiology_ai.preprocess.scale import preprocess_folder
+from radiology_ai.serve.align import align_folder
+from radiology_ai.tasks.aligned import AlignBatch
+from radiology_ai.tasks.poses import image_poses, rescale_confidence
+from radiology_ai.train.poses import Pools, PoseAugment, PoseLoss, draw_lesson, fill_pools, fit_head, quarter_turned
 from radiology_ai.vision.geometry import move_boxes, move_points, warp
 
 SIZE = (64, 64)
@@ -529,6 +540,223 @@ def test_a_bundle_holds_the_aligner_and_its_template(learnt, tmp_path):
     for k, v in dict(map='tps', steps=99, limits=[45, .4, .5, 2], size=10**6, fill='x', n_points=-1).items():
         (path/'bundle.json').write_text(json.dumps(sealed(meta | {'network': meta['network'] | {k: v}})))
         with pytest.raises(BundleError, match=f'has {k} '): load_bundle(path)
+
+
+# Places, orientation, lessons
+
+def field(kind: str='affine', **more):
+    return create_aligner('test_resnet', kind, pretrained=False, head='field', **{'size': 64, **more}).eval()
+
+
+@pytest.mark.parametrize('kind', MAPS)
+@pytest.mark.parametrize('shape', [(64, 64), (130, 200)])
+def test_an_aligner_of_places_begins_at_the_identity(kind, shape):
+    x = torch.rand(2, 1, *shape, generator=generator())
+    with torch.no_grad(): out = field(kind, steps=3, orient=True).align(x)
+    assert (out.matrix-torch.eye(3)).abs().max()<1e-5 and (out.image-x).abs().max()<1e-4
+    assert out.told.turned.sub(.25).abs().max()<1e-6 and (out.confidence==0).all()
+
+
+@pytest.mark.parametrize('kind', MAPS)
+def test_places_give_back_the_map_that_moved_them(kind):
+    head = FieldHead(8, kind, (45, .4, .5, 2, 15), 8).double()
+    gen, n = generator(3), 40
+    def drawn(low, high, *shape): return low+(high-low)*torch.rand(*shape, generator=gen).double()
+    scale, shear = drawn(.7, 1.4, n, 2), drawn(-.2, .2, n)*(kind=='affine')
+    if kind=='similarity': scale[:, 1] = scale[:, 0]
+    pose = pose_matrix(drawn(-.7, .7, n), scale, shear, drawn(-15, 15, n, 2), SIZE)
+    place = head.field(torch.zeros(n, 8, 4, 4).double())[0]
+    found = move_points((place+1)*32, pose)/32-1
+    sure = torch.randn(n, 16, generator=gen).double()
+    model = field(kind)
+    assert (model.pose(head.parameters_of(place, found, sure))-pose).abs().max()<.3
+    found[:, 0] += 5 # one place errs, and says so
+    sure[:, 0] = -20
+    assert (model.pose(head.parameters_of(place, found, sure))-pose).abs().max()<.3
+
+
+def says(model, **logits):
+    "The same whatever it sees: `ORIENTATION` by name."
+    with torch.no_grad():
+        for k, v in logits.items(): model.head.logits.bias[1+ORIENTATION.index(k)] = v
+    return model
+
+
+@pytest.mark.parametrize('k', range(4))
+def test_quarter_turns_inverted_greys_and_mirror_images_are_undone_where_that_is_sure(k):
+    x = torch.rand(3, 1, 64, 64, generator=generator())
+    seen = 1-quarter_turned(x.flip(-1), torch.full((3,), k))
+    with torch.no_grad():
+        sure = says(field(orient=True), **{f'turned_{90*k}': 9., 'inverted': 9., 'mirrored': 9.}).align(seen)
+        unsure = says(field(orient=True), mirrored=1.5).align(seen) # .82, and .9 is asked for
+    assert (sure.image-x).abs().max()<1e-4 and .99<sure.told.mirrored.min()
+    assert torch.linalg.det(sure.matrix[:, :2, :2]).sub(-1).abs().max()<1e-6
+    assert (unsure.image-seen).abs().max()<1e-4
+    back = sure.matrix[0]@torch.tensor([9.5, 19.5, 1]).double()
+    assert torch.allclose(sure.image[0, 0, int(back[1]), int(back[0])], 1-seen[0, 0, 19, 9], atol=1e-4)
+
+
+def test_wrong_heads_are_refused():
+    for said, args in (('no head', dict(head='field2')), ("head='field'", dict(orient=True)),
+            ('sure', dict(head='field',
+            orient=True, sure=(.2, .9, .5))), ('cut after stage', dict(head='field', stages=60))):
+        with pytest.raises(ModelError, match=said):
+            create_aligner('test_resnet', pretrained=False, size=64, **args)
+
+
+def test_a_lesson_tells_the_truth():
+    films, lungs = chests(range(8))
+    poses = procrustes_poses(moment_points(lungs), mean_template(films, lungs).points)
+    lesson = draw_lesson(generator(2), films, poses, 64, turn=20, shift=.08, scale=(.85, 1.1))
+    upright = torch.where(lesson.inverted[:, None, None, None],
+        1-quarter_turned(lesson.first, -lesson.turned%4),
+        quarter_turned(lesson.first, -lesson.turned%4))
+    assert (upright-lesson.look)[:, :, 20:44, 20:44].abs().max()<1e-5
+    assert lesson.mirrored.any() and lesson.inverted.any() and lesson.turned.max()>1
+    for i in range(8):
+        aim = filled(films[i:i+1], poses[i:i+1], SIZE)[0, 0]
+        got = filled(lesson.look[i:i+1], lesson.truth[i:i+1], SIZE)[0, 0]
+        if lesson.mirrored[i]: got = got.flip(-1)
+        r = np.corrcoef(aim[16:48, 16:48].ravel(), got[16:48, 16:48].ravel())[0, 1]
+        assert r>.6, (i, r)
+
+
+def test_the_corners_of_a_film_tell_its_pose():
+    loss, corners = PoseLoss(64, (100, 100)), torch.tensor([[5., 6], [60, 10], [3, 58], [0, 0]])
+    augment = PoseAugment(rotation=20, translation=.05, scale=(.8, 1.1), flip=.5, p=1., noise=0, brightness=0,
+        contrast=0, gamma=(1, 1))
+    augment.spoil, augment.invert = 0, 0
+    x = torch.zeros(12, 1, 64, 64)
+    x[:, :, 30:34, 20:24] = 1 # a spot at (22, 32)
+    told = {'points': torch.cat([corners[:3], torch.tensor([[22., 32]])]).expand(12, 4, 2).clone()}
+    image, target = augment.augment((x, told))
+    gy, gx = torch.meshgrid(torch.arange(64)+.5, torch.arange(64)+.5, indexing='ij')
+    mass = image[:, 0]/image[:, 0].sum((1, 2), keepdim=True)
+    centre = torch.stack([(mass*gx).sum((1, 2)), (mass*gy).sum((1, 2))], 1)
+    assert (centre-target['points'][:, 3]).abs().max()<.6
+    frame = move_points(target['points'][:, :3].double(),
+        loss.poses(target['points'][:, :3], torch.eye(3).double()))
+    assert (frame-torch.tensor([[0., 0], [64, 0], [0, 64]]).double()).abs().max()<1e-6
+    augment.spoil = 1
+    assert torch.isnan(augment.augment((x, told))[1]['points'][:, :3]).all()
+
+
+def test_a_head_that_learns_on_what_the_body_has_said_holds_on_new_patients():
+    films, lungs = chests(range(48))
+    template = mean_template(films, lungs)
+    poses = procrustes_poses(moment_points(lungs), template.points)
+    model = create_aligner('resnet10t', 'affine', 1, pretrained=False, size=64, template=template,
+        head='field', stages=3).eval()
+    pools = Pools([], [], [])
+    fill_pools(model, pools, films, poses, 640, gen=generator(1), looks=0, turn=20, shift=.1, scale=(.8, 1.2))
+    losses = fit_head(model, pools, 150)
+    new, new_lungs = chests(range(900, 932))
+    pose = draw_poses(generator(9), 32, SIZE, turn=20, shift=.1, scale=(.8, 1.2))
+    truth = procrustes_poses(moment_points(new_lungs), template.points)
+    with torch.no_grad(): matrix = model(warp(new, pose))@pose
+    before, after = corner_error(pose, truth, SIZE), corner_error(matrix, truth, SIZE)
+    assert losses[-1]<losses[0] and mean_ci(before-after, limits=(-np.inf, np.inf)).low>1
+
+
+def test_poses_by_images_alone_undo_part_of_a_movement():
+    films, lungs = chests(range(16))
+    pose = draw_poses(generator(4), 16, SIZE, turn=8, shift=.05, scale=(.92, 1.08))
+    true = np.linalg.inv(procrustes_poses(moment_points(lungs), mean_template(films, lungs).points).numpy())
+    def apart(maps): # each film by its pose and back by that of its lungs: the same for all, where the poses are right
+        both = maps@pose.numpy()@true
+        return np.median(corner_error(both, np.median(both, 0), SIZE))
+    assert apart(image_poses(warp(films, pose)[:, 0].numpy(), 64))<.8*apart(np.eye(3))
+
+
+# Where it is used
+
+@pytest.fixture(scope='module')
+def placed(tmp_path_factory):
+    "A bundle of the task, films of simulated chests, and a file that is none."
+    import cv2
+    folder = tmp_path_factory.mktemp('align')
+    (folder/'films').mkdir()
+    for i, film in enumerate(chests(range(3))[0]):
+        cv2.imwrite(str(folder/'films'/f'film{i}.png'), np.uint8(255*film[0].numpy()))
+    (folder/'films'/'torn.png').write_bytes(b'no picture')
+    model = says(field(size_out=(256, 256), orient=True), turned_180=9.)
+    names = [*PARAMETERS['affine'], 'confidence', *ORIENTATION]
+    save_bundle(model, folder/'bundle', Preprocess('chest', size=64, background='chest'), names,
+        task='alignment',
+        answer=dict(kind='poses', activation='sigmoid', least=.5, structures=[]))
+    return folder
+
+
+def test_a_folder_is_aligned_and_a_bad_file_ends_nothing(placed, tmp_path):
+    import cv2
+    run_cli('align', placed/'films', '--model', placed/'bundle', '--out', tmp_path/'out', '--size', 64,
+        '--workers', 1)
+    table = pd.read_csv(tmp_path/'out'/'poses.csv')
+    good, bad = table[table.error.isna()], table[table.error.notna()]
+    assert len(good)==3 and len(bad)==1 and bad.path.iloc[0].endswith('torn.png') and good.aligned.eq(
+        1).all() and good.turned.eq(180).all()
+    film = cv2.imread(str(placed/'films'/'film0.png'), 0)
+    done = cv2.imread(str(tmp_path/'out'/good.picture.iloc[0]), 0)
+    assert np.abs(done[::-1, ::-1].astype(int)-film).mean()<3
+    matrix = np.vstack([good.iloc[0][['a11', 'a12', 'a13', 'a21', 'a22', 'a23']].to_numpy(float).reshape(2,
+        3), [0, 0, 1]])
+    assert np.allclose(matrix, [[-1, 0, 64], [0, -1, 64], [0, 0, 1]], atol=.02)
+    page = (tmp_path/'out'/'gallery.html').read_text()
+    assert page.count('<img')==3 and 'film0' not in page and '<script' not in page and 'http' not in page
+    assert 'bundle' in fails('align', placed/'films', '--model', placed/'films', '--out', tmp_path/'no')
+
+
+def test_what_is_not_sure_is_left_and_flagged(placed, tmp_path):
+    table = align_folder(placed/'bundle', placed/'films', tmp_path, size=64, least=.9, workers=1)
+    good = table[table.error=='']
+    assert good.aligned.eq(0).all()
+    assert np.allclose(good[['a11', 'a12', 'a13', 'a21', 'a22', 'a23']].to_numpy(float), [1, 0, 0, 0, 1, 0],
+        atol=1e-6)
+    film = Radiograph(chests(range(1))[0][0, 0].numpy())
+    left, moved = Align(str(placed/'bundle'), .9)(film), Align(str(placed/'bundle'))(film)
+    assert np.array_equal(left.pixels,
+        film.pixels) and 'not aligned' in left.tags['reason'] and not left.tags['aligned']
+    assert np.abs(moved.pixels[::-1, ::-1]-film.pixels).max()<1e-4 and np.allclose(moved.affine[:2, :2],
+        -np.eye(2), atol=1e-4)
+    assert AlignBatch(placed/'bundle')(torch.rand(2, 3, 64, 64)).shape==(2, 3, 64, 64)
+
+
+def test_a_recipe_with_an_aligner_is_stored_and_others_are_as_they_were(placed, tmp_path):
+    assert 'align' not in Preprocess().to_dict()
+    made = Preprocess('chest', size=48, background='chest', align=str(placed/'bundle'))
+    assert Preprocess.from_dict(made.to_dict())==made
+    store = preprocess_folder(placed/'films', tmp_path/'store', made, workers=1)
+    plain = preprocess_folder(placed/'films', tmp_path/'plain',
+        Preprocess('chest', size=48, background='chest'), workers=1)
+    assert len(store)==3 and np.abs(store[0][::-1, ::-1].astype(int)-plain[0]).max()<=2
+    with pytest.raises(BundleError): Align(str(tmp_path))(Radiograph(np.zeros((48, 48), np.float32)))
+
+
+def test_a_bundle_of_places_is_read_again_and_checked(placed):
+    again = load_bundle(placed/'bundle')
+    assert again.model.config['sure']==[.5, .9, .75] and again.model.orients
+    meta = json.loads((placed/'bundle'/'bundle.json').read_text())
+    try:
+        for k, v in dict(head='eye', stages=0, orient=2, sure=[0, 0, 0]).items():
+            (placed/'bundle'/'bundle.json').write_text(json.dumps(sealed(meta
+                | {'network': meta['network'] | {k: v}})))
+            with pytest.raises(BundleError, match=f'has {k} '): load_bundle(placed/'bundle')
+    finally: (placed/'bundle'/'bundle.json').write_text(json.dumps(meta))
+
+
+def test_a_mended_confidence_is_the_line_of_the_logit():
+    model = says(disturbed_logits(field(orient=True)), turned_0=3.)
+    x = torch.rand(4, 1, 64, 64, generator=generator())
+    with torch.no_grad():
+        before = model.tell(x).confidence
+        rescale_confidence(model, 2., -.5)
+        assert torch.allclose(model.tell(x).confidence, 2*before-.5, atol=1e-5)
+
+
+def disturbed_logits(model):
+    with torch.no_grad():
+        model.head.logits.weight.copy_(torch.randn(model.head.logits.weight.shape, generator=generator(1)))
+    return model
 
 
 # Real films

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from radiology_ai.core import BundleError, DataError, ModelError, StoreError
+from radiology_ai.core import BundleError, DataError, ModelError, RadiologyError, StoreError
 from radiology_ai.data.tree import LabelTree
 from radiology_ai.losses.base import BCEWithNaN
 from radiology_ai.losses.labels import AsymmetricLoss
@@ -25,6 +25,7 @@ from radiology_ai.serve.predict import predict
 from radiology_ai.tasks.adapt import adapt_run
 from radiology_ai.tasks.chest import CHEST, LABEL_SETS, ChestSettings, chest_seen, label_set
 from radiology_ai.tasks.registry import evaluate, report, train
+from radiology_ai.tasks.run import read_record, write_record
 from radiology_ai.tasks.tree import (
     Tree,
     by_frequency,
@@ -183,7 +184,8 @@ def test_the_label_sets_and_their_tiers():
     with pytest.raises(DataError, match="no category 'Pneumonias'"): ChestSettings(label='Pneumonias').tree()
     for wrong in (dict(hierarchy='min'), dict(loss='mse'), dict(pos_weight=2.), dict(augment=11.),
             dict(repeats=5),
-            dict(contradictions='drop'), dict(calls='sp50'), dict(tier_calls='sp95')):
+            dict(contradictions='drop'), dict(calls='sp50'), dict(tier_calls='sp95'), dict(pool='mean'),
+            dict(head_layers=4), dict(head_layers=1, pool='query')):
         with pytest.raises(DataError, match=next(iter(wrong))): ChestSettings(**wrong)
 
 
@@ -192,7 +194,10 @@ def test_a_tree_of_ones_own(tmp_path):
     tree = ChestSettings(label_set=str(tmp_path/'tree.csv')).tree()
     assert tree.parents==('', 'Water', '') and tree.normal=='No finding' and tree.order[-1]=='urgent'
     for text, word in (('a,b,urgent\nb,a,urgent\n', 'below itself'),
+            ('a,a,urgent\n', 'below itself'), ('d,a,\na,b,\nb,c,\nc,a,\n', "'.' stands below itself"),
             ('a,,urgent\na,,urgent\n', 'there before'),
+            ('Lung,,urgent\nlung,,urgent\nNodule,Lung,urgent\n', 'line 3.*there before'), # parents named alike
+            ('a,p,urgent\np,,\nq,,\na,q,urgent\n', 'line 5.*there before'), # two parents of one category
             ('a,,soon\n', "'soon' is not among"), ('a,b,urgent\n', "'b' is no category")):
         (tmp_path/'odd.csv').write_text('category,parent,tier\n' + text)
         with pytest.raises(DataError, match=word): label_set(str(tmp_path/'odd.csv'))
@@ -377,6 +382,10 @@ def test_a_run_learns_what_its_labels_know(run, here):
 def test_the_report_tells_tiers_and_the_tail(run, tmp_path):
     text = report(run, out=tmp_path).read_text()
     assert 'Long tail' in text and 'Triage' in text and 'tier or above' in text
+    # more than six labels: what is said of each is folded
+    vocab = load_bundle(run.path/'model').vocab
+    assert len(vocab)>6 and all(f'<details><summary>{v}: AUROC' in text for v in vocab)
+    assert text.count('<details')==text.count('</details>')>=len(vocab)+1
     # columns of the labels that are named like those of the header stay apart
     again = dataclasses.replace(run, manifest=run.manifest.assign(sex='F', age=50))
     assert 'Long tail' in report(again, out=tmp_path/'again').read_text()
@@ -434,6 +443,42 @@ def test_a_category_of_few_patients_is_warned_of_and_has_a_reason(here, tmp_path
     assert load_bundle(run/'model').threshold[load_bundle(run/'model').vocab.index('Hila')] is None
 
 
+def test_a_category_without_positives_in_a_fold_has_a_reason(here, tmp_path):
+    store, labels = here
+    rare = labels.assign(Mass=0., Normal=np.nan)
+    rare.loc[[6, 7], 'Mass'] = 1. # of one patient
+    with pytest.warns(UserWarning, match='Mass = 1.0 occurs in 1 patients: none of them in fold'):
+        run = train('chest', store, rare, tmp_path/'run', **TINY, folds=3)
+    with pytest.warns(UserWarning, match='Mass has no threshold for'): e = evaluate(run)
+    mass = next(o for o in e.figures['labels'] if o['label']=='Mass')
+    assert mass['positives']==2 and mass['auroc']['reason'] and mass['threshold'] is None
+    assert 'Mass' in e.figures['long_tail'][0]['left_out'] and np.isfinite(e.auroc).all()
+    table = predict(run, list(store.index.path[:4]), workers=1)
+    assert 'p_Mass' in table and 'call_Mass' not in table
+
+
+@pytest.mark.parametrize('head', (dict(pool='query'), dict(pool='both', head_layers=2)))
+def test_another_head_is_a_setting(head, here, tmp_path):
+    run = train('chest', *here, tmp_path/'run', **TINY, **head)
+    network, vocab = load_bundle(run.path/'model').meta['network'], load_bundle(run.path/'model').vocab
+    assert {k: network[k] for k in head}==head and network['parents']
+    table = predict(run, list(here[0].index.path[:8]), workers=1)
+    assert below_parent(part_of(label_set('tree32'), vocab), table[[f'p_{v}' for v in vocab]].to_numpy(float))
+
+
+def test_a_run_of_fewer_settings_goes_on(run, here):
+    "A run that was made before a setting of the task was there has its default."
+    record = read_record(run.path/'run.json')
+    for k in ('pool', 'head_layers'): del record['settings'][k]
+    kept = (run.path/'run.json').read_bytes()
+    try:
+        write_record(run.path/'run.json', record)
+        assert train('chest', *here, run.path, **TINY).manifest.equals(run.manifest)
+        with pytest.raises(RadiologyError, match="pool was 'avg' and is 'query'"):
+            train('chest', *here, run.path, **TINY, pool='query')
+    finally: (run.path/'run.json').write_bytes(kept)
+
+
 def test_labels_that_contradict_the_tree_are_named(here, tmp_path):
     store, labels = here
     torn = labels.assign(Lung=np.where(labels.index==int(labels.index[labels.Atelectasis==1][0]), 0., np.nan))
@@ -464,10 +509,16 @@ def test_a_bundle_without_its_tree_is_refused(run, here, tmp_path):
         predict(tmp_path/'b', here[0].index.path[0], workers=1)
 
 
-def test_labels_of_another_set_are_refused_elsewhere(run, there):
+def test_labels_of_another_set_are_refused_elsewhere(run, here, there, tmp_path):
     store, labels = there
     with pytest.raises(DataError, match='label set'):
         evaluate(run, store, labels[['path', 'patient_id']].assign(Effusion=1))
+    for other, said in ((dict(label_set='nih14'), "has 32 categories, the label set 'nih14' 14: .* in one of them only"),
+            (dict(label='Pneumothorax, Normal'), "the label set 'tree32' 2: 'Mass' is in one"),
+            (dict(hierarchy='flat'), "hierarchy is 'flat'")):
+        with pytest.raises(BundleError, match=said):
+            train('chest', *here, tmp_path/'other', **TINY, start=str(run.path), **other)
+    assert not (tmp_path/'other').exists()
 
 
 # ---- another hospital ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from radiology_ai.phantom.hospital import SYNTAXES, encode_frame, write_dicom
 from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.xray import expose
 
+MOST = ('safe_private', 'descriptions', 'device', 'institution', 'patient', 'uids')
 KEY = b'a secret key for tests'
 
 
@@ -180,22 +181,54 @@ def test_each_option_keeps_its_own_and_nothing_else(film, tmp_path, option, kept
     for k in gone.split(): assert k not in new or str(new[k].value)!=values[k], k
 
 
-def test_private_elements_stay_only_where_the_file_declares_them_safe(film, tmp_path):
-    write_dicom(tmp_path/'a.dcm', film[0][::2, ::2])
-    ds = pydicom.dcmread(tmp_path/'a.dcm')
-    block = ds.private_block(0x0019, 'ACME', create=True)
+def declared_safe(film, path, creator, **header):
+    "A film with a number and a name in a private block, of which the file says that the number is safe."
+    write_dicom(path, film[0][::2, ::2], header=header)
+    ds = pydicom.dcmread(path)
+    block = ds.private_block(0x0019, creator, create=True)
     block.add_new(0x01, 'DS', '4.5'); block.add_new(0x02, 'LO', 'Frau Quarrington')
     safe = Dataset()
     safe.PrivateGroupReference = 0x0019
-    safe.PrivateCreatorReference = 'ACME'
+    safe.PrivateCreatorReference = creator
     safe.BlockIdentifyingInformationStatus = 'MIXED'
     safe.NonidentifyingPrivateElements = [0x01]
     ds.PrivateDataElementCharacteristicsSequence = [safe]
-    ds.save_as(tmp_path/'a.dcm')
-    for retain, left in (((), []), (('safe_private',), [0x00190010, 0x00191001])):
+    ds.save_as(path)
+
+
+@pytest.mark.parametrize('creator, whose', [('ACME', False), ('ACME 1.0', False), ('SIEMENS MED SMS', False),
+    ('Zeb Quarrington', True), ('MRN-778-1', True)])
+def test_private_elements_stay_only_where_the_file_declares_them_safe(film, tmp_path, creator, whose):
+    "Their creator stays with them, unless it is the patient: then nothing does."
+    declared_safe(film, tmp_path/'a.dcm', creator, PatientName='QUARRINGTON^ZEB', PatientID='MRN-778-1')
+    for retain in ((), ('safe_private',)):
         account = deidentify(tmp_path/'a.dcm', tmp_path/f'out{len(retain)}', retain=retain, show=False)
+        assert account.status[0]=='ok'
         new = open_dicom(tmp_path/f'out{len(retain)}'/account.path[0])
-        assert [int(t) for t in new.keys() if t.is_private]==left
+        left = [int(t) for t in new.keys() if t.is_private]
+        assert left==([0x00190010, 0x00191001] if retain and not whose else [])
+        if left: assert new[0x00190010].value==creator
+        told = new.PrivateDataElementCharacteristicsSequence[0].get('PrivateCreatorReference', '')
+        assert told==(creator if left else '')
+        assert b'QUARRINGTON' not in (tmp_path/f'out{len(retain)}'/account.path[0]).read_bytes().upper()
+
+
+def test_a_wrong_representation_hides_nothing(film, tmp_path):
+    """A text that the file calls a code, a name that it calls a date, a word in a date, and code strings that somebody
+    chooses: none is kept, whatever is retained."""
+    write_dicom(tmp_path/'a.dcm', film[0][::2, ::2])
+    ds = pydicom.dcmread(tmp_path/'a.dcm')
+    told = {'DoseComment': 'CS', 'ContactDisplayName': 'CS', 'PatientName': 'DA', 'PatientAddress': 'DT',
+        'StudyDate': 'DA', 'AcquisitionTime': 'TM', 'ContentLabel': 'CS', 'FileSetID': 'CS', 'GraphicLayer': 'CS'}
+    with pydicom.config.disable_value_validation():
+        for keyword, vr in told.items(): ds.add_new(keyword, vr, 'ZORBLAX')
+        ds.SeriesDate = '20240301'
+        ds.save_as(tmp_path/'a.dcm')
+    for retain in ((), ('dates_full', *MOST), ('dates_modified', *MOST)):
+        account = deidentify(tmp_path/'a.dcm', tmp_path/f'out{retain[:1]}', retain=retain, show=False)
+        assert account.status[0]=='ok'
+        data = (tmp_path/f'out{retain[:1]}'/account.path[0]).read_bytes()
+        assert b'ZORBLAX' not in data and (b'20240301' in data)==('dates_full' in retain)
 
 
 def test_names_beyond_ascii(film, tmp_path):

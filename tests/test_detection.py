@@ -27,6 +27,7 @@ from radiology_ai.metrics.detection import (
     threshold_sweep,
 )
 from radiology_ai.metrics.intervals import bounded_ci
+from radiology_ai.metrics.readings import detection_gain, two_readings
 
 A, B, C = [10, 10, 30, 30], [50, 50, 80, 80], [100, 10, 130, 40]
 NONE = np.zeros((0, 4))
@@ -554,3 +555,38 @@ def test_boxes_of_the_challenge(real_data):
     everywhere = rsna_map([np.vstack([t, [[1, 1, 9, 9]]]) for t in true],
         [np.r_[np.ones(len(t)), .5] for t in true], true)
     assert everywhere==pytest.approx(sum(n*k/(k+1) for k, n in counts.items())/len(true), abs=1e-12)
+
+
+# ---- two sets of boxes ---------------------------------------------------------------------------------------
+
+def test_each_reading_is_judged_as_a_model_of_the_other():
+    _, _, t, *_ = films(13, 40)
+    other = [np.asarray(b).reshape(-1, 4)+1 for b in t]
+    other[0] = np.zeros((0, 4)) if len(t[0]) else np.array([[1., 1, 9, 9]])
+    area = lambda r: [(b[:, 2]-b[:, 0])*(b[:, 3]-b[:, 1]) for b in map(lambda v: np.reshape(v, (-1, 4)), r)]
+    told = two_readings(t, other, draws=50)
+    assert told.loc['films that agree', 'value']==39/40
+    for name, a, b in (('first', t, other), ('second', other, t)):
+        assert told.loc[f'RSNA score, {name} as the model', 'value']==pytest.approx(rsna_map(a, area(a), b))
+        assert told.loc[f'AP50, {name} as the model', 'value']==pytest.approx(coco_map(a, area(a), b).AP50)
+    nobody = [None if k==5 else b for k, b in enumerate(other)]
+    without = [[b for k, b in enumerate(r) if k!=5] for r in (t, other)]
+    assert two_readings(t, nobody, draws=50).equals(two_readings(*without, draws=50))
+    with pytest.raises(DataError, match='readings of 40 and of 39'): two_readings(t, other[1:])
+
+
+def test_what_an_ensemble_gains_is_its_figure_less_the_mean_of_its_members():
+    b, s, t, *_ = films(14, 50)
+    less = [[v[1:] for v in r] for r in (b, s)]
+    told = detection_gain((b, s), [less, (b, s)], t, np.arange(50)//2, draws=60)
+    for name, f in (('RSNA score', rsna_map), ('AP50', lambda *a: coco_map(*a).AP50)):
+        whole, part = f(b, s, t), f(*less, t)
+        assert told.loc[name, 'value']==pytest.approx(whole)
+        assert told.loc[name, 'gain']==pytest.approx((whole-part)/2, abs=1e-6)
+        assert told.loc[name, 'low']<=told.loc[name, 'gain']<=told.loc[name, 'high']
+    none = detection_gain((b, s), [(b, s)]*2, t, draws=60)
+    assert np.allclose(none[['gain', 'low', 'high']], 0)
+    counting = detection_gain((b, s), [(b, s)], t, draws=60, counting=[less, (b, s)])
+    assert counting.gain['AP50']==0 and counting.value['RSNA score']==pytest.approx(rsna_map(*less, t))
+    assert 'one patient' in detection_gain((b, s), [less], t, [1]*50).reason.iloc[0]
+    with pytest.raises(DataError, match='no members'): detection_gain((b, s), [], t)

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 
 from radiology_ai.core import BundleError, DataError, ModelError
-from radiology_ai.data.regions import box_iou
+from radiology_ai.data.regions import box_clusters, box_iou
 from radiology_ai.metrics.detection import coco_map, rsna_scores
 from radiology_ai.metrics.fusion import (
     Decoding,
@@ -364,7 +364,7 @@ def test_a_bundle_of_other_kinds_is_refused(tmp_path):
         save_bundle(model, tmp_path/'b', Preprocess(size=64), ['opacity', 'mass', 'effusion'])
     save_bundle(model, tmp_path/'b', Preprocess(size=64), ['opacity', 'mass'])
     meta = json.loads((tmp_path/'b'/'bundle.json').read_text())
-    from radiology_ai.models.sealed import sealed
+    from radiology_ai.models.meta import sealed
     def refused(words, change, seal=True):
         new = json.loads(json.dumps(meta))
         change(new)
@@ -446,14 +446,48 @@ def test_suppression_and_fusion_equal_the_slow_way(iou):
         assert (keep[image[keep]==k]-first).tolist()==slow_nms(b, s, iou)
 
 
-def test_suppression_in_parts_is_the_same(monkeypatch):
+def test_suppression_stops_at_the_best_of_each_group():
     boxes, scores = drawn(200, np.random.default_rng(7))
     groups = np.arange(200)%3
     whole = suppress_boxes(boxes, scores, .4, groups)
-    monkeypatch.setattr('radiology_ai.metrics.fusion._PAIRS', 50)
-    assert np.array_equal(suppress_boxes(boxes, scores, .4, groups), whole)
-    assert not len(suppress_boxes(np.zeros((0, 4)), [], .4))
+    first = [k for g in range(3) for k in whole[groups[whole]==g][:4]]
+    assert suppress_boxes(boxes, scores, .4, groups, most=4).tolist()==first
+    assert not len(suppress_boxes(np.zeros((0, 4)), [], .4)) and not len(suppress_boxes(boxes, scores,
+        most=0))
     assert [len(v) for v in weighted_fusion(np.zeros((0, 4)), [])]==[0, 0, 0]
+
+
+def test_all_groups_are_fused_as_each_alone():
+    gen = np.random.default_rng(8)
+    films = [drawn(int(n), gen) for n in gen.integers(1, 40, 9)] # scores with ties
+    groups = np.repeat(np.arange(9)[::-1]*3, [len(s) for _, s in films])
+    order = gen.permutation(len(groups))
+    boxes, scores = (np.concatenate(v)[order] for v in zip(*films))
+    fused, score, group = weighted_fusion(boxes, scores, .4, 2, groups=groups[order])
+    assert (np.diff(group)>=0).all()
+    for k, (b, s) in enumerate(films[::-1]):
+        one, theirs, _ = weighted_fusion(b, s, .4, 2)
+        assert np.allclose(fused[group==3*k], one) and np.allclose(score[group==3*k], theirs)
+        assert len(one)==box_clusters(b, s, .4).max()+1
+
+
+@pytest.mark.parametrize('how', ['suppress', 'fuse'])
+def test_a_sweep_over_thresholds_gives_the_scores_of_each_rule(how):
+    "One joining and one matching serve all thresholds; a film that nobody looked at does not count."
+    gen = np.random.default_rng(4)
+    films = [drawn(12, gen) for _ in range(20)]
+    found = [dict(boxes=b, scores=s, classes=[1-p, p], members=2)
+        for (b, s), p in zip(films, gen.uniform(size=20))]
+    truths = [None if k==3 else b[:k%3]+1 for k, (b, _) in enumerate(films)]
+    grid = decoding_grid(Decoding(how=how), iou=[.2, .5], overall=[0., .5], size=[.9, 1.],
+        threshold=[.05, .3, .6, .95],
+        best=[0., .5, 1.], most=[2, 100])
+    best, told, table = choose_decoding(found, truths, grid)
+    slow = [rsna_scores([f['boxes'] for f in d], [f['scores'] for f in d], truths)
+        for d in (s(found) for s in grid)]
+    assert np.allclose(table.value, sorted((np.nanmean(v) for v in slow), reverse=True), rtol=0, atol=1e-12)
+    assert sorted(table.n)==sorted((~np.isnan(v)).sum() for v in slow) and told['n']==table.n.iloc[0]
+    assert np.isclose(np.nanmean(slow[grid.index(best)]), told['score'])
 
 
 def test_members_are_pooled_before_suppression():

@@ -217,7 +217,8 @@ def kl_settings(**given):
 def test_a_grade_is_positive_from_its_cut_on():
     import torch
 
-    from radiology_ai.tasks.kinds import GradedLoss, Grades, any_grade
+    from radiology_ai.losses.graded import GradedLoss, any_grade
+    from radiology_ai.tasks.kinds import Grades
     s = kl_settings(positive='2', grade_names='none,doubtful, mild')
     kind = Grades('fractured', 'not', ('fractured',)).of_run(s)
     rows = pd.DataFrame({'image_id': list('abcd'), 'KL grade': ['KL0', 'I', 'grade 2', 4]})

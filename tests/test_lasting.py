@@ -11,7 +11,7 @@ import pytest
 from make_bundles import BUNDLES, FOLDER, KINDS, logits, probabilities
 
 from radiology_ai.models.bundle import load_bundle
-from radiology_ai.models.sealed import FORMAT
+from radiology_ai.models.meta import FORMAT
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.tasks.registry import TASKS
 

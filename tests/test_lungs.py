@@ -35,6 +35,7 @@ from radiology_ai.tasks.lungs import (
     structure_augment,
     two_lungs,
 )
+from radiology_ai.tasks.outlines import pixel_mm
 from radiology_ai.tasks.structures import (
     CTR,
     Structures,
@@ -44,7 +45,6 @@ from radiology_ai.tasks.structures import (
     largest_part,
     measure_figures,
     measured,
-    pixel_mm,
     runs_from_files,
     structure_answers,
     swapped,
@@ -261,7 +261,7 @@ def test_masks_come_from_files_and_what_is_not_there_is_unknown(tmp_path):
 
 def test_settings_that_cannot_be_are_refused():
     for bad in (dict(label=''), dict(label='heart,heart'), dict(contradictions='?'), dict(augment=11),
-            dict(flip=2), dict(width=0)):
+            dict(flip=2), dict(width=0), dict(ema=1)):
         with pytest.raises(DataError): LungsSettings(**bad)
     assert LungsSettings(label='heart').labels==['rle_heart', 'height', 'width']
 
@@ -376,6 +376,7 @@ def test_a_run_learns_is_reported_and_predicts_what_was_evaluated(chests, run, t
         for o in pictures} and pictures[0].image.ndim==3 and 'Dice right lung' in pictures[0].note
     text = report_run(LUNGS, run, evaluation, out=tmp_path).read_text()
     assert 'How well the masks agree' in text and 'cardiothoracic ratio' in text and 'data:image' in text
+    assert '>Films</h2>' in text and 'Worst errors' not in text and 'GradCAM' not in text
     told = predict(run, list(table.path), out=tmp_path/'p.csv', to=('csv', 'json', 'png'), workers=1,
         task=LUNGS).set_index('image_id').loc[table.index]
     same = [f'p_{n}' for n in NAMES] + [f'area_{n}' for n in NAMES] + [f'cm2_{n}' for n in NAMES]

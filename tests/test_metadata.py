@@ -2,6 +2,7 @@
 the out-of-scope filter on a folder with wrong headers, unknown body parts and broken files."""
 import json
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,9 +14,10 @@ from radiology_ai.core import BundleError, DataError, ModelError, rng
 from radiology_ai.data.annotate import read_templates
 from radiology_ai.data.load import xray_dataloaders
 from radiology_ai.dicom.index import index_dicoms
+from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.metrics.recalibration import TemperatureScaling
 from radiology_ai.models.bundle import load_bundle
-from radiology_ai.models.sealed import sealed
+from radiology_ai.models.meta import sealed
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.hospital import break_file, made_up_uid, write_dicom
 from radiology_ai.phantom.knee import simulate_knee
@@ -24,6 +26,7 @@ from radiology_ai.phantom.xray import expose
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.train.learner import xray_learner
+from radiology_ai.weak import scope as scope_room
 from radiology_ai.weak.headers import (
     BODY_PARTS,
     OTHER,
@@ -308,6 +311,19 @@ def test_a_mixed_folder_is_sorted(mixed):
     assert len(silent)>=3 and (silent.decision=='wanted').mean()>.5
     assert ((good.decision!='wanted') | (good.confidence>=.95)
         & (good.distance<=1)).all() and ((good.decision!='other') | (good.confidence<=.05)).all()
+
+
+@pytest.mark.slow
+def test_negatives_are_never_accepted(learnt, mixed, tmp_path):
+    truth, table = mixed
+    knees = table.path[(table.path.map(truth)=='KNEE') & (table.decision=='wanted')][:12]
+    for k, path in enumerate(knees):
+        cv2.imwrite(str(tmp_path/f'{k}.png'), np.uint8(255*(1-read_radiograph(path).pixels)))
+    negative = learnt['filter'].sort(tmp_path, workers=1, show=False)
+    assert len(negative)==12 and not (negative.decision=='wanted').any()
+    index = pd.DataFrame({'polarity': ['dark', 'dark', 'bright', 'unsure'], 'inverted': [False, True, False, False]})
+    assert scope_room._negatives(index).tolist()==[True, False, False, False]
+    assert not scope_room._negatives(index[['inverted']]).any()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Pneumonia: tables of boxes are folded and refused with the film's name, boxes survive the way to the network and back,
 candidates of networks and mirrored films are pooled, what counts is what the rules say, predictions are those of the evaluation."""
 import json
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from test_tasks import Written, from_balanced_batches
 
-from radiology_ai.core import BundleError, DataError
+from radiology_ai.core import BundleError, DataError, MissingPackageError, RadiologyError
 from radiology_ai.data.targets import stored_boxes
 from radiology_ai.metrics.calibration import calibration
 from radiology_ai.metrics.fusion import Decoding
@@ -24,15 +25,17 @@ from radiology_ai.serve.predict import explain, predict
 from radiology_ai.tables import table_digest
 from radiology_ai.tasks.base import Settings, make_settings
 from radiology_ai.tasks.boxes import (
+    SWEEP,
     XYWH,
     Boxes,
+    box_figures,
     box_lists,
     boxes_text,
     candidates_of,
     counting_boxes,
     film_candidates,
     one_row_a_film,
-    sweep_settings,
+    rules_of,
     text_boxes,
     to_film,
 )
@@ -240,12 +243,46 @@ def test_the_boxes_that_count_are_those_of_the_rules(rules):
 def test_rules_are_chosen_on_validation_films_and_their_optimism_is_told():
     found = candidates(40)
     settled = PNEUMONIA.answer.settled(found, [OPACITY])
-    assert settled.decoding in sweep_settings(candidates_of(found))
+    assert settled.decoding in rules_of(SWEEP)
     assert settled.chosen['optimism']==pytest.approx(settled.chosen['score']-settled.chosen['honest'])
     fixed = replace(PNEUMONIA.answer, sweep=False).settled(found, [OPACITY])
     assert fixed.chosen=={'reason': 'it was not asked for'}
     none = PNEUMONIA.answer.settled(found.assign(boxes_true='[]'), [OPACITY])
     assert none.chosen=={'reason': 'no validation film has a box'}
+
+
+def test_folds_decode_by_the_rules_that_are_best_for_all_of_them():
+    answer, parts = PNEUMONIA.answer, [candidates(30, seed) for seed in (1, 2, 3)]
+    each = [answer.settled(p, [OPACITY]) for p in parts]
+    specs = json.loads(json.dumps([a.spec(films_of(RSNA_CLASSES), [OPACITY], None) for a in each]))
+    both = answer.of_bundles(specs)
+    n = np.array([a.tried['films'] for a in each])
+    mean = (n*[a.tried['score'] for a in each]).sum(0)/np.maximum(n.sum(0), 1)
+    assert both.decoding==rules_of(SWEEP)[int(mean.argmax())] and len({a.decoding for a in each})>1
+    assert both.chosen['score']==pytest.approx(mean.max()) and both.chosen['folds']==3
+    assert both.chosen['honest']<=max(a.chosen['score'] for a in each)
+    assert both.chosen['optimism']==pytest.approx(both.chosen['score']-both.chosen['honest'])
+    assert answer.of_bundles(specs[:1])==answer.of_bundle(specs[0])
+    whole = answer.settled(pd.concat(parts, ignore_index=True), [OPACITY])
+    assert whole.decoding==both.decoding and whole.chosen['score']==pytest.approx(both.chosen['score'],
+        abs=1e-5)
+    none = answer.of_bundles([specs[1] | {'tried': {}}, specs[0]])
+    assert none.decoding==each[1].decoding # no sweep, no choice
+
+
+def films_of(classes): return pd.DataFrame({'film_class': list(classes)})
+
+
+def test_scores_of_boxes_stand_beside_what_they_hit():
+    found = PNEUMONIA.answer.thresholds(candidates(30), None).assign(view=['AP', 'PA']*15)
+    found = found.assign(boxes=[boxes_text(text_boxes(t)[0], [.9]*len(text_boxes(t)[0])) if t!='[]'
+        else '[[5, 5, 9, 9, 0.15], [5, 5, 9, 9, 0.35]]' for t in found.boxes_true])
+    rows = {r['boxes']: r for r in box_figures(found, 50, ['view'])['hits']}
+    assert rows['score 0.7 to 1']['share that hits']['value']==1 and rows['score 0.7 to 1']['number']==15
+    assert rows['score 0.1 to 0.2']['share that hits']['value']==rows['view AP']['share that hits'][
+        'value']==0
+    assert rows['score 0.3 to 0.5']['mean score']==.35 and rows['view PA']['number']==15
+    assert sum(r['number'] for k, r in rows.items() if k.startswith('side'))==45
 
 
 def test_a_run_holds_a_detector_and_its_rules(run):
@@ -255,7 +292,11 @@ def test_a_run_holds_a_detector_and_its_rules(run):
     assert answer.seen==RSNA_CLASSES and answer.chosen['n']>0
     assert answer.of_bundle(json.loads(json.dumps(bundle.answer)))==answer
     odd = [{}, bundle.answer | {'classes': ['Normal']}, bundle.answer | {'decoding': {'iou': 3}},
-        bundle.answer | {'classes': [OPACITY, NORMAL]}, bundle.answer | {'decoding': {'iuo': .1}}]
+        bundle.answer | {'classes': [OPACITY, NORMAL]}, bundle.answer | {'decoding': {'iuo': .1}},
+        *(bundle.answer | {'tried': bundle.answer['tried'] | t}
+        for t in ({'films': []}, {'rules': [{'size': [0]}]},
+            {'rules': [{'iou': [.5]*200, 'best': [.5]*200}]},
+            {'score': ['x']*len(bundle.answer['tried']['score'])}))]
     for spec in odd:
         with pytest.raises(BundleError, match='tells no boxes'): PNEUMONIA.answer.of_bundle(spec)
 
@@ -270,7 +311,8 @@ def test_predictions_are_those_of_the_evaluation_in_pixels_of_the_film(run, tmp_
     found = found[found.error=='']
     assert sent.patientId.tolist()==found.image_id.tolist() # the files of this folder are called alike
     assert [len(str(t).split())//5 for t in sent.PredictionString.fillna('')]==found.n_boxes.tolist()
-    with pytest.raises(DataError, match="no output 'siim'"): predict(run, told.path[0], to=['siim'], show=False)
+    with pytest.raises(DataError, match="no output 'siim'"):
+        predict(run, told.path[0], to=['siim'], show=False)
     rows = found.set_index('image_id').loc[told.image_id]
     assert np.abs(rows.score.to_numpy(float)-told.score.to_numpy()).max()<1e-6
     for text, b, s in zip(rows.boxes, *counting_boxes(told)):
@@ -283,12 +325,46 @@ def test_predictions_are_those_of_the_evaluation_in_pixels_of_the_film(run, tmp_
     assert len(list((tmp_path/'p').glob('*.png')))==len(told)
 
 
+def test_the_command_writes_a_submission(run, films, tmp_path):
+    from radiology_ai.cli import main
+    film = evaluate_run(PNEUMONIA, run).table.path[0]
+    def predicted(to):
+        words = ['predict', run.path, film, '--out', tmp_path/'p.csv', '--workers', 1, '--to', to]
+        with pytest.raises(SystemExit) as end: main(list(map(str, words)))
+        return end.value.code
+    assert not predicted('csv,submission')
+    sent = pd.read_csv(tmp_path/'p_submission.csv', dtype=str)
+    assert sent.columns.tolist()==['patientId', 'PredictionString'] and len(sent)==1
+    assert predicted('csv,kaggle')==2
+
+
 def test_the_report_shows_boxes_and_an_explanation_can_be_drawn(run, tmp_path):
     evaluation = evaluate_run(PNEUMONIA, run)
     text = report_run(PNEUMONIA, run, evaluation, out=tmp_path).read_text()
     assert 'RSNA score' in text and 'Free response' in text and 'data:image' in text and 'optimism' in text
     assert (explain(run, [Path(evaluation.table.path[0])], tmp_path/'heat', workers=1,
         show=False).error=='').all()
+
+
+def test_queries_are_trained_saved_and_asked_by_the_same_task(films, tmp_path, monkeypatch):
+    pytest.importorskip('transformers')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        run = train_task(PNEUMONIA, films/'store', films/'labels.csv', tmp_path/'run', **SMALL, model='dfine')
+    bundle = load_bundle(run/'model')
+    assert bundle.meta['network']['kind']=='dfine' and bundle.meta['network']['levels']==[3, 4, 5]
+    told = evaluate_run(PNEUMONIA, run).table
+    found = predict(run, [Path(p) for p in told.path], workers=1, show=False).set_index('image_id')
+    assert np.abs(found.score[told.image_id].to_numpy(float)-told.score.to_numpy()).max()<1e-5
+    assert len(told) and (told.boxes!='').all() and all((np.diff(s)<=0).all()
+        for s in box_lists(told.boxes, True)[1])
+    boxes = bundle.detect(np.array(ImageStore(films/'store')[0])[None], score=.001)
+    assert set(boxes[0])=={'boxes', 'scores', 'labels', 'classes'}
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(MissingPackageError, match=r'radiology_ai\[detect\]'):
+        train_task(PNEUMONIA, films/'store', films/'labels.csv', tmp_path/'other', **SMALL, model='dfine')
+    with pytest.raises(RadiologyError, match=r'radiology_ai\[detect\]'): load_bundle(run/'model')
+    assert not (tmp_path/'other').exists()
 
 
 def test_a_run_is_trained_further_where_the_classes_are_known(run, films, tmp_path):
@@ -299,7 +375,8 @@ def test_a_run_is_trained_further_where_the_classes_are_known(run, films, tmp_pa
     assert load_bundle(more/'model').vocab==[OPACITY]
 
 
-@pytest.mark.parametrize('given', [dict(anchors='some'), dict(loss='bce'), dict(flip=2), dict(candidates=0),
+@pytest.mark.parametrize('given', [dict(anchors='some'), dict(model='yolo'),
+    dict(loss='bce'), dict(flip=2), dict(candidates=0),
     dict(levels='three'), dict(teacher='run'), dict(decoding='best'), dict(norm='layer')])
 def test_settings_are_checked(given):
     with pytest.raises(DataError): make_settings(PneumoniaSettings, given)

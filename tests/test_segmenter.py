@@ -9,8 +9,8 @@ from radiology_ai.core import BundleError, ModelError
 from radiology_ai.losses.regions import DiceBCE
 from radiology_ai.models.backbone import create_backbone
 from radiology_ai.models.bundle import load_bundle, save_bundle
+from radiology_ai.models.packaged import has_package
 from radiology_ai.models.segmenter import DECODERS, create_segmenter
-from radiology_ai.models.weights import has_package
 from radiology_ai.preprocess.recipe import Preprocess
 
 # encoder: what it wants, and whether its images have a size of their own

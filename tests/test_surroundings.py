@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,49 @@ def test_names_of_any_letters_in_a_locale_of_ascii(films, tmp_path):
     assert done.returncode==0 and done.stderr=='' and '12 of 12 files' in done.stdout
     index = pd.read_parquet(tmp_path/'i.parquet')
     assert (index.error=='').all() and any('Jörg' in p for p in index.path)
+
+
+def test_a_standard_output_that_is_full(films, tmp_path):
+    done = shell(f'radiology_ai index {films} --workers 1 --out {tmp_path}/i.parquet > /dev/full')
+    assert done.returncode==2 and (tmp_path/'i.parquet').exists()
+    assert done.stderr=='radiology_ai: standard output cannot be written (No space left on device)\n'
+
+
+def test_no_more_processes_are_allowed(films, tmp_path, monkeypatch):
+    "As many workers as there may be work; where there may be none, this process does."
+    from radiology_ai import parallel
+    real, begun = parallel._Worker, []
+    def worker(*args):
+        if len(begun)==most: raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')
+        begun.append(real(*args))
+        return begun[-1]
+    monkeypatch.setattr(parallel, '_Worker', worker)
+    for most in (1, 0):
+        begun.clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            assert list(parallel.run_parallel(abs, range(-9, 0), 2, show=False))==[*range(9, 0, -1)]
+        assert len(begun)==most and any('working in this process' in str(w.message) for w in told)==(most==0)
+
+
+@pytest.mark.parametrize('error', [MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    RuntimeError("can't start new thread"),
+    Exception('Unknown error: Failed to launch worker thread: Resource temporarily unavailable')])
+def test_want_of_memory_or_threads_is_told_as_that(error):
+    from radiology_ai.cli import _one_line
+    assert 'not enough memory, or the system allows no more threads' in _one_line(error)
+
+
+def test_a_folder_that_may_not_be_written_is_told_with_the_file(tmp_path, monkeypatch):
+    def refuse(*args, **more): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), '.i-123-abc.parquet')
+    monkeypatch.setattr('radiology_ai.core.tempfile.mkstemp', refuse)
+    with pytest.raises(PermissionError) as e, atomic_path(tmp_path/'i.parquet'): pass
+    assert e.value.filename==str(tmp_path/'i.parquet')
+
+
+def test_the_command_as_a_module(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'radiology_ai.cli', '--version'], capture_output=True, text=True)
+    assert done.returncode==0 and done.stdout.startswith('radiology_ai')
 
 
 def test_few_open_files(films, tmp_path):

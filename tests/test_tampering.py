@@ -33,7 +33,7 @@ from radiology_ai.files import plain_digest, quick_digest, read_json
 from radiology_ai.metrics.recalibration import recalibration_from
 from radiology_ai.models.backbone import create_backbone, create_model
 from radiology_ai.models.bundle import load_bundle, save_bundle
-from radiology_ai.models.sealed import sealed
+from radiology_ai.models.meta import sealed
 from radiology_ai.models.weights import read_weights
 from radiology_ai.preprocess.recipe import Preprocess
 from radiology_ai.preprocess.scale import preprocess_folder

@@ -13,6 +13,7 @@ import torch
 from radiology_ai.core import BundleError, DataError, ModelError, RadiologyError
 from radiology_ai.data.tree import chest_tree
 from radiology_ai.losses.base import BCEWithNaN
+from radiology_ai.losses.graded import GradedLoss
 from radiology_ai.losses.labels import AsymmetricLoss
 from radiology_ai.losses.teacher import DistillationLoss
 from radiology_ai.losses.tree import UnderTree
@@ -24,7 +25,7 @@ from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.tasks.base import Settings, Stage, Task, every_image, make_settings
 from radiology_ai.tasks.chest import CHEST
 from radiology_ai.tasks.fit import has_token, stage_learner, teacher_of, teaching, train_task
-from radiology_ai.tasks.kinds import Classes, GradedLoss, Grades, Labels, task_manifest
+from radiology_ai.tasks.kinds import Classes, Grades, Labels, task_manifest
 from radiology_ai.tasks.tree import part_of
 from radiology_ai.train.checkpoint import Checkpoint
 from radiology_ai.train.teacher import Distil, FillUnknown, filled, weights_digest

@@ -60,6 +60,8 @@ _TELLING = {'PN', 'LO', 'SH', 'UI', 'DA', 'DT', 'AE', 'ST', 'LT', 'UT', 'UC', 'U
 # of the device; a station is often named like the model, which stays
 _SILENT = {'StationName', 'SpecificCharacterSet', 'DeviceSerialNumber'}
 _UID = re.compile(r'[0-2](\.\d+)+')
+_TIMES = ('DA', 'DT', 'TM')
+_TIME = re.compile(r'[\d.:+\-\0 ]*')
 
 @dataclass
 class Walk:
@@ -72,6 +74,7 @@ class Walk:
     made: list=field(default_factory=list)  # values that were put in
     account: list=field(default_factory=list) # (place, keyword, code)
     described: list=field(default_factory=list) # (new data set, tag) of descriptions that were cleaned
+    creators: list=field(default_factory=list) # (new data set, tag, text) of private creators that stay
     elements: int=0              # looked at so far
 
     def dataset(self, ds: Dataset, place: str='') -> Dataset:
@@ -113,6 +116,7 @@ class Walk:
             return DataElement(e.tag, 'SQ', Sequence([self.dataset(item, f'{at}[{i}].')
                 for i,item in enumerate(e.value)])),code
         if e.VR=='UI' and code in ('', 'K') and not self._are_uids(e): code = 'U'
+        if e.VR in _TIMES and code in ('K', 'C') and not self._are_times(e): return None,'X'
         if code in ('', 'K'): return e,code
         value = self._value(e, code)
         self.made += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v]
@@ -122,6 +126,13 @@ class Walk:
         "Has an element nothing but UIDs as values? Anything else could be a name."
         values = e.value if isinstance(e.value, (list, MultiValue)) else [e.value]
         if all(not v or _UID.fullmatch(str(v).strip('\0 ')) for v in values): return True
+        self._remember(e)
+        return False
+
+    def _are_times(self, e):
+        "Has an element of a date or time nothing but digits and signs as values? Anything else could be a name."
+        values = e.value if isinstance(e.value, (list, MultiValue)) else [e.value]
+        if all(_TIME.fullmatch(str(v or '')) for v in values): return True
         self._remember(e)
         return False
 
@@ -148,6 +159,14 @@ class Walk:
         people = name_words(v for vr,v in self.lost if vr=='PN')
         for ds,tag in self.described:
             ds[tag].value = self._each(ds[tag].value, lambda v: clean_words(v, people))
+
+    def drop_nameless(self):
+        "Takes out the private elements whose creator held something that was cut: nobody could tell whose they are."
+        for ds,tag,text in self.creators:
+            if str(ds[tag].value)==text: continue
+            gone = [t for t in ds.keys() if t.group==tag.group and tag.element in (t.element, t.element>>8)]
+            for t in gone: del ds[t]
+            self.account += [(f'({t.group:04x},{t.element:04x})', '', 'P') for t in gone if t!=tag]
 
     def _remember(self, e):
         "Notes the original values of an element that goes, also those inside of a sequence."
@@ -193,7 +212,9 @@ class Walk:
             return False
         some = safe.get((tag.group, creator), set())
         if e.VR in TELLING or some is not None and tag.element & 0xFF not in some: return False
-        out.add(ds[creator_tag])
+        if creator_tag not in out:
+            out.add(ds[creator_tag])
+            self.creators.append((out, creator_tag, creator))
         out.add(e)
         return True
 
@@ -233,6 +254,7 @@ def clean_header(
     out.LongitudinalTemporalInformationModified = ('UNMODIFIED' if 'dates_full' in r else 'MODIFIED'
         if 'dates_modified' in r else 'REMOVED')
     Residue(walk.lost, walk.made).scrub(out, walk.account)
+    walk.drop_nameless()
     return out,walk
 
 # %% ../../nbs/19_dicom.deidentify.ipynb #7eddff08

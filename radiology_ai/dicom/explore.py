@@ -21,9 +21,10 @@ import pandas as pd
 import pydicom
 from fastcore.basics import patch
 
-from ..core import DataError, DicomError, atomic_path, harmless, write_text
+from ..core import PAGE, DataError, DicomError, atomic_path, check_replaced, harmless, write_text
 from .index import INDEX_COLUMNS, index_dicoms, read_index
 from .limits import table_bytes
+from .polarity import read_polarity
 from .quality import RADIOGRAPHS, find_attention, find_duplicates, next_text, pixel_digest
 from .read import read_radiograph
 from ..parallel import run_parallel
@@ -226,7 +227,7 @@ def explore_dicoms(
     labels=None,            # a table or CSV with labels, see `join_labels`
     columns=None,           # its label columns; None: those of 0 and 1
     # True: compare the pixels of files of the same rows and columns; 'all': decode every file, which also finds
-    # damaged and blank ones
+    # damaged and blank ones, and negatives
     pixels: bool|str=False,
     examples: int=15,       # at most so many radiographs on the contact sheet
     *,
@@ -242,20 +243,24 @@ def explore_dicoms(
     todo = df[(df.error=='') & (df.Rows>0)]
     if pixels is not True: todo = todo if pixels else todo[:0]
     else: todo = todo[todo.duplicated(['Rows', 'Columns'], keep=False)]
-    told = dict(zip(todo.path, run_parallel(pixel_digest, todo.path.tolist(), workers, chunk=8, desc='pixels',
-        show=show, seconds=60,
-                                                lost=lambda p, cause: ('', False,
-                                                f'the process that decoded it {cause}'))))
-    twice = find_duplicates(df, pd.Series({p: d for p,(d,_,_) in told.items()}, dtype=object) if pixels
+    look = _look if pixels=='all' else pixel_digest
+    told = dict(zip(todo.path, run_parallel(look, todo.path.tolist(), workers, chunk=8, desc='pixels', show=show,
+        seconds=60, lost=lambda p, cause: ('', False, f'the process that decoded it {cause}'))))
+    twice = find_duplicates(df, pd.Series({p: o[0] for p,o in told.items()}, dtype=object) if pixels
         else None)
     attention,files = find_attention(df, twice, [p for p,o in told.items() if o[2]],
-        [p for p,o in told.items() if o[1]])
+        [p for p,o in told.items() if o[1]], [p for p,o in told.items() if o[3:]==('dark',)])
     e = Exploration(df, _tables(df, twice, bool(pixels)), attention, files, _examples(df, files, examples))
     if any(o[2] for o in told.values()):
         e.tables['damaged'] = pd.DataFrame(Counter(o[2] for o in told.values() if o[2]).most_common(),
             columns=['cause', 'files'])
     if labels is not None: e.tables['labels'] = prevalence(df, join_labels(df, labels, columns))
     return e
+
+def _look(path):
+    "What `pixel_digest` says of a file, and how it shows bone."
+    told = pixel_digest(path)
+    return *told,'' if told[1] or told[2] else read_polarity(path)
 
 def _as_index(folder, workers, show, previous):
     "The index of what `explore_dicoms` was given."
@@ -451,7 +456,8 @@ def to_html(self:Exploration,
 ) -> Path:
     "Writes tables and figures as one page that needs nothing else. Paths are left out of it."
     import matplotlib.pyplot as plt
-    parts = ['<!doctype html><html lang="en"><meta charset="utf-8">'
+    check_replaced(path, PAGE)
+    parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="radiology_ai">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>What is in this folder?</title>'
         f'<style>{_STYLE}</style><h1>What is in this folder?</h1>', _first_tables(self)]
     for name,fig in self.figures().items():

@@ -30,6 +30,7 @@ from radiology_ai.dicom.limits import (
     MAX_FRAGMENTS,
     MAX_FRAMES,
     MAX_HEADER,
+    MAX_HELD,
     MAX_INFLATED,
     MAX_PIXELS,
     MAX_STORED,
@@ -52,7 +53,6 @@ def _head(path, n):
             head = f.read(n)
             packed = head[:2]==GZIP
             if packed:
-                f.seek(0)
                 head = _gunzip(f, path)(n)
             return head,packed
     except NotAFile as e: raise DicomError(path, str(e), 'Leave it out') from None
@@ -69,6 +69,7 @@ def read_head(
 
 def _gunzip(f, path):
     "A function `read(n)` that gives up to `n` more bytes of what an open file of gzip holds."
+    f.seek(0)
     unpacked = GzipFile(fileobj=f)
     def read(n):
         try: return unpacked.read(n)
@@ -213,8 +214,9 @@ def inflater(
     wrapped = len(start)>1 and start[0] & 15==8 and (256*start[0] + start[1])%31==0
     return zlib.decompressobj(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS)
 
-def _inflate(f, path):
-    "A function `read(n)` that gives up to `n` more bytes of what the rest of an open file inflates to."
+def _inflate(f, path, start):
+    "A function `read(n)` that gives up to `n` more bytes of what an open file inflates to from byte `start` on."
+    f.seek(start)
     raw = f.read(2**18)
     z = inflater(raw[:2], path)
     def read(n):
@@ -227,10 +229,18 @@ def _inflate(f, path):
         return b''
     return read
 
-def _unpacked(read, parse, path, *, pixels, max_pixels):
-    """What `read(n)` gives, piece by piece: as far as the size needs that the header declares, which `parse` reads from
-    a stream; without `pixels` as far as the header."""
-    out,limit,need = bytearray(),2**20,None
+def _check_length(read, begins, need, path):
+    "Refuses what unpacks to fewer than `need` bytes behind byte `begins`; nothing of it is kept."
+    size = -begins
+    while size<need and (part := read(2**18)): size += len(part)
+    if size<need:
+        raise DicomError(path, f'the pixel data ends early: {max(0, size)} of {need} bytes', _copy)
+
+def _unpacked(f, begin, parse, path, *, pixels, max_pixels):
+    """What the open file `f` unpacks to, of which `begin()` makes a function `read(n)`: as far as the size needs that the
+    header declares, which `parse` reads from a stream; without `pixels` as far as the header. What would be large of a
+    small file is looked through first."""
+    out,limit,need,read = bytearray(),2**20,None,begin()
     while chunk := read(min(2**18, limit + 1 - len(out))):
         out += chunk
         if len(out)<=limit: continue
@@ -250,6 +260,10 @@ def _unpacked(read, parse, path, *, pixels, max_pixels):
             raise DicomError(path, f'it declares {need} bytes of deflated pixel data, above the limit of {4*max_pixels}',
                 'Ask for a copy that is not deflated')
         limit = max(limit, need + 2**22)
+        at = stream.tell()
+        if need>max(MAX_HELD, 100*os.fstat(f.fileno()).st_size) and b'\xff'*4 not in out[at+8:at+12]: # no fragments
+            _check_length(begin(), at + 12, need, path)
+            out,read = bytearray(),begin()
     return out
 
 _PIXEL_TAGS = {(0x7FE0, 0x10): 'OW', (0x7FE0, 8): 'OF', (0x7FE0, 9): 'OD'}
@@ -283,8 +297,7 @@ def _parse(f, path, tags, head, *, pixels, max_pixels):
     "The header of the open file `f` and the stream behind it, positioned at the pixel data."
     syntax,start = transfer_syntax(head)
     if syntax!=DeflatedExplicitVRLittleEndian: return _read(f.hold(path), tags),f
-    f.seek(start)
-    inflated = _unpacked(_inflate(f, path), lambda part: _read_set(part, path), path, pixels=pixels,
+    inflated = _unpacked(f, lambda: _inflate(f, path, start), lambda part: _read_set(part, path), path, pixels=pixels,
         max_pixels=max_pixels)
     stream = LeashedBytes(inflated).hold(path)
     ds = _read_set(stream, path)
@@ -340,7 +353,7 @@ def _on_leash(path, packed, pixels, max_pixels):
         with LeashedFile(open_regular(path, 0)) as f: yield f,os.path.getsize(path)
         return
     with open_regular(path, 0) as f:
-        whole = _unpacked(_gunzip(f, path), _read, path, pixels=pixels, max_pixels=max_pixels)
+        whole = _unpacked(f, lambda: _gunzip(f, path), _read, path, pixels=pixels, max_pixels=max_pixels)
     yield LeashedBytes(whole),len(whole)
 
 def _open_long(path, tags, head, *, pixels, max_pixels, packed=False):

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from pydicom.datadict import dictionary_has_tag, keyword_for_tag
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 
 from ..core import DataError
 
@@ -144,10 +144,13 @@ RescaleType SecondaryCaptureDeviceManufacturer SecondaryCaptureDeviceManufacture
 SecondaryCaptureDeviceSoftwareVersions SoftwareVersions TriggerSourceOrType TypeOfFilters ViewName
 WindowCenterWidthExplanation''')
 _BINARY = ('OB', 'OW', 'OF', 'OD', 'OL', 'OV', 'OB or OW')
-_PERSONAL = _words('''ContactMethod PatientAlternativeCalendar PatientBodyMassIndex ResponsiblePersonRole
-TypeOfPatientID''')
+# code strings and numbers that somebody chooses: labels, paths, numbers of other studies, copies of any value
+_PERSONAL = _words('''CarrierIDAssigningAuthority ContactMethod ContentLabel FileSetDescriptorFileID FileSetID
+GraphicLayer ModifiedImageID OtherStudyNumbers PatientAlternativeCalendar PatientBodyMassIndex ReferencedFileID
+ReportNumber ResponsiblePersonRole SelectorCSValue SelectorDSValue SelectorISValue TypeOfPatientID''')
 _SHORT = ('LO', 'SH', 'UC', 'AE')
 _LONG = ('LT', 'ST', 'UT', 'UR', 'UN')
+_TEXTS = frozenset((*_DATES, *_LONG))
 _TABLES = re.compile('(LUTData|LookupTableData)$|^PixelData$')
 # representations that no private element may have
 TELLING = frozenset((*_DATES, *_LONG, 'PN', 'AE', 'UC', 'SQ', 'AS'))
@@ -168,14 +171,15 @@ class Profile:
         """X remove, Z empty, D dummy, U map the UID, C clean, K keep, U* and '' keep the sequence or element
         and look inside."""
         keyword,listed = keyword_for_tag(tag),table_action(tag)
-        kept = self._option(keyword, vr, listed)
+        kept = self._option(tag, vr, keyword, listed)
         if kept: return kept
         return choose(listed, keyword, sop_class, nested) if listed else self._unlisted(tag, vr, keyword)
 
-    def _option(self, keyword, vr, listed):
+    def _option(self, tag, vr, keyword, listed):
         "K or C where an option keeps the element, else ''."
         r = self.retain
-        if vr in _DATES and keyword not in _BIRTH and (listed or keyword):
+        if 'safe_private' in r and keyword=='PrivateCreatorReference': return 'K'
+        if vr in _DATES and keyword and keyword not in _BIRTH and dictionary_VR(tag) in _DATES:
             if 'dates_full' in r: return 'K'
             if 'dates_modified' in r: return 'C'
         if not listed: return ''
@@ -190,8 +194,9 @@ class Profile:
         group = tag>>16
         if tag & 0xFFFF==0 or 0x6000<=group<=0x60FF or tag==_ENCRYPTED or not dictionary_has_tag(tag):
             return 'X'
-        if vr=='PN': return 'Z'
-        if vr in _DATES or vr in _LONG or vr in _SHORT and keyword not in _TECHNICAL: return 'X'
+        kinds = {vr, dictionary_VR(tag)} # as the file says, which may be wrong, and as it should be
+        if 'PN' in kinds: return 'Z'
+        if kinds & _TEXTS or not kinds.isdisjoint(_SHORT) and keyword not in _TECHNICAL: return 'X'
         if vr in _BINARY and not _TABLES.search(keyword) or keyword in _PERSONAL: return 'X'
         if vr!='UI' or re.search('Class(es)?(UID|Supported|In)|TransferSyntax', keyword): return ''
         return 'K' if 'uids' in self.retain else 'U'

@@ -125,6 +125,8 @@ _DOUBTS = { # what needs attention: why it matters, and what to do
     'unreadable': ('They are lost to training, perhaps not at random',
         'Copy them again; see the table of what is unreadable'),
     'pixels damaged': ('The header is whole, the picture is not', 'Copy them again or leave them out'),
+    'negative': ('Bone is dark although the header says nothing of it',
+        "Look at them; preprocess with polarity='auto', which undoes it"),
     'all pixels equal': ('A blank image teaches nothing, and its label is wrong', 'Leave them out'),
     'same pixels, different patients': ('A split by patient leaks', 'Find out whose image it is; keep one'),
     'same pixels': ('It counts twice', 'Keep one of each group'),
@@ -201,14 +203,13 @@ def _said_in_headers(df):
         'no body part': df.BodyPartExamined=='', 'no side': (df.laterality=='') & ~unpaired,
         'implausible date': (year<1970) | (year>pd.Timestamp.now().year)}
 
-def _questions(df, twice, damaged, constant):
+def _questions(df, twice, damaged, constant, negative):
     "(name, mask over the files, why it matters, what to do), in the order of `_DOUBTS`."
     good = df.error==''
     fine = good & ((df.SOPClassUID!='') | (df.TransferSyntaxUID!=''))
-    negative = fine & (df.PhotometricInterpretation.map(code_string)=='MONOCHROME1')
-    masks = {'unreadable': ~good, 'pixels damaged': df.path.isin(damaged),
-        'all pixels equal': df.path.isin(constant),
-        'some are MONOCHROME1': negative & (negative.sum()<fine.sum())}
+    white = fine & (df.PhotometricInterpretation.map(code_string)=='MONOCHROME1')
+    masks = {'unreadable': ~good, 'pixels damaged': df.path.isin(damaged), 'negative': df.path.isin(negative),
+        'all pixels equal': df.path.isin(constant), 'some are MONOCHROME1': white & (white.sum()<fine.sum())}
     masks |= _twice_over(df, twice)
     masks |= {what: fine & mask for what,mask in (_film_or_not(df) | _said_in_headers(df)).items()}
     for what,(why,todo) in _DOUBTS.items(): yield what,masks[what],why,todo
@@ -219,11 +220,12 @@ def find_attention(
     twice: pd.DataFrame, # of `find_duplicates`
     damaged=(),          # paths whose pixels cannot be decoded
     constant=(),         # paths whose pixels are all equal
+    negative=(),         # paths of films that show bone dark
 ) -> tuple[pd.DataFrame,dict]:
     """The table of what needs attention (what, files, share, why it matters, what to do), the files of each
     by name."""
     rows,files = [],{}
-    for what,mask,why,todo in _questions(df, twice, list(damaged), list(constant)):
+    for what,mask,why,todo in _questions(df, twice, list(damaged), list(constant), list(negative)):
         if not mask.any(): continue
         files[what] = df.path[mask].tolist()
         rows.append((what, int(mask.sum()), mask.mean(), why, todo))

@@ -22,6 +22,7 @@ from .file import GZIP, pixel_limit
 from radiology_ai.dicom.limits import (
     MAX_CHUNK,
     MAX_CHUNKS,
+    MAX_HELD,
     MAX_PAGES,
     MAX_PIECES,
     MAX_PIXELS,
@@ -100,6 +101,7 @@ def _check_page(f, path, page, order, marks):
             first = int(np.frombuffer(whole, f'{order}u{_WIDE[kind]}').sum(dtype=np.uint64))
         if first>2*size + 2**16:
             raise DicomError(path, 'its strips claim more bytes than the file has', 'Do not trust this file')
+        if tag in page: _check_held(f, path, page, order, tag=tag, held=first)
     if page.get(259, (1,))[0] not in (6, 7): return marks
     if marks is None: marks = _count_scans(f, path, size)
     side = lambda tag, otherwise: page.get(tag, (otherwise,))[0] or otherwise
@@ -107,6 +109,32 @@ def _check_page(f, path, page, order, marks):
     strip = side(322, width)*side(323, min(height, side(278, height))) # or a tile
     check_cost(dict(rows=height, cols=width, samples=side(277, 1), scans=marks*strip//max(strip, width*height)), path)
     return marks
+
+_RATIO = {1: 1, 32773: 64, 5: 1500, 8: 1032, 32946: 1032} # bytes that a byte of a TIFF's strips gives at most
+
+def _numbers(f, page, tag, order) -> list[int]:
+    "The values of an entry of a TIFF."
+    first,kind,n = page.get(tag, (0, 4, 0))
+    if n<2 or kind not in (3, 4): return [first]*bool(n)
+    f.seek(first)
+    found = f.read(n*_WIDE[kind])
+    return np.frombuffer(found[:len(found)//_WIDE[kind]*_WIDE[kind]], f'{order}u{_WIDE[kind]}').tolist()
+
+def _check_held(f, path, page, order, *, tag, held):
+    """Refuses a large page of a TIFF whose strips or tiles, of `held` bytes, hold too little for it; the decoder would take
+    memory for all before it knew."""
+    bits,scheme = (page.get(t, (1,))[0] for t in (258, 259))
+    need = page.get(256, (0,))[0]*page.get(257, (0,))[0]*(bits if page.get(258, (1, 3, 1))[2]==1 else 8)//8
+    if need<=max(MAX_HELD, 100*held) or scheme in (6, 7) or bits==1: return
+    if need<=held*_RATIO.get(scheme, 0):
+        if scheme not in (8, 32946): return
+        for at,n in zip(_numbers(f, page, tag - 6 if tag==279 else 324, order), _numbers(f, page, tag, order)):
+            f.seek(at)
+            z,data = zlib.decompressobj(),f.read(n)
+            while need>0 and data and (part := z.decompress(data, 2**18)):
+                need,data = need - len(part),z.unconsumed_tail
+        if need<=0: return
+    raise DicomError(path, 'its strips hold too few bytes for its size', 'Do not trust this file')
 
 def _count_scans(f, path, size):
     "How many scans the JPEG streams in a file may have."
@@ -127,7 +155,10 @@ def _looked_at(path, whole):
             raise DicomError(path, f'it has more than {MAX_STILL} bytes', 'Do not trust this file')
         elif whole:
             data = f.read(MAX_STILL)
-            check_cost(stream_info(data), path)
+            info = stream_info(data)
+            check_cost(info, path)
+            if info.get('progressive') and data.rfind(b'\xff\xd9')<data.rfind(b'\xff\xda'):
+                raise DicomError(path, 'the image ends early (no end marker)', _copy)
             f.close()
             return LeashedBytes(data).hold(path),pages
         f.seek(0)

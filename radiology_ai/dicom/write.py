@@ -24,7 +24,7 @@ from pydicom.sr.coding import Code
 
 # %% ../../nbs/19_dicom.write.ipynb #8aaf0090
 import radiology_ai
-from ..core import DataError, DicomError, atomic_path, harmless, optional
+from ..core import DataError, DicomError, atomic_path, check_replaced, harmless, optional
 from .file import open_dicom
 from .source import TYPE2, Source
 from ..files import plain_digest
@@ -391,8 +391,9 @@ def save_result(
     path,        # the file
 ) -> bool:
     """Write a result whole or not at all, readable by its owner alone; False where it is there already.
-    Raises `OSError`."""
+    Raises `OSError`, and `RadiologyError` where a file of others is there."""
     old = earlier_result(path)
+    if old is None or any(old.get(k)!=ds.get(k) for k in ('SOPClassUID', 'Manufacturer')): check_replaced(path, ())
     if old is not None and old.SOPInstanceUID==ds.SOPInstanceUID: return False
     with atomic_path(path, private=True) as tmp: pydicom.dcmwrite(tmp, ds, enforce_file_format=True)
     return True

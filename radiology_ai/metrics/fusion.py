@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/metrics.fusion.html.md"""
 
 # %% auto #0
 __all__ = ['suppress_boxes', 'weighted_fusion', 'mirror_boxes', 'scale_boxes', 'best_share', 'Decoding', 'pool_members',
-           'choose_decoding', 'decoding_grid']
+           'choose_decoding', 'pooled_choice', 'decoding_grid']
 
 # %% ../../nbs/44_metrics.fusion.ipynb #c03e1f5e
 import dataclasses
@@ -17,46 +17,32 @@ import pandas as pd
 
 # %% ../../nbs/44_metrics.fusion.ipynb #6c69f4b6
 from ..core import DataError
-from ..data.regions import box_clusters
-from .boxes import image_of, pair_iou, stack_boxes
-from .detection import rsna_scores
+from .boxes import image_of, match_boxes, pair_iou, stack_boxes
+from .detection import RSNA_IOUS, rsna_scores
 from .intervals import group_numbers
 
 # %% ../../nbs/44_metrics.fusion.ipynb #b23c2c8c
-_PAIRS = 2_000_000 # boxes against boxes at a time
-
-def _better(boxes, group, iou):
-    """Pairs (better, worse) of one group that overlap by more than `iou`; boxes sorted by group and falling
-    score."""
-    ends = np.searchsorted(group, group, 'right')
-    n = ends - np.arange(len(group)) - 1
-    part = np.cumsum(n)//_PAIRS
-    found = []
-    for rows in np.split(np.arange(len(group)), np.flatnonzero(np.diff(part))+1):
-        a = np.repeat(rows, n[rows])
-        b = a + 1 + np.arange(len(a)) - np.repeat(np.cumsum(n[rows])-n[rows], n[rows])
-        over = pair_iou(boxes[a], boxes[b])>iou
-        found.append(np.stack([a[over], b[over]]))
-    return np.concatenate(found, 1)
-
 def suppress_boxes(
     boxes,       # (N, 4) x1, y1, x2, y2
     scores,      # (N,)
     iou: float=.5, # a box that overlaps a better one by more than this goes
     groups=None, # (N,) whole numbers: only boxes of one group suppress each other; None: all are of one
+    *,
+    most: int|None=None, # the best so many of a group
 ) -> np.ndarray:
     "Numbers of the boxes that stay: by group, and by falling score in it; of equal scores the first."
     (boxes,scores),iou = _checked(boxes, scores),_share('iou', iou)
     group = np.zeros(len(boxes), int) if groups is None else np.asarray(groups)
     order = np.lexsort((-scores, group))
-    if not len(order): return order
-    a,b = _better(boxes[order], group[order], iou)
-    stays = np.ones(len(order), bool)
-    while True:
-        new = np.ones(len(order), bool)
-        new[b[stays[a]]] = False
-        if (new==stays).all(): return order[stays]
-        stays = new
+    boxes,group,left,stays = boxes[order],group[order],np.arange(len(order)),[]
+    while len(left) and len(stays)!=most:
+        first = np.flatnonzero(np.r_[True, group[left[1:]]!=group[left[:-1]]])
+        stays.append(left[first])
+        best = np.repeat(left[first], np.diff(np.r_[first, len(left)]))
+        gone = pair_iou(boxes[best], boxes[left])>iou
+        gone[first] = True
+        left = left[~gone]
+    return order[np.sort(np.concatenate([*stays, left[:0]]))]
 
 def _checked(boxes, scores) -> tuple[np.ndarray, np.ndarray]:
     "Boxes (N, 4) and scores (N,) as floats. Raises `DataError` for what is none."
@@ -91,9 +77,7 @@ def weighted_fusion(
         raise DataError(f"There are {members} members and scores from {scores.min(initial=1):g}",
             "At least one member looked, and scores are above 0")
     group = np.zeros(len(boxes), int) if groups is None else np.asarray(groups)
-    cluster,order = np.zeros(len(boxes), int),np.argsort(group, kind='stable')
-    for rows in np.split(order, np.flatnonzero(np.diff(group[order]))+1):
-        if len(rows)>1: cluster[rows] = box_clusters(boxes[rows], scores[rows], iou)
+    cluster = _clusters(boxes, scores, group, iou)
     _,first,at,n = np.unique(np.stack([group, cluster], 1), axis=0, return_index=True, return_inverse=True,
         return_counts=True) if len(boxes) else (None, *np.zeros((3, 0), int))
     at = np.reshape(at, -1)
@@ -103,6 +87,34 @@ def weighted_fusion(
     score = weight/np.maximum(n, 1)*np.minimum(n, members)/members
     last = np.lexsort((-score, group[first]))
     return fused[last],score[last],group[first][last]
+
+def _clusters(boxes, scores, group, iou) -> np.ndarray:
+    "(N,) `box_clusters` of every group at once: in turn the first box of each, the second of each, ..."
+    order = np.lexsort((*boxes.T, -scores, group))
+    _,place,n = np.unique(group, return_inverse=True, return_counts=True)
+    place,cluster = np.reshape(place, -1),np.zeros(len(boxes), int)
+    turn = np.arange(len(order)) - np.repeat(np.cumsum(n)-n, n)
+    rows = order[np.argsort(turn, kind='stable')]
+    total,sums,count = np.zeros((len(n), 8)),np.zeros((len(n), 8, 4)),np.zeros(len(n), int)
+    for now in np.split(rows, np.cumsum(np.bincount(turn))[:-1]) if len(rows) else ():
+        at = place[now]
+        k = _best_cluster(boxes[now], sums[at], total[at], count[at], iou)
+        count[at] += k==count[at]
+        if count.max()==total.shape[1]: # room for as many again
+            total,sums = np.concatenate([total, total*0], 1),np.concatenate([sums, sums*0], 1)
+        total[at,k] += scores[now]
+        sums[at,k] += scores[now,None]*boxes[now]
+        cluster[now] = k
+    return cluster
+
+def _best_cluster(boxes, sums, total, count, iou) -> np.ndarray:
+    "(R,) of each box the fused box of its group that it overlaps most, or a new one."
+    row = image_of(count)
+    k = np.arange(len(row)) - np.repeat(np.cumsum(count)-count, count)
+    table = np.zeros((len(boxes), max(count.max(), 1)))
+    table[row,k] = pair_iou(boxes[row], sums[row,k]/total[row,k,None])
+    best = table.argmax(1)
+    return np.where(table[np.arange(len(boxes)),best]>iou, best, count)
 
 def _from_below(fused, boxes, at, n, spread: float) -> np.ndarray:
     "The fused boxes with sizes p20 - spread (p80 - p20) of their members; at least a tenth of p20."
@@ -188,7 +200,7 @@ class Decoding:
     def _joined(self, boxes, scores, group, members):
         "Boxes, scores and groups after suppression or fusion."
         if self.how=='suppress':
-            keep = suppress_boxes(boxes, scores, self.iou, group)
+            keep = suppress_boxes(boxes, scores, self.iou, group, most=self.most)
             return boxes[keep],scores[keep],group[keep]
         return weighted_fusion(boxes, scores, self.iou, members, groups=group, spread=self.spread)
 
@@ -259,14 +271,14 @@ def choose_decoding(
     seed: int=0,      # of the parts
 ) -> tuple[Decoding, dict, pd.DataFrame]:
     """The best setting; its `score` on these films, the `honest` score by settings that were chosen without the film, their
-    difference (`optimism`) and the films that count (`n`); and a row for each setting by falling score."""
+    difference (`optimism`) and the films that count (`n`); and by falling score a row for each setting with its `n`, whose
+    index is its number."""
     settings = list(settings)
     if not settings or len(found)!=len(truths):
         raise DataError(f"There are {len(settings)} settings, {len(found)} predictions and {len(truths)} truths",
             "Give at least one setting and one truth a film")
-    decoded = (s(found) for s in settings)
-    values = np.array([metric([f['boxes'] for f in d], [f['scores'] for f in d], truths) for d in decoded])
-    score = _row_means(values)
+    values = _values(found, truths, settings, metric)
+    score,count = _row_means(values),(~np.isnan(values)).sum(1)
     if np.isnan(score).all():
         raise DataError("No film has a true or a predicted box", "Give films that hold one")
     best = settings[int(np.nanargmax(score))]
@@ -277,15 +289,68 @@ def choose_decoding(
         rest = _row_means(values[:,fold!=k])
         if not np.isnan(rest).all(): chosen[fold==k] = values[int(np.nanargmax(rest)),fold==k]
     honest = float(_row_means(chosen[None])[0])
-    table = pd.DataFrame([dataclasses.asdict(s) for s in settings]).assign(value=score)
+    table = pd.DataFrame([dataclasses.asdict(s) for s in settings]).assign(value=score, n=count)
     told = dict(score=float(np.nanmax(score)), honest=honest, optimism=float(np.nanmax(score))-honest,
-        n=int((~np.isnan(values[int(np.nanargmax(score))])).sum()))
-    return best,told,table.sort_values('value', ascending=False, kind='stable').reset_index(drop=True)
+        n=int(count[int(np.nanargmax(score))]))
+    return best,told,table.sort_values('value', ascending=False, kind='stable')
+
+def _values(found, truths, settings, metric) -> np.ndarray:
+    "(S, I) score of each film by each setting."
+    if metric is not rsna_scores:
+        decoded = (s(found) for s in settings)
+        return np.array([metric([f['boxes'] for f in d], [f['scores'] for f in d], truths) for d in decoded])
+    same = {}
+    for k,s in enumerate(settings):
+        same.setdefault(dataclasses.replace(s, threshold=0., best=0.), []).append(k)
+    out = np.full((len(settings), len(found)), np.nan)
+    for base,rows in same.items(): out[rows] = _cut_scores(base(found), truths, [settings[k] for k in rows])
+    return out
+
+def _cut_scores(found, truths, settings) -> np.ndarray:
+    """(S, I) `rsna_scores` of settings that differ in `threshold` and `best` alone: each leaves the first boxes of a
+    film, which hit what they hit among all, so that boxes are matched once."""
+    known = np.array([t is not None for t in truths], bool)
+    out = np.full((len(settings), len(found)), np.nan)
+    if not known.any(): return out
+    kept = [(f['boxes'], f['scores'], t) for f,t in zip(found, truths) if t is not None]
+    m = match_boxes(*zip(*kept), RSNA_IOUS)
+    hits = np.concatenate([np.zeros((1, len(RSNA_IOUS)), int), np.cumsum(m.hit, 0)])
+    start = np.cumsum(m.boxes)-m.boxes
+    for s,row in zip(settings, out):
+        keep = best_share(m.score, s.best, m.image) & (m.score>=s.threshold)
+        n = np.bincount(m.image[keep], minlength=len(m.boxes))
+        tp,all_ = hits[start+n]-hits[start],(n + m.truths)[:,None]
+        row[known] = np.divide(tp, all_-tp, out=np.full(tp.shape, np.nan), where=all_>0).mean(1)
+    return out
 
 def _row_means(values) -> np.ndarray:
     "Means of the known values of each row; NaN where there is none."
     known = ~np.isnan(values)
     with np.errstate(invalid='ignore'): return np.where(known, values, 0).sum(1)/known.sum(1)
+
+def pooled_choice(
+    settings: list, # of `Decoding`
+    scores,         # (K, S) of each setting on the films of each choice
+    counts,         # (K, S) films that these rest on
+) -> tuple[Decoding, dict]:
+    """The setting that is best on the films of all choices together, such as the validation films of all folds; told as by
+    `choose_decoding`, where `honest` is by the setting that is best on the films of the other choices."""
+    n = np.asarray(counts, float)
+    s = np.where(n>0, np.asarray(scores, float), 0)*n
+    if n.ndim!=2 or s.shape!=n.shape or n.shape[1]!=len(settings):
+        raise DataError(f"There are {len(settings)} settings, scores {s.shape} and counts {n.shape}",
+            "Give a row of each choice, with a number for each setting")
+    mean = lambda s,n: np.divide(s.sum(0), n.sum(0), out=np.full(len(settings), -1.), where=n.sum(0)>0)
+    best = int(mean(s, n).argmax())
+    told = dict(score=float(mean(s, n)[best]), honest=None, optimism=None, n=int(n[:,best].sum()),
+        folds=len(n))
+    if not told['n']: raise DataError("No film has a true or a predicted box", "Give films that hold one")
+    if len(n)>1:
+        others = [int(mean(np.delete(s, k, 0), np.delete(n, k, 0)).argmax()) for k in range(len(n))]
+        each = [(s[k,o], n[k,o]) for k,o in enumerate(others)]
+        told['honest'] = float(sum(a for a,_ in each)/max(sum(b for _,b in each), 1))
+        told['optimism'] = told['score']-told['honest']
+    return settings[best],told
 
 def decoding_grid(
     base: Decoding|None=None, # where the values are put in; None: `Decoding()`

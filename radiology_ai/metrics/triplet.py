@@ -7,7 +7,8 @@ Docs: https://lluissalord.github.io/radiology_ai/metrics.triplet.html.md"""
 # %% auto #0
 __all__ = ['LEVELS', 'AREAS', 'REGIONS', 'SIZES', 'Triplet', 'drawn_mask', 'decide', 'film_regions', 'Drawn', 'drawn_films',
            'indistinct', 'plateau_point', 'youden_plateau', 'sensitivity_threshold', 'TripletFit', 'fit_triplet',
-           'triplet_calls', 'mask_figures', 'size_strata', 'lesion_recall', 'confidence', 'risk_coverage', 'risk_area']
+           'triplet_calls', 'operating_scores', 'mask_figures', 'size_strata', 'lesion_recall', 'confidence',
+           'risk_coverage', 'risk_area']
 
 # %% ../../nbs/44_metrics.triplet.ipynb #0c9615a9
 import math
@@ -311,6 +312,29 @@ def triplet_calls(
     size,dice = drawn.at(triplet)
     call = (np.asarray(scores)>=triplet.call) & (size>0)
     return call,np.where(call, dice, np.where(np.isnan(drawn.truth), np.nan, drawn.truth==0))
+
+# %% ../../nbs/44_metrics.triplet.ipynb #a3ffcd22
+def operating_scores(
+    targets,          # (N,) of 1, 0 or NaN
+    scores,           # (N,) of the films, in [0, 1]
+    drawn: Drawn,     # of these films
+    triplet: Triplet, # what is drawn on them
+    groups=None,      # (N,) patient of each film
+    *,
+    sensitivity: float=.9, # that is wanted
+    draws: int=400,   # of patients
+    seed: int=0,
+) -> dict[str, float]:
+    """Scores to call from, beside the triplet's: `youden` and `sensitivity`, each over resampled patients. One that cannot be
+    chosen is left out."""
+    s = np.where(drawn.at(triplet)[0]>0, np.asarray(scores, float), 0.)
+    out = {}
+    for name,choose in (('youden', lambda: youden_plateau(targets, s, groups, draws, seed)),
+            ('sensitivity', lambda: sensitivity_threshold(targets, s, sensitivity, groups, draws,
+            seed=seed))):
+        try: out[name] = float(np.clip(choose(), 0., 1.))
+        except DataError: pass
+    return out
 
 # %% ../../nbs/44_metrics.triplet.ipynb #318e1473
 # shares of the image between small, middle and large, as in the first published system of this kind

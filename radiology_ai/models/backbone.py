@@ -24,15 +24,14 @@ from torch import nn
 # %% ../../nbs/44_models.backbone.ipynb #a83869e0
 from ..core import BundleError, MissingPackageError, ModelError, file_digest
 from .heads import DistilledHead, Head, ViewsHead
-from .sealed import read_meta
+from .meta import read_meta
+from .packaged import PACKAGED, packaged_for
 from radiology_ai.models.weights import (
-    PACKAGED,
     adapt_channels,
     first_convolution,
     fit_packaged,
     fit_weights,
     hub_file,
-    packaged_for,
     read_weights,
     url_file,
 )
@@ -297,7 +296,8 @@ def _published(make, net, name, n_in, kwargs) -> tuple[nn.Module, dict]:
 # entries of a model's config that are no arguments of the architecture
 MODEL_SETTINGS = ('name','n_out','n_in','dropout','pool','batchnorm','multi_label','views','fuse','ordinal',
     'parents','head_layers','distilled','kind','decoder','n_labels','width','levels','norm','anchor_sizes',
-    'anchor_ratios','head_norm','map','steps','size','size_out','limits','fill','n_masks','n_points')
+    'anchor_ratios','head_norm','map','steps','size','size_out','limits','fill','n_masks','n_points',
+    'head','stages','orient','sure')
 
 def _from_bundle(name, weights, kwargs):
     """The architecture, weights and arguments of a bundle whose folder is given as the name; other names as

@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/models.detector.html.md"""
 # %% auto #0
 __all__ = ['LEVELS', 'ANCHOR_SIZES', 'ANCHOR_RATIOS', 'NORMS', 'HEAD_NORMS', 'anchor_generator', 'anchor_boxes', 'fit_anchors',
            'check_boxes', 'encode_boxes', 'decode_boxes', 'match_anchors', 'PyramidMaps', 'DetectorHead', 'Detector',
-           'candidates', 'create_detector', 'DetectorLoss']
+           'candidates', 'encoder_maps', 'create_detector', 'DetectorLoss', 'with_classes', 'kept_targets']
 
 # %% ../../nbs/45_models.detector.ipynb #d28e5165
 import math
@@ -228,13 +228,21 @@ class Detector(nn.Module):
         self.anchors = anchor_generator(config['levels'], config['anchor_sizes'], config['anchor_ratios'])
 
     def forward(self, x):
-        h,w = x.shape[-2:]
-        more = (-w%self.stride, -h%self.stride)
-        out = self.head(self.body(F.pad(x, (0, more[0], 0, more[1]), mode='replicate') if any(more) else x))
+        x,h,w = self.padded(x)
+        out = self.head(self.body(x))
         self.anchors.set_cell_anchors(torch.float32, out['logits'].device)
         grid = self.anchors.grid_anchors([tuple(s) for s in out.pop('sizes')],
             [(2**k,)*2 for k in self.config['levels']])
         return out | dict(anchors=torch.cat(grid), size=torch.tensor([h, w], device=out['logits'].device))
+
+    def padded(self,
+        x, # (B, n_in, H, W)
+    ) -> tuple:
+        """The images, continued at the right and below to whole strides, and the height and width that they
+        had."""
+        h,w = x.shape[-2:]
+        more = (-w%self.stride, -h%self.stride)
+        return F.pad(x, (0, more[0], 0, more[1]), mode='replicate') if any(more) else x,h,w
 
     @torch.no_grad()
     def detect(self,
@@ -262,14 +270,14 @@ class Detector(nn.Module):
 
 # %% ../../nbs/45_models.detector.ipynb #844b0aad
 def candidates(
-    pred: dict,       # of a `Detector`
+    pred: dict,       # of a `Detector`, with `offsets` from `anchors`, or with `boxes`
     score: float=.05, # a box counts above this
     top: int=1000,    # so many of an image
 ) -> tuple[torch.Tensor, ...]:
     """Boxes (P, 4), scores, labels and number of the image (P,) before any suppression. Raises `ModelError`
     for NaN."""
-    logits,offsets = full_precision(pred['logits']),full_precision(pred['offsets'])
-    wrong = ~(torch.isfinite(logits).flatten(1).all(1) & torch.isfinite(offsets).flatten(1).all(1))
+    logits,places = full_precision(pred['logits']),full_precision(pred.get('boxes', pred.get('offsets')))
+    wrong = ~(torch.isfinite(logits).flatten(1).all(1) & torch.isfinite(places).flatten(1).all(1))
     if wrong.any():
         raise ModelError(f"The network answers NaN or infinity for image {int(wrong.nonzero()[0])} of the batch",
             "Look at its pixels, and at the weights")
@@ -279,7 +287,8 @@ def candidates(
     keep = best>score
     best,at,image = best[keep],at[keep],image[keep]
     anchor = at//kinds
-    boxes = decode_boxes(offsets[image,anchor], pred['anchors'][anchor])
+    boxes = places[image,anchor]
+    if 'boxes' not in pred: boxes = decode_boxes(boxes, pred['anchors'][anchor])
     far = pred['size'].flip(0).repeat(2).to(boxes)
     boxes = boxes.clamp(min=0).minimum(far)
     there = (boxes[:,2:]>boxes[:,:2]).all(1)
@@ -324,7 +333,14 @@ def _grouped(module: nn.Module) -> nn.Module:
         setattr(module, name, new)
     return module
 
-def _maps(body: Backbone, name: str, n_in: int, levels: list, norm: str, **kwargs) -> PyramidMaps:
+def encoder_maps(
+    body: Backbone, # the whole network
+    name: str,      # its name
+    n_in: int,      # channels of the images
+    levels: list,   # of the maps
+    norm: str,      # of `NORMS`
+    **kwargs,       # further arguments of the encoder
+) -> PyramidMaps:
     "The encoder with the weights of `body`, its BatchNorm as wanted."
     import timm
     from timm.layers import freeze_batch_norm_2d
@@ -368,7 +384,7 @@ def create_detector(
     kwargs = size_arguments(name, size) | kwargs
     body,n = create_backbone(name, n_in, pretrained, strict, weights, seed=seed, **kwargs)
     name,norm = body.name,norm or ('frozen' if body.pretrained else 'group')
-    maps = _maps(body, name, n_in, [k for k in levels if k<=5], norm, **kwargs)
+    maps = encoder_maps(body, name, n_in, [k for k in levels if k<=5], norm, **kwargs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed+1)
         head = _head(maps.channels, n_out, n_labels, channels=max(8, round(256*width/8)*8),
@@ -443,20 +459,14 @@ class DetectorLoss(nn.Module):
         `DataError`, `ModelError`."""
         known = torch.as_tensor(target.get('known',
             torch.ones(len(pred['logits']), dtype=torch.bool))).tolist()
-        boxes,labels = _kept_targets(pred, target, known)
+        boxes,labels = kept_targets(pred, target, known)
         each = [self._image({k: pred[k][i] for k in ('logits', 'offsets')}, pred['anchors'], boxes[i],
             labels[i])
             for i,k in enumerate(known) if k]
         none = full_precision(pred['logits'])[:0].sum() + full_precision(pred['offsets'])[:0].sum()
         n = max(len(each), 1)
         out = dict(scores=sum((a for a,_ in each), none)/n, boxes=sum((b for _,b in each), none)/n)
-        classes = target.get('classes') if classes is None else classes
-        if classes is not None and 'classes' not in pred:
-            raise ModelError("The target has classes of the images, and the network gives none",
-                "Create it with n_labels")
-        if 'classes' not in pred: return out
-        if classes is None: return out | {'classes': full_precision(pred['classes'])[:0].sum()}
-        return out | {'classes': self.of_class(pred['classes'], classes)}
+        return with_classes(out, pred, target.get('classes') if classes is None else classes, self.of_class)
 
     def _image(self, pred, anchors, boxes, labels):
         "Both losses of an image."
@@ -485,7 +495,26 @@ class DetectorLoss(nn.Module):
         off = (wanted-logits.sigmoid()).abs()**self.gamma
         return (off*F.binary_cross_entropy_with_logits(logits, wanted, reduction='none')).sum()
 
-def _kept_targets(pred, target, known) -> tuple[list, list]:
+def with_classes(
+    losses: dict,  # of the boxes
+    pred: dict,    # what a detector answers
+    classes,       # (B,) of the images; None: not known
+    of_class,      # the loss of classes
+) -> dict:
+    """The losses of a detector with that of the class of the whole image, `classes`, where the network gives one. Raises
+    `ModelError`."""
+    if 'classes' not in pred:
+        if classes is None: return losses
+        raise ModelError("The target has classes of the images, and the network gives none",
+            "Create it with n_labels")
+    if classes is None: return losses | {'classes': full_precision(pred['classes'])[:0].sum()}
+    return losses | {'classes': of_class(pred['classes'], classes)}
+
+def kept_targets(
+    pred: dict,   # what a detector answers
+    target: dict, # as of `DetectorLoss`
+    known: list,  # of each image, whether somebody drew on it
+) -> tuple[list, list]:
     "Checked boxes and labels of each image, on the network's device; of an image that nobody drew on none."
     n,device = len(pred['logits']),pred['logits'].device
     boxes,labels = list(target['boxes']),target.get('labels')

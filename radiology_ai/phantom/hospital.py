@@ -549,7 +549,8 @@ def _write_chest(folder, key, plan, header, *, room, film, body):
         image_id=uids['image'], hospital=plan['hospital'], body_part='CHEST', view=phantom.view,
         supine=int(case.supine),
         sex=case.sex, age=case.age, spacing_mm=phantom.spacing, height=h, width=w, ctr=labels['ctr'],
-        **case.labels(), forms='|'.join(f'{s.kind}:{s.form}' for s in case.signs), boxes=json.dumps(visible),
+        **case.labels(), forms='|'.join(f'{s.kind}:{s.form}' for s in case.signs),
+        contrasts='|'.join(f'{s.contrast:g}' for s in case.signs), boxes=json.dumps(visible),
         masks=name,
         broken=BREAKS[broken] if broken else '')
 

@@ -41,10 +41,11 @@ from ..names import note_files, note_ids
 from .recipe import KEPT, Preprocess, Source, recipe
 
 # %% ../../nbs/24_preprocess.store.ipynb #6019af2c
-_TYPES = dict(flipped='bool', knee_found='boolean', score='float64', spacing_row='float64',
+_TYPES = dict(flipped='bool', inverted='bool', knee_found='boolean', score='float64', spacing_row='float64',
     spacing_col='float64', Rows='int64', Columns='int64', BitsStored='int64', shard='int64', row='int64')
 STORE_COLUMNS = ['image_id','path','patient_id','study_id','view','laterality','side','shard','row','flipped',
-    'knee_found','score','reason','affine','spacing_row','spacing_col','codec','Rows','Columns','BitsStored',
+    'knee_found','score','polarity','inverted','reason','affine','spacing_row','spacing_col','codec','Rows',
+    'Columns','BitsStored',
     *KEPT]
 ERROR_COLUMNS = ['path','cause','remedy']
 SHARD_PARTS = '.npy','.parquet','.errors.parquet' # of a shard, besides its account .json

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/64_report.page.ipynb #d8083156
-from ..core import DataError, atomic_path, harmless, plain, versions
+from ..core import PAGE, DataError, atomic_path, check_replaced, harmless, plain, versions
 from ..explain import heat_overlay
 from ..names import names_asked, shown, write_unreadable
 from radiology_ai.report.card import (
@@ -354,6 +354,8 @@ def write_report(
     `unreadable.csv` beside the page."""
     d,path = data or ReportData(**kwargs),Path(path)
     page = path if path.suffix.lower() in ('.html','.htm') else path/'report.html'
+    check_replaced(page, PAGE)
+    check_replaced(page.with_suffix('.json'), (b'{\n "title": ',))
     d,e,seen = _handed_on(d, _figures(d, seed, draws))
     split,counts = None,[]
     if d.manifest is not None:

@@ -26,6 +26,7 @@ from radiology_ai.core import (
     DicomError,
     RadiologyError,
     atomic_path,
+    check_replaced,
     file_fault,
     harmless,
     optional,
@@ -55,7 +56,15 @@ class Answered:
 # %% ../../nbs/80_serve.outputs.ipynb #28adbe33
 def write_csv(answered: Answered, out: Path):
     "The table as CSV."
+    _check_free(out, ['csv'])
     save_table(answered.table, out.with_suffix('.csv'), float_format='%.6f')
+
+_MARKS = {'csv': b'path,image_id,patient_id', 'json': b'{\n "task": '} # of our files
+
+def _check_free(out, to):
+    "Raises `RadiologyError` where a table of others is in the way of one of these forms."
+    for name in to:
+        if name in _MARKS: check_replaced(Path(out).with_suffix(f'.{name}'), (_MARKS[name],))
 
 # %% ../../nbs/80_serve.outputs.ipynb #ba15d7cb
 def finding_record(f: Finding) -> dict:
@@ -74,6 +83,7 @@ def reading_record(r: Reading) -> dict:
 def write_json(answered: Answered, out: Path):
     "All readings as one JSON file."
     record = {'task': answered.task, 'readings': [reading_record(r) for r in answered.readings]}
+    _check_free(out, ['json'])
     with atomic_path(out.with_suffix('.json'), private=True) as tmp:
         tmp.write_text(json.dumps(record, indent=1), encoding='utf-8')
 
@@ -205,9 +215,12 @@ def named_outputs(
 def check_outputs(
     to,       # names
     more=(),  # forms of the task
+    *,
+    out=None, # the table's path
 ):
-    """Raises `DataError` for a form that does not exist, `MissingPackageError` for one whose package is not
-    installed."""
+    """Raises `DataError` for a form that does not exist, `MissingPackageError` for one whose package is not installed,
+    `RadiologyError` where a table of others is there already."""
+    if out is not None: _check_free(out, to)
     known = [*OUTPUTS, *more]
     strange = [name for name in to if name not in known]
     if strange: raise DataError(f"There is no output {strange[0]!r}", f"Choose of {', '.join(known)}")

@@ -242,6 +242,7 @@ class Task:
     outputs: Mapping=field(default_factory=dict) # further forms of a prediction: name to a function of table and path
     demo: Demo|None=None
     urgent: str=''                # the label whose positive call is read first; '': of a single label its own
+    space: Mapping=field(default_factory=dict) # for a search: further settings and what is tried of them
     subject: str=''               # what an image is, such as 'frontal knee radiograph': for questions about other labels
 
     def __post_init__(self):

@@ -17,7 +17,8 @@ import pandas as pd
 from ..core import DataError
 from ..data.chest import CHEXPERT, NIH14
 from ..data.tree import LabelTree, chest_terms, chest_tree
-from ..models.weights import has_package
+from ..models.meta import POOLS
+from ..models.packaged import has_package
 from ..preprocess.recipe import recipe
 from .base import SUBGROUPS, Demo, Settings, Stage, Task, near
 from .knee import knee_arch
@@ -76,6 +77,8 @@ class ChestSettings(Settings):
     arch: str=field(default_factory=knee_arch) # tf_efficientnet_lite0 where the package of its weights is, else resnet18
     hierarchy: str='max'    # max: no category is below one that stands below it in the tree; flat: to compare
     loss: str='bce'         # bce or asymmetric
+    pool: str='avg'         # of the network's map, for the head: avg, max, both, or query: each category asks all places
+    head_layers: int=0      # hidden layers of the head, 0 to 3
     pos_weight: float=.5    # a positive weighs (negatives for each positive) to this power; 0: as a negative
     calls: str='sp95'       # threshold of each category on validation patients: sp90, sp95, sp99, f1, f2 or youden
     tier_calls: str='se95'  # of each tier on the triage score: se90, se95, se99, youden, or categories: as those are called
@@ -86,13 +89,16 @@ class ChestSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name,choice in (('hierarchy', ('max','flat')), ('loss', ('bce','asymmetric')),
+        for name,choice in (('hierarchy', ('max','flat')), ('loss', ('bce','asymmetric')), ('pool', POOLS),
                 ('calls', tuple(CALLS)),
                 ('tier_calls', tuple(TIER_CALLS)),
                 ('contradictions', ('raise','unknown'))):
             if getattr(self, name) not in choice:
                 raise DataError(f"The setting {name} is {getattr(self, name)!r}",
                     f"Choose {' or '.join(choice)}")
+        if not 0<=self.head_layers<=3 or self.head_layers and self.pool=='query':
+            raise DataError(f"The setting head_layers is {self.head_layers} and pool is {self.pool}",
+                "Give 0 to 3 layers; a head of queries has none")
         if not 0<=self.pos_weight<=1:
             raise DataError(f"The setting pos_weight is {self.pos_weight}", "Give a power from 0 to 1")
         if not 0<=self.augment<=10:

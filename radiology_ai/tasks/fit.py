@@ -108,10 +108,10 @@ def _divided(manifest, s, copies, strata) -> pd.DataFrame:
     parts = {'train': s.train, 'valid': s.valid, 'test': 1-s.train-s.valid}
     return patient_split(manifest, parts, label=label, seed=s.seed, duplicates=copies)
 
-def _difference(old: dict, new: dict) -> str:
+def _difference(old: dict, new: dict, kind: type=Settings) -> str:
     "The first thing in which two plans differ, in words; '' if they are the same."
     # an older run has fewer settings
-    was = {f.name: f.default for f in fields(Settings)} | old.get('settings', {})
+    was = {f.name: f.default for f in fields(kind)} | old.get('settings', {})
     told = [(f'the setting {k}', was.get(k), v) for k,v in new['settings'].items()]
     for what,a,b in [('the task', old.get('task'), new['task']), *told]:
         if a!=b: return f"{what} was {a!r} and is {b!r}"
@@ -274,7 +274,8 @@ def stage_learner(
     model = (stage.model(s, dls, earlier) if s.start is None
         else started(task, stage, s.start, vocab))
     learn = xray_learner(dls, model, loss_func=loss, metrics=answer.metrics(), monitor=answer.monitor,
-        pretrained=s.pretrained, model_args=args or None, lr=s.lr, seed=s.seed, show=show, cbs=teachers)
+        pretrained=s.pretrained, model_args=args or None, lr=s.lr, seed=s.seed, show=show, cbs=teachers,
+        ema=getattr(s, 'ema', 0.))
     if distils or getattr(learn.model, 'config', {}).get('distilled'):
         learn.loss_func = DistillationLoss(learn.loss_func, s.distil)
     check_size(learn.model, store.recipe.size, s.arch)
@@ -391,7 +392,7 @@ def train_task(
     old = old | {'store': old.get('store_fingerprint', old['store'])} if old else None
     plan = make_plan(task, s, store, labels, old=None if overwrite else old, show=show)
     if old is not None and not overwrite:
-        changed = _difference(old, plan.record)
+        changed = _difference(old, plan.record, task.settings)
         if changed:
             raise RadiologyError(f"{out} holds another run: {changed}",
                 "Give the same arguments to go on, another folder, or --overwrite")

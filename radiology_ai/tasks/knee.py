@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 # %% ../../nbs/70_tasks.knee.ipynb #19a7ad15
-from ..models.weights import has_package
+from ..models.packaged import has_package
 from ..preprocess.recipe import recipe
 from .base import Demo, Settings, Stage, Task
 from .kinds import Grades

@@ -48,6 +48,7 @@ class LungsSettings(Settings):
     flip: float=.5          # share of mirrored films, on which right and left change places
     mirror: bool=True       # the answer is the mean with that to the mirror image
     largest: bool=True      # of a structure the largest part alone is kept where validation patients say that it helps
+    ema: float=0.           # decay of the average over the steps of training whose weights are kept, such as .99; 0: none
     contradictions: str='raise' # masks that cannot be right: raise, or unknown
     min_per_class: int=0    # has no meaning here: there are no classes
 
@@ -61,6 +62,8 @@ class LungsSettings(Settings):
                 "Choose raise or unknown")
         if not 0<=self.augment<=10:
             raise DataError(f"The setting augment is {self.augment}", "Give a level from 0 to 10")
+        if not 0<=self.ema<1:
+            raise DataError(f"The setting ema is {self.ema}", "Give a decay from 0 to below 1")
         if not 0<=self.flip<=1:
             raise DataError(f"The setting flip is {self.flip}", "Give a share from 0 to 1")
         if not self.width>0: raise DataError(f"The setting width is {self.width}", "Give a number above 0")

@@ -63,11 +63,18 @@ def opacity_rows(
         if not boxes: rows.append(film | dict.fromkeys(XYWH, np.nan) | {'Target': 0, 'class': name})
     return pd.DataFrame(rows)
 
-def simulated_opacities(folder, patients: int, seed: int=0, workers: int|None=None) -> pd.DataFrame:
+def simulated_opacities(
+    folder,        # where the films are written
+    patients: int, # how many
+    seed: int=0,   # decides everything
+    workers: int|None=None, # processes
+    *,
+    hospital: str='a', # or b
+) -> pd.DataFrame:
     "A department's chest radiographs, some of them broken; a row a box and one for each film without."
     from radiology_ai.phantom.hospital import simulate_chests
     truth = simulate_chests(folder, n=patients, seed=seed, size=320, workers=workers, masks=False,
-        broken=True,
+        hospital=hospital, broken=True,
         changed={'pneumonia': .35, 'consolidation': .12, 'infiltration': 0., 'edema': 0.})
     truth = truth[truth.broken=='']
     # an opacity whose box was not drawn says neither yes nor no

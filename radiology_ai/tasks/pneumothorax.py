@@ -6,28 +6,34 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.pneumothorax.html.md"""
 
 # %% auto #0
 __all__ = ['SHARE', 'PNEUMOTHORAX', 'PneumothoraxSettings', 'outliner', 'caller', 'drawn_rows', 'pneumothorax_augment',
-           'simulated_pneumothoraces', 'save_siim', 'pooled_triplet', 'pool_thresholds']
+           'simulated_pneumothoraces', 'save_siim', 'pooled_table', 'pooled_triplet', 'pooled_points',
+           'pool_thresholds', 'specificity_at', 'paired_figures', 'compare_runs', 'Phases', 'train_in_phases']
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #58074a98
 import json
+import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #5521c667
 from ..core import DataError, atomic_path, plain
 from ..data.regions import rle_encode
-from ..metrics.triplet import TripletFit, drawn_films, fit_triplet
-from ..models.sealed import check_meta, read_meta, sealed
+from ..metrics.compare import holm, mcnemar_test, paired_bootstrap
+from ..metrics.intervals import NA, Metric, group_count
+from ..metrics.ranking import delong_test
+from ..metrics.triplet import TripletFit, drawn_films, fit_triplet, operating_scores
+from ..models.meta import check_meta, read_meta, sealed
 from ..preprocess.recipe import recipe
 from ..tables import save_table
-from .base import SUBGROUPS, Demo, Settings, Stage, Task, every_row
+from .base import SUBGROUPS, Demo, Settings, Stage, Task, every_row, make_settings
 from .chest import chest_seen, chest_start
 from .knee import knee_arch
 from .masks import Masks
-from .run import model_folders, read_run
+from .run import Run, model_folders, read_run
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #4824c5c4
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class PneumothoraxSettings(Settings):
     flip: float=.5          # share of mirrored films: air may be on either side
     mirror: bool=True       # the answer is the mean with that to the mirror image
     prevalence: float|None=None # share of films with a pneumothorax where it will be used; none: as in validation
+    operating: str='triplet' # the score from which a film is called: triplet, youden or sensitivity
+    sensitivity: float=.9   # that the point of this name has to reach
+    ema: float=0.           # decay of the average over the steps of training whose weights are kept, such as .99; 0: none
     contradictions: str='raise' # masks that cannot be right: raise, or unknown
     min_per_class: int=0    # has no meaning here: the share of positives is set by the stages
 
@@ -54,7 +63,15 @@ class PneumothoraxSettings(Settings):
                 "Choose raise or unknown")
         if not 0<=self.augment<=10:
             raise DataError(f"The setting augment is {self.augment}", "Give a level from 0 to 10")
-        for k in ('flip','prevalence'):
+        if self.operating not in ('triplet','youden','sensitivity'):
+            raise DataError(f"The setting operating is {self.operating!r}",
+                "Choose triplet, youden or sensitivity")
+        if not 0<=self.ema<1:
+            raise DataError(f"The setting ema is {self.ema}", "Give a decay from 0 to below 1")
+        if not self.sensitivity>0:
+            raise DataError(f"The setting sensitivity is {self.sensitivity}",
+                "Give a share above 0, such as .9")
+        for k in ('flip','prevalence','sensitivity'):
             v = getattr(self, k)
             if v is not None and not 0<=v<=1:
                 raise DataError(f"The setting {k} is {v}", "Give a share from 0 to 1")
@@ -146,9 +163,19 @@ PNEUMOTHORAX = Task(
     subgroups={k: v for k,v in SUBGROUPS.items() if k!='side'} | {'view': 'projection', 'drain': 'drain'},
     shown={'view': 'projection'},
     outputs={'siim': save_siim},
-    demo=Demo(simulated_pneumothoraces, chest_start() | dict(width=.5, epochs=8, bs=8), patients=500, size=192))
+    demo=Demo(simulated_pneumothoraces, chest_start() | dict(width=.5, epochs=8, bs=8), patients=500,
+    size=192))
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #74808d4f
+def pooled_table(
+    run, # a run with folds, or its folder
+) -> tuple:
+    "The answer with the rule of the pooled out-of-fold scores, and these as a table."
+    run = read_run(run)
+    table = run.predictions[run.predictions.split=='test']
+    answer = replace(PNEUMOTHORAX.answer, calibration=run.settings.get('calibration', 'none'))
+    return answer.mended(table)
+
 def pooled_triplet(
     run,           # a run with folds, or its folder
     draws: int=400,# of patients
@@ -159,26 +186,162 @@ def pooled_triplet(
     run = read_run(run)
     if not run.settings['folds']:
         raise DataError(f"{run.path} has no folds", "Its thresholds are those of its validation films")
-    table = run.predictions[run.predictions.split=='test']
+    table = pooled_table(run)[1]
     films = drawn_films([json.loads(t) for t in table.film])
     return fit_triplet(table.score.to_numpy(float), films, table.patient_id.to_numpy(),
         prevalence=run.settings.get('prevalence'), draws=draws, seed=seed)
+
+def pooled_points(
+    run,             # a run with folds, or its folder
+    fit: TripletFit, # of `pooled_triplet`
+    draws: int=400,  # of patients
+    seed: int=0,
+) -> dict:
+    "The other scores to call from (`operating_scores`) over the out-of-fold scores of all films."
+    run = read_run(run)
+    table = pooled_table(run)[1]
+    return operating_scores(table.target, table.score, drawn_films([json.loads(t) for t in table.film]),
+        fit.triplet,
+        table.patient_id.to_numpy(), sensitivity=run.settings.get('sensitivity', .9), draws=draws, seed=seed)
 
 def pool_thresholds(
     run,           # a run with folds, or its folder
     draws: int=400,# of patients
     seed: int=0,
 ) -> TripletFit:
-    """Give the bundles of all folds the triplet of `pooled_triplet`: predictions use it, the run's own
-    figures do not."""
+    """Give the bundles of all folds the triplet of `pooled_triplet` and the scores of `pooled_points`: predictions use them, the
+    run's own figures do not."""
     run = read_run(run)
     found = pooled_triplet(run, draws, seed)
+    points,rule = pooled_points(run, found, draws, seed),pooled_table(run)[0].rule
+    call = points.get(run.settings.get('operating', 'triplet'), found.triplet.call)
     alone = (Path(run.path)/'fold_0'/'model'/'bundle.json').exists() # of a task with one stage
     for folder in model_folders(run.path, '' if alone else PNEUMOTHORAX.stages[-1].name):
         meta = read_meta(folder)
-        answer = meta['answer'] | {'triplet': plain(found.to_dict()) | {'pooled': True}}
-        meta = sealed(meta | {'threshold': found.triplet.call, 'answer': answer})
+        answer = meta['answer'] | {'triplet': plain(found.to_dict()) | {'pooled': True},
+            'points': plain(points)}
+        if rule: answer |= {'rule': list(rule)}
+        meta = sealed(meta | {'threshold': call, 'answer': answer})
         check_meta(meta, folder.name)
         with atomic_path(folder/'bundle.json') as tmp:
             tmp.write_text(json.dumps(meta, indent=1), encoding='utf-8')
     return found
+
+# %% ../../nbs/73_tasks.pneumothorax.ipynb #88c910be
+def _mean(t, s) -> float: return float(np.mean(s))
+
+_MEAN = Metric(_mean, weighted=lambda t, s: lambda w: (s@w)/w.sum(0, dtype=float), limits=(0, 1),
+    rests=lambda t, g: group_count(g))
+
+def specificity_at(
+    sensitivity: float, # that both networks reach on these films
+) -> Metric:
+    "The specificity at the highest score that reaches a sensitivity, as a metric of targets and scores."
+    def weighted(t, s):
+        p,n = s[t>0],s[t<=0]
+        order = np.argsort(-p, kind='stable')
+        def each(w):
+            w = np.asarray(w, float)
+            yes,no = w[t>0][order],w[t<=0]
+            with np.errstate(invalid='ignore'): reached = np.cumsum(yes, 0)/yes.sum(0)>=sensitivity-1e-9
+            cut = p[order][np.argmax(reached, axis=0)]
+            with np.errstate(invalid='ignore'): return ((n[:,None]<cut)*no).sum(0)/no.sum(0)
+        return each
+    def specificity(t, s) -> float: return float(weighted(t, s)(np.ones((len(t), 1)))[0])
+    return Metric(specificity, weighted=weighted, by_class=True, limits=(0, 1))
+
+def paired_figures(
+    a: pd.DataFrame, # of an `Evaluation`: its table
+    b: pd.DataFrame, # of another one of the same films
+    *,
+    sensitivity: float=.9, # at which the specificity is compared
+    draws: int=1000,       # of patients
+    seed: int=0,
+) -> pd.DataFrame:
+    """A row a `figure`: its values `a` and `b`, their `difference` with `low` and `high`, `p`, `p_holm`, `n`, `reason`. Raises
+    `DataError` for other films."""
+    at = pd.Index(b.image_id).get_indexer(a.image_id)
+    if (at<0).any() or len(a)!=len(b):
+        raise DataError(f"{int((at<0).sum())} of {len(a)} films have no score of the other network",
+            "Compare networks on the same films")
+    b = b.iloc[at]
+    t,g = a.target.to_numpy(float),a.patient_id.to_numpy()
+    score = [o.score.to_numpy(float) for o in (a, b)]
+    call = [(o.score>=o.threshold).to_numpy(int) for o in (a, b)]
+    held = [np.where(o['area']>0, o.score, 0.) if 'area' in o else o.score.to_numpy(float) for o in (a, b)]
+    known = a.dice.notna().to_numpy() & b.dice.notna().to_numpy()
+    dice = [np.nan_to_num(o.dice.to_numpy(float)) for o in (a, b)]
+    how = dict(draws=draws, seed=seed)
+    tests = {'AUROC': (t>=0, lambda m: delong_test(t[m], *(s[m] for s in score), g[m]))}
+    for name,m,positive in (('sensitivity', t>0, 1), ('specificity', t==0, 0)):
+        tests[name] = m,lambda m, v=positive: mcnemar_test(np.full(m.sum(), v), *(c[m] for c in call), g[m])
+    tests[f'specificity at a sensitivity of {sensitivity:.0%}'] = (t>=0,
+        lambda m: paired_bootstrap(specificity_at(sensitivity), t[m], *(s[m] for s in held), g[m], **how))
+    for name,m in (('Dice of lesions', known & (a.marked>0).to_numpy()), ('Dice of all', known)):
+        tests[name] = m,lambda m: paired_bootstrap(_MEAN, np.ones(m.sum()), *(d[m] for d in dice), g[m],
+            **how)
+    table = pd.DataFrame([_tested(name, m, test) for name,(m,test) in tests.items()])
+    return table.assign(p_holm=holm(table.p))
+
+def _tested(name, m, test) -> dict:
+    "A row of `paired_figures`."
+    try: r,reason = test(m),''
+    except DataError as e: r,reason = None,e.what
+    d = NA if r is None else r.difference
+    a,b,p = (math.nan,)*3 if r is None else (r.a, r.b, r.p)
+    return {'figure': name, 'a': a, 'b': b, 'difference': d.value, 'low': d.low, 'high': d.high, 'p': p,
+        'n': int(m.sum()), 'reason': reason}
+
+def compare_runs(
+    a,           # a run or its folder
+    b,           # another one, whose test patients are the same
+    store=None,  # another `ImageStore` or its folder, to compare there
+    labels=None, # its labels
+    **how,       # `sensitivity`, `draws`, `seed` of `paired_figures`
+) -> pd.DataFrame:
+    """Paired tests of two runs on the same films: see `paired_figures`.
+
+    Example: `compare_runs('cnn', 'transformer')`"""
+    from radiology_ai.tasks.judge import evaluate_run  # a prediction needs no report
+    each = [evaluate_run(PNEUMOTHORAX, r, store, labels).table for r in (a, b)]
+    return paired_figures(*each, **how)
+
+# %% ../../nbs/73_tasks.pneumothorax.ipynb #b2e1cfcb
+@dataclass
+class Phases:
+    "What a plan of three phases has made."
+    public: Run
+    own: Run
+    fit: TripletFit   # of the pooled scores
+    test: object=None # the `Evaluation` of the test set
+
+def _unsaid(text): pass
+
+def train_in_phases(
+    public,          # store and labels of the public set
+    own,             # store and labels of the own hospital
+    out,             # a folder for both runs
+    test=None,       # store and labels of the test set, whose patients are in neither
+    folds: int=5,    # over the patients of the own hospital
+    *,
+    task: Task|None=None, # None: `PNEUMOTHORAX`
+    fine: dict=(),   # settings of the second phase in place of the first's (a third of its rate)
+    say=_unsaid,     # is told what happens, a line at a time
+    **settings,      # of the first phase
+) -> Phases:
+    """Train on a public set, then in folds on the own hospital, and judge all folds together. Goes on where
+    it was stopped."""
+    from radiology_ai.tasks.fit import train_task  # a prediction trains nothing
+    from radiology_ai.tasks.judge import evaluate_run
+    task,out = task or PNEUMOTHORAX,Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    say('phase 1 of 3: the public set')
+    first = train_task(task, *public, out/'public', say=say, **settings)
+    say('phase 2 of 3: folds of the own hospital')
+    s = make_settings(task.settings, first.settings)
+    kept = {k: v for k,v in first.settings.items() if v is not None}
+    kept |= {'start': str(first.path), 'lr': s.lr/3, 'folds': folds} | dict(fine)
+    second = train_task(task, *own, out/'own', say=say, **kept)
+    fit = pool_thresholds(second)
+    say('phase 3 of 3: the test set')
+    return Phases(first, second, fit, None if test is None else evaluate_run(task, second, *test))

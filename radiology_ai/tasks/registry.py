@@ -14,6 +14,7 @@ import pandas as pd
 
 # %% ../../nbs/79_tasks.registry.ipynb #a0b24f5f
 from ..core import DataError
+from .alignment import ALIGNMENT
 from .base import Task, near, setting_comments
 from .chest import CHEST
 from .knee import KNEE
@@ -23,7 +24,7 @@ from .pneumothorax import PNEUMOTHORAX
 from .run import known_task, read_run
 
 # %% ../../nbs/79_tasks.registry.ipynb #281a77d4
-TASKS = {t.name: t for t in (KNEE, CHEST, PNEUMONIA, PNEUMOTHORAX, LUNGS)}
+TASKS = {t.name: t for t in (KNEE, CHEST, PNEUMONIA, PNEUMOTHORAX, LUNGS, ALIGNMENT)}
 
 def task_named(
     task, # a name of `TASKS`, or a `Task`

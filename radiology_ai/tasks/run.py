@@ -22,7 +22,7 @@ import pandas as pd
 # %% ../../nbs/66_tasks.run.ipynb #69c6fd2e
 from ..core import BundleError, DataError, OwnedFolder, alone, atomic_path, is_temporary, plain, sweep
 from ..files import read_json
-from ..models.bundle import load_bundle
+from ..models.onnx import is_onnx, load_onnx
 from ..names import note_ids
 from ..tables import load_table, text_column
 from .base import Task, near
@@ -198,13 +198,13 @@ def model_folders(
 def _fold(p: Path) -> int: return int(p.parent.name.split('_')[1])
 
 def load_models(
-    path,                  # a bundle, or a run
+    path,                  # a bundle, a run, or an ONNX file
     task: Task|None=None,  # whose bundles they must be
     stage: str='',         # of a task with several
 ) -> list:
     """The bundles at `path`. Raises `BundleError` where there is none, or where they do not belong together
     or to the task."""
-    bundles = [load_bundle(p) for p in model_folders(path, stage)]
+    bundles = [load_onnx(path)] if is_onnx(path) else _bundles(model_folders(path, stage))
     first = bundles[0]
     if any((b.recipe.to_dict(), b.vocab, b.task)!=(first.recipe.to_dict(), first.vocab, first.task)
             for b in bundles):
@@ -214,6 +214,10 @@ def load_models(
         raise BundleError(f"{path} is a model of {f'the task {first.task!r}' if first.task else 'no task'}, not of {task.name!r}",
             "Give a model of this task, or leave the task out")
     return bundles
+
+def _bundles(folders) -> list:
+    from radiology_ai.models.bundle import load_bundle  # torch, which an ONNX file does without
+    return [load_bundle(p) for p in folders]
 
 def mean_threshold(
     bundles: list, # of one run

@@ -22,11 +22,7 @@ from ..data.sampler import RepeatedBatchSampler
 from ..data.tree import LabelTree
 from ..data.words import match_column
 from ..findings import Finding
-from ..losses.base import BCEWithNaN
-from ..losses.labels import AsymmetricLoss, pos_weights
-from ..losses.tree import UnderTree
 from ..metrics.operating import f_threshold, threshold_for, youden_threshold
-from ..models.heads import tree_parents
 from .base import near
 from .kinds import Labels, said
 
@@ -209,10 +205,12 @@ class Tree(Labels):
     calling: str='sp95'   # how the thresholds are chosen: a key of `CALLS`
     tier_calling: str='categories' # how those of the tiers are: a key of `TIER_CALLS`
     tier_thresholds: tuple=() # of the triage score, for each tier above the lowest; (): the called categories decide
+    head: tuple=()        # (name, value) of the arguments of a new network's head
 
     def of_run(self, settings):
         return replace(self, tree=settings.tree(), flat=settings.hierarchy=='flat', calling=settings.calls,
-            tier_calling=settings.tier_calls, tier_thresholds=())
+            tier_calling=settings.tier_calls, tier_thresholds=(),
+            head=(('pool', settings.pool), ('head_layers', settings.head_layers)))
     def of_bundle(self, spec: dict):
         try:
             cuts = tuple(None if t is None else float(t) for t in spec.get('tier_thresholds', ()))
@@ -233,7 +231,8 @@ class Tree(Labels):
             'tier_calls': self.tier_calling, 'tier_thresholds': list(self.tier_thresholds),
             'tree': asdict(self.tree), 'frequency': {v: float(np.nan_to_num(share[v])) for v in vocab}}
     def network(self, vocab) -> dict:
-        return {} if self.flat else {'parents': tree_parents(part_of(self.tree, vocab))}
+        from radiology_ai.models.heads import tree_parents
+        return dict(self.head) | ({} if self.flat else {'parents': tree_parents(part_of(self.tree, vocab))})
 
 # %% ../../nbs/67_tasks.tree.ipynb #f7f84aca
 @patch
@@ -299,6 +298,7 @@ def truth(self:Tree, rows, settings) -> pd.DataFrame:
 # %% ../../nbs/67_tasks.tree.ipynb #50c87621
 @patch
 def targets(self:Tree, store, manifest, settings) -> dict:
+    self._check_start(settings)
     vocab = self.vocab(manifest, settings)
     left = [n for n in self.tree.names if n not in vocab and manifest[n].notna().any()]
     if left:
@@ -310,8 +310,27 @@ def targets(self:Tree, store, manifest, settings) -> dict:
     return dict(labels=vocab, one_class='warn', sampler=sampler)
 
 @patch
+def _check_start(self:Tree, settings):
+    "Raises `BundleError` where a network that is trained further has another tree than the settings."
+    if settings.start is None: return
+    try: tree = settings.tree()
+    except DataError: tree = self.tree # of a CSV that is no longer there: what the bundle tells holds
+    strange = [n for n in (*tree.names, *self.tree.names) if (n in tree.names)!=(n in self.tree.names)]
+    if strange or tree!=self.tree:
+        what = f"{strange[0]!r} is in one of them only" if strange else "its parents or tiers are others"
+        raise BundleError(f"The model in {settings.start} has {len(self.tree.names)} categories, the label set "
+            f"{settings.label_set!r} {len(tree.names)}: {what}",
+            "Give the label set (and the categories) of that model, or begin anew")
+    if (settings.hierarchy=='flat')!=self.flat:
+        raise BundleError(f"The setting hierarchy is {settings.hierarchy!r}, the model in {settings.start} was trained "
+            f"otherwise", f"Say hierarchy={'flat' if self.flat else 'max'}")
+
+@patch
 def loss(self:Tree, settings, dls):
     "The loss of a run, under the tree."
+    from radiology_ai.losses.base import BCEWithNaN
+    from radiology_ai.losses.labels import AsymmetricLoss, pos_weights
+    from radiology_ai.losses.tree import UnderTree
     t = dls.train_ds.targets
     weight = pos_weights(t)**settings.pos_weight if settings.pos_weight else None
     own = AsymmetricLoss(pos_weight=weight) if settings.loss=='asymmetric' else BCEWithNaN(weight)
@@ -326,6 +345,7 @@ def calibrate(self:Tree, model, store, rows, vocab, settings) -> dict:
 
 @patch
 def rules(self:Tree, kind, targets, logits, groups, vocab) -> tuple:
+    from radiology_ai.models.heads import tree_parents
     slope,bias,told = Labels.rules(self, kind, targets, logits, groups, vocab)
     parents = tree_parents(part_of(self.tree, vocab))
     for i,rule in enumerate(told['labels']):

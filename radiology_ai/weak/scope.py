@@ -359,7 +359,9 @@ def sort(self:OutOfScope,
     *,
     show: bool|None=None,   # a progress bar; None: on a terminal
 ) -> pd.DataFrame:
-    """A row a file (columns `SORTED`), sorted by path: `confidence` that it is wanted, `distance` in units of
+    """A row a file (columns `SORTED`), sorted by path; a film that shows bone dark is never accepted.
+
+    `confidence` that it is wanted, `distance` in units of
     the limit, the `likeliest` class, what the `header` says, and the `cause` where it cannot be read."""
     if isinstance(src, ImageStore): return self._sorted(src, metadata_labels(src.index, rules), bs)
     index = src if isinstance(src, pd.DataFrame) else index_dicoms(src, workers, show)
@@ -367,6 +369,11 @@ def sort(self:OutOfScope,
         s = preprocess_folder(index, store or tmp/'store', self.bundle.recipe, workers, show=show,
             allow_empty=True)
         return self._sorted(s, metadata_labels(index, rules), bs)
+
+def _negatives(index) -> np.ndarray:
+    "Which images show bone dark; stores of earlier versions do not tell."
+    if 'polarity' not in index: return np.zeros(len(index), bool)
+    return ((index.polarity=='dark') & ~index.inverted).to_numpy()
 
 @patch
 def _sorted(self:OutOfScope, store, header, bs):
@@ -381,7 +388,9 @@ def _sorted(self:OutOfScope, store, header, bs):
         logits,features = _predicted(self.bundle.model,
             xray_test_dl(store, store.index, bs, channels=self.bundle.meta['n_in'], device=device),
             self.draws, device)
-        good = good.assign(decision=self.decide(logits, features), confidence=self.confidence(logits),
+        decision = self.decide(logits, features)
+        decision = np.where(_negatives(store.index) & (decision=='wanted'), UNSURE, decision)
+        good = good.assign(decision=decision, confidence=self.confidence(logits),
             distance=self.near.distance(features)/self.near.limit,
                            likeliest=[self.bundle.vocab[i] for i in logits.argmax(1)])
         if (good.decision==UNSURE).all():
@@ -447,10 +456,13 @@ def save(self:OutOfScope,
 def _check_filter(d: dict, near: Neighbours):
     "Raises `ValueError` for entries of a filter, or neighbours, that cannot be."
     if not isinstance(d['wanted'], list) or not d['wanted']: raise ValueError("wanted is no list of classes")
-    if type(d['views']) is not int or not 0<=d['views']<=64: raise ValueError("views is no number from 0 to 64")
-    if type(d['limit']) not in (int, float) or not d['limit']>0: raise ValueError("limit is no number above 0")
+    if type(d['views']) is not int or not 0<=d['views']<=64:
+        raise ValueError("views is no number from 0 to 64")
+    if type(d['limit']) not in (int, float) or not d['limit']>0:
+        raise ValueError("limit is no number above 0")
     bank,center = near.bank,near.center
-    if bank.ndim!=2 or center.shape!=bank.shape[1:] or not (np.isfinite(bank).all() and np.isfinite(center).all()):
+    if (bank.ndim!=2 or center.shape!=bank.shape[1:]
+            or not (np.isfinite(bank).all() and np.isfinite(center).all())):
         raise ValueError("the neighbours are no finite features")
     if type(d['k']) is not int or not 1<=d['k']<=len(bank): raise ValueError("k is no number of neighbours")
 

@@ -1,0 +1,323 @@
+"""Heat maps: beside pytorch-grad-cam and captum, the time of a batch, the checks over 200 films, and where the heat lies on
+simulated findings and on real boxes and outlines.
+
+    python benchmarks/explain.py peers
+    python benchmarks/explain.py speed
+    python benchmarks/explain.py simulated --bodies 160 --epochs 8
+    python benchmarks/explain.py real --data /work/shared/data
+"""
+import argparse
+import json
+import time
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from radiology_ai.core import rng
+from radiology_ai.explain import explain, gradcam, heat_overlay
+from radiology_ai.heat.cam import CAMS, cam_maps
+from radiology_ai.heat.checks import (
+    boxes_mask,
+    centre_map,
+    check_method,
+    check_methods,
+    chosen_method,
+    figure_of,
+    region_figures,
+)
+from radiology_ai.heat.grid import grid_error
+from radiology_ai.heat.paths import integrated_gradients
+from radiology_ai.heat.relevance import LRP_RULES, lrp_relevance
+from radiology_ai.metrics.ranking import auroc_ci
+from radiology_ai.models.backbone import create_model
+from radiology_ai.phantom.chest import opacity, simulate_chest
+from radiology_ai.phantom.xray import expose
+from radiology_ai.tasks.looked import TRIED
+
+CNNS = ('resnet18', 'densenet121', 'mobilenetv3_small_050', 'regnetx_002', 'efficientnet_lite0')
+TRANSFORMERS = ('vit_tiny_patch16_224', 'vit_wee_patch16_reg1_gap_256', 'swin_tiny_patch4_window7_224')
+SIZES = ((96, 96), (128, 64))
+LOUD = 1e4 # the peers add 1e-6 to a denominator of squared gradients, which would otherwise decide
+
+
+def network(name, size):
+    fitted = {} if name in CNNS else {'img_size': size}
+    model = create_model(name, 3, pretrained=False, batchnorm=False, **fitted).eval()
+    with torch.no_grad(): # BatchNorm as after a training, and the head as well
+        gen = torch.Generator().manual_seed(1)
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d): m.train()
+        for _ in range(3): model(torch.rand(8, 1, *size, generator=gen))
+    return model.eval()
+
+
+def alike(a, b) -> float:
+    "The lowest correlation over the images."
+    a, b = (np.asarray(v, float).reshape(len(v), -1) for v in (a, b))
+    return min(1. if not p.any() and not q.any() else float(np.corrcoef(p, q)[0, 1])
+        for p, q in zip(a, b, strict=True))
+
+
+def peers():
+    from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
+    kinds = {'gradcam': GradCAM, 'gradcam++': GradCAMPlusPlus, 'layercam': LayerCAM, 'hirescam': HiResCAM,
+        'eigencam': EigenCAM}
+    print('| network | pixels | ' + ' | '.join(CAMS) + ' | captum GradCAM | captum IG | grid error |')
+    for name in (*CNNS, *TRANSFORMERS):
+        for size in SIZES:
+            model = network(name, size)
+            x = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0))
+            loud = lambda out: LOUD*out[:, 1]
+            row = []
+            for method, kind in kinds.items():
+                with kind(model=model, target_layers=[model.body]) as cam:
+                    theirs = cam(input_tensor=x.clone(), targets=[lambda o: LOUD*o[1]]*2)
+                if method=='eigencam' and (flip := signs(model, x, theirs)) is not None:
+                    row.append(flip); continue
+                row.append(alike(explain_quietly(model, x, method, loud), theirs))
+            row += captums(model, x)
+            print(f'| {name} | {size[0]} x {size[1]} | ' + ' | '.join(f'{v:.5f}' for v in row)
+                + f' | {grid_error(model, x):.2f} |', flush=True)
+
+
+def explain_quietly(model, x, method, target=None):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return explain(model, x, method, target).heat
+
+
+def signs(model, x, theirs) -> float|None:
+    "The sign of a principal component is anyone's choice: the better of both for each image."
+    import torch.nn.functional as F
+    found = cam_maps(model, x, 1, method='eigencam')
+    both = [F.interpolate((s*found.maps).clamp(min=0)[:, None], x.shape[-2:], mode='bilinear')[:, 0].numpy()
+        for s in (1, -1)]
+    return min(max(np.corrcoef(b[i].ravel(), theirs[i].ravel())[0, 1] for b in both) for i in range(len(x)))
+
+
+def captums(model, x) -> list[float]:
+    from captum.attr import IntegratedGradients, LayerAttribution, LayerGradCam
+    theirs = LayerGradCam(model, model.body).attribute(x.clone(), target=1, relu_attributions=True)
+    theirs = LayerAttribution.interpolate(theirs, x.shape[-2:], 'bilinear').detach().numpy()[:, 0]
+    own = gradcam(model, x, 1)
+    steps = IntegratedGradients(model).attribute(x.clone(), baselines=.5, target=1,
+        n_steps=16).detach().numpy()
+    return [alike(own, theirs), alike(integrated_gradients(model, x, 1, .5, 16)[0].numpy(), steps)]
+
+
+def speed():
+    model, x = create_model('resnet18', 3, pretrained=False).eval(), torch.rand(16, 1, 224, 224)
+    def both():
+        y = x.clone().requires_grad_()
+        torch.autograd.grad(model(y)[:, 1].sum(), [y, *model.parameters()])
+    def best(f, n=3):
+        out = []
+        for _ in range(n):
+            t = time.perf_counter(); f(); out.append(time.perf_counter()-t)
+        return min(out)
+    base = best(both)
+    print(f'forward and backward of 16 films of 224 pixels, resnet18: {base:.2f} s')
+    for method in (*CAMS, 'integrated_gradients', 'lrp'):
+        print(f"{method}: {best(partial(explain_quietly, model, x, method, 1), 2)/base:.2f} x")
+
+
+def conservation():
+    print('| network | ' + ' | '.join(LRP_RULES) + ' | (largest relative error of the sum)')
+    for name in CNNS:
+        model, x = network(name, (96, 64)), torch.rand(4, 1, 96, 64)
+        errors = []
+        for rule in LRP_RULES:
+            r, start = lrp_relevance(model, x, 1, rule)
+            errors.append(float(((r.double().sum((1, 2, 3))-start)/start.abs()).abs().max()))
+        print(f'| {name} | ' + ' | '.join(f'{e:.1e}' for e in errors) + ' |', flush=True)
+
+
+# ---- where the heat lies ---------------------------------------------------------------------------------------------
+
+SHOWN = ('gradcam', 'gradcam++', 'layercam', 'hirescam', 'eigencam', 'integrated_gradients', 'lrp')
+
+
+def chests(bodies, seed, films=6, size=64):
+    """Simulated chests (bodies x films, 1, size, size), every second one with an opacity of its own, whether it has one, its exact
+    mask, and the number of the body."""
+    images, masks = [], []
+    for i in range(bodies):
+        gen, p = rng(seed+i, 'opacities'), simulate_chest(seed+i, opacities=0, size=size, pose='random')
+        y, x = (np.arange(size, dtype=np.float32)+.5)*p.spacing, (np.arange(size, dtype=np.float32)+.5)*p.spacing
+        grid = SimpleNamespace(x=np.broadcast_to(x, (size, size)), y=np.broadcast_to(y[:, None], (size, size)),
+            shape=(size, size), spacing=p.spacing)
+        for k in range(films):
+            more = np.zeros((size, size), np.float32)
+            if k%2: more = opacity(grid, p.masks['lungs'], gen, gen.uniform(22, 38),
+                gen.uniform(1.2, 1.8))
+            images.append(expose(replace(p, line=p.line+more), rng(seed+i, 'beam', k)).pixels)
+            masks.append(more>.08) # what can be seen
+    x = torch.from_numpy(np.stack(images)).float()[:, None]
+    return x, torch.arange(len(x))%2, np.stack(masks), np.arange(bodies).repeat(films)
+
+
+def small():
+    "Four convolutions to a map of 16 x 16 cells; the answer is the highest place, as the evidence is in one."
+    def stage(i, o, pool=True):
+        return [nn.Conv2d(i, o, 3, padding=1, bias=False, padding_mode='replicate'), nn.BatchNorm2d(o),
+            nn.ReLU(), *[nn.MaxPool2d(2)]*pool]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.BatchNorm2d(1), *stage(1, 12), *stage(12, 24), *stage(24, 48, False),
+            *stage(48, 64, False),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+
+
+def learn(net, x, y, epochs, lr=2e-3, bs=32):
+    opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*(len(x)//bs))
+    net.train()
+    for epoch in range(epochs):
+        order, total = rng(epoch, 'order').permutation(len(x)), 0.
+        for i in order[:len(x)//bs*bs].reshape(-1, bs):
+            flip = torch.from_numpy(rng(epoch, int(i[0])).random(bs)<.5)[:, None, None, None]
+            moved = torch.where(flip, x[i].flip(-1), x[i])*float(1+.1*rng(epoch, int(i[1])).normal())
+            loss = nn.functional.cross_entropy(net(moved), y[i])
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            rate.step()
+            total += float(loss.detach())
+        print(f'  epoch {epoch}: loss {total/(len(x)//bs):.3f}', flush=True)
+    return net.eval()
+
+
+def odds(net, x):
+    with torch.no_grad(): z = torch.cat([net(v) for v in x.split(64)])
+    return (z[:, 1]-z[:, 0]).numpy()
+
+
+def print_regions(net, x, masks, groups, methods=SHOWN):
+    print('| method | pointing | energy | energy over area | rank |')
+    for method in (*methods, 'middle'):
+        if method=='middle': heat = np.stack([centre_map(x.shape[-2:])]*len(x))
+        else: heat = np.concatenate([explain_quietly(net, v, method, 1) for v in x.split(32)])
+        f = region_figures(heat, masks)
+        f['over'] = f.energy-f.area
+        print(f'| {method} | ' + ' | '.join(str(figure_of(f[k], groups, (-1, 1) if k=='over' else (0, 1)))
+            for k in ('pointing', 'energy', 'over', 'rank')) + ' |', flush=True)
+    print(f'share of area: {figure_of(f.area, groups, (0, 1))}')
+
+
+def simulated():
+    clock = time.process_time()
+    x, y, masks, _ = chests(args.bodies, 10_000)
+    valid, yv, _, _ = chests(20, 20_000, films=4)
+    test, yt, truth, bodies = chests(60, 30_000, films=4)
+    print(f'simulated: {time.process_time()-clock:.0f} s of processor time; opacities cover {masks[1::2].mean():.3f} of the film')
+    clock = time.process_time()
+    net = learn(small(), x, y, args.epochs, 5e-3, 16)
+    print(f"learnt from {len(x)} films of {args.bodies} bodies: {time.process_time()-clock:.0f} s; "
+        f"valid AUROC {auroc_ci(yv, odds(net, valid))}")
+    clock = time.process_time()
+    checks = check_methods(net, valid[1::2], TRIED, 1, groups=np.arange(20).repeat(2), steps=4)
+    print(f'checks of {len(checks)} methods on {checks[0].images} validation films: {time.process_time()-clock:.0f} s')
+    for c in checks: print(f"  {c.method}: {c.verdict}; deletion {c.figures['deletion']}, insertion {c.figures['insertion']}, "
+        f"random weights {c.figures['random weights']}, noise {c.figures['noise']}")
+    chosen = chosen_method(checks)
+    print(f'chosen: {chosen.method if chosen else None}; test AUROC {auroc_ci(yt, odds(net, test), groups=bodies)}')
+    print_regions(net, test[1::2], truth[1::2], bodies[1::2], SHOWN[:5] + SHOWN[-1:])
+    save_picture(net, test[1::4], truth[1::4], 'simulated')
+    clock, wall = time.process_time(), time.perf_counter()
+    check_method(net, test[:200], 'gradcam', 1)
+    print(f'all checks of GradCAM on 200 films: {time.process_time()-clock:.1f} s of processor time, {time.perf_counter()-wall:.1f} s')
+
+
+def save_picture(net, x, masks, name, methods=('gradcam', 'layercam', 'lrp'), n=5):
+    "Films with the true outline, and the heat of some methods below."
+    import cv2
+    rows = []
+    heats = {m: explain_quietly(net, x[:n], m, 1) for m in methods}
+    for method in (None, *methods):
+        row = []
+        for i in range(n):
+            film = x[i, 0].numpy()
+            a = (np.repeat((film*255).astype(np.uint8)[..., None], 3, 2) if method is None
+                else heat_overlay(film, heats[method][i]))
+            a = cv2.resize(a, (256, 256))
+            lines, _ = cv2.findContours(cv2.resize(masks[i].astype(np.uint8), (256, 256),
+                interpolation=cv2.INTER_NEAREST),
+                cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            row.append(cv2.drawContours(np.ascontiguousarray(a), lines, -1, (0, 190, 255), 1))
+        rows.append(np.concatenate(row, 1))
+    path = Path(args.out)/f'explain_{name}.jpg'
+    cv2.imwrite(str(path), np.concatenate(rows)[..., ::-1])
+    print(path)
+
+
+def nih_films(size):
+    "Films of ChestX-ray14 by patient: abnormal or not, with boxes of opacities and outlines of findings."
+    import cv2
+    root = args.data/'chest_nih'
+    t, boxes, outlines = (pd.read_csv(root/n, low_memory=False)
+        for n in ('manifest.csv', 'boxes_1024.csv', 'polygons_1024.csv'))
+    t['y'] = (t.labels!='No Finding').astype(int)
+    x = torch.from_numpy(np.stack([cv2.resize(cv2.imread(str(root/p), 0), (size, size),
+        interpolation=cv2.INTER_AREA)
+        for p in t.path])).float()[:, None]/255
+    def boxed(i):
+        b = boxes[boxes.image==i][['x', 'y', 'w', 'h']].to_numpy(float)*size/1024
+        return boxes_mask(np.c_[b[:, :2], b[:, :2]+b[:, 2:]], (size, size))
+    def outlined(i):
+        out = np.zeros((size, size), np.uint8)
+        for text in outlines[outlines.image==i].polygon.dropna():
+            points = np.array(json.loads(text), float).reshape(-1, 2)*size/1024
+            cv2.fillPoly(out, [points.round().astype(int)], 1)
+        return out>0
+    return t, x, {'boxes': (set(boxes.image), boxed), 'outlines': (set(outlines.image), outlined)}
+
+
+def real():
+    t, x, truths = nih_films(args.size)
+    gen, held = rng(0, 'patients'), set(t.patient_id[t.image.isin(truths['outlines'][0])])
+    others = np.array(sorted(set(t.patient_id[t.image.isin(truths['boxes'][0])])-held))
+    held |= set(gen.permutation(others)[:len(others)//2].tolist())
+    test = t.patient_id.isin(held).to_numpy()
+    print(f'{(~test).sum()} films of {t.patient_id[~test].nunique()} patients to learn from, {test.sum()} of {len(held)} to judge')
+    net = small()
+    if args.size>64:
+        net = create_model('efficientnet_lite0', 2, pretrained=False, weights='efficientnet-lite0',
+            batchnorm=False)
+    clock = time.process_time()
+    learn(net, x[~test], torch.from_numpy(t.y[~test].to_numpy()), args.epochs,
+        lr=4e-4 if args.size>64 else 2e-3)
+    print(f'learnt: {time.process_time()-clock:.0f} s')
+    judged = t[test & t.image.isin(truths['outlines'][0])]
+    print(f'abnormal or not on {len(judged)} films of ChestX-Det: AUROC '
+        f'{auroc_ci(judged.y, odds(net, x[judged.index.to_numpy()]), groups=judged.patient_id.to_numpy())}')
+    for name, (images, draw) in truths.items():
+        rows = t[test & t.image.isin(images) & (t.y==1)]
+        masks = np.stack([draw(i) for i in rows.image])
+        rows, masks = rows[masks.any((1, 2))], masks[masks.any((1, 2))]
+        own = x[rows.index.to_numpy()]
+        print(f'{name}: {len(rows)} films of {rows.patient_id.nunique()} patients')
+        print_regions(net, own, masks, rows.patient_id.to_numpy(), ('gradcam', 'layercam', 'hirescam', 'lrp'))
+        save_picture(net, own, masks, name)
+        if name=='outlines':
+            for c in check_methods(net, own[:32], TRIED, 1, groups=rows.patient_id.to_numpy()[:32], steps=4):
+                print(f"  {c.method}: {c.verdict}; deletion {c.figures['deletion']}, insertion {c.figures['insertion']}")
+
+
+if __name__=='__main__':
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('part', choices=('peers', 'speed', 'conservation', 'simulated', 'real'))
+    parser.add_argument('--data', type=Path, default=Path('/work/shared/data'))
+    parser.add_argument('--epochs', type=int, default=12)
+    parser.add_argument('--bodies', type=int, default=160, help='simulated, to learn from, with six films each')
+    parser.add_argument('--size', type=int, default=128, help='of the real films')
+    parser.add_argument('--out', default='.', help='the folder of the pictures')
+    args = parser.parse_args()
+    globals()[args.part]()
