@@ -74,14 +74,16 @@ def begin(store, hospital, out):
 
 def killed(out, trials):
     "A worker in a process of its own that is killed in the middle of its trial."
-    before = len(study_of(out).trials)
+    running = lambda: {t.number for t in study_of(out).trials if t.state.name=='RUNNING' and 'lease' in t.user_attrs}
+    before = running()
     child = os.fork()
     if not child:
         room.short_run = lambda *args, **kwargs: time.sleep(60)
         try: work('knee', out, trials)
         finally: os._exit(0)
-    def begun(t): return t.number>=before and t.state.name=='RUNNING' and 'lease' in t.user_attrs
-    while not any(map(begun, study_of(out).trials)): time.sleep(.02)
+    end = time.monotonic()+50
+    while not (begun := running()-before) and time.monotonic()<end: time.sleep(.02)
+    assert begun
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
