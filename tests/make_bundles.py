@@ -90,8 +90,8 @@ def alignment(arch, path):
     gen = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for w in model.head.parameters(): w += .1*torch.randn(w.shape, generator=gen)
-    save_bundle(model, path, recipe('chest', size=SIZE), [*PARAMETERS['scales'], 'confidence', *ORIENTATION], task='alignment',
-        settings={'arch': arch})
+    save_bundle(model, path, recipe('chest', size=SIZE), [*PARAMETERS['scales'], 'confidence', *ORIENTATION],
+        task='alignment', settings={'arch': arch})
 
 
 BUNDLES = {'knee_resnet': (knee, 'test_resnet'), 'knee_vit': (knee, 'test_vit'),

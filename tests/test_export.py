@@ -44,6 +44,9 @@ def onnx_of(tmp_path_factory):
 
 @pytest.mark.parametrize('name', STORED)
 def test_every_stored_bundle_answers_alike(name, onnx_of):
+    if name.startswith('alignment'):
+        with pytest.raises(ModelError, match='no form as ONNX'): onnx_of(name)
+        return
     path, told = onnx_of(name)
     assert told['parity'] and all(v['off']<=v['most'] for v in told['parity'].values())
     with np.load(FOLDER/name/'case.npz') as f: case = dict(f)
