@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 
 from radiology_ai.core import Radiograph, rng, transform_points
 from radiology_ai.losses.alignment import Template
@@ -55,6 +56,7 @@ from radiology_ai.models.stn import (
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.preprocess.store import ImageStore
+from radiology_ai.tables import load_table, save_table
 from radiology_ai.tasks.lungs import child_lungs, jsrt_structures
 from radiology_ai.tasks.poses import rescale_confidence
 from radiology_ai.tasks.structures import largest_part, structure_answers, truth_planes
@@ -86,9 +88,12 @@ def parts(patients, seed: int = 0, shares=(.7, .1)) -> np.ndarray:
 def collection(out: Path, name: str) -> dict:
     """Films (N, 1, SIZE, SIZE) uint8, table, moments of both lungs (N, P, 2) and lungs (N, 2, SIZE, SIZE)
     uint8, 255 where nobody has drawn."""
-    kept = out/f'{name}.pt'
-    if not kept.exists(): torch.save(collected(out, name), kept)
-    return torch.load(kept, weights_only=False)
+    kept = out/f'{name}.safetensors'
+    if not kept.exists():
+        made = collected(out, name)
+        save_table(made.pop('table'), out/f'{name}.csv')
+        save_file({k: v.contiguous() for k, v in made.items()}, kept)
+    return load_file(kept) | {'table': load_table(out/f'{name}.csv', numbers=False)}
 
 
 def collected(out: Path, name: str) -> dict:

@@ -548,9 +548,11 @@ def _finish(task, out: Path, s, study, best: list, *, seeds: int, workers: int) 
     winner = max((f'trial_{t.number}' for t in best), key=lambda n: np.mean(found[n]['valid']))
     t = next(t for t in best if f'trial_{t.number}'==winner)
     a,b = found['default']['table'],found[winner]['table']
+    change,reason = [],''
     try: change = paired_change(a, b, a.patient_id).to_dict('records')
-    except DataError: change = []
+    except DataError as e: reason = e.what
     figures = plain(dict(name=point_value(a)[0], trials=len(study.trials), short=t.value, change=change,
+        reason=reason,
         trial=t.number,
         **{k: {p: found[n][p] for p in ('valid','test')}
         for k,n in (('winner', winner), ('default', 'default'))},
@@ -652,6 +654,7 @@ def _optimism(f: dict) -> list:
             'change (95 % CI, paired by patient)': f"{r['change']:+.3f} ({r['low']:+.3f} to {r['high']:+.3f})", 'images': r['images']}
             for r in f['change']]
         parts.append(Table('On untouched patients, mean scores of the seeds', rows))
+    elif f.get('reason'): parts.append(f"Winner and default settings cannot be compared in pairs: {f['reason']}.")
     return parts
 
 _CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#1b2430;background:#fff}

@@ -338,6 +338,7 @@ def _write_images(path: Path, d: ReportData, seen: dict):
     ids = pd.DataFrame({'number': sorted(seen), 'image_id': [seen[k] for k in sorted(seen)]})
     there = [c for c in ('image_id','patient_id','path') if c in d.table]
     known = d.table[there].astype(str).drop_duplicates('image_id')
+    check_replaced(path, (b'number,image_id',))
     save_table(ids.merge(known, 'left', on='image_id'), path)
 
 def write_report(

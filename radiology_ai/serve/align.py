@@ -19,7 +19,17 @@ import pandas as pd
 import torch
 
 # %% ../../nbs/82_serve.align.ipynb #0307122a
-from ..core import DicomError, RadiologyError, atomic_path, own_fault, progress, save_picture
+from radiology_ai.core import (
+    PAGE,
+    DicomError,
+    Radiograph,
+    RadiologyError,
+    atomic_path,
+    check_replaced,
+    own_fault,
+    progress,
+    save_picture,
+)
 from ..dicom.index import image_files
 from ..dicom.read import read_radiograph
 from ..models.stn import filled, fit_matrix
@@ -33,13 +43,13 @@ from ..tasks.poses import FRAME
 
 # %% ../../nbs/82_serve.align.ipynb #54f99045
 def aligned_film(
-    r: dict,        # a row of `predicted_rows` of the task alignment
+    film: Radiograph, # as it is read
+    r: dict,        # its row of `predicted_rows` of the task alignment
     size: int,      # of the picture in pixels
     least: float,   # confidence from which on it is moved
     greys: float=.75, # probability from which on inverted greys are undone
 ) -> tuple:
     "The film (size, size) uint8, the (3, 3) map from its pixels, and whether it was moved."
-    film = read_radiograph(r['path'])
     moved = r['p_chest']>=least
     told = np.vstack([np.reshape([r[k] for k in ('a11','a12','a13','a21','a22','a23')], (2, 3)), [0, 0, 1]])
     frame = (size, size)
@@ -76,7 +86,8 @@ def gallery_page(
             [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()).decode()
         figures.append(f'<figure class="{"" if moved else "left"}"><img alt="before and after" src="data:image/jpeg;base64,{data}">'
             f'<figcaption>{html.escape(caption)}</figcaption></figure>')
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Before and after alignment</title>'
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="generator" content="radiology_ai"><title>Before and after alignment</title>'
         f'<style>{_STYLE}</style></head><body><h1>Before and after</h1>{said}{"".join(figures)}</body></html>')
 
 # %% ../../nbs/82_serve.align.ipynb #7e69c985
@@ -101,6 +112,8 @@ def align_folder(
     Example: `align_folder('run', 'films', 'aligned')`"""
     if to not in TO: raise RadiologyError(f"There is no output {to!r}", f"Give one of {', '.join(TO)}")
     (bundles,task),out = models_and_task(model, 'alignment'),Path(out)
+    check_replaced(out/'gallery.html', PAGE)
+    check_replaced(out/'poses.csv', (b'path,image_id,',))
     least = task.answer.least if least is None else float(least)
     with stored(bundles[0].recipe, paths, workers, show) as store:
         table = with_errors(_rows(bundles, task, store, show), store)
@@ -135,23 +148,25 @@ def _drawn(table, out: Path, size: int, sure: tuple, *, to, show):
             error=r['error'], remedy=r['remedy'])
         if not r['error']:
             try:
-                film,matrix,moved = aligned_film(r, size, *sure)
+                film = read_radiograph(r['path'])
+                after,matrix,moved = aligned_film(film, r, size, *sure)
                 row |= dict(aligned=int(moved), **dict(zip(numbers, matrix[:2].ravel())))
                 if to=='png':
                     row['picture'] = picture_name(k, r['path'])
-                    save_picture(out/row['picture'], film)
-                pairs.append((float(r['p_chest']), k, before_after(read_radiograph(r['path']).pixels, film),
-                    moved))
+                    save_picture(out/row['picture'], after)
+                pairs.append((float(r['p_chest']), k, before_after(film.pixels, after), moved))
+                if len(pairs)>2*_SHOWN: pairs = _surest_last(pairs) # however large the folder
             except RadiologyError as e: row |= dict(error=getattr(e, 'cause', e.what), remedy=e.remedy)
             except Exception as e:
                 if own_fault(e): raise
                 row |= dict(error=f'it could not be aligned ({type(e).__name__})',
                     remedy='Leave it out, and report this with the file')
         rows.append(row)
-    pairs = sorted(pairs, key=lambda p: p[:2])[:_SHOWN]
     shown = [(picture, f'{k:04d}: confidence {p:.2f}' + ('' if moved else ', left as it is'), moved)
-        for p,k,picture,moved in pairs]
+        for p,k,picture,moved in _surest_last(pairs)]
     return pd.DataFrame(rows),shown
+
+def _surest_last(pairs) -> list: return sorted(pairs, key=lambda p: p[:2])[:_SHOWN]
 
 def _told(table, least) -> list[str]:
     "The sentences above the gallery."

@@ -8,6 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/serve.export.html.md"""
 __all__ = ['MOST', 'simulated_films', 'precision_change', 'Exported', 'export_onnx']
 
 # %% ../../nbs/82_serve.export.ipynb #d025a01c
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def _one_network(model, task) -> tuple:
             f"Give the folder of one of them, such as {bundles[0].path}")
     return bundles[0],own
 
+def _check_free(path: Path):
+    "Raises `RadiologyError` where there is a file that `export_onnx` has not written."
+    if not os.path.lexists(path) or path.is_file() and not path.stat().st_size: return
+    try: load_onnx(path)
+    except (BundleError, OSError) as e:
+        raise RadiologyError(f"{path} is there already, and this library did not write it",
+            "Give another path; nothing of yours is ever replaced") from e
+
 def export_onnx(
     model,               # a bundle or a run of one network, or its folder
     out,                 # the .onnx file to write
@@ -127,6 +136,7 @@ def export_onnx(
     if films is None and (precision=='int8' or labels is not None):
         raise DataError("There are no films "
             f"{'for the ranges of int8' if labels is None else 'that the labels belong to'}", "Give films=")
+    _check_free(Path(out))
     bundle,task = _one_network(model, task)
     with temporary(folder=True) as d:
         if films is None:

@@ -181,6 +181,7 @@ def write_results(answered: Answered, out: Path):
         else: rows.append(dict(number=k, path=r.path, output='', file='', uid='', left_empty='',
             error=f'it is the film of row {row}, which has its results', remedy='Leave one of the two out'))
     table = pd.DataFrame(rows, columns=['number','path','output','file','uid','left_empty','error','remedy'])
+    check_replaced(out.with_name(f'{out.stem}_results.csv'), (b'number,path,',))
     save_table(table, out.with_name(f'{out.stem}_results.csv'))
     bad = table[table.error!='']
     if len(bad):

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/72_tasks.pneumonia.ipynb #5146462d
-from ..core import DataError
+from ..core import DataError, check_replaced
 from ..preprocess.recipe import recipe
 from ..tables import save_table
 from .base import SUBGROUPS, Demo, Stage, Task
@@ -111,7 +111,9 @@ def submission(
     text = {r.film: ' '.join(f'{s:.4f} {x1:.1f} {y1:.1f} {x2-x1:.1f} {y2-y1:.1f}'
         for (x1,y1,x2,y2),s in zip(*text_boxes(r.boxes, True))) for r in t.itertuples()}
     table = pd.DataFrame({'patientId': wanted, 'PredictionString': [text[f] for f in wanted]})
-    if out is not None: save_table(table, out)
+    if out is not None:
+        check_replaced(out, (b'patientId,PredictionString',))
+        save_table(table, out)
     return table
 
 def _submitted(table, path):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #5521c667
-from ..core import DataError, atomic_path, plain
+from ..core import DataError, atomic_path, check_replaced, plain
 from ..data.regions import rle_encode
 from ..metrics.compare import holm, mcnemar_test, paired_bootstrap
 from ..metrics.intervals import NA, Metric, group_count
@@ -142,6 +142,7 @@ def save_siim(
             "Give the table of predict with a model of masks")
     there = predictions[predictions.rle.notna() & (predictions.rle.astype(str)!='')]
     out = pd.DataFrame({'ImageId': there.image_id.astype(str), 'EncodedPixels': there.rle.astype(str)})
+    check_replaced(path, (b'ImageId,EncodedPixels',))
     save_table(out.reset_index(drop=True), path)
     return out.reset_index(drop=True)
 
