@@ -13,11 +13,15 @@ from radiology_ai.dicom.write import save_result
 from radiology_ai.names import write_unreadable
 from radiology_ai.phantom.hospital import write_dicom
 from radiology_ai.report.page import write_report
+from radiology_ai.serve.align import align_folder
+from radiology_ai.serve.export import export_onnx
 from radiology_ai.serve.outputs import Answered, write_outputs
 from radiology_ai.serve.predict import explain, predict
+from radiology_ai.tasks.pneumothorax import save_siim
 
 GREY = np.linspace(0, 1, 64*64, dtype=np.float32).reshape(64, 64)
 BAD = pd.DataFrame({'number': [1], 'path': ['a'], 'cause': ['b']})
+BUNDLE = Path(__file__).parent/'data/bundles/knee_resnet'
 TABLE = pd.DataFrame({'path': ['a'], 'image_id': ['1'], 'patient_id': ['P'], 'error': [''], 'remedy': ['']})
 
 
@@ -36,6 +40,8 @@ WRITERS = {'x.html': lambda d, films: explore_dicoms(films, workers=1).to_html(d
     'p.csv': lambda d, films: write_outputs(Answered('toy', TABLE, []), d/'p.csv'),
     'p.json': lambda d, films: write_outputs(Answered('toy', TABLE, []), d/'p.csv', ['csv', 'json']),
     'p.unreadable.csv': lambda d, films: write_unreadable(d/'p.csv', BAD),
+    's.csv': lambda d, films: save_siim(pd.DataFrame({'image_id': ['1'], 'rle': ['1 3']}), d/'s.csv'),
+    'knee.onnx': lambda d, films: export_onnx(BUNDLE, d/'knee.onnx'),
     '0001.png': lambda d, films: save_picture(d/'0001.png', np.zeros((8, 8), np.uint8))}
 
 
@@ -49,6 +55,18 @@ def test_a_file_of_somebody_is_refused_by_name_and_ours_is_replaced(name, films,
     (tmp_path/name).write_bytes(b'') # as `touch` makes it
     for _ in range(2): WRITERS[name](tmp_path, films)
     assert (tmp_path/name).stat().st_size
+
+
+@pytest.mark.parametrize('name', ['gallery.html', 'poses.csv'])
+def test_aligned_films_replace_nothing_of_others(name, films, tmp_path):
+    model = Path(__file__).parent/'data/bundles/alignment_resnet'
+    (tmp_path/name).write_text('mine')
+    with pytest.raises(RadiologyError, match=f'{name} is there already'):
+        align_folder(model, films, tmp_path, size=32, workers=1, show=False)
+    assert contents(tmp_path)=={name: b'mine'}
+    (tmp_path/name).unlink()
+    for _ in range(2): align_folder(model, films, tmp_path, size=32, workers=1, show=False)
+    assert {'gallery.html', 'poses.csv', '0001.png'}<=set(contents(tmp_path))
 
 
 @pytest.mark.slow
