@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 # %% ../../nbs/75_tasks.alignment.ipynb #fdcbc6d6
 from ..core import DataError
 from ..preprocess.recipe import recipe
-from .base import SUBGROUPS, Demo, Settings, Stage, Task
+from .base import SUBGROUPS, Demo, Stage, Task
+from .structures import StructureSettings
 from .chest import chest_seen
 from .knee import knee_arch
 from .lungs import simulated_structures
@@ -21,7 +22,7 @@ from .poses import Poses, pose_template, stored_films
 
 # %% ../../nbs/75_tasks.alignment.ipynb #b859354e
 @dataclass(frozen=True)
-class AlignmentSettings(Settings):
+class AlignmentSettings(StructureSettings):
     "What a run that brings chests into one pose is made of."
     label: str='right_lung,left_lung' # the structures whose masks tell the pose: rle_<name>, with height and width, or mask_<name>
     source: str='masks'     # of the true poses: masks, or images (all films brought onto their mean)
@@ -33,7 +34,6 @@ class AlignmentSettings(Settings):
     orient: bool=True       # recognise turns by 90 degrees, mirror images and inverted greys
     mirror: float=.9        # probability from which on a mirror image is undone: hearts on the right exist
     least: float=.5         # confidence below which a film is left as it is, and flagged
-    contradictions: str='raise' # masks that cannot be right: raise, or unknown
     epochs: int=30          # passes over the training images
     lr: float=1e-3          # the highest learning rate
     body_div: float|None=1. # the body's rate is divided by it
@@ -47,9 +47,6 @@ class AlignmentSettings(Settings):
             raise DataError(f"The setting source is {self.source!r}", "Choose masks or images")
         if self.map not in ('similarity', 'scales', 'affine'):
             raise DataError(f"The setting map is {self.map!r}", "Choose similarity, scales or affine")
-        if self.contradictions not in ('raise','unknown'):
-            raise DataError(f"The setting contradictions is {self.contradictions!r}",
-                "Choose raise or unknown")
         if not 32<=self.look<=1024:
             raise DataError(f"The setting look is {self.look}", "Give 32 to 1024 pixels")
         if not 1<=self.looks<=8: raise DataError(f"The setting looks is {self.looks}", "Give 1 to 8")
@@ -58,13 +55,9 @@ class AlignmentSettings(Settings):
                 raise DataError(f"The setting {name} is {getattr(self, name)}", f"Give {low:g} to 1")
 
     @property
-    def structures(self) -> list[str]:
-        "The names of the masks."
-        return super().labels
-    @property
     def labels(self) -> list[str]:
         "The columns that are read of the labels, where the masks are run lengths."
-        return [] if self.source=='images' else [*(f'rle_{n}' for n in self.structures), 'height', 'width']
+        return [] if self.source=='images' else super().labels
 
 # %% ../../nbs/75_tasks.alignment.ipynb #a965b1f3
 def pose_network(settings, dls, earlier: dict):

@@ -24,17 +24,17 @@ from ..data.regions import bit_planes, rle_encode
 from ..dicom.limits import MAX_STILL
 from ..files import read_bytes
 from ..preprocess.recipe import recipe
-from .base import SUBGROUPS, Demo, Settings, Stage, Task
+from .base import SUBGROUPS, Demo, Stage, Task
 from .chest import chest_seen
 from .knee import knee_arch
 from .masks import mask_file
-from .structures import CTR, Structures, largest_part, swapped
+from .structures import CTR, Structures, StructureSettings, largest_part, swapped
 
 # %% ../../nbs/74_tasks.lungs.ipynb #13224991
 STRUCTURES = ('right_lung','left_lung','heart','right_clavicle','left_clavicle')
 
 @dataclass(frozen=True)
-class LungsSettings(Settings):
+class LungsSettings(StructureSettings):
     "What a run that draws lungs and heart is made of."
     label: str=','.join(STRUCTURES) # the structures; each has a column rle_<name>, with height and width, or mask_<name>
     arch: str=field(default_factory=knee_arch) # the encoder: tf_efficientnet_lite0 where the package of its weights is, else resnet18
@@ -49,7 +49,6 @@ class LungsSettings(Settings):
     mirror: bool=True       # the answer is the mean with that to the mirror image
     largest: bool=True      # of a structure the largest part alone is kept where validation patients say that it helps
     ema: float=0.           # decay of the average over the steps of training whose weights are kept, such as .99; 0: none
-    contradictions: str='raise' # masks that cannot be right: raise, or unknown
     min_per_class: int=0    # has no meaning here: there are no classes
 
     def __post_init__(self):
@@ -57,9 +56,6 @@ class LungsSettings(Settings):
         names = self.structures
         if not names or len(set(names))<len(names):
             raise DataError(f"The setting label is {self.label!r}", "Name structures, each once")
-        if self.contradictions not in ('raise','unknown'):
-            raise DataError(f"The setting contradictions is {self.contradictions!r}",
-                "Choose raise or unknown")
         if not 0<=self.augment<=10:
             raise DataError(f"The setting augment is {self.augment}", "Give a level from 0 to 10")
         if not 0<=self.ema<1:
@@ -68,14 +64,6 @@ class LungsSettings(Settings):
             raise DataError(f"The setting flip is {self.flip}", "Give a share from 0 to 1")
         if not self.width>0: raise DataError(f"The setting width is {self.width}", "Give a number above 0")
 
-    @property
-    def structures(self) -> list[str]:
-        "The names of the masks."
-        return super().labels
-    @property
-    def labels(self) -> list[str]:
-        "The columns that are read of the labels, where the masks are run lengths."
-        return [*(f'rle_{n}' for n in self.structures), 'height', 'width']
 
 # %% ../../nbs/74_tasks.lungs.ipynb #56167502
 SHARE = .1 # of the pixels, with which the last layer begins

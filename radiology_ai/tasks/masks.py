@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.masks.html.md"""
 
 # %% auto #0
 __all__ = ['MOST', 'TOP', 'FAR', 'runs_of', 'mask_fault', 'mask_file', 'one_mask_a_film', 'truth_masks', 'laid_masks',
-           'film_scores', 'mask_answers', 'PixelHeat', 'on_film', 'Masks', 'mean_figure']
+           'film_scores', 'mask_answers', 'PixelHeat', 'on_film', 'MaskSettings', 'Masks', 'mean_figure']
 
 # %% ../../nbs/67_tasks.masks.ipynb #0b1a035b
 import json
@@ -50,6 +50,7 @@ from radiology_ai.metrics.triplet import (
 )
 from ..models.onnx import OnnxNetwork, onnx_probabilities
 from ..preprocess.intensity import move_mask
+from .base import Settings
 from .kinds import Answer, Labels, batches_for, channels_of, said, stored_batches
 from .outlines import film_outlines, film_picture, outline_distance, outlined, pixel_mm
 
@@ -230,6 +231,17 @@ def on_film(
     shape = (int(row.Rows), int(row.Columns))
     moved = move_mask(mask, np.linalg.inv(np.reshape(row.affine, (3, 3)).astype(float)), shape)
     return {'rle': rle_encode(moved), 'height': shape[0], 'width': shape[1]}
+
+@dataclass(frozen=True)
+class MaskSettings(Settings):
+    "What runs have in common whose labels are masks."
+    contradictions: str='raise' # masks that cannot be right: raise, or unknown
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.contradictions not in ('raise','unknown'):
+            raise DataError(f"The setting contradictions is {self.contradictions!r}",
+                "Choose raise or unknown")
 
 @dataclass(frozen=True)
 class Masks(Answer):

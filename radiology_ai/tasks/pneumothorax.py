@@ -29,15 +29,15 @@ from ..metrics.triplet import TripletFit, drawn_films, fit_triplet, operating_sc
 from ..models.meta import check_meta, read_meta, sealed
 from ..preprocess.recipe import recipe
 from ..tables import save_table
-from .base import SUBGROUPS, Demo, Settings, Stage, Task, every_row, make_settings
+from .base import SUBGROUPS, Demo, Stage, Task, every_row, make_settings
 from .chest import chest_seen, chest_start
 from .knee import knee_arch
-from .masks import Masks
+from .masks import Masks, MaskSettings
 from .run import Run, model_folders, read_run
 
 # %% ../../nbs/73_tasks.pneumothorax.ipynb #4824c5c4
 @dataclass(frozen=True)
-class PneumothoraxSettings(Settings):
+class PneumothoraxSettings(MaskSettings):
     "What a pneumothorax run is made of."
     label: str='Pneumothorax' # the column with 1 and 0; masks are in rle, height and width, or files in mask
     arch: str=field(default_factory=knee_arch) # the encoder: tf_efficientnet_lite0 where the package of its weights is, else resnet18
@@ -52,15 +52,11 @@ class PneumothoraxSettings(Settings):
     operating: str='triplet' # the score from which a film is called: triplet, youden or sensitivity
     sensitivity: float=.9   # that the point of this name has to reach
     ema: float=0.           # decay of the average over the steps of training whose weights are kept, such as .99; 0: none
-    contradictions: str='raise' # masks that cannot be right: raise, or unknown
     min_per_class: int=0    # has no meaning here: the share of positives is set by the stages
 
     def __post_init__(self):
         super().__post_init__()
         if len(super().labels)!=1: raise DataError(f"The setting label is {self.label!r}", "Name one column")
-        if self.contradictions not in ('raise','unknown'):
-            raise DataError(f"The setting contradictions is {self.contradictions!r}",
-                "Choose raise or unknown")
         if not 0<=self.augment<=10:
             raise DataError(f"The setting augment is {self.augment}", "Give a level from 0 to 10")
         if self.operating not in ('triplet','youden','sensitivity'):
