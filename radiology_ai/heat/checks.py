@@ -253,6 +253,7 @@ def _failures(f: dict, told) -> tuple[list, list]:
     "What is not passed, and what is to be said."
     failed,notes = [],[]
     if not f['erasing'].low>0: failed.append('what it calls hot counts no more than places at random')
+    failed += [f'by {k} it is worse than places at random' for k in ('deletion','insertion') if f[k].high<0]
     if not f['random weights'].high<.5: failed.append('it stays much the same with random weights')
     if not f['noise'].low>.5: failed.append('it changes with a little noise')
     if told.coarse: notes.append(f"coarse, {told.cells[0]} x {told.cells[1]} cells")

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from ..core import DataError
 from ..preprocess.recipe import recipe
 from .base import SUBGROUPS, Demo, Stage, Task
-from .structures import StructureSettings
 from .chest import chest_seen
 from .knee import knee_arch
 from .lungs import simulated_structures
 from .poses import Poses, pose_template, stored_films
+from .structures import StructureSettings
 
 # %% ../../nbs/75_tasks.alignment.ipynb #b859354e
 @dataclass(frozen=True)
