@@ -159,16 +159,17 @@ def heat_section(
     asked = [replace(q, rows=q.rows[q.rows.image_id.isin(set(store.index.image_id))]) for q in asked]
     if not any(len(q.rows) for q in asked): return None
     single = asked[0].target if len(asked)==1 or not isinstance(answer, (Labels, Classes)) else None
+    doubt = False
     try:
         rows = answer.examples(table)
         chosen,found = checked_method(model, store, single, valid, table if rows is None else rows,
             films=films)
         parts = [_said(chosen, found), *([_check_table(found)] if found else [])]
+        doubt = any(c.method==chosen and not c.passed for _,c in found)
         if chosen!=drawn:
             parts += [e for q in asked if len(q.rows) for e in heat_examples(model, store, q, chosen)]
     except (ModelError, DataError) as e: parts = [f'There are no heat maps: {e.what}.']
-    failed = bool(parts) and isinstance(parts[0], str) and parts[0].startswith('No method')
-    return Section('Heat maps', parts, warnings=[parts[0]] if failed else [])
+    return Section('Heat maps', parts, warnings=[parts[0]] if doubt else [])
 
 def heat_examples(
     model,
