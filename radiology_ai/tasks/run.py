@@ -7,7 +7,7 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.run.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'RUN', 'write_record', 'read_record', 'write_place', 'store_of', 'numbered_copies', 'named_copies',
            'run_state', 'alone_in', 'Run', 'read_exactly', 'read_run', 'model_folders', 'load_models', 'mean_threshold',
-           'stages_of', 'known_task']
+           'known_task']
 
 # %% ../../nbs/66_tasks.run.ipynb #19ca4239
 import json
@@ -228,13 +228,6 @@ def mean_threshold(
     if each[0] is None: return None
     if not isinstance(each[0], list): return float(np.mean(each))
     return [None if any(v is None for v in values) else float(np.mean(values)) for values in zip(*each)]
-
-def stages_of(
-    task: Task,
-    path, # a run
-) -> dict:
-    "The bundles of each stage of a run by name."
-    return {s.name: load_models(path, task, s.name if len(task.stages)>1 else '') for s in task.stages}
 
 def known_task(
     tasks: dict, # name to `Task`
