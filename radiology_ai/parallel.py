@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from multiprocessing import process, resource_tracker, spawn, util
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -262,10 +262,10 @@ def run_parallel(
     _place_for_sockets()
     preload = [m for m in ('radiology_ai.core', fn.__module__) if m!='__main__']
     if method=='forkserver': context.set_forkserver_preload(preload)
+    answers = _supervise(context, fn, items, n, chunk, lost=lost, seconds=seconds)
     try:
-        yield from progress(_in_order(_supervise(context, fn, items, n, chunk, lost=lost, seconds=seconds)),
-            desc,
-            len(items), show)
+        # the processes end before an error is raised, whoever keeps it
+        with closing(answers): yield from progress(_in_order(answers), desc, len(items), show)
     except _CannotStart:
         warnings.warn("Worker processes cannot start here (a script whose own functions or classes they need must "
             "have `if __name__ == '__main__':`); working in this process", stacklevel=2)

@@ -1,6 +1,8 @@
 """Closed streams, a reader that leaves, a locale of ASCII, few open files, a full disk, signals: a command works, or says
 why in one line."""
 import errno
+import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +18,7 @@ import pytest
 from conftest import COMMAND
 from test_store import small_disk
 
+from radiology_ai import parallel
 from radiology_ai.core import DataError, StoreError, atomic_path, disk_remedy, progress, save_picture
 from radiology_ai.dicom.deidentify import deidentify
 from radiology_ai.phantom.hospital import write_dicom
@@ -87,7 +90,6 @@ def test_a_standard_output_that_is_full(films, tmp_path):
 
 def test_no_more_processes_are_allowed(films, tmp_path, monkeypatch):
     "As many workers as there may be work; where there may be none, this process does."
-    from radiology_ai import parallel
     real, begun = parallel._Worker, []
     def worker(*args):
         if len(begun)==most: raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')
@@ -155,6 +157,17 @@ def test_a_full_disk_ends_deidentify_which_goes_on_elsewhere(films, tmp_path, wo
     account = deidentify(films, tmp_path/'out', key=key, workers=1, show=False)
     pd.testing.assert_frame_equal(account, whole)
     for p in account.path: assert (tmp_path/'out'/p).read_bytes()==(tmp_path/'whole'/p).read_bytes()
+
+
+def test_workers_have_ended_when_an_error_is_raised(films, tmp_path, monkeypatch):
+    with pytest.raises(ValueError) as kept:
+        list(parallel.run_parallel(math.isqrt, [4]*9 + [-1] + [4]*99, 2, show=False))
+    assert not multiprocessing.active_children()
+    def refuse(*args): raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr('radiology_ai.dicom.deidentify.os.replace', refuse)
+    with pytest.raises(DataError) as mine: deidentify(films, tmp_path/'out', key=b'a secret key for tests', workers=2, show=False)
+    assert not multiprocessing.active_children()
+    assert kept.tb and mine.tb # what was raised is still there, and with it all that its functions hold
 
 
 class Rust(Exception): "How a library of another language tells it."

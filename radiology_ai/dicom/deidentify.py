@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -469,10 +470,10 @@ class _Run:
         "Work on the files that are left; original and new patient ID of each file, known or not."
         todo,taken = self.jobs[len(rows):],{r['path'] for r in rows if r['path']}
         pairs = [None]*len(rows)
-        with (self.dst/'journal.jsonl').open('a') as f:
-            for job,(row,actions,pair) in zip(todo, run_parallel(_one, todo, workers, chunk=4,
-                    desc='de-identify',
-                    show=show, lost=_lost, seconds=120)):
+        with (self.dst/'journal.jsonl').open('a') as f, ExitStack() as stack:
+            told = stack.enter_context(closing(run_parallel(_one, todo, workers, chunk=4, desc='de-identify',
+                show=show, lost=_lost, seconds=120)))
+            for job,(row,actions,pair) in zip(todo, told):
                 if row['path'] in taken:
                     row = _row(job.number, job.path, Pseudonyms(job.key)) | dict(status='held', cause=_TWICE)
                     actions,pair = [],('', '')

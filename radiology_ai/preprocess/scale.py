@@ -148,9 +148,8 @@ def _here(items, note: Path, show):
 
 def _in_processes(items, workers, show):
     "Prepare `items` in worker processes."
-    for item,out in zip(items, run_parallel(_prepare, items, workers, desc='preprocess', show=show, few=0,
-            lost=_lost)):
-        yield _settled(item, out)
+    with closing(run_parallel(_prepare, items, workers, desc='preprocess', show=show, few=0, lost=_lost)) as told:
+        for item,out in zip(items, told): yield _settled(item, out)
 
 # %% ../../nbs/25_preprocess.scale.ipynb #b606c14f
 def _version(): return __version__
