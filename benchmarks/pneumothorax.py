@@ -30,6 +30,7 @@ import torch
 
 from radiology_ai.data.regions import rle_encode
 from radiology_ai.data.split import patient_split
+from radiology_ai.losses.pairs import MaskLabelLoss
 from radiology_ai.metrics.intervals import proportion_ci
 from radiology_ai.metrics.ranking import auroc_ci
 from radiology_ai.models.segmenter import create_segmenter
@@ -42,7 +43,7 @@ from radiology_ai.tasks.base import Stage
 from radiology_ai.tasks.chest import chest_start
 from radiology_ai.tasks.judge import evaluate_run, examples_of
 from radiology_ai.tasks.kinds import said, task_manifest
-from radiology_ai.tasks.masks import MaskLabelLoss, Masks, mask_answers
+from radiology_ai.tasks.masks import Masks, mask_answers
 from radiology_ai.tasks.pneumothorax import PNEUMOTHORAX, outliner, paired_figures, simulated_pneumothoraces
 from radiology_ai.tasks.registry import adapt, evaluate, train
 from radiology_ai.tasks.run import load_models, read_run

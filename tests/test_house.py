@@ -3,6 +3,7 @@ notebooks and modules in step."""
 import ast
 import configparser
 import filecmp
+import importlib
 import json
 import os
 import re
@@ -44,6 +45,21 @@ def library_imports(source: str) -> set[str]:
 
 
 MODULES = {m: nb for nb in NOTEBOOKS if (m:=exported_module(nb))}
+
+
+def missing_names(source: str) -> list:
+    "What a script wants from a module of the library that has no such name."
+    wanted = [(n.module, a.name) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and not n.level
+        and (n.module or '').split('.')[0]=='radiology_ai' for a in n.names]
+    modules = {m.__name__: m for m in map(importlib.import_module, {m for m, _ in wanted})}
+    return [f'{m}.{name}' for m, name in wanted if not hasattr(modules[m], name)
+        and not (ROOT/m.replace('.', '/')/name).with_suffix('.py').exists()]
+
+
+def test_scripts_import_what_is_there():
+    assert missing_names('from radiology_ai.core import rng, nothing\nfrom radiology_ai import dicom')==[
+        'radiology_ai.core.nothing']
+    for p in [*(ROOT/'benchmarks').glob('*.py'), *(ROOT/'docs').glob('*.py')]: assert not missing_names(p.read_text()), p
 
 
 def test_every_module_has_its_notebook():
