@@ -165,7 +165,8 @@ def test_workers_have_ended_when_an_error_is_raised(films, tmp_path, monkeypatch
     assert not multiprocessing.active_children()
     def refuse(*args): raise OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr('radiology_ai.dicom.deidentify.os.replace', refuse)
-    with pytest.raises(DataError) as mine: deidentify(films, tmp_path/'out', key=b'a secret key for tests', workers=2, show=False)
+    with pytest.raises(DataError) as mine:
+        deidentify(films, tmp_path/'out', key=b'a secret key for tests', workers=2, show=False)
     assert not multiprocessing.active_children()
     assert kept.tb and mine.tb # what was raised is still there, and with it all that its functions hold
 
