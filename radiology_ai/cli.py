@@ -147,7 +147,9 @@ def explore(
     from radiology_ai.core import PAGE, check_replaced
     check_replaced(out, PAGE)
     from radiology_ai.dicom.explore import explore_dicoms
+    from radiology_ai.names import SIMULATED
     found = explore_dicoms(folder, labels=labels, pixels='all' if pixels else False, workers=workers)
+    if found.simulated: _say(SIMULATED)
     for r in found.attention.itertuples(): _say(f"{r.what}: {r.files} files")
     if not len(found.attention): _say("Nothing needs attention.")
     _say(f"{len(found.index)} files: {found.to_html(out) or out}")
@@ -439,7 +441,7 @@ def predict(
     from radiology_ai.serve.predict import predict as predicted
     table = predicted(model, paths, out, to or ['csv'], workers, task=task)
     code = _errors(table[table.error!=''].rename(columns=dict(error='cause')), table.path, out)
-    from radiology_ai.data.words import SIMULATED, is_simulated
+    from radiology_ai.names import SIMULATED, is_simulated
     if is_simulated(table.image_id, table.patient_id).any(): _say(SIMULATED)
     _say(f"{int((table.error=='').sum())} of {len(table)} files predicted: {out}")
     return code

@@ -18,7 +18,8 @@ from PIL import Image
 from radiology_ai.core import DataError, ModelError, Radiograph
 from radiology_ai.data.cells import read_cells
 from radiology_ai.data.labels import make_manifest, named_columns
-from radiology_ai.data.words import grade_numbers, is_simulated, label_numbers
+from radiology_ai.data.words import grade_numbers, label_numbers
+from radiology_ai.names import is_simulated
 from radiology_ai.options import option_words, settings_told, tasks_told
 
 matplotlib.use('Agg')
@@ -254,7 +255,7 @@ def test_a_report_is_called_after_its_question():
 
 
 def test_simulated_radiographs_say_so(run):
-    from radiology_ai.data.words import SIMULATED
+    from radiology_ai.names import SIMULATED
     from radiology_ai.tasks.registry import evaluate, report
     assert is_simulated(['2.25.1', '1.2.3', '2.25.1', 'a.png'],
         ['SIM000001', 'SIM000001', 'P7', '']).tolist()==[True, False, False, False]

@@ -27,6 +27,7 @@ from .limits import table_bytes
 from .polarity import read_polarity
 from .quality import RADIOGRAPHS, find_attention, find_duplicates, next_text, pixel_digest
 from .read import read_radiograph
+from ..names import SIMULATED, is_simulated
 from ..parallel import run_parallel
 from ..tables import foreign_table
 
@@ -163,6 +164,11 @@ class Exploration:
     attention: pd.DataFrame|None = None
     files: dict = field(default_factory=dict)
     examples: list = field(default_factory=list)
+
+    @property
+    def simulated(self) -> bool:
+        "Whether films of the simulator are among them."
+        return bool(is_simulated(self.index.SOPInstanceUID, self.index.PatientID).any())
 
     def __repr__(self):
         o = dict(self.tables['overview'].values)
@@ -433,7 +439,8 @@ def _first_tables(e) -> str:
     "The overview and what needs attention."
     t = e.attention
     if 'share' in t: t = t.assign(share=t.share.map('{:.1%}'.format))
-    return _wide(e.tables['overview']) + (_wide(t) if len(t) else '<p>Nothing needs attention.</p>')
+    told = f'<p class="alert" role="alert"><strong>Attention:</strong> {SIMULATED}</p>'*e.simulated
+    return told + _wide(e.tables['overview']) + (_wide(t) if len(t) else '<p>Nothing needs attention.</p>')
 
 def _wide(t) -> str:
     "A table that can be pushed sideways where the page is narrow; a shadow at its edge says so."
@@ -441,10 +448,14 @@ def _wide(t) -> str:
 
 _STYLE = (':root{color-scheme:light}body{font:15px/1.45 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}'
     'table{border-collapse:collapse;font-size:13px}td,th{padding:2px 9px;border-bottom:1px solid #ddd;text-align:left}'
-    'img{max-width:100%}.wide{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,#fff 30%,#fff0),'
+    'img{width:max(100%,820px)}.alert{border-left:4px solid #b42318;background:#fef3f2;color:#b42318;padding:.6rem 1rem}'
+    '.wide{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,#fff 30%,#fff0),'
     'linear-gradient(270deg,#fff 30%,#fff0) 100% 0,linear-gradient(90deg,#0003,#0000),linear-gradient(270deg,#0003,#0000) 100% 0;'
     'background-size:40px 100%,40px 100%,12px 100%,12px 100%;background-repeat:no-repeat;'
     'background-attachment:local,local,scroll,scroll}')
+
+_TITLES = dict(elements='Most frequent values', sizes='Sizes, and what needs attention', labels='Labels',
+    examples='Examples')
 
 def _readable(t):
     "A table whose texts are harmless."
@@ -465,11 +476,12 @@ def to_html(self:Exploration,
         fig.savefig(buffer, format='png', dpi=110)
         plt.close(fig)
         data = base64.b64encode(buffer.getvalue()).decode()
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+        parts.append(f'<h2>{_TITLES[name]}</h2><div class="wide"><img alt="{_TITLES[name]}" '
+            f'src="data:image/png;base64,{data}"></div>')
     for name,t in self.tables.items():
         if name not in ('overview', 'duplicates'):
-            t = t.drop(columns='example', errors='ignore').head(60).round(3)
-            parts.append(f"<h2>{name}</h2>{_wide(_readable(t))}")
+            t = t.drop(columns='example', errors='ignore').head(20 if name=='sizes' else 60).round(3)
+            parts.append(f"<h2>{name.capitalize()}, as a table</h2>{_wide(_readable(t)) if len(t) else '<p>None.</p>'}")
     with atomic_path(path) as p: p.write_text('\n'.join(parts), encoding='utf-8')
     return Path(path)
 

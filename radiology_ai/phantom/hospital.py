@@ -345,9 +345,9 @@ def _deal(n, shares, gen):
     gen.shuffle(out)
     return out.tolist()
 
-def _plan(n, seed, task, fractured):
-    """One record a patient: grade or opacities, whether another body part, and which kind of broken file
-    comes with it."""
+def _plan(n, seed, task, fractured, subtle=0.):
+    """One record a patient: grade or opacities, whether another body part, whether hard to read, and which kind
+    of broken file comes with it."""
     gen = rng(seed, 'plan', task)
     kinds = np.array(_deal(n, {'task': .9, 'other': .1}, gen))
     main = np.flatnonzero(kinds=='task')
@@ -358,14 +358,23 @@ def _plan(n, seed, task, fractured):
     broken = [''] * n
     hows = list(BREAKS)*max(1, n//200)
     for i,how in zip(gen.permutation(n), hows): broken[i] = how
-    return [dict(index=i, other=bool(kinds[i]=='other'), grade=int(grades[i]), broken=broken[i])
-        for i in range(n)]
+    return [dict(index=i, other=bool(kinds[i]=='other'), grade=int(grades[i]), broken=broken[i],
+        subtle=bool(rng(seed, 'subtle', i).random()<subtle)) for i in range(n)]
 
-def _simulate(part, seed, grade, side, size, *, gen):
+def _hard(seed):
+    "What makes a knee hard to read, drawn alike with and without a fracture, as arguments of `simulate_knee`."
+    g = rng(seed, 'hard')
+    more = dict(displaced=g.uniform(.08, .4), swelling=g.gamma(1.5, 6.), arthrosis=min(1., g.gamma(1.5, .3)),
+        density=float(np.clip(g.normal(.75, .18), .4, 1.2)), cortex=float(np.clip(g.normal(.85, .15), .5, 1.2)))
+    if g.random()<.15: more['hardware'] = 'nail' if g.random()<.4 else True
+    return more
+
+def _simulate(part, seed, grade, side, size, *, gen, hard=False):
     "A phantom of one body part; what varies is drawn from `gen`."
     if part=='KNEE':
         bilateral,hardware = bool(gen.random()<.05),bool(gen.random()<.04)
-        return simulate_knee(seed, grade=grade, side=side, size=size, bilateral=bilateral, hardware=hardware)
+        more = dict(bilateral=bilateral, hardware=hardware) | (_hard(seed) if hard else {})
+        return simulate_knee(seed, grade=grade, side=side, size=size, **more)
     if part=='CHEST': return simulate_chest(seed, opacities=grade, size=size)
     return (simulate_hand if part=='HAND' else simulate_hip)(seed, side=side, size=size)
 
@@ -419,7 +428,7 @@ def _write_image(folder, p, seed, size, header, *, room, k, image):
     grade,side,broken = rest
     gen = rng(seed, 'image', p['index'], k)
     (how,station,habits),size = room,int(size*gen.choice([1, 1, .95, .9, .85, .8]))//2*2
-    phantom = _simulate(part, key, grade, side, size, gen=rng(seed, 'body', key))
+    phantom = _simulate(part, key, grade, side, size, gen=rng(seed, 'body', key), hard=p['subtle'])
     pixels,corner = _frame(expose(phantom, gen).pixels, gen)
     uids = {n: made_up_uid(seed, n, p['index'], k) for n in ('series', 'image')}
     number = dict(SeriesNumber=str(k+1), InstanceNumber='1', SeriesInstanceUID=uids['series'],
@@ -439,7 +448,7 @@ def _write_image(folder, p, seed, size, header, *, room, k, image):
     return dict(path=str(path.relative_to(folder)), patient_id=header['PatientID'],
         study_id=header['StudyInstanceUID'], image_id=uids['image'], body_part=part,
         view=phantom.view, laterality=phantom.side, fractured=float(grade>0) if part=='KNEE' else np.nan,
-        schatzker=float(grade) if part=='KNEE' else np.nan,
+        schatzker=float(grade) if part=='KNEE' else np.nan, subtle=float(p['subtle']) if part=='KNEE' else np.nan,
         joint_x=joint[0]-corner[0], joint_y=joint[1]-corner[1], spacing_mm=phantom.spacing,
         opacity=float(grade>0) if part=='CHEST' else np.nan,
         boxes=json.dumps(boxes.round(1).tolist()), broken=BREAKS[broken] if broken else '')
@@ -459,10 +468,12 @@ def simulate_hospital(
     workers: int|None=None, # processes; changes the time only
     show: bool|None=None,   # a progress bar; None: on a terminal
     fractured: float=.3,    # share of the task's patients with a fracture (or opacity)
+    subtle: float=0.,       # share of patients whose knees are hard to read (see above), fractured or not
 ) -> pd.DataFrame:
     """Writes a hospital's export of DICOM files, some of them broken, with `truth.csv` beside; returns the
     truth, one row a file. An earlier simulation there is replaced; raises `RadiologyError` for a folder with other files."""
     if task not in ('knee', 'chest'): raise RadiologyError(f"The task is {task!r}", "Use 'knee' or 'chest'")
+    if not 0<=subtle<=1: raise RadiologyError(f"subtle is {subtle!r}", "Give a share from 0 to 1")
     if n<1 or size<64:
         raise RadiologyError(f"n is {n} and size {size}", "Give at least 1 patient and 64 pixels")
     folder = Path(folder)
@@ -470,7 +481,7 @@ def simulate_hospital(
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'hospital.json').write_text(json.dumps({'radiology_ai': 'hospital', 'task': task, 'n': n,
         'seed': seed}))
-    jobs = [(str(folder), p, seed, size, task) for p in _plan(n, seed, task, fractured)]
+    jobs = [(str(folder), p, seed, size, task) for p in _plan(n, seed, task, fractured, subtle)]
     rows = [r for rs in run_parallel(_write_patient, jobs, workers, chunk=4, desc='simulate', show=show)
         for r in rs]
     truth = pd.DataFrame(rows)

@@ -133,6 +133,29 @@ def _metal(k, frame, shape, spacing, kev=50.):
         out = np.maximum(out, tube(grid, np.stack([lat+2., q*s], 1), 1.7, depth=6., ends='round'))
     return _F(mu('titanium' if g.random()<.5 else 'steel', kev))*out
 
+def _nail(k, frame, shape, spacing, kev=50.):
+    "Line integral (H, W) of a nail in the canal of the tibia, with a locking screw."
+    g,s = rng(k.seed, 'nail'),k.size
+    grid = Grid(shape, spacing, _frames(k, frame)[0])
+    q,start = np.linspace(0, 1, 30),g.uniform(8, 20)
+    axis = np.stack([g.normal(0, 1.5) + 2*s*(1-q), (start + (190-start)*q)*s], 1)
+    rod = tube(grid, axis, np.full(30, g.uniform(4.2, 5.6)), ends='round')
+    at = (start + g.uniform(12, 26))*s
+    lat,med = (e[0] for e in tibia_edges(k, np.array([at/s]), rng(k.seed, 'tibia'))[:2])
+    screw = tube(grid, np.stack([np.linspace(-med, lat, 12)*.9, np.full(12, at)], 1), 2.2, ends='flat')
+    return _F(mu('titanium', kev))*np.maximum(rod, screw)
+
+_HARDWARE = {False: None, True: _metal, 'plate or screws': _metal, 'nail': _nail}
+
+def _swelling(k, frame, shape, spacing, thick, kev=50.):
+    "Line integral (H, W) of fluid in and about the joint, `thick` mm at its deepest."
+    g = rng(k.seed, 'swelling')
+    y,x = np.mgrid[:shape[0], :shape[1]].astype(_F)
+    px,py = (frame@[g.normal(0, 6), g.normal(-12, 10), 1])[:2]
+    r = np.hypot((x-px)*spacing/g.uniform(32, 50), (y-py)*spacing/g.uniform(38, 70))
+    cloud = smooth_noise(shape, g, 14/spacing)[:shape[0], :shape[1]]
+    return _F(mu('soft', kev)*thick)*np.exp(-r**2)*(1 + _F(.25)*cloud)
+
 # %% ../../nbs/06_phantom.knee.ipynb #ed0465ae
 def _landmarks(k, frame):
     "Named points of a knee as (x, y) in pixels."
@@ -167,14 +190,18 @@ def simulate_knee(
     size: int=512,         # longer side of the image in pixels
     bilateral: bool=False, # both knees on one film
     *,
-    hardware: bool=False,  # screws or a plate in the tibia
+    hardware: bool|str=False, # True or 'plate or screws': drawn; 'nail': in the canal of the tibia
+    displaced: float=1.,   # of the fracture, relative; .1: a hairline
+    swelling: float=0.,    # mm of fluid in and about the joint
     **variation,           # fields of `KneeShape` that are not drawn, such as `fov=180`
 ) -> Phantom:
     """A frontal knee with its truth: points, labels `schatzker` and `fractured`, masks `bone`, `tibia` (gaps
     closed) and `fracture`."""
     if side not in ('R', 'L'): raise RadiologyError(f"The side {side!r} is unknown", "Give 'R' or 'L'")
     k = draw_shape(seed, **variation)
-    f = draw_fracture(seed, grade, k.size)
+    if hardware not in _HARDWARE:
+        raise RadiologyError(f"The hardware {hardware!r} is unknown", "Give False, True, 'plate or screws' or 'nail'")
+    f = draw_fracture(seed, grade, k.size, displaced=displaced)
     shape,spacing,frames = _film(k, side, int(size), bilateral, variation)
     soft,bones,pieces = _project(k, f, frames[0], shape, spacing)
     points = _landmarks(k, frames[0])
@@ -186,7 +213,8 @@ def simulate_knee(
         points['joint_other'] = _landmarks(k2, frames[1])['joint']
     whole,mask = _fracture_mask(f, pieces, spacing)
     line = _attenuate(soft, bones, k, spacing)
-    if hardware: line = line + _metal(k, frames[0], shape, spacing)
+    if swelling: line = line + _swelling(k, frames[0], shape, spacing, swelling)
+    if hardware: line = line + _HARDWARE[hardware](k, frames[0], shape, spacing)
     return Phantom(np.maximum(line, 0), spacing, 'KNEE', 'AP', side,
         dict(schatzker=int(grade), fractured=int(grade>0)), points,
         dict(bone=bones[...,0]+bones[...,2]>1, tibia=whole, fracture=mask), seed=int(seed))

@@ -8,7 +8,7 @@ Docs: https://lluissalord.github.io/radiology_ai/phantom.schatzker.html.md"""
 __all__ = ['Surface', 'draw_surface', 'Fragment', 'Fracture', 'draw_fracture', 'member']
 
 # %% ../../nbs/04_phantom.schatzker.ipynb #df5aae27
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -134,15 +134,7 @@ def _both(gen, size, grade):
             pivot=(0, z)))
     return Fracture(grade, surfaces, [Fragment(p, **m) for p,m in zip(pieces, moves)])
 
-def draw_fracture(
-    seed: int,       # any non-negative integer
-    grade: int,      # Schatzker type 1 to 6, or 0 for none
-    size: float=1.,  # of the tibia, 1 is a plateau of 75 mm
-) -> Fracture:
-    "A fracture of a type; a function of `seed`, `grade` and `size` alone."
-    if grade not in range(7):
-        raise RadiologyError(f"The Schatzker grade {grade!r} does not exist",
-            "Give a whole number from 0 (no fracture) to 6")
+def _displaced(seed, grade, size):
     gen = rng(seed, 'schatzker', int(grade))
     if grade==0: return Fracture()
     if grade==3:
@@ -160,6 +152,24 @@ def draw_fracture(
         _depress(gen, f, (5, 13), (x-gen.uniform(6, 10)*size, x+gen.uniform(4, 9)*size),
             (gen.uniform(.1, .3), .08))
     return f
+
+def draw_fracture(
+    seed: int,       # any non-negative integer
+    grade: int,      # Schatzker type 1 to 6, or 0 for none
+    size: float=1.,  # of the tibia, 1 is a plateau of 75 mm
+    *,
+    displaced: float=1., # how far fragments have moved and the plateau is pressed down, relative; .1: a hairline
+) -> Fracture:
+    "A fracture of a type; a function of `seed`, `grade`, `size` and `displaced` alone."
+    if grade not in range(7):
+        raise RadiologyError(f"The Schatzker grade {grade!r} does not exist",
+            "Give a whole number from 0 (no fracture) to 6")
+    if not 0<displaced<=2:
+        raise RadiologyError(f"displaced is {displaced!r}", "Give more than 0 (a hairline is about .1) and at most 2")
+    f = _displaced(seed, grade, size)
+    if displaced==1: return f
+    near = [replace(p, shift=tuple(displaced*v for v in p.shift), turn=displaced*p.turn) for p in f.fragments]
+    return replace(f, fragments=near, depth=displaced*f.depth)
 
 # %% ../../nbs/04_phantom.schatzker.ipynb #b5f8ddbe
 def member(

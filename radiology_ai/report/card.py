@@ -20,7 +20,7 @@ import pandas as pd
 # %% ../../nbs/63_report.card.ipynb #886df549
 from ..core import DataError, versions
 from ..data.split import assert_no_leakage, patient_keys, split_hash
-from ..data.words import SIMULATED
+from ..names import SIMULATED
 from .checklist import claim_checklist
 from .figures import HEADLINES
 from .predictions import in_ranges, in_years

@@ -234,10 +234,10 @@ def _film(x: Example) -> dict:
         'heat': None if x.heat is None else data_uri(heat_overlay(x.image, x.heat))}
 
 def _examples(examples) -> list[tuple[str, list]]:
-    "Examples with encoded pictures by kind, kinds in the order of their first."
+    "Examples with encoded pictures by kind, errors before others, else in the order of their first."
     out = {}
     for x in examples: out.setdefault(x.kind, []).append(_film(x))
-    return list(out.items())
+    return sorted(out.items(), key=lambda o: not o[0].startswith(('false', 'worst')))
 
 def _own(sections: list[Section]) -> list[dict]:
     """The task's sections for the template: runs of parts of the same kind, charts as SVG, cells with their

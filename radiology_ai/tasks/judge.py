@@ -19,12 +19,11 @@ import pandas as pd
 from ..core import BundleError, StoreError, plain
 from ..data.duplicates import find_copies
 from ..data.split import assert_no_leakage
-from ..data.words import SIMULATED, is_simulated
 from ..explain import explain
 from ..heat.targets import MaskLogit
 from ..metrics.intervals import Interval
 from ..models.meta import read_meta
-from ..names import names_asked
+from ..names import SIMULATED, is_simulated, names_asked
 from ..preprocess.joined import JoinedStore
 from ..preprocess.store import ImageStore
 from ..report.card import Example, ReportData
