@@ -3,8 +3,9 @@
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/results_dicom.py [--out FOLDER]
 
 Findings made by hand (a mask, overlapping ones, a box, points, a grade, a label of other letters) on each DICOM film that can be
-read become SR with and without a segmentation, SEG and secondary capture, in a first version and as a revision. Judges: dciodvfy
-(Debian: dicom3tools), dcmdump, dsr2html and dcm2pnm (DCMTK), and whether highdicom and pydicom read back what was written, to the
+read become SR with and without a segmentation, SEG, presentation state and secondary capture, in a first version and as a
+revision. Judges: dciodvfy (Debian: dicom3tools), dcmdump, dsr2html, dcm2pnm and dcmp2pgm (DCMTK: it shows the film through the
+presentation state, in the grey of the library's reading), and whether highdicom and pydicom read back what was written, to the
 pixel. A judge that is not installed is left out and said so.
 Then the time of a film of 5 megapixels, by part, as processor time of one thread.
 """
@@ -22,11 +23,12 @@ import highdicom
 import numpy as np
 import pydicom
 
-from radiology_ai.core import RadiologyError, save_picture
+from radiology_ai.core import DicomError, RadiologyError, save_picture
 from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.dicom.source import read_source
 from radiology_ai.dicom.write import (
     Algorithm,
+    presentation_state,
     report_again,
     save_result,
     secondary_capture,
@@ -52,6 +54,12 @@ def findings_of(shape) -> list[Finding]:
         Finding('fractured', .62, True, value='Schatzker III'), Finding('Köhler\\Naht', .2, value=2.5)]
 
 
+def overlay(source, findings):
+    "The presentation state; None over a film that is not grey."
+    try: return presentation_state(source, findings, BY)
+    except DicomError: return None
+
+
 def made(path, out) -> dict:
     "The results of one film as files, by kind; raises `RadiologyError`."
     source = read_source(path)
@@ -63,13 +71,14 @@ def made(path, out) -> dict:
     facts = dict(tier='urgent', triage=.9)
     results = {'sr': structured_report(source, findings, BY, facts=facts, masks=masks),
         'sr, no seg': structured_report(source, findings, BY), 'seg': masks,
-        'sc': secondary_capture(source, picture, BY)}
+        'pr': overlay(source, findings), 'sc': secondary_capture(source, picture, BY)}
+    results = {k: ds for k, ds in results.items() if ds is not None}
     files = {k: out/f'{Path(path).stem}_{n}.dcm' for n, k in enumerate(results)}
     for k, ds in results.items(): save_result(ds, files[k])
     files['sr, revised'] = out/f'{Path(path).stem}_r.dcm'
     shutil.copy(files['sr'], files['sr, revised'])
     save_result(report_again(files['sr, revised'], source, findings[:3], BY), files['sr, revised'])
-    return dict(files=files, findings=findings, picture=picture)
+    return dict(path=path, files=files, findings=findings, picture=picture)
 
 
 def ran(*words) -> subprocess.CompletedProcess:
@@ -102,8 +111,40 @@ def by_dcm2pnm(kind, path, was):
     return [] if same else ['other pixels']
 
 
+def by_places(ds, findings) -> list:
+    "Box and points of a presentation state, as float32 holds them."
+    drawn = [np.reshape(o.GraphicData, (-1, 2)) for o in ds.GraphicAnnotationSequence[0].GraphicObjectSequence]
+    box = np.float32(next(f.box for f in findings if f.box))
+    points = np.float32(next(f.points for f in findings if f.points is not None))
+    bad = [] if any(np.array_equal([*d.min(0), *d.max(0)], box) for d in drawn) else ['other box']
+    return bad + ['other point' for p in points if not any(len(d)==1 and np.array_equal(d[0], p) for d in drawn)]
+
+
+def by_dcmp2pgm(kind, path, was):
+    "The film as DCMTK shows it through the state, against the reading of the library, away from what is drawn."
+    if kind!='pr': return None
+    import cv2
+    with tempfile.TemporaryDirectory() as tmp:
+        film = pydicom.dcmread(was['path'], force=True)
+        if film.file_meta.get('TransferSyntaxUID') is None:
+            film.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        try: # what the tool can't
+            if film.file_meta.TransferSyntaxUID.is_compressed: film.decompress()
+        except RuntimeError: return None # nor pydicom
+        if not film.get('PatientName'): return None # DCMTK opens no state without the name, which is none of type 1
+        film.save_as(Path(tmp)/'film.dcm', enforce_file_format=True)
+        done = ran('dcmp2pgm', '-p', path, Path(tmp)/'film.dcm', Path(tmp)/'a.pgm')
+        if done.returncode or not (Path(tmp)/'a.pgm').exists(): return [done.stderr.strip()[:80]]
+        shown = cv2.imread(str(Path(tmp)/'a.pgm'), cv2.IMREAD_GRAYSCALE)/255.
+    own = read_radiograph(was['path']).pixels
+    if shown.shape!=own.shape: return [f'{shown.shape} pixels, not {own.shape}']
+    off = float(np.quantile(np.abs(shown - own), .95))
+    return [] if off<.02 else [f'the grey is off by {off:.2f}']
+
+
 def by_pydicom(kind, path, was):
     ds = pydicom.dcmread(path)
+    if kind=='pr': return by_places(ds, was['findings'])
     if kind=='sc': return [] if np.array_equal(ds.pixel_array, was['picture']) else ['other pixels']
     if kind!='seg': return [] if ds.ContentTemplateSequence[0].TemplateIdentifier=='1500' else ['no TID 1500']
     masks = [f.mask for f in was['findings'] if f.mask is not None]
@@ -111,7 +152,7 @@ def by_pydicom(kind, path, was):
 
 
 def by_highdicom(kind, path, was):
-    if kind=='sc': return None
+    if kind in ('sc', 'pr'): return None
     if kind=='seg':
         seg = highdicom.seg.segread(path)
         source = seg.get_source_image_uids()[0][2]
@@ -169,10 +210,11 @@ def speed(shape=(2500, 2048), n=7):
             source = read_source(tmp/'film.dcm'); took('header')
             masks = segmentation(source, findings, BY); took('SEG')
             report = structured_report(source, findings, BY, masks=masks); took('SR')
+            state = presentation_state(source, findings, BY); took('state')
             film = read_radiograph(tmp/'film.dcm'); took('pixels of the film')
             picture = finding_picture(film, Reading('', findings=tuple(findings))); took('picture')
             capture = secondary_capture(source, picture, BY); took('SC')
-            for i, ds in enumerate((masks, report, capture)): save_result(ds, tmp/f'{k}_{i}.dcm')
+            for i, ds in enumerate((masks, report, state, capture)): save_result(ds, tmp/f'{k}_{i}.dcm')
             took('to the disk')
             laps.append(lap)
     parts = {p: float(np.median([lap[p] for lap in laps[1:]])) for p in laps[0]}
@@ -187,7 +229,8 @@ def main():
     args = parse.parse_args()
     data = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])
     films = [p for folder in ('dicom', 'dicom_edge') for p in sorted((data/folder).glob('*.dcm'))]
-    judges = {'dciodvfy': by_dciodvfy, 'dcmdump': by_dcmdump, 'dsr2html': by_dsr2html, 'dcm2pnm': by_dcm2pnm}
+    judges = {'dciodvfy': by_dciodvfy, 'dcmdump': by_dcmdump, 'dsr2html': by_dsr2html, 'dcm2pnm': by_dcm2pnm,
+        'dcmp2pgm': by_dcmp2pgm}
     absent = [j for j in judges if not shutil.which(j)]
     judges = {k: v for k, v in judges.items() if k not in absent} | {'highdicom': by_highdicom,
         'pydicom': by_pydicom}
@@ -197,7 +240,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         table, refused, errors = judged(films, judges, out)
         if args.out:
-            for p in sorted(out.glob('*_3.dcm')):
+            for p in sorted(p for p in out.glob('*.dcm') if pydicom.dcmread(p, stop_before_pixels=True).Modality=='OT'):
                 save_picture(p.with_suffix('.png'), pydicom.dcmread(p).pixel_array)
     print(f'{len(films)} films, {len(films) - sum(refused.values())} with results\n')
     print_table(table, judges)

@@ -16,9 +16,11 @@ from pydicom.sr.coding import Code
 
 from radiology_ai.core import DataError, DicomError, MissingPackageError, rng
 from radiology_ai.dicom import write
+from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.dicom.source import TYPE2, read_source
 from radiology_ai.dicom.write import (
     Algorithm,
+    presentation_state,
     report_again,
     save_result,
     secondary_capture,
@@ -125,6 +127,62 @@ def test_outlines_of_a_mask_without_a_segmentation(source):
     assert all((p[0]==p[-1]).all() for p in parts)
     report = structured_report(source, [Finding('heart', .9, True, mask=mask)], BY)
     assert len(groups_of(report)) == 1 + 3
+
+
+def test_places_lie_over_the_film(source):
+    points = np.float32([(3.5, 4.25), (90, 100)])
+    found = [Finding('opacity', .7, True, box=(10., 20.5, 60.25, 90.)), Finding('apices', 1., points=points),
+        Finding('heart', .9, False, mask=masked()[0].mask), Finding('Pneumonia', .8, True), Finding('mass', .1, False)]
+    ds = presentation_state(source, found, BY)
+    told, = ds.GraphicAnnotationSequence
+    drawn = [(o.GraphicType, np.reshape(o.GraphicData, (-1, 2))) for o in told.GraphicObjectSequence]
+    assert [k for k, _ in drawn]==['POLYLINE', 'POINT', 'POINT', 'POLYLINE']
+    np.testing.assert_array_equal([*drawn[0][1].min(0), *drawn[0][1].max(0)], found[0].box)
+    np.testing.assert_array_equal([drawn[1][1][0], drawn[2][1][0]], points)
+    np.testing.assert_array_equal([*drawn[3][1].min(0), *drawn[3][1].max(0)], [10.5, 20.5, 59.5, 89.5])
+    # what was called is named, at its place or in the corner
+    texts = [(t.UnformattedTextValue, 'AnchorPoint' in t) for t in told.TextObjectSequence]
+    assert texts==[('opacity 0.70', True), ('Pneumonia 0.80', False)]
+    assert told.GraphicObjectSequence[0].TrackingUID==write.tracking_uid(source, BY, 'opacity')
+    assert ds.ReferencedSeriesSequence[0].ReferencedImageSequence[0].ReferencedSOPInstanceUID==PERSON['SOPInstanceUID']
+    assert presentation_state(source, found[-1:], BY) is None
+    assert presentation_state(source, found, BY).SOPInstanceUID==ds.SOPInstanceUID
+    with pytest.raises(DataError, match='outside of the film'):
+        presentation_state(source, [Finding('x', 1., box=(0, 0, W + 1, 5))], BY)
+
+
+@pytest.mark.parametrize('how', [dict(), dict(photometric='MONOCHROME1'), dict(window='lut', rescale=(2, -512)),
+    dict(window='sigmoid'), dict(rescale='lut', window=None), dict(window=None)])
+def test_a_state_shows_the_grey_of_the_film(how, tmp_path):
+    pixels = np.linspace(0, 1, H*W).reshape(H, W)
+    write_dicom(tmp_path/'film.dcm', pixels, header=PERSON, spacing=.5, modality='CR', **how)
+    film = pydicom.dcmread(tmp_path/'film.dcm')
+    ds = presentation_state(read_source(tmp_path/'film.dcm'), [Finding('opacity', .7, True)], BY)
+    save_result(ds, tmp_path/'pr.dcm')
+    state = pydicom.dcmread(tmp_path/'pr.dcm')
+    # the steps of the state alone, as PS3.3 C.11 has them, lead to the picture that was written
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    grey = pydicom.Dataset()
+    for key in ('BitsStored', 'BitsAllocated', 'PixelRepresentation'): grey[key] = film[key]
+    grey.PhotometricInterpretation = 'MONOCHROME2' # the inversion is the last step
+    grey.set_original_encoding(False, True)
+    for key in ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence'):
+        if key in state: grey[key] = state[key]
+    for item in state.get('SoftcopyVOILUTSequence', []): grey.update(item)
+    x = apply_voi_lut(apply_modality_lut(film.pixel_array, grey), grey).astype(float)
+    x = (x - x.min())/(x.max() - x.min())
+    if state.PresentationLUTShape=='INVERSE': x = 1 - x
+    own = read_radiograph(tmp_path/'film.dcm').pixels
+    assert np.abs(x - own).max()<.02
+
+
+def test_no_state_lies_over_colour(tmp_path):
+    write_dicom(tmp_path/'film.dcm', rng(1, 'film').random((H, W)), header=PERSON, spacing=.5)
+    ds = pydicom.dcmread(tmp_path/'film.dcm')
+    ds.PhotometricInterpretation = 'PALETTE COLOR'
+    ds.save_as(tmp_path/'colour.dcm')
+    with pytest.raises(DicomError, match='no grey picture'):
+        presentation_state(read_source(tmp_path/'colour.dcm'), [Finding('opacity', .7, True)], BY)
 
 
 def test_what_a_report_says(source):

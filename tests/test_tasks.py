@@ -244,7 +244,7 @@ def test_nothing_that_is_said_or_handed_on_holds_a_name(hospital, tmp_path):
     the film says."""
     run, films = hospital.run.path, hospital.films[:14] # some of them broken
     assert {'qyname', 'qyinst', 'qyaddress'} <= set.union(*(spoken(p.read_bytes()) for p in films))
-    forms = [*('csv', 'json', 'png', 'sr', 'seg', 'sc'), *hospital.task.outputs]
+    forms = [*('csv', 'json', 'png', 'sr', 'seg', 'pr', 'sc'), *hospital.task.outputs]
     said = {'train': (0, hospital.said), 'evaluate': command('evaluate', run, '--out', tmp_path/'report'),
         'predict': command('predict', run, *films, '--out', tmp_path/'p.csv', '--to', ','.join(forms),
         '--workers', 1),

@@ -12,7 +12,8 @@ import os
 import re
 import unicodedata
 import warnings
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from pydicom.config import disable_value_validation
@@ -56,6 +57,7 @@ class Source:
     header: Dataset   # what results carry on of its header, and nothing else
     path: str
     emptied: tuple    # keywords of attributes whose value could not be carried on
+    grey: Dataset=field(default_factory=Dataset) # how its stored numbers are shown
 
     @property
     def shape(self) -> tuple: return int(self.header.Rows),int(self.header.Columns)
@@ -97,7 +99,17 @@ def _carried(ds, path) -> Source:
     header.SpecificCharacterSet = 'ISO_IR 192'
     mm = spacing(tags_of(ds))
     if mm: header.PixelSpacing = [f'{v:.10g}' for v in mm]
-    return Source(header, str(path), tuple(emptied))
+    return Source(header, str(path), tuple(emptied), _grey_of(ds))
+
+_GREY = ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'WindowCenter', 'WindowWidth', 'VOILUTFunction',
+    'VOILUTSequence', 'PhotometricInterpretation', 'PresentationLUTShape')
+
+def _grey_of(ds) -> Dataset:
+    "The elements that lead from stored numbers to grey (PS3.3 C.11)."
+    out = Dataset()
+    for key in _GREY:
+        if key in ds: out[key] = deepcopy(ds[key])
+    return out
 
 def _deidentified(ds, header):
     "Takes over that the film is de-identified, with how it was done, which belongs to it."

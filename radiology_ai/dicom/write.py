@@ -1,4 +1,4 @@
-"""Findings as a hospital's systems read them: a structured report (SR), a segmentation (SEG) and a secondary capture, from films whose headers are not perfect
+"""Findings as a hospital's systems read them: a structured report (SR), a segmentation (SEG), a presentation state and a secondary capture, from films whose headers are not perfect
 
 Docs: https://lluissalord.github.io/radiology_ai/dicom.write.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.write.html.md"""
 
 # %% auto #0
 __all__ = ['CODES', 'Algorithm', 'result_uid', 'coded', 'outlines', 'tracking_uid', 'names_of', 'structured_report',
-           'segmentation', 'secondary_capture', 'save_result', 'earlier_result', 'report_again']
+           'segmentation', 'secondary_capture', 'presentation_state', 'save_result', 'earlier_result', 'report_again']
 
 # %% ../../nbs/19_dicom.write.ipynb #5c6e0362
 import hashlib
@@ -19,6 +19,7 @@ from datetime import datetime
 import cv2
 import numpy as np
 import pydicom
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 
@@ -26,7 +27,9 @@ from pydicom.sr.coding import Code
 import radiology_ai
 from ..core import DataError, DicomError, atomic_path, check_replaced, harmless, optional
 from .file import open_dicom
+from .read import inverted
 from .source import TYPE2, Source
+from .tags import code_of, value_of
 from ..files import plain_digest
 from ..findings import Finding
 
@@ -384,6 +387,86 @@ def _reference(source) -> Dataset:
     item.ReferencedSOPClassUID = source.header.SOPClassUID
     item.ReferencedSOPInstanceUID = source.header.SOPInstanceUID
     return item
+
+# %% ../../nbs/19_dicom.write.ipynb #5c138d0e
+_LUT = ('LUTDescriptor', 'LUTData')
+
+def _numbers(ds, *keys) -> list|None:
+    "The first finite number of each element; None where one has none."
+    out = [value_of(ds, k) for k in keys]
+    out = [v[0] if isinstance(v, list) and v else v for v in out]
+    return out if all(isinstance(v, (int, float)) and abs(v)<1e12 for v in out) else None
+
+def _tables(ds, key) -> list:
+    "The lookup tables of a sequence, without anything else."
+    found = [o for o in ds.get(key) or () if all(k in o for k in _LUT)]
+    return [_with(Dataset(), **{k: o[k] for k in _LUT}) for o in found[:1]]
+
+def _with(ds, **values) -> Dataset:
+    for k,v in values.items():
+        if isinstance(v, DataElement): ds[k] = v
+        else: setattr(ds, k, v)
+    return ds
+
+def _shown_as(ds, grey):
+    "Writes into a presentation state how the film's numbers are shown: modality step, window or table, inversion."
+    modality,step = _tables(grey, 'ModalityLUTSequence'),_numbers(grey, 'RescaleSlope', 'RescaleIntercept')
+    if modality: ds.ModalityLUTSequence = [_with(o, ModalityLUTType='US') for o in modality]
+    elif step and step[0]: _with(ds, RescaleSlope=f'{step[0]:.10g}', RescaleIntercept=f'{step[1]:.10g}', RescaleType='US')
+    voi,window = _tables(grey, 'VOILUTSequence'),_numbers(grey, 'WindowCenter', 'WindowWidth')
+    if voi: ds.SoftcopyVOILUTSequence = [_with(Dataset(), VOILUTSequence=voi)]
+    elif window and window[1]>=1:
+        item = _with(Dataset(), WindowCenter=f'{window[0]:.10g}', WindowWidth=f'{window[1]:.10g}')
+        if code_of(grey, 'VOILUTFunction') in ('SIGMOID', 'LINEAR_EXACT'): item.VOILUTFunction = code_of(grey, 'VOILUTFunction')
+        ds.SoftcopyVOILUTSequence = [item]
+    ds.PresentationLUTShape = 'INVERSE' if inverted(grey) else 'IDENTITY'
+
+def _drawn(hd, source, algorithm, findings) -> list:
+    "Graphic objects and texts of findings that have a place, and of those that were called."
+    graphics,texts,told = [],[],0
+    for f,name in zip(findings, names_of(findings)):
+        mark = dict(tracking_id=_short(name), tracking_uid=tracking_uid(source, algorithm, name))
+        shapes = _shapes(f, None)
+        graphics += [hd.pr.GraphicObject(kind, data, 'PIXEL', **mark) for kind,data in shapes]
+        if not f.call: continue
+        text,corner = f'{_short(f.label, 48)} {f.score:.2f}',shapes[0][1].min(0) if shapes else None
+        if corner is not None: texts.append(hd.pr.TextObject(text, 'PIXEL', anchor_point=tuple(map(float, corner)),
+            anchor_point_visible=False, **mark))
+        else:
+            texts.append(hd.pr.TextObject(text, 'DISPLAY', bounding_box=(.02, .02 + .04*told, .6, .05 + .04*told),
+                text_justification='LEFT', **mark))
+            told += 1
+    return [graphics,texts]
+
+def presentation_state(
+    source: Source,       # of `read_source`
+    findings,             # of `Finding`
+    algorithm: Algorithm,
+    *,
+    when: datetime|None=None, # of its making; None: now
+) -> Dataset|None:
+    """A Grayscale Softcopy Presentation State (PS3.3 A.33): outlines, boxes and points as vectors over the film, with the label
+    and the score of what was called, in grey as the film's header says; None where nothing has a place and nothing was
+    called. Raises `DataError` for a place outside of the film, `MissingPackageError` without highdicom."""
+    hd,when = optional('highdicom', 'dicom_results'),when or datetime.now()
+    findings = list(findings)
+    _check_places(source, findings)
+    graphics,texts = _drawn(hd, source, algorithm, findings)
+    if not graphics and not texts: return None
+    layer = hd.pr.GraphicLayer('FINDINGS', 1, 'Findings of an algorithm')
+    if code_of(source.grey, 'PhotometricInterpretation') not in ('MONOCHROME1', 'MONOCHROME2'):
+        raise DicomError(source.path, 'it is no grey picture, over which such a state may lie',
+            'Leave the presentation state out')
+    film = _with(_nameless(source), SamplesPerPixel=1)
+    seen = hd.pr.GraphicAnnotation([film], layer, graphic_objects=graphics or None, text_objects=texts or None)
+    told = _equipment(source, algorithm, 'overlay', when, 4)
+    made = told.pop('content_date'),told.pop('content_time') # it has a date of its own
+    ds = hd.pr.GrayscaleSoftcopyPresentationState([film], content_label='FINDINGS', graphic_layers=[layer],
+        graphic_annotations=[seen], **_uids('pr', source, algorithm, _said(findings)), **told)
+    ds.PresentationCreationDate,ds.PresentationCreationTime = made
+    ds.Laterality = source.header.Laterality
+    _shown_as(ds, source.grey)
+    return _settled(ds, source, when)
 
 # %% ../../nbs/19_dicom.write.ipynb #aa020a84
 def save_result(

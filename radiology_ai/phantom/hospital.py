@@ -364,8 +364,8 @@ def _plan(n, seed, task, fractured, subtle=0.):
 def _hard(seed):
     "What makes a knee hard to read, drawn alike with and without a fracture, as arguments of `simulate_knee`."
     g = rng(seed, 'hard')
-    more = dict(displaced=g.uniform(.08, .4), swelling=g.gamma(1.5, 6.), arthrosis=min(1., g.gamma(1.5, .3)),
-        density=float(np.clip(g.normal(.75, .18), .4, 1.2)), cortex=float(np.clip(g.normal(.85, .15), .5, 1.2)))
+    more = dict(displaced=g.uniform(.1, 1.), swelling=g.gamma(1.5, 4.), arthrosis=min(1., g.gamma(1.5, .25)),
+        density=float(np.clip(g.normal(.85, .17), .45, 1.2)), cortex=float(np.clip(g.normal(.9, .15), .55, 1.2)))
     if g.random()<.15: more['hardware'] = 'nail' if g.random()<.4 else True
     return more
 

@@ -37,7 +37,14 @@ from radiology_ai.core import (
 from ..data.regions import rle_encode
 from ..dicom.read import read_radiograph
 from ..dicom.source import read_source
-from ..dicom.write import Algorithm, report_again, save_result, secondary_capture, segmentation
+from radiology_ai.dicom.write import (
+    Algorithm,
+    presentation_state,
+    report_again,
+    save_result,
+    secondary_capture,
+    segmentation,
+)
 from ..findings import Finding, Reading
 from ..names import names_asked
 from ..tables import save_table
@@ -137,11 +144,12 @@ def write_png(answered: Answered, out: Path):
         save_picture(out.with_suffix('')/picture_name(k, r.path), finding_picture(read_radiograph(r.path), r))
 
 # %% ../../nbs/80_serve.outputs.ipynb #c2f47a90
-RESULTS = ('seg', 'sr', 'sc') # in the order of their making: a report refers to the segmentation
+RESULTS = ('seg', 'sr', 'pr', 'sc') # in the order of their making: a report refers to the segmentation
 
 def _result(name, path, answered, source, *, reading, masks):
     "One of `RESULTS`; None where there is nothing to say in it."
     if name=='seg': return segmentation(source, reading.findings, answered.by)
+    if name=='pr': return presentation_state(source, reading.findings, answered.by)
     if name=='sc':
         return secondary_capture(source, finding_picture(read_radiograph(reading.path), reading), answered.by)
     facts = {k: v for k,v in reading.facts.items() if isinstance(v, (bool, int, float, str)) and v==v}
@@ -190,7 +198,7 @@ def write_results(answered: Answered, out: Path):
 
 # %% ../../nbs/80_serve.outputs.ipynb #88594d7b
 OUTPUTS: dict[str, Callable] = {'csv': write_csv, 'json': write_json, 'png': write_png,
-    **dict.fromkeys(('sr', 'seg', 'sc'), write_results)}
+    **dict.fromkeys(RESULTS, write_results)}
 
 def write_outputs(
     answered: Answered,

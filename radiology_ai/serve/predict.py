@@ -159,7 +159,7 @@ def predict(
     model,                  # a bundle, a run of `train`, or an ONNX file of `export_onnx`
     paths,                  # a DICOM file, a folder, or a list of them
     out=None,               # also write the table to this CSV, and other forms beside it
-    to=('csv',),            # of `OUTPUTS`: csv, json, png, sr, seg, sc, and of the task, such as submission; also 'csv,sr'
+    to=('csv',),            # of `OUTPUTS`: csv, json, png, sr, seg, pr, sc, and of the task, such as submission; also 'csv,sr'
     workers: int|None=None, # processes that read and prepare
     *,
     show: bool|None=None,   # progress bars; None: on a terminal
