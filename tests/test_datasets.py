@@ -233,6 +233,23 @@ def test_chexpert_by_hand(files):
         'Cardiomegaly', 'Lung Opacity'}
 
 
+def test_ten_thousand_masks_come_back_from_a_siim_file(tmp_path):
+    from radiology_ai.tasks.pneumothorax import save_siim
+    gen = np.random.default_rng(0)
+    masks = {}
+    for i in range(10_000):
+        y, x = np.mgrid[:1024:32, :1024:32] # blobs, specks, stripes, nothing, everything
+        blob = ((y - gen.uniform(0, 1024))/gen.uniform(9, 400))**2 + ((x - gen.uniform(0, 1024))/gen.uniform(9, 400))**2<1
+        masks[f'1.2.{i}'] = [blob, gen.random((32, 32))<gen.random()**3, np.arange(32)[None]%(1 + i%7)<1 | (y<0),
+            np.zeros((32, 32), bool), np.ones((32, 32), bool)][i%5]
+    table = pd.DataFrame({'image_id': list(masks), 'error': '', 'rle': [rle_encode(m) for m in masks.values()]})
+    save_siim(table, tmp_path/'siim.csv')
+    back = pd.read_csv(tmp_path/'siim.csv').set_index('ImageId').EncodedPixels
+    assert len(back)==10_000
+    for k, m in masks.items():
+        assert np.array_equal(rle_decode(back[k], (32, 32)), m) and rle_area(back[k])==m.sum()
+
+
 def test_siim_by_hand(files):
     ds = siim_pneumothorax(files/'format_samples/siim_train-rle.csv')
     assert ds.manifest.Pneumothorax.tolist()==[0, 1, 1] and len(ds.masks)==3
