@@ -171,6 +171,7 @@ from .semi.step import gentle, harsh
 from .serve.export import export_onnx
 from .serve.outputs import OUTPUTS
 from .serve.predict import explain, predict
+from .signatures import with_parameters
 from .tasks.base import Demo, Settings, Stage, Task
 from .tasks.boxes import Boxes
 from .tasks.chest import label_set
@@ -196,4 +197,6 @@ from .weak.headers import HeaderRules, metadata_labels, metadata_learner, metada
 from .weak.scope import OutOfScope, scope_learner, scope_manifest
 
 # %% ../nbs/89_all.ipynb #2a9ef50d
+with_parameters([v for k,v in list(globals().items()) if not k.startswith('_')])
+del with_parameters
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -239,7 +239,8 @@ def test_ten_thousand_masks_come_back_from_a_siim_file(tmp_path):
     masks = {}
     for i in range(10_000):
         y, x = np.mgrid[:1024:32, :1024:32] # blobs, specks, stripes, nothing, everything
-        blob = ((y - gen.uniform(0, 1024))/gen.uniform(9, 400))**2 + ((x - gen.uniform(0, 1024))/gen.uniform(9, 400))**2<1
+        (v, u), (b, a) = gen.uniform(0, 1024, 2), gen.uniform(9, 400, 2)
+        blob = ((y - v)/b)**2 + ((x - u)/a)**2<1
         masks[f'1.2.{i}'] = [blob, gen.random((32, 32))<gen.random()**3, np.arange(32)[None]%(1 + i%7)<1 | (y<0),
             np.zeros((32, 32), bool), np.ones((32, 32), bool)][i%5]
     table = pd.DataFrame({'image_id': list(masks), 'error': '', 'rle': [rle_encode(m) for m in masks.values()]})

@@ -1,9 +1,11 @@
 """What a colleague meets in the first hour: tables as people have them, words that are mistyped, folders of PNGs, the calls
 that everybody knows of fastai, and all of it from a wheel."""
 import contextlib
+import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -444,3 +446,23 @@ def test_the_first_hour_from_a_wheel(tmp_path):
         text=True).stdout
     assert 'train' in cli().stdout and cli('tasks').stdout.startswith('knee')
     goes_the_whole_way(pictures(tmp_path/'work'), cli)
+
+
+def test_help_tells_every_parameter():
+    import pydoc
+
+    import radiology_ai.all as everything
+    from radiology_ai.signatures import parameters
+    told = {n: getattr(everything, n) for n in everything.__all__}
+    told = {n: o for n, o in told.items() if inspect.isfunction(o) and any(said for _, said in parameters(o))}
+    assert len(told)>170
+    for name, o in told.items():
+        page = pydoc.plain(pydoc.render_doc(o))
+        lines = dict(parameters(o))
+        of = inspect.unwrap(o).__code__
+        for p in of.co_varnames[:of.co_argcount + of.co_kwonlyargcount]:
+            code = next((c for c in lines if re.search(rf'\b{p}\b', c)), None)
+            assert code and code in page and lines[code] in page, (name, p)
+        assert page.count('Parameters, as they are')==1, name
+    shown = inspect.getdoc(everything.preprocess_folder)
+    assert 'size' in shown and inspect.getdoc(everything.Preprocess).count('\n')>12

@@ -412,12 +412,14 @@ def _shown_as(ds, grey):
     "Writes into a presentation state how the film's numbers are shown: modality step, window or table, inversion."
     modality,step = _tables(grey, 'ModalityLUTSequence'),_numbers(grey, 'RescaleSlope', 'RescaleIntercept')
     if modality: ds.ModalityLUTSequence = [_with(o, ModalityLUTType='US') for o in modality]
-    elif step and step[0]: _with(ds, RescaleSlope=f'{step[0]:.10g}', RescaleIntercept=f'{step[1]:.10g}', RescaleType='US')
+    elif step and step[0]:
+        _with(ds, RescaleSlope=f'{step[0]:.10g}', RescaleIntercept=f'{step[1]:.10g}', RescaleType='US')
     voi,window = _tables(grey, 'VOILUTSequence'),_numbers(grey, 'WindowCenter', 'WindowWidth')
     if voi: ds.SoftcopyVOILUTSequence = [_with(Dataset(), VOILUTSequence=voi)]
     elif window and window[1]>=1:
         item = _with(Dataset(), WindowCenter=f'{window[0]:.10g}', WindowWidth=f'{window[1]:.10g}')
-        if code_of(grey, 'VOILUTFunction') in ('SIGMOID', 'LINEAR_EXACT'): item.VOILUTFunction = code_of(grey, 'VOILUTFunction')
+        shape = code_of(grey, 'VOILUTFunction')
+        if shape in ('SIGMOID', 'LINEAR_EXACT'): item.VOILUTFunction = shape
         ds.SoftcopyVOILUTSequence = [item]
     ds.PresentationLUTShape = 'INVERSE' if inverted(grey) else 'IDENTITY'
 

@@ -147,7 +147,7 @@ def _nail(k, frame, shape, spacing, kev=50.):
 
 _HARDWARE = {False: None, True: _metal, 'plate or screws': _metal, 'nail': _nail}
 
-def _swelling(k, frame, shape, spacing, thick, kev=50.):
+def _swelling(k, frame, shape, spacing, *, thick, kev=50.):
     "Line integral (H, W) of fluid in and about the joint, `thick` mm at its deepest."
     g = rng(k.seed, 'swelling')
     y,x = np.mgrid[:shape[0], :shape[1]].astype(_F)
@@ -213,7 +213,7 @@ def simulate_knee(
         points['joint_other'] = _landmarks(k2, frames[1])['joint']
     whole,mask = _fracture_mask(f, pieces, spacing)
     line = _attenuate(soft, bones, k, spacing)
-    if swelling: line = line + _swelling(k, frames[0], shape, spacing, swelling)
+    if swelling: line = line + _swelling(k, frames[0], shape, spacing, thick=swelling)
     if hardware: line = line + _HARDWARE[hardware](k, frames[0], shape, spacing)
     return Phantom(np.maximum(line, 0), spacing, 'KNEE', 'AP', side,
         dict(schatzker=int(grade), fractured=int(grade>0)), points,
