@@ -7,6 +7,7 @@ Linux. Commands are forked from a process that has everything imported (tests/fo
 `--anew` each is a Python of its own. About 8 minutes on two cores, 15 with `--anew`. What two undisturbed runs write with different
 bytes is named and not compared."""
 import argparse
+import getpass
 import hashlib
 import os
 import random
@@ -40,8 +41,12 @@ WORDS = { # words of each command, and its share of the kills
     'explain': (['explain', 'run', 'dicom', '--workers', '2', '--out', 'OUT/out'], 3),
     'results': (['predict', 'lungs', 'dicom', '--workers', '2', '--to', 'csv,sr,seg,sc,png', '--out',
     'OUT/out.csv'], 6),
-    'adapt': (['adapt', 'run', '--data', 'store', '--labels', 'labels.csv', '--out', 'OUT/out'], 3),
+    'adapt': (['adapt', 'run', '--data', 'other_store', '--labels', 'other.csv', '--out', 'OUT/out'], 3),
+    'export': (['export', 'run', '--out', 'OUT/out.onnx'], 2),
     'demo': (['demo', '--patients', '30', '--epochs', '1', '--workers', '2', '--out', 'OUT/out'], 2)}
+
+
+CACHES = {f'torchinductor_{getpass.getuser()}', '.ses'} # of torch and optuna, which hold nothing of ours
 
 
 def digests(folder: Path) -> dict:
@@ -57,6 +62,15 @@ def marked(mark: str) -> list:
         except OSError: continue
         if f'KILLS_MARK={mark}'.encode() in told: found.append(int(p.name))
     return found
+
+
+def told_of(pid: int) -> str:
+    "A process that should have ended: its state, what it waits for, its beginning."
+    try:
+        state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+        words = Path(f'/proc/{pid}/cmdline').read_bytes().replace(b'\0', b' ')[:120].decode(errors='replace')
+        return f"{state} {Path(f'/proc/{pid}/wchan').read_text()} {' '.join(words.split())}"
+    except OSError: return 'ended meanwhile'
 
 
 def shared() -> set:
@@ -122,7 +136,7 @@ class Place:
         if process.returncode: raise SystemExit(f'{" ".join(words)}: {text}')
         return time.monotonic() - start
 
-    def make(self):
+    def make(self, names: list):
         from radiology_ai.phantom.hospital import simulate_hospital
         truth = simulate_hospital(self.root/'all', n=60, seed=5, size=256, show=False)
         knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
@@ -133,9 +147,20 @@ class Place:
         (self.root/'key').write_bytes(b'k'*32)
         self.call(['preprocess', 'all', '--recipe', 'knee', '--size', '64', '--out', 'store'])
         self.call(['train', 'knee', *TRAIN, '--out', 'run'])
+        if 'adapt' in names: self.make_other()
+        if 'results' not in names: return
         self.call(['demo', 'lungs', '--patients', '30', '--epochs', '1', '--out', 'of_lungs'])
         (self.root/'of_lungs/model').rename(self.root/'lungs')
         shutil.rmtree(self.root/'of_lungs')
+
+    def make_other(self):
+        "Another hospital, to which a run is adapted."
+        from radiology_ai.phantom.hospital import simulate_hospital
+        truth = simulate_hospital(self.root/'other', n=40, seed=6, size=256, show=False)
+        knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
+        labels = knees[['image_id', 'schatzker']].assign(patient_id='other ' + knees.patient_id)
+        labels.to_csv(self.root/'other.csv', index=False)
+        self.call(['preprocess', 'other', '--recipe', 'knee', '--size', '64', '--out', 'other_store'])
 
     def undisturbed(self, name: str) -> tuple[float, dict, list]:
         "Seconds of a run, the digests that every run gives, and the files that differ from run to run."
@@ -163,22 +188,25 @@ class Place:
         if self.anew: process.stdout.close()
         end = time.monotonic() + 5
         while marked(mark) and time.monotonic()<end: time.sleep(.05)
-        left = marked(mark)
-        for p in left: os.kill(p, signal.SIGKILL)
-        return alive, left
+        left = {p: told_of(p) for p in marked(mark)}
+        for p in left:
+            try: os.kill(p, signal.SIGKILL)
+            except ProcessLookupError: pass # it ended meanwhile
+        return alive, list(left.values())
 
     def once(self, name: str, moment: float, k: int, want: dict) -> dict:
         "A kill, the second call, and what came of both."
         shm = shared()
         (self.root/'whole').mkdir()
         alive, orphans = self.killed(name, moment, k)
-        found = dict(moment=moment, alive=alive, orphans=len(orphans), between=len(os.listdir(self.tmp)))
+        found = dict(moment=moment, alive=alive, orphans=orphans, between=len(os.listdir(self.tmp)))
         process = self.start(WORDS[name][0], 'whole')
         text = process.said()
         got = digests(self.root/'whole')
         known = set(want) | self.differ
         found |= dict(code=process.returncode, same=all(got.get(f)==d for f,d in want.items()),
-            more=sorted(set(got) - known), tmp=os.listdir(self.tmp), shm=sorted(shared() - shm),
+            more=sorted(set(got) - known), shm=sorted(shared() - shm),
+            tmp=[n for n in os.listdir(self.tmp) if n not in CACHES],
             text=text.strip().splitlines()[-1:] if process.returncode else [])
         shutil.rmtree(self.root/'whole')
         for p in self.tmp.iterdir(): shutil.rmtree(p, ignore_errors=True)
@@ -194,7 +222,7 @@ class Place:
             or r['orphans']]
         print(f"{name:<11}{seconds:>8.1f}{kills:>7}{sum(r['alive'] for r in rows):>9}{sum(r['same'] for r in rows):>7}"
             f"{sum(len(r['more']) for r in rows):>8}{sum(len(r['tmp']) for r in rows):>8}"
-            f"{sum(len(r['shm']) for r in rows):>10}{sum(r['orphans'] for r in rows):>9}   {', '.join(differ)[:70]}", flush=True)
+            f"{sum(len(r['shm']) for r in rows):>10}{sum(len(r['orphans']) for r in rows):>9}   {', '.join(differ)[:70]}", flush=True)
         for r in bad: print('   ', r, flush=True)
         return rows, bad
 
@@ -210,7 +238,7 @@ def main():
     names = args.commands or list(WORDS)
     shares = sum(WORDS[n][1] for n in names)
     place = Place(Path(tempfile.mkdtemp(prefix='kills-', dir=args.folder)), args.anew)
-    place.make()
+    place.make(names)
     print('command     seconds  kills  running   same  beside  TMPDIR  /dev/shm  orphans   not compared',
         flush=True)
     results = [place.series(n, max(1, round(args.kills*WORDS[n][1]/shares)), args.seed) for n in names]

@@ -1,10 +1,13 @@
-"""Judge the knee localiser: simulated framings that training has not seen, simulated hospitals, real knees, and radiographs without a knee.
+"""Judge the knee localiser: simulated framings that training has not seen, injured knees, simulated hospitals, real knees, and radiographs
+without a knee.
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/knee_locator.py [--n 400] [--pictures FOLDER]
 
 Framings that training has not seen: a whole leg (440 to 520 mm) beside a ruler, with mirrored letters; both legs on
 a wide film (440 to 520 mm); two knees exposed one after the other on one cassette; a joint 20 to 34 mm from an edge
-of the film. Real knees are crops of 224 pixels (OAI): as they are, within a larger black film, and laid into
+of the film. Injured knees (`phantom.injured`) lie under a hand, are dislocated, in plaster or upside down, have plates, nails or a fixator.
+"Kept" counts the knees that are sure and those that a recipe keeps and flags as doubtful. Real knees are crops of
+224 pixels (OAI): as they are, within a larger black film, and laid into
 simulated long legs, scaled and turned; no real knee took part in training. The joint in a crop is where the mean of
 all crops, aligned with it, has its joint: the joint was marked once, in the mean. Of ChestX-ray14 only patients
 with an odd number are judged, since the others took part in training. `--pictures` writes the worst of each kind
@@ -22,12 +25,14 @@ import pandas as pd
 
 from radiology_ai.core import Radiograph, RadiologyError, resize_array, rng, transform_points
 from radiology_ai.dicom.read import read_radiograph
+from radiology_ai.metrics.intervals import proportion_ci
 from radiology_ai.phantom.chest import simulate_chest
 from radiology_ai.phantom.hospital import simulate_hospital
+from radiology_ai.phantom.injured import INJURIES, injured_knee
 from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.limbs import simulate_hand, simulate_hip
 from radiology_ai.phantom.xray import expose
-from radiology_ai.preprocess.knee import evened, locate_knees
+from radiology_ai.preprocess.knee import CALLED, DOUBTFUL, evened, locate_knees
 
 CROP_MM = 92       # what a crop of knee_oai shows, judged by the plateau's width
 X, Y = .5, .59 # where in the mean of the crops the middle of the joint space lies
@@ -166,14 +171,34 @@ def unseen_others(n: int):
                     Radiograph(a, (p.spacing,)*2 if known else None), (-1e6, -1e6), '', 1)
 
 
+def injured(n: int):
+    """Simulated knees that are hard to find; 20 mm from the middle between the bones is near enough for a
+    crop of 140 mm."""
+    for kind in INJURIES:
+        for k in range(n//5):
+            p = injured_knee(5_000_000+k, kind, 'RL'[k%2], 384)
+            a = expose(p, rng(k, 'injured', kind)).pixels
+            for known in (True, False):
+                yield row_of(f"injured: {kind}, spacing {'' if known else 'un'}known",
+                    Radiograph(a, (p.spacing,)*2 if known
+                    else None, dict(BodyPartExamined='KNEE')), p.points['joint'], p.side, p.spacing)
+
+
 def row_of(kind, film, joint, side, mm, found=None):
-    "One line of the table: how far, how sure, which side, how long."
+    "One line of the table: how far, how sure, which side, how long; and what a recipe keeps."
     start = time.process_time()
     if found is None: found = locate_knees(film)
     ms = 1000*(time.process_time()-start)
     nearest = min(found, key=lambda k: np.hypot(k.center[0]-joint[0], k.center[1]-joint[1]), default=None)
     error = np.hypot(nearest.center[0]-joint[0], nearest.center[1]-joint[1]) if found else np.inf
-    return dict(kind=kind, found=bool(found), error_mm=error*mm, within_5_percent=error<=.05*film.shape[1],
+    called = 'KNEE' in str(film.tags.get('BodyPartExamined', '')).upper()
+    kept = found or locate_knees(film, doubtful=CALLED if called else DOUBTFUL, called=called)
+    place = kept[0].center if kept else (np.inf, np.inf)
+    if found: place = nearest.center
+    return dict(kind=kind, found=bool(found), error_mm=error*mm, kept=bool(kept),
+        doubt=bool(kept) and not found,
+        kept_within_20_mm=np.hypot(place[0]-joint[0], place[1]-joint[1])*mm<=20,
+        within_5_percent=error<=.05*film.shape[1],
         side=bool(found) and nearest.side==side, ms=ms, film=film, knees=found)
 
 
@@ -184,12 +209,14 @@ def real_knees(data: Path, n: int):
     table['at'] = joints([r.pixels for r in crops], table.side)
     for i in table.sample(min(n, len(table)), random_state=0).index:
         r, side, at = crops[i], table.side[i], table['at'][i]
+        who = dict(patient=str(table.patient[i]))
         yield row_of('OAI crop', Radiograph(r.pixels), (r.shape[1]*at[0], r.shape[0]*at[1]), side,
-            CROP_MM/224)
+            CROP_MM/224) | who
         for name, (film, joint) in (('OAI in black', in_black(r, at, gen)),
                 ('OAI in a leg', in_leg(r, at, side, gen))):
-            yield row_of(f'{name}, spacing known', film, joint, side, film.spacing[0])
-            yield row_of(f'{name}, spacing unknown', Radiograph(film.pixels), joint, side, film.spacing[0])
+            yield row_of(f'{name}, spacing known', film, joint, side, film.spacing[0]) | who
+            yield row_of(f'{name}, spacing unknown', Radiograph(film.pixels), joint, side,
+                film.spacing[0]) | who
 
 
 def hospital(n: int):
@@ -239,23 +266,33 @@ def share(v) -> str:
     return f'{100*np.mean(v):.1f}'
 
 
+def told(hits, who) -> str:
+    "A share in percent with its interval over patients."
+    v = proportion_ci(hits, groups=who)
+    return f'{100*v.value:.1f} ({100*v.low:.1f} to {100*v.high:.1f})'
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--n', type=int, default=400, help='films of each kind')
     parser.add_argument('--pictures', type=Path, help='a folder for pictures of the worst')
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    rows = [*unseen_framings(args.n), *unseen_others(args.n), *hospital(args.n//2)]
+    rows = [*unseen_framings(args.n), *injured(args.n), *unseen_others(args.n), *hospital(args.n//2)]
     data = os.environ.get('RADIOLOGY_AI_REAL_DATA')
     if data: rows += [*real_knees(Path(data), args.n), *others(Path(data), args.n)]
     else: print('RADIOLOGY_AI_REAL_DATA is not set: simulated films only')
     t = pd.DataFrame(rows)
+    if 'patient' not in t: t['patient'] = None
     for known in ('known', 'unknown'):
         part = t[t.kind.str.startswith('unseen') & t.kind.str.endswith(f' {known}')]
         rows += [r | dict(kind=f'unseen: all, spacing {known}') for r in part.to_dict('records')]
-    t = pd.DataFrame(rows)
-    knee = t[t.kind.str.contains('unseen|hospital|OAI')]
+    t = pd.DataFrame(rows).reindex(columns=list(t))
+    knee = t[t.kind.str.contains('unseen|hospital|OAI|injured')]
     g = knee.groupby('kind', sort=False)
+    who = knee.patient.where(knee.patient.notna(), pd.Series(knee.index.astype(str), knee.index)).astype(str)
+    print(pd.DataFrame({name: {kind: told(part[name], who[part.index]) for kind, part in g}
+        for name in ('found', 'kept', 'kept_within_20_mm')}).loc[knee.kind.unique()].to_string(), '\n')
     print(pd.DataFrame(dict(knees=g.size(), found=g.found.agg(share),
         median_mm=knee[knee.found].groupby('kind').error_mm.median().round(2),
         within_10_mm=g.error_mm.agg(lambda e: share(e<=10)),
@@ -263,9 +300,10 @@ def main():
         median_ms=g.ms.median().round(1))).loc[knee.kind.unique()].to_string())
     rest = t.drop(knee.index).groupby('kind', sort=False)
     print('\ntaken for a knee:')
-    print(pd.DataFrame(dict(films=rest.size(), alarms=rest.found.sum(), percent=rest.found.agg(share),
+    print(pd.DataFrame(dict(films=rest.size(), alarms=rest.found.sum(), doubtful=rest.doubt.sum(),
+        percent=rest.found.agg(share),
         median_ms=rest.ms.median().round(1))).to_string())
-    if 'file' in t: print(t[t.found & t.file.notna()][['kind', 'file']].to_string(index=False))
+    if 'file' in t: print(t[t.kept & t.file.notna()][['kind', 'file']].to_string(index=False))
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         for kind, part in t.groupby('kind', sort=False):

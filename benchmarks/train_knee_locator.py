@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from radiology_ai.core import Radiograph, resize_array, rng, scale, shift, transform_points
 from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.phantom.chest import simulate_chest
+from radiology_ai.phantom.injured import injured_knee
 from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.limbs import simulate_hand, simulate_hip
 from radiology_ai.phantom.xray import expose
@@ -31,12 +32,19 @@ from radiology_ai.preprocess.intensity import clahe
 OUT = Path(__file__).parents[1]/'radiology_ai/preprocess/knee_locator.safetensors'
 CANVAS = 104  # pixels of a training view, 2 mm each
 WIDTH = 75.   # mm of the plateau at which log size is 0
+# not upside down: see `narrowed`
+HARD = ('hand', 'dislocation', 'hand', 'dislocation', 'plate', 'nail', 'plaster', 'fixator', 'oblique')
 
 
 def film(seed: int, part: str) -> tuple[Radiograph, list]:
     "An exposed film and its knees as (x, y, side)."
     g = rng(seed, 'locator', part)
-    if part=='knee':
+    if part=='injured':
+        more = dict(fov=float(g.uniform(240, 400))) if g.random()<.3 else {}
+        p = injured_knee(seed, HARD[seed%len(HARD)], 'RL'[seed//len(HARD)%2], int(g.integers(200, 320)),
+            **more)
+        knees = [(*p.points['joint'], p.side)]
+    elif part=='knee':
         both, long = g.random()<.2, g.random()<.4
         more = dict(fov=float(g.uniform(240, 420))) if long and not both else {}
         more |= dict(turn=float(g.normal(0, 6)), rotation=float(np.clip(g.normal(0, 6), -14, 14)))
@@ -116,7 +124,7 @@ def narrowed(pixels: np.ndarray, knees: list, mm: float, g):
 
 def view(r: Radiograph, knees: list, g, part: str):
     "One view for the first look: (CANVAS, CANVAS) int8 and its knees as (x, y, is_left, log size)."
-    size = np.exp(g.uniform(-.3, .3)) if part=='knee' else np.exp(g.uniform(-.8, .8))
+    size = np.exp(g.uniform(-.3, .3)) if part in ('knee', 'injured') else np.exp(g.uniform(-.8, .8))
     per, turn = r.spacing[0]/K.MM*size, turned(part, g)
     pixels, knees = narrowed(r.pixels, knees, r.spacing[0], g)
     h, w = pixels.shape
@@ -238,10 +246,12 @@ def mistakes(job):
     return out
 
 
-def parts(n: int, start: int, share: float=.6) -> list:
-    "Seeds and parts of `n` films."
+def parts(n: int, start: int, share: float=.6, *, injured: float=0.) -> list:
+    "Seeds and parts of `n` films; of the knees a share is hard to find."
     k = int(n*share)
-    return [(start+i, 'knee') for i in range(k)] + [(start+i, ('chest', 'hand', 'hip', 'hand')[i%4])
+    hard = int(k*injured)
+    return [(start+i, 'injured' if i<hard else 'knee')
+        for i in range(k)] + [(start+i, ('chest', 'hand', 'hip', 'hand')[i%4])
         for i in range(n-k)]
 
 
@@ -417,6 +427,8 @@ def main():
     parser.add_argument('--films', type=int, default=6000, help='films to learn from')
     parser.add_argument('--views', type=int, default=4, help='views of each film')
     parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--injured', type=float, default=0.,
+        help='share of the knees that are hard to find, for the second look')
     parser.add_argument('--test', type=int, default=600, help='unseen films')
     parser.add_argument('--workers', type=int, default=2, help='processes of simulation')
     parser.add_argument('--threads', type=int, default=1, help='threads of torch')
@@ -430,7 +442,8 @@ def main():
         if args.first is None: weights = first_weights(args, pool, said)
         else: weights = {k: v for k, v in load_file(args.first).items() if k.startswith('first.')}
         first = f32(weights)
-        cut = flat(pool.map(cuts, [(*p, 3, first) for p in parts(args.films, 2_000_000, .4)], chunksize=8))
+        cut = flat(pool.map(cuts, [(*p, 3, first) for p in parts(args.films, 2_000_000, .4,
+            injured=args.injured)], chunksize=8))
         chests = real_chests()
         real = flat(pool.map(chest_cuts, [(p, 2, first) for p in chests], chunksize=8))
         said(f'{len(cut)} views for the second look, {sum(d[1][0]==1 for d in cut)} of a knee, and '

@@ -131,6 +131,7 @@ from .models.segmenter import create_segmenter, list_encoders
 from .models.stn import create_aligner
 from .phantom.chest import simulate_chest
 from .phantom.hospital import simulate_hospital, write_dicom
+from .phantom.injured import injured_knee
 from .phantom.knee import simulate_knee
 from .phantom.limbs import simulate_hand, simulate_hip
 from .phantom.xray import Exposure, Phantom, expose
@@ -151,6 +152,7 @@ from radiology_ai.preprocess.intensity import (
 )
 from .preprocess.joined import JoinedStore
 from .preprocess.knee import Knee, locate_knees
+from .preprocess.places import film_id, knee_id, read_places
 from .preprocess.recipe import Preprocess, recipe
 from .preprocess.scale import preprocess_folder
 from .preprocess.store import ImageStore
@@ -186,6 +188,7 @@ from .tasks.structures import Structures
 from .tasks.tree import Tree, part_of
 from .train.callbacks import EMA, Plateau
 from .train.checkpoint import Checkpoint
+from .train.distributed import Distributed
 from .train.learner import Training, predict_logits, predict_probabilities, xray_learner
 from .train.record import run_record
 from .train.trackers import LogMLflow, LogTensorBoard

@@ -111,13 +111,15 @@ def index(
     "files that have not changed are not read again.")],
     workers: Workers=None,
     *,
-    polarity: Annotated[bool, typer.Option('--polarity', help="Look at the pictures too: a column polarity says "
+    polarity: Annotated[bool, typer.Option('--polarity',
+    help="Look at the pictures too: a column polarity says "
     "whether bone is bright, dark (a negative) or unsure.")]=False,
 ):
     "Read the headers of a folder into one table; unreadable files are listed with their cause."
     check_films([folder])
     from radiology_ai.dicom.explore import summarise
-    from radiology_ai.dicom.index import index_dicoms, write_index
+    from radiology_ai.dicom.index import check_index, index_dicoms, write_index
+    check_index(out)
     df = index_dicoms(folder, workers=workers, previous=out)
     if polarity:
         from radiology_ai.dicom.polarity import read_polarities
@@ -209,20 +211,36 @@ def preprocess(
         min=1)]=None,
     polarity: Annotated[Optional[str], typer.Option(
         help="header: as the header says; auto: a film that shows bone dark is turned into its negative.")]=None,
+    places: Annotated[Optional[Path],
+    typer.Option(help="A CSV with where a reader sees the knee of some films: path or "
+        "image_id, x and y or x1, y1, x2 and y2 in pixels of the file, and side. With --update it mends a store.")]=None,
 ):
     "Turn a folder of radiographs into an image store that training reads at memory speed."
     check_films([folder])
     from radiology_ai.preprocess.recipe import recipe as named
     from radiology_ai.preprocess.scale import preprocess_folder
-    r = named(recipe, **{k: v for k,v in dict(size=size, bits=bits, polarity=polarity).items() if v is not None})
+    r = named(recipe, **{k: v for k,v in dict(size=size, bits=bits, polarity=polarity).items()
+        if v is not None})
     store = preprocess_folder(folder, out, r, workers=workers, scheduler=scheduler, shard_size=shard_size,
-        update=update, content=content)
+        update=update, content=content, places=places)
     code = _errors(store.errors, [*store.index.path, *store.errors.path], out)
     if dark := int((store.index.polarity=='dark').sum()):
         _say(f"{dark} show bone dark, " + ('which was undone' if r.polarity=='auto'
             else 'as their headers say: --polarity auto undoes it'))
+    _say_knees(store)
     _say(f"{len(store)} images of {r.size} x {r.size}: {out}")
     return code
+
+def _say_knees(store):
+    "Tell of films with two knees, of doubtful ones, and of films without one."
+    index = store.index
+    if not store.recipe.knee: return
+    both = len(index) - index.path.nunique()
+    if both: _say(f"{both} films show two knees: each is an image")
+    if n := int(index.doubtful.fillna(False).sum()) if 'doubtful' in index else 0:
+        _say(f"{n} knees are doubtful and were kept: look at them, and give --places where they are wrong")
+    if n := int((~index.knee_found.fillna(True).astype(bool)).sum()):
+        _say(f"{n} images show no knee that was found")
 
 @app.command()
 def verify(
@@ -289,6 +307,11 @@ Pretrained = Annotated[Optional[bool],
 Label = Annotated[Optional[str],
     typer.Option(help="The label column; several separated by commas where the task has labels.")]
 
+def _launched() -> tuple[int, int]:
+    "The number of this process, and of all that a launcher such as torchrun has started; (0, 1) alone."
+    told = all(k in os.environ for k in ('RANK','WORLD_SIZE','MASTER_ADDR'))
+    return (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if told else (0, 1)
+
 def _all_given(**wanted) -> dict:
     "The arguments, none of which may be missing."
     missing = [k for k,v in wanted.items() if v is None]
@@ -341,8 +364,8 @@ def train(
     wanted |= _opened(wanted['data'], wanted['labels'], on, patient, _label_of(wanted['task'], words))
     from radiology_ai.tasks import registry
     done = registry.train(*wanted.values(), settings=file, overwrite=overwrite, say=_say, **words)
-    for line in registry.evaluate(done).lines(): _say(line)
-    _say(f"run: {out}")
+    told = [] if _launched()[0] else [*registry.evaluate(done).lines(), f"run: {out}"] # the first process speaks
+    for line in told: _say(line)
 
 @app.command()
 def tasks(
@@ -416,6 +439,7 @@ def adapt(
     done = adapted(run, other['data'], other['labels'], out, share=share, replay=replay, task=task,
         overwrite=overwrite,
         say=_say, **words)
+    if _launched()[0]: return # the first process speaks
     for line in done.lines(): _say(line)
     _say(f"run: {out}")
 
@@ -430,6 +454,8 @@ def predict(
     workers: Workers=None,
     *,
     task: Told=None,
+    scheduler: Annotated[Optional[str], typer.Option(
+        help="Address of a Dask scheduler, such as tcp://10.0.0.1:8786; called again it goes on.")]=None,
 ):
     "Predict single files or whole folders; files that cannot be read are rows with their cause."
     from radiology_ai.serve.outputs import check_outputs, named_outputs
@@ -439,11 +465,11 @@ def predict(
     check_task(task)
     check_films(paths)
     from radiology_ai.serve.predict import predict as predicted
-    table = predicted(model, paths, out, to or ['csv'], workers, task=task)
+    table = predicted(model, paths, out, to or ['csv'], workers, task=task, scheduler=scheduler)
     code = _errors(table[table.error!=''].rename(columns=dict(error='cause')), table.path, out)
     from radiology_ai.names import SIMULATED, is_simulated
     if is_simulated(table.image_id, table.patient_id).any(): _say(SIMULATED)
-    _say(f"{int((table.error=='').sum())} of {len(table)} files predicted: {out}")
+    _say(f"{table.path[table.error==''].nunique()} of {table.path.nunique()} files predicted: {out}")
     return code
 
 # %% ../nbs/85_cli.ipynb #b8e4b47a
@@ -669,7 +695,7 @@ class _Signals:
         kept = "What is done is kept: the same command goes on where it stopped"
         if command=='deidentify' and not any(a.partition('=')[0]=='--key' for a in self.args):
             kept = "Without --key the same command begins anew"
-        elif command not in _GOES_ON: kept = "The same command begins anew"
+        elif command not in _GOES_ON and '--scheduler' not in self.args: kept = "The same command begins anew"
         typer.echo(f'radiology_ai: interrupted. {kept}', err=True)
         sys.stderr.flush()
         return 128 + self.number
@@ -722,17 +748,30 @@ def _command(words: list, names: bool, debug: bool, signals) -> int:
     if not debug: _quiet_warnings()
     from radiology_ai.names import speaking
     with speaking(words, names) as speech:
-        try: return app(list(speech.words), standalone_mode=False)
+        try:
+            _check_launched(words)
+            return app(list(speech.words), standalone_mode=False)
         except (Exception, SystemExit) as e:
             if signals.number: raise
             if not debug or isinstance(e, SystemExit): return _told(e, words)
             traceback.print_exc()
             return 1
 
+_SEVERAL = ('train','adapt') # commands that several processes do together
+
+def _check_launched(words: list):
+    "A command that is not shared would be done by each process of a launcher, all into one place."
+    n = _launched()[1]
+    if n>1 and words and words[0] in _commands() and words[0] not in _SEVERAL:
+        _fail(f"{words[0]} is done by one process, and {n} were started",
+            "Call it without torchrun or accelerate launch: it starts workers of its own")
+
 def _told(e: BaseException, words: list) -> int:
     "The exit code of an error, which is told on one line."
     if isinstance(e, SystemExit): return e.code
+    number = _launched()[0]
     line = _one_line(e, words)
+    if line and number: line = f'process {number}: {line}'
     if line: typer.echo(f'radiology_ai: {line}', err=True)
     return 2
 
@@ -779,14 +818,18 @@ def _one_line(e: Exception, words: list=()) -> str:
     if type(e).__name__=='NoArgsIsHelpError': return ''
     if hasattr(e, 'format_message'): text = _usage(e, words)
     elif isinstance(e, DicomError):
-        text = _spoken(f'{called(e.path, sys.stderr)}: {e.cause}. {e.remedy}'.removesuffix('. '), words)
-    elif isinstance(e, RadiologyError): text = _spoken(str(e), words)
+        text = _spoken(f'{called(e.path, sys.stderr)}: {_cut(e.cause)}. {e.remedy}'.removesuffix('. '), words)
+    elif isinstance(e, RadiologyError): text = _spoken(_cut(str(e)), words)
     elif isinstance(e, MemoryError) or _NO_ROOM.search(str(e)):
         text = ('There is not enough memory, or the system allows no more threads or processes. Raise its limits '
             '(ulimit -v, -u), or use fewer --workers')
     elif isinstance(e, OSError): text = f'{e.strerror or e}: {e.filename}' if e.filename else str(e)
-    else: text = f'unexpected {type(e).__name__}: {e}. Run again with --debug and report it'
+    else: text = f'unexpected {type(e).__name__}: {_cut(str(e))}. Run again with --debug and report it'
     return harmless(' '.join(text.split()))
+
+def _cut(text: str) -> str:
+    "The text, or its ends: a table may have a cell of a hundred megabytes, which an error quotes."
+    return text if len(text)<=4000 else f'{text[:2000]} ... {text[-2000:]}'
 
 # %% ../nbs/85_cli.ipynb #562793b9
 if __name__=='__main__': main()

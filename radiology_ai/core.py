@@ -122,11 +122,18 @@ def file_fault(
         raise DicomError(path, f'{cause} ({type(e).__name__})', remedy) from None
 
 # %% ../nbs/00_core.ipynb #b6db2c89
+# by which packages are asked to tell their makers nothing over the network
+_UNTOLD = dict(onnxruntime='ORT_DISABLE_TELEMETRY', mlflow='MLFLOW_DISABLE_TELEMETRY',
+    transformers='HF_HUB_DISABLE_TELEMETRY')
+
 def optional(
     module: str, # the module to import, such as `'distributed'`
     extra: str,  # the extra of this package that installs it
 ):
-    "Import an optional package; without it, a `MissingPackageError` says how to get it."
+    """Import an optional package; without it, a `MissingPackageError` says how to get it. What it would report to its
+    makers is switched off, unless the environment says otherwise."""
+    switch = _UNTOLD.get(module.partition('.')[0])
+    if switch: os.environ.setdefault(switch, '1')
     try: return importlib.import_module(module)
     except ImportError as e:
         raise MissingPackageError(f"The optional package {module!r} is not installed",

@@ -24,6 +24,7 @@ from .explain import hottest
 from .metrics.intervals import wilson_ci
 from .names import shown
 from .phantom.hospital import CHESTS, HOSPITAL
+from .preprocess.places import film_id
 from .preprocess.scale import preprocess_folder
 from .preprocess.store import ImageStore
 from .serve.predict import models_and_task, predict
@@ -70,7 +71,8 @@ def heat_near(
     """`hits` of `n` true positives whose hottest point lies within `radius_mm` of the place, their `share`
     with its interval, and the share by `chance`."""
     rows = table[(table.target==1) & (table.score>=table.threshold)]
-    truth,at = truth.set_index('image_id').loc[rows.image_id],[store.position(i) for i in rows.image_id]
+    truth = truth.set_index('image_id').loc[rows.image_id.map(film_id)] # of two knees it tells the one on the header's side
+    at = [store.position(i) for i in rows.image_id]
     distance = []
     for i,heat,t in zip(at, heat_maps(model, store, at, task.answer.heat()), truth.itertuples()):
         x,y = store.radiograph(i).to_stored(hottest(heat))

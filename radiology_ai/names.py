@@ -95,6 +95,8 @@ _IDS = ('patient_id','image_id','study_id','PatientID','SOPInstanceUID','StudyIn
 
 def _too_short(word) -> bool: return len(word)<3 or word.isdecimal() and len(word)<5
 
+_LONGEST = 2**20 # letters of a name; a damaged table may have a cell of many megabytes, which names nobody
+
 def _forms(word) -> set:
     "How a message may quote it."
     if word.isascii() and word.isprintable() and '\\' not in word and "'" not in word: return {word}
@@ -122,7 +124,7 @@ class Speech:
     known: tuple=(-1, {}, {}, {}, {})
 
     def _note_word(self, words, word, number):
-        if not _too_short(word):
+        if not _too_short(word) and len(word)<=_LONGEST:
             for form in _forms(word): words.setdefault(form, number)
 
     def _known(self):

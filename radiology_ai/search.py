@@ -11,7 +11,6 @@ __all__ = ['FIXED', 'LOSSES', 'SHARED', 'AGAIN', 'DEATHS', 'default_space', 'che
 # %% ../nbs/82_search.ipynb #81b77fd1
 import json
 import math
-import multiprocessing
 import os
 import time
 import tomllib
@@ -27,7 +26,7 @@ import pandas as pd
 # %% ../nbs/82_search.ipynb #8e2a5467
 from .core import DataError, RadiologyError, alone, atomic_path, is_temporary, optional, plain
 from .files import plain_digest, read_bytes, read_json
-from .parallel import end_with_parent
+from .parallel import start_process
 from .preprocess.store import ImageStore
 from .report.charts import CHART_CSS, Chart
 from .report.sections import Section, Table
@@ -304,7 +303,6 @@ def work(
 def _working(task, out, trials, until, *, storage, threads: int):
     "`work` in a process of its own."
     import torch
-    end_with_parent()
     torch.set_num_threads(threads)
     work(task, out, trials, until, storage)
 
@@ -316,13 +314,10 @@ def _all_work(task, out: Path, trials: int, workers: int, until: float, *, stora
     if workers==1:
         work(task, out, trials, until, storage)
         return
-    spawn = multiprocessing.get_context('spawn')
     more = dict(storage=storage, threads=max(1, (os.cpu_count() or 1)//workers))
     crew,deaths,ended = [],0,-1
     def another():
-        p = spawn.Process(target=_working, args=(task, out, trials, until), kwargs=more, daemon=True)
-        p.start()
-        return p
+        return start_process(_working, task, out, trials, until, **more)
     try:
         crew = [another() for _ in range(min(workers, trials))]
         while crew:
@@ -370,7 +365,6 @@ def _full(task, out: Path, name: str, given: dict):
 
 def _full_job(task, out, name, given, threads):
     import torch
-    end_with_parent()
     torch.set_num_threads(threads)
     _full(task, out, name, given)
 
@@ -379,14 +373,11 @@ def _all_full(task, out, jobs: list, workers: int):
     if workers==1:
         for name,given in jobs: _full(task, out, name, given)
         return
-    spawn = multiprocessing.get_context('spawn')
     threads,left,crew = max(1, (os.cpu_count() or 1)//workers),list(jobs),[]
     try:
         while left or crew:
             while left and len(crew)<workers:
-                p = spawn.Process(target=_full_job, args=(task, out, *left.pop(0), threads), daemon=True)
-                p.start()
-                crew.append(p)
+                crew.append(start_process(_full_job, task, out, *left.pop(0), threads))
             crew[0].join(.5)
             crew = [p for p in crew if p.exitcode is None]
     finally:

@@ -1,11 +1,14 @@
 """What the system tests share: the command line as a user runs it, and one small simulated hospital, its store and a
 run, which are made once for all workers of pytest-xdist. Who changes them works on a copy."""
 import contextlib
+import importlib.util
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 LONGEST = ['test_cli.py', 'test_docs.py', 'test_demo.py', 'test_augment.py', 'test_house.py',
     'test_metadata.py',
     'test_store.py', 'test_metrics.py', 'test_semi.py']
+ROOT = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).parent/'radiology_ai'
 
 
@@ -114,3 +118,28 @@ def run(made_once, hospital, store) -> Path:
     return made_once('run', lambda out: run_cli('train', 'knee', '--data', store, '--labels',
         hospital/'labels.csv',
         '--out', out, '--arch', 'resnet10t', '--epochs', 1, '--bs', 16, '--no-pretrained'))
+
+
+@pytest.fixture
+def cluster(tmp_path, request):
+    """The address of a Dask scheduler with two workers, each a process of its own, and those processes, the
+    scheduler last."""
+    if importlib.util.find_spec('distributed') is None:
+        pytest.skip('distributed is not installed: pip install radiology_ai[cluster]')
+    nanny = getattr(request, 'param', '--no-nanny')
+    env = {**os.environ, 'PYTHONPATH': f"{ROOT}{os.pathsep}{ROOT/'tests'}", 'OMP_NUM_THREADS': '1',
+        'DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES': '3' if nanny=='--no-nanny' else '0'}
+    file, processes = tmp_path/'scheduler.json', []
+    start = lambda name, *words: processes.append(subprocess.Popen([sys.executable, '-m',
+        f'distributed.cli.dask_{name}', *words, '--scheduler-file', str(file), '--no-dashboard'],
+        env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True))
+    try:
+        start('scheduler', '--host', '127.0.0.1', '--port', '0')
+        while not file.exists(): time.sleep(.05)
+        for _ in range(2): start('worker', '--nthreads', '1', nanny)
+        yield json.loads(file.read_text())['address'], [*processes[1:], processes[0]]
+    finally:
+        for p in processes:
+            try: os.killpg(p.pid, signal.SIGKILL) # a nanny and its worker
+            except ProcessLookupError: pass
+            p.wait()

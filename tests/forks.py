@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing import util
 from pathlib import Path
 
 
@@ -57,6 +58,7 @@ def _command(words, out: str):
         try: main()
         except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
         else: code = 0
+        util._exit_function() # as a Python ends that was not forked
     finally:
         for stream in (sys.stdout, sys.stderr): stream.flush()
         os._exit(code)

@@ -65,10 +65,11 @@ def test_deidentify_copies_without_names(hospital, tmp_path):
 
 
 def test_preprocess_stores_the_readable_and_lists_the_others(hospital, store):
+    from radiology_ai.preprocess.places import film_id
     from radiology_ai.preprocess.store import ImageStore
     s = ImageStore(store)
     truth = pd.read_csv(hospital/'dicom/truth.csv', keep_default_na=False)
-    assert set(s.index.image_id)==set(truth[truth.broken==''].image_id)
+    assert set(s.index.image_id.map(film_id))==set(truth[truth.broken==''].image_id)
     assert set(s.errors.path)=={str(hospital/'dicom'/p) for p in truth[truth.broken!=''].path}
     assert (s.errors.cause.str.len()>0).all()
 

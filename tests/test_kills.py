@@ -3,6 +3,7 @@ what only looks like ours, is never touched."""
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from radiology_ai import core
 from radiology_ai.core import DataError, RadiologyError, alone, atomic_path, is_temporary, temporary
+from radiology_ai.dicom.child import _CHILD
 from radiology_ai.dicom.deidentify import deidentify
 from radiology_ai.dicom.pseudonyms import read_key
 from radiology_ai.phantom.hospital import write_dicom
@@ -98,7 +100,7 @@ def test_what_only_looks_like_ours_stays(tmp, tmp_path):
         for name in LIKE: (folder/name).write_text('mine')
     target = tmp_path/'thesis'
     target.write_text('mine')
-    with temporary(tmp_path/'out/x.csv') as own: gone = re.sub(r'-\d+s', '-4194305s', own.name)
+    with temporary(tmp_path/'out/x.csv') as own: gone = re.sub(r'-\d+s', '-4194305s', own.name, count=1)
     (tmp_path/'out'/gone).symlink_to(target)
     core._swept.clear()
     with atomic_path(tmp_path/'out/x.csv') as p: p.write_text('whole')
@@ -129,7 +131,7 @@ def test_of_another_container_or_machine_a_lock_tells(tmp, tmp_path):
 
 
 def test_a_bundle_that_was_moved_aside_comes_back(tmp, tmp_path):
-    with temporary(tmp_path/'model', folder=True) as own: gone = re.sub(r'-\d+s', '-4194305s', own.name)
+    with temporary(tmp_path/'model', folder=True) as own: gone = re.sub(r'-\d+s', '-4194305s', own.name, count=1)
     (tmp_path/gone/'old').mkdir(parents=True)
     (tmp_path/gone/'old/bundle.json').write_text('{}')
     (tmp_path/gone/'.lock').write_text('model')
@@ -164,7 +166,7 @@ def test_runs_and_stores_take_away_only_what_is_exactly_ours(tmp, tmp_path):
     (run/'plan.json').unlink()
     assert run_state(run)=='foreign'
     (store/'shards').mkdir(parents=True)
-    (store/'recipe.json').write_text('{}')
+    ShardWriter(store, 'plain').begin(1)
     for name in ('.index-mine.parquet', 'shards/.00001-mine.npy', '.index-a1b2c3d4.parquet',
             'shards/.00001-a1b2c3d4.npy',
             'shards/.00001.errors-a1b2c3d4.parquet'):
@@ -202,6 +204,48 @@ def test_workers_end_with_the_process_that_was_killed(tmp, monkeypatch):
     core._swept.clear()
     with temporary(): assert len(names(tmp))==1
     tmp.rmdir()
+
+
+SLOW_MODULE = """
+import os, sys, time
+if 'multiprocessing' in ' '.join(sys.orig_argv):
+    with open(os.environ['BEGUN'], 'w') as f: f.write(str(os.getpid()))
+    time.sleep(60)
+def identity(x): return x
+"""
+USERS = dict(
+    forkserver="from radiology_ai.parallel import run_parallel; list(run_parallel(slow_module.identity, [0]*9, workers=2, show=False))",
+    process="from radiology_ai.parallel import start_process; start_process(slow_module.identity, 0).join()")
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='processes are looked up in /proc')
+@pytest.mark.parametrize('user', USERS)
+def test_a_process_that_still_imports_ends_with_the_one_that_was_killed(tmp, tmp_path, user):
+    (tmp_path/'slow_module.py').write_text(SLOW_MODULE)
+    begun = tmp_path/'begun'
+    process = python('import slow_module; ' + USERS[user], TMPDIR=tmp, BEGUN=begun,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(core.__file__).parents[1])]))
+    end = time.monotonic() + 60
+    while not (begun.exists() and begun.read_text()) and time.monotonic()<end: time.sleep(.02)
+    importing = int(begun.read_text())
+    assert alive(importing)
+    process.kill(), process.wait()
+    process.stdout.close()
+    end = time.monotonic() + 20
+    while alive(importing) and time.monotonic()<end: time.sleep(.02)
+    assert not alive(importing)
+
+
+@pytest.mark.skipif(not hasattr(select, 'poll'), reason='this system does not tell the end of a pipe')
+def test_a_decoder_that_still_imports_ends_with_the_one_that_was_killed(tmp_path):
+    (tmp_path/'gdcm.py').write_text('import time; time.sleep(60)')
+    process = subprocess.Popen([sys.executable, '-P', '-c', _CHILD], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    time.sleep(.1)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=20)==1
 
 
 # De-identification

@@ -6,9 +6,12 @@ import io
 import json
 import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 import warnings
 import zipfile
 import zlib
@@ -24,6 +27,7 @@ from PIL import Image
 from radiology_ai.core import DataError, DicomError
 from radiology_ai.data.cells import read_labels
 from radiology_ai.data.targets import _one_mask
+from radiology_ai.dicom import child as child_room
 from radiology_ai.dicom import limits
 from radiology_ai.dicom.child import in_child
 from radiology_ai.dicom.codecs import check_cost, stream_info
@@ -31,10 +35,12 @@ from radiology_ai.dicom.deidentify import deidentify
 from radiology_ai.dicom.explore import explore_dicoms, join_labels
 from radiology_ai.dicom.file import open_dicom
 from radiology_ai.dicom.index import index_dicoms, index_row, read_index, write_index
+from radiology_ai.dicom.limits import open_regular
 from radiology_ai.dicom.pseudonyms import read_key
 from radiology_ai.dicom.quality import ENDS, bytes_digest, find_duplicates
 from radiology_ai.dicom.read import read_radiograph
 from radiology_ai.dicom.stored import decode_stored
+from radiology_ai.names import note_ids, speaking
 from radiology_ai.parallel import run_parallel
 from radiology_ai.phantom.hospital import write_dicom
 from radiology_ai.preprocess.recipe import Preprocess
@@ -209,7 +215,8 @@ def with_hole(path, head, size, tail=b''):
 
 
 SPARSE = dict( # (bytes in front of the hole, its size, bytes behind)
-    zeros_20_GB=(meta() + header(), 20*10**9), zeros_no_header=(bytes(128) + b'DICM', 10**9),
+    zeros_20_GB=(meta() + header(), 20*10**9), film_and_20_GB=(meta() + header() + PIXELS, 20*10**9),
+    png_and_20_GB=(png(), 20*10**9), zeros_no_header=(bytes(128) + b'DICM', 10**9),
     png_chunk=(png()[:33] + struct.pack('>I', 1_500_000_000) + b'prVt', 1_500_000_000, bytes(4) + png()[33:]),
     png_picture=(png()[:33] + struct.pack('>I', 2_000_000_000) + b'IDAT', 2_000_000_000, bytes(4)),
     jpeg=(b'\xff\xd8\xff\xe1\xff\xff', 3*10**9), tiff_entry=(tiff(1, t273=(4, 8, 2**28)), 2**31),
@@ -422,6 +429,24 @@ def test_a_child_is_ended():
     assert in_child.decode('jpeg2k', stream)==bytes(64*64)
 
 
+@pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='processes cannot be halted here')
+@pytest.mark.parametrize('busy', [True, False])
+def test_time_that_the_processors_gave_to_others_is_no_fault_of_a_stream(monkeypatch, busy):
+    "A decoder that waits for its turn is waited for; one that waits for nothing is ended."
+    stream = imagecodecs.jpeg2k_encode(np.zeros((64, 64), np.uint8), codecformat='j2k')
+    assert in_child.decode('jpeg2k', stream)==bytes(64*64)
+    if busy: monkeypatch.setattr(child_room, '_lent', lambda pid: time.monotonic())
+    halted = in_child.process
+    halted.send_signal(signal.SIGSTOP)
+    later = threading.Timer(.6, halted.send_signal, [signal.SIGCONT])
+    later.start()
+    if busy: assert in_child.decode('jpeg2k', stream, seconds=.3)==bytes(64*64)
+    else:
+        with pytest.raises(ValueError, match='took more than 0.3 s'):
+            in_child.decode('jpeg2k', stream, seconds=.3)
+    later.join()
+
+
 def test_a_large_picture_of_few_bytes_is_decoded_in_a_child(monkeypatch, tmp_path):
     """Its code-blocks may ask for passes over data that is not there; an honest one gives the same pixels
     there."""
@@ -452,6 +477,36 @@ def test_the_child_starts_under_a_hard_limit(tmp_path):
         "print(len(in_child.decode('jpeg2k', b)))")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip()=='64', done.stderr
+
+
+@pytest.mark.skipif(not os.access('/proc/self/environ', os.R_OK), reason='this system has no files of the kernel')
+def test_a_file_that_says_it_is_empty_is_not_read(tmp_path):
+    """Those of the kernel are regular files of no size, and some never end: what is read of them is what they say.
+    /proc/kmsg, which only some may open, gave nothing and no end, for ever."""
+    folder = tmp_path/'films'
+    folder.mkdir()
+    for name in ('environ', 'kmsg'):
+        (folder/f'{name}.dcm').symlink_to('/proc/kmsg' if name=='kmsg' else '/proc/self/environ')
+    (tmp_path/'empty').touch()
+    assert bytes_digest('/proc/self/environ')==bytes_digest(tmp_path/'empty')
+    with open_regular('/proc/self/environ') as f: assert f.read()==b''
+    for path in folder.iterdir():
+        with pytest.raises(DicomError, match='the file is empty|cannot be opened'): read_radiograph(path)
+    assert index_dicoms(folder, workers=1).error.str.fullmatch('the file is empty|the file cannot be opened.*').all()
+    store = preprocess_folder(folder, tmp_path/'store', Preprocess(size=32), workers=1, show=False, allow_empty=True)
+    assert len(store.errors)==2
+
+
+def test_a_cell_of_megabytes_does_not_hold_up_what_is_said(tmp_path):
+    cell = 'x'*2**25
+    start = time.process_time()
+    with speaking(()) as speech:
+        note_ids(pd.DataFrame({'image_id': [cell, 'MRN-0042']}))
+        said = speech.without_names('column image_id holds MRN-0042')
+    from radiology_ai.cli import _one_line
+    line = _one_line(DataError(f'It holds {cell}', 'Write it otherwise'))
+    assert said=='column image_id holds #2' and len(line)<5000 and line.endswith('Write it otherwise')
+    assert time.process_time() - start<2
 
 
 # ---------------------------------------------------------------- what is said of bytes
@@ -598,7 +653,8 @@ def test_repeated_texts(tmp_path):
     "A parquet file of a kilobyte with a gigabyte of text; an honest one is read."
     import pyarrow as pa
     from pyarrow import parquet
-    with parquet.ParquetWriter(tmp_path/'a.parquet', pa.schema([('image_id', pa.string())]), compression='zstd') as f:
+    with parquet.ParquetWriter(tmp_path/'a.parquet', pa.schema([('image_id', pa.string())]),
+            compression='zstd') as f:
         for _ in range(10): f.write_table(pa.table({'image_id': pa.array(['x'*10**6]*100)}))
     assert (tmp_path/'a.parquet').stat().st_size<20_000
     for read in (read_labels, read_index):
@@ -703,6 +759,7 @@ OUT_OF_MEMORY = '''
 import resource,sys
 sys.path.insert(0, {tests!r})
 from test_limits import hungry
+from radiology_ai.names import note_ids, speaking
 from radiology_ai.parallel import run_parallel
 def gone(item, cause): return f'{{item}} {{cause}}'
 if __name__=='__main__':

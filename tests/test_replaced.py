@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from radiology_ai.core import PAGE, RadiologyError, check_replaced, save_picture
+from radiology_ai.core import PAGE, DataError, RadiologyError, StoreError, check_replaced, save_picture
 from radiology_ai.dicom.explore import explore_dicoms
+from radiology_ai.dicom.index import check_index, index_dicoms, write_index
 from radiology_ai.dicom.write import save_result
 from radiology_ai.names import write_unreadable
 from radiology_ai.phantom.hospital import write_dicom
+from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.report.page import write_report
 from radiology_ai.serve.align import align_folder
 from radiology_ai.serve.export import export_onnx
@@ -40,6 +42,7 @@ WRITERS = {'x.html': lambda d, films: explore_dicoms(films, workers=1).to_html(d
     'p.csv': lambda d, films: write_outputs(Answered('toy', TABLE, []), d/'p.csv'),
     'p.json': lambda d, films: write_outputs(Answered('toy', TABLE, []), d/'p.csv', ['csv', 'json']),
     'p.unreadable.csv': lambda d, films: write_unreadable(d/'p.csv', BAD),
+    'i.parquet': lambda d, films: write_index(index_dicoms(films, workers=1), d/'i.parquet'),
     's.csv': lambda d, films: save_siim(pd.DataFrame({'image_id': ['1'], 'rle': ['1 3']}), d/'s.csv'),
     'knee.onnx': lambda d, films: export_onnx(BUNDLE, d/'knee.onnx'),
     '0001.png': lambda d, films: save_picture(d/'0001.png', np.zeros((8, 8), np.uint8))}
@@ -123,3 +126,22 @@ def test_a_report_in_the_place_of_a_page_of_others(name, tmp_path):
     with pytest.raises(RadiologyError, match=f'{name} is there already'):
         write_report(tmp_path/'mine.html', title='a', task='b', table=TABLE, labels=[])
     assert contents(tmp_path)=={name: b'<html>mine</html>'}
+
+
+def test_a_table_of_somebody_is_no_index(films, tmp_path):
+    pd.DataFrame({'path': ['a'], 'error': ['']}).to_parquet(tmp_path/'mine.parquet')
+    (tmp_path/'link.parquet').symlink_to('nowhere')
+    before = (tmp_path/'mine.parquet').read_bytes()
+    for name in ('mine.parquet', 'link.parquet'):
+        with pytest.raises(DataError, match=f'{name} is there already.*nothing of yours'): check_index(tmp_path/name)
+        with pytest.raises(DataError, match='is no readable index'): write_index(pd.DataFrame(), tmp_path/name)
+    assert (tmp_path/'mine.parquet').read_bytes()==before and (tmp_path/'link.parquet').is_symlink()
+
+
+def test_a_folder_with_a_recipe_of_somebody_is_no_store(films, tmp_path):
+    (tmp_path/'recipe.json').write_text('{"flour": 500}')
+    (tmp_path/'thesis.txt').write_text('mine')
+    before = contents(tmp_path)
+    with pytest.raises(StoreError, match='recipe.json is damaged, or of something else.*Give a new folder'):
+        preprocess_folder(films, tmp_path, 'plain', workers=1, show=False)
+    assert contents(tmp_path)==before and not (tmp_path/'shards').exists()

@@ -21,8 +21,12 @@ from test_store import small_disk
 from radiology_ai import parallel
 from radiology_ai.core import DataError, StoreError, atomic_path, disk_remedy, progress, save_picture
 from radiology_ai.dicom.deidentify import deidentify
+from radiology_ai.dicom.index import index_dicoms
+from radiology_ai.names import speaking
 from radiology_ai.phantom.hospital import write_dicom
+from radiology_ai.preprocess import scale
 from radiology_ai.preprocess.scale import preprocess_folder
+from radiology_ai.serve.predict import stored
 
 SHELL = shutil.which('bash')
 pytestmark = pytest.mark.skipif(SHELL is None or os.name!='posix', reason='the cases are written for a shell')
@@ -113,14 +117,16 @@ def test_want_of_memory_or_threads_is_told_as_that(error):
 
 
 def test_a_folder_that_may_not_be_written_is_told_with_the_file(tmp_path, monkeypatch):
-    def refuse(*args, **more): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), '.i-123-abc.parquet')
+    def refuse(*args, **more):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), '.i-123-abc.parquet')
     monkeypatch.setattr('radiology_ai.core.tempfile.mkstemp', refuse)
     with pytest.raises(PermissionError) as e, atomic_path(tmp_path/'i.parquet'): pass
     assert e.value.filename==str(tmp_path/'i.parquet')
 
 
 def test_the_command_as_a_module(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'radiology_ai.cli', '--version'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'radiology_ai.cli', '--version'], capture_output=True,
+        text=True)
     assert done.returncode==0 and done.stdout.startswith('radiology_ai')
 
 
@@ -223,13 +229,68 @@ def test_a_signal_ends_with_one_line(films, tmp_path, number, everybody):
     assert group(process.pid)==[] and list((tmp_path/'tmp').iterdir())==[]
 
 
-def test_a_signal_while_modules_are_imported():
-    done = subprocess.run([sys.executable, '-c', """
+@pytest.mark.parametrize('module', ['typer', 'pandas']) # before and after the command line is there
+def test_a_signal_while_modules_are_imported(module):
+    done = subprocess.run([sys.executable, '-c', f"""
 import os, signal, sys
 class Hit:
     def find_spec(self, name, path=None, target=None):
-        if name=='pandas': os.kill(os.getpid(), signal.SIGINT)
+        if name=='{module}': os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Hit())
-from radiology_ai.cli import main
+from radiology_ai.command import main
 main()""", 'index', 'nowhere', '--out', 'nothing'], capture_output=True, text=True)
     assert done.returncode==130 and done.stderr=='radiology_ai: interrupted. The same command begins anew\n'
+
+
+def test_what_packages_would_tell_their_makers_is_switched_off(tmp_path, monkeypatch):
+    "onnxruntime opens an account of its use, to be sent, as soon as it is imported."
+    for name in ('ORT_DISABLE_TELEMETRY', 'MLFLOW_DISABLE_TELEMETRY'): monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, '-c', """
+import os
+from radiology_ai.core import MissingPackageError, optional
+for name in ('onnxruntime', 'mlflow'):
+    try: optional(name, 'extra')
+    except MissingPackageError: pass
+print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['MLFLOW_DISABLE_TELEMETRY'])"""], capture_output=True,
+text=True,
+        env={**os.environ, 'HOME': str(tmp_path), 'TMPDIR': str(tmp_path)})
+    assert done.stdout.split()==['1', '1'], done.stderr
+    assert not any(name=='.ses' or 'onnxruntime' in name for _, folders, files in os.walk(tmp_path)
+        for name in folders + files)
+
+
+def test_a_broken_link_in_a_folder_is_one_row(films, tmp_path):
+    folder = tmp_path/'films'
+    folder.mkdir()
+    shutil.copy(films/'1.dcm', folder)
+    (folder/'gone.dcm').symlink_to('nowhere')
+    (folder/'round.dcm').symlink_to('round.dcm')
+    with stored('plain', folder, workers=1, show=False) as store: # what `predict` reads
+        assert len(store)==1 and sorted(Path(p).name for p in store.errors.path)==['gone.dcm', 'round.dcm']
+
+
+def test_the_note_of_the_file_at_work_is_its_owners_alone(films, tmp_path, monkeypatch):
+    "It names a file, and so perhaps a patient; one that an earlier version left is closed too."
+    note, real, seen = tmp_path/'s/shards/now.txt', scale.prepare, []
+    note.parent.mkdir(parents=True)
+    note.write_text('')
+    def looked_at(*args):
+        seen.append((note.stat().st_mode & 0o777, note.read_text()))
+        return real(*args)
+    monkeypatch.setattr(scale, 'prepare', looked_at)
+    preprocess_folder(films, tmp_path/'s', 'plain', workers=1, show=False)
+    assert {mode for mode, _ in seen}=={0o600} and str(films/'1.dcm') in {text for _, text in seen}
+    assert not note.exists()
+
+
+def test_a_folder_that_cannot_be_opened_is_not_named_in_a_log(films, tmp_path, monkeypatch, capsys):
+    (tmp_path/'DOE^JANE').mkdir()
+    shutil.copy(films/'1.dcm', tmp_path)
+    real = os.scandir
+    def refused(folder):
+        if str(folder).endswith('DOE^JANE'): raise PermissionError
+        return real(folder)
+    monkeypatch.setattr(os, 'scandir', refused)
+    with pytest.warns(UserWarning) as told, speaking(('index', str(tmp_path))): index_dicoms(tmp_path, workers=1)
+    assert [str(w.message) for w in told]==[
+        'A folder cannot be opened (PermissionError); its files are not in the table']

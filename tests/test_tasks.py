@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import fails, run_cli
 from forks import Forks
+from test_distributed import ended, launch
 from test_privacy import TABLES, command, leaks, name_films, spoken
 
 from radiology_ai.core import BundleError, DataError, RadiologyError
@@ -127,6 +128,19 @@ def test_killed_and_called_again_it_ends_the_same(hospital, forks, tmp_path, tmp
     assert digests(tmp_path/'run')==digests(hospital.run.path)
     assert not list((tmp_path/'run').rglob('.*')) and not (tmp_path/'run'/'fits').exists(), said
     assert [p.name for p in tmp_path.iterdir()]==['run']
+
+
+@pytest.mark.slow
+def test_two_processes_train_it(hospital, forks, tmp_path):
+    "The same images, answered by one table; one process has written."
+    said = ended(forks, tmp_path, launch(forks, tmp_path, *[hospital.words(tmp_path/'run')]*2))
+    assert [c for c, _ in said]==[0, 0] and said[1][1]=='', said
+    forks.place(tmp_path, dict(os.environ))
+    run, alone = read_run(tmp_path/'run'), hospital.run
+    assert all(fit['machine']['processes']==2 for fit in run.record['fits'])
+    pd.testing.assert_frame_equal(run.manifest, alone.manifest)
+    assert list(run.predictions)==list(alone.predictions)
+    assert run.predictions.image_id.tolist()==alone.predictions.image_id.tolist()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/data.labels.html.md"""
 
 # %% auto #0
 __all__ = ['SCHATZKER', 'KELLGREN_LAWRENCE', 'MANIFEST', 'Grade', 'contradicting_rows', 'find_problems', 'manifest_problems',
-           'validate_manifest', 'named_columns', 'make_manifest', 'missing_rows', 'Dataset', 'with_sizes',
+           'validate_manifest', 'named_columns', 'one_of_two', 'make_manifest', 'missing_rows', 'Dataset', 'with_sizes',
            'make_dataset', 'files_below', 'find_images']
 
 # %% ../../nbs/30_data.labels.ipynb #40759246
@@ -32,6 +32,7 @@ from radiology_ai.data.words import (
     view_names,
 )
 from ..names import file_label
+from ..preprocess.places import film_id, side_letter
 
 # %% ../../nbs/30_data.labels.ipynb #ea6e137c
 class Grade(NamedTuple):
@@ -264,7 +265,8 @@ def _best_key(df, labels, on) -> tuple[tuple, np.ndarray]:
     keys = [k for k in keys if k[0] is not None]
     found,errors = _matches(df, labels, keys)
     best = max(found, key=_hits, default=None)
-    if best is not None and _hits(best) or errors: # a column that names images, though badly, is the one that is meant
+    # a column that names images, though badly, is the one that is meant
+    if best is not None and _hits(best) or errors:
         if best is None or not _hits(best): raise errors[0]
         return best
     other = _telling_column(df, labels, [k[0] for k in keys])
@@ -295,7 +297,8 @@ def _telling_column(df, labels, tried):
     return max(found, key=_hits) if len(columns)==1 else None
 
 # what a column of patients is called, where the files themselves name none
-_PATIENTS = ('patient', 'patientnumber', 'patientno', 'patientnr', 'patientcode', 'patientuid', 'patid', 'pid', 'mrn',
+_PATIENTS = ('patient', 'patientnumber', 'patientno', 'patientnr', 'patientcode', 'patientuid', 'patid',
+    'pid', 'mrn',
     'subject', 'subjectid', 'paciente', 'idpaciente')
 
 def _patients_by_another_name(df, labels) -> pd.DataFrame:
@@ -309,13 +312,83 @@ def named_columns(
     image: str|None=None,    # its column that names the images; None: a usual one
     patient: str|None=None,  # its column that names the patients; None: patient_id, or that of the files
 ) -> pd.DataFrame:
-    "The table whose columns of images and patients are called `image_id` and `patient_id`. Raises `DataError`."
+    """The table whose columns of images and patients are called `image_id` and `patient_id`. Raises
+    `DataError`."""
     for given,name,others in ((image, 'image_id', {'image_id', *(match_column(labels, c) for c,_ in _KEYS)}),
             (patient, 'patient_id', {match_column(labels, 'patient_id')})):
         if given is None: continue
         column = find_column(labels, given, of='The labels have')
-        labels = labels.drop(columns=[c for c in labels if c in others and c!=column]).rename(columns={column: name})
+        labels = labels.drop(columns=[c for c in labels if c in others
+            and c!=column]).rename(columns={column: name})
     return labels
+
+# %% ../../nbs/30_data.labels.ipynb #8b170655
+def one_of_two(
+    df: pd.DataFrame, # a manifest, or the index of a store
+) -> pd.Series:
+    "Which rows are one of the two knees of a film."
+    ids = df.image_id.astype(str)
+    return ids.map(film_id)!=ids
+
+def _letters(labels) -> pd.Series:
+    "The side that each label speaks of: L, R, B or '' (not told)."
+    column = next((c for c in (match_column(labels, n) for n in ('side', 'laterality')) if c is not None),
+        None)
+    if column is None: return pd.Series('', labels.index)
+    return labels[column].map(lambda v: side_letter(v) or '')
+
+def _matched(df, labels, on, told: bool=False) -> tuple[tuple, np.ndarray]:
+    """The pair (label column, manifest column) and for each image its row in the labels, by the side where
+    that is needed."""
+    two,letters = one_of_two(df),_letters(labels)
+    if not two.any():
+        try: return _best_key(df, labels, on)
+        except DataError:
+            if 'side' not in df or not {'L', 'R'}<=set(letters): raise
+    elif 'image_id' in labels and df.image_id[two].isin(set(text_ids(labels.image_id))).any():
+        return _best_key(df, labels, on or 'image_id') # labels of knees, by their own names
+    return _by_side(df, labels, on, letters, told=told)
+
+def _by_side(df, labels, on, letters, *, told) -> tuple[tuple, np.ndarray]:
+    "The same where films show two knees, or have a label for each side."
+    names = df.image_id.astype(str).map(film_id)
+    first = ~names.duplicated()
+    films = df[first].assign(image_id=names[first]).reset_index(drop=True)
+    at_film = names.map({k: i for i,k in enumerate(films.image_id)}).to_numpy()
+    parts = {s: np.flatnonzero(letters==s) for s in ('L', 'R', 'B', '')}
+    key,_ = _best_key(films, labels.iloc[max(parts.values(), key=len)], on)
+    found = {}
+    for s,rows in parts.items():
+        at = _match(films, labels.iloc[rows], *key) if len(rows) else np.full(len(films), -1)
+        found[s] = np.where(at>=0, rows[at] if len(rows) else -1, -1)[at_film]
+    out = _of_own_side(df, found)
+    if told: _tell_sides(df, found[''], out)
+    return key,out
+
+def _of_own_side(df, found: dict) -> np.ndarray:
+    """For each row the label of its side, of both, or of none told; `found` holds for each side the rows of
+    labels."""
+    side = df.laterality.where(df.laterality.isin(['L', 'R']), df.side if 'side' in df else '').to_numpy()
+    header = df.header_side.to_numpy() if 'header_side' in df else np.full(len(df), '')
+    out,others = np.full(len(df), -1),np.where(found['L']>=0, found['L'], found['R'])
+    torn = (found['L']>=0) & (found['R']>=0)
+    for i,two in enumerate(one_of_two(df)):
+        own = found[side[i]][i] if side[i] in ('L', 'R') else -1
+        untold = found[''][i] if not two or header[i]==side[i] else -1
+        other = -1 if two or torn[i] else others[i]
+        out[i] = next((v for v in (own, found['B'][i], untold, other) if v>=0), -1)
+    return out
+
+def _tell_sides(df, untold, out):
+    "A warning of labels that do not say which of two knees they mean."
+    names = df.image_id.astype(str).map(film_id)
+    open_ = one_of_two(df) & (untold>=0) & ((out<0) | (out==untold))
+    if not open_.any(): return
+    went = names[open_ & (out>=0)].nunique()
+    n = names[open_].nunique()
+    warnings.warn(f"{n} films with two knees have a label that does not say the side (such as {names[open_].iloc[0]}): it went to the "
+        f"knee on the header's side in {went}, to no knee in {n-went}. Add a column side (left, right or both) to the labels",
+        stacklevel=6)
 
 # %% ../../nbs/30_data.labels.ipynb #fe23f344
 def make_manifest(
@@ -325,7 +398,7 @@ def make_manifest(
     no_patient: str='raise',            # without patient: 'raise', 'drop', or 'image': each is a patient of its own
 ) -> pd.DataFrame:
     """One row for each readable image: the columns of a manifest, what the index knew, and the labels (NaN
-    where there is none)."""
+    where there is none). Of a film with two knees each is a row, which takes the label of its side (see `_by_side`)."""
     df = _base(index)
     if labels is not None and len(labels):
         labels = _patients_by_another_name(df, _usual_names(labels.reset_index(drop=True)))
@@ -335,17 +408,18 @@ def make_manifest(
         if no_patient=='drop':
             warnings.warn(f"{int(lost.sum())} images without patient are left out", stacklevel=2)
             df = df[~lost].reset_index(drop=True)
-        elif no_patient=='image': df['patient_id'] = df.patient_id.where(~lost, df.image_id)
+        elif no_patient=='image': df['patient_id'] = df.patient_id.where(~lost, df.image_id.map(film_id))
         else:
             raise DataError(f"{int(lost.sum())} of {len(df)} images have no patient (such as {df.path[lost].iloc[0]}, whose "
                 f"patient_id {patient_fault(df.patient_id[lost].iloc[0])})",
                                   "Add a column patient_id to the labels, or say no_patient='drop', or "
                                   "'image' if each image is of another patient")
-    return validate_manifest(df)
+    return validate_manifest(df.drop(columns='header_side', errors='ignore'))
 
 def _join(df, labels, on) -> pd.DataFrame:
-    (column,target),at = _best_key(df, labels, on)
-    hit = at>=0
+    (column,target),at = _matched(df, labels, on, told=True)
+    hit,two = at>=0,one_of_two(df)
+    own = df.reindex(columns=['laterality','side'])[two]
     if not hit.any():
         raise DataError(f"None of the {len(labels)} labels fits one of the {len(df)} images: column "
             f"{column!r} holds {str(labels[column].iloc[0])!r}, the images' {target} {str(df[target].iloc[0])!r}",
@@ -362,6 +436,9 @@ def _join(df, labels, on) -> pd.DataFrame:
     df['patient_id'] = _rename_patients(header, text_ids(df.patient_id), hit)
     df['view'] = view_names(df.view)
     df['laterality'] = df.laterality.map(lambda o: _SIDES.get(str(o).strip().lower(), o))
+    if 'side' in labels: df['side'] = df.side.map(lambda o: side_letter(o) or o)
+    for c in own:
+        if two.any() and c in df: df[c] = df[c].mask(two, own[c].reindex(df.index))
     return df
 
 _SIDES = {'left': 'L', 'l': 'L', 'right': 'R', 'r': 'R', 'both': 'B', 'b': 'B', 'nan': '', 'none': ''}
@@ -393,7 +470,7 @@ def missing_rows(
     """What `make_manifest` leaves without a partner: `what` ('image without a label' or 'label without an image'),
     `row` in its table, `name`."""
     df,labels = _base(index),_usual_names(labels)
-    (column,_),at = _best_key(df, labels.reset_index(drop=True), on)
+    (column,_),at = _matched(df, labels.reset_index(drop=True), on)
     unused = _unused(labels, column, at)
     return pd.concat([pd.DataFrame({'what': what, 'row': rows.index, 'name': rows.astype(str).to_numpy()})
         for what,rows in (('image without a label', df.path[at<0]),

@@ -21,6 +21,7 @@ import pandas as pd
 from ..core import DataError, rng
 from .words import distinct, find_column, id_text, patient_fault
 from ..files import read_bytes
+from ..preprocess.places import film_id
 from ..tables import parse_table, save_table
 
 # %% ../../nbs/32_data.split.ipynb #e327aaab
@@ -314,18 +315,19 @@ def official_split(
     df = df.reset_index(drop=True) if not df.index.is_unique else df.copy()
     _image_ids(df)
     own,where = patient_keys(df, by),pd.Series(dtype=object)
+    films = own.map(film_id) if by=='image_id' else own # of two knees a list may name the film
     for name,ids in lists.items():
         ids = pd.Index(patient_keys(pd.DataFrame({by: list(ids)}), by)).unique()
         both = where.index.intersection(ids)
         if len(both):
             raise DataError(f"{len(both)} of {by} are in two lists "
                 f"({_some(f'{i}: {where[i]} and {name}' for i in both)})", "Each belongs to one split")
-        if not own.isin(ids).any():
+        if not (own.isin(ids) | films.isin(ids)).any():
             raise DataError(f"None of the {len(ids)} of {by} in the list {name!r} is in the table (the list "
                 f"has {_some(ids[:2])}, the table {_some(own[:2])})",
                 "Check by= and how the names are written")
         where = pd.concat([where, pd.Series(name, index=ids, dtype=object)])
-    split,groups = own.map(where),patient_groups(df, kwargs.get('duplicates'))
+    split,groups = own.map(where).fillna(films.map(where)),patient_groups(df, kwargs.get('duplicates'))
     seen = pd.DataFrame({'patient': groups, 'split': split.fillna('in no list')}).drop_duplicates()
     seen = seen[seen.patient.duplicated(keep=False)]
     torn = [f"{p}: {' and '.join(sorted(s))}" for p,s in seen.groupby('patient').split]
@@ -468,6 +470,7 @@ def load_split(
             "Take the file as it was written")
     if df is None: return table
     ids,known = _image_ids(df),table.set_index('image_id')
+    ids = ids.where(ids.isin(known.index), ids.map(film_id)) # divided before its two knees were told apart
     if (lost := ~ids.isin(known.index)).any():
         raise DataError(f"{int(lost.sum())} of {len(df)} images are not in {path.name} (rows "
             f"{_some(f'{r}: {i}' for r,i in ids[lost].items())})", "Leave them out, or make a new split")

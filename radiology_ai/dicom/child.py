@@ -14,6 +14,8 @@ import queue
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 # %% ../../nbs/11_dicom.child.ipynb #c7e7e656
 from ..core import temporary
@@ -26,6 +28,18 @@ try: import resource
 except ImportError: resource = None
 try: from signal import alarm
 except ImportError: alarm = abs # Windows
+
+def end_when_left_alone():
+    import select
+    pipe = select.poll()
+    pipe.register(0, 0) # its end, not what may be in it
+    pipe.poll()
+    os._exit(1)
+
+try:
+    import select, threading
+    if hasattr(select, 'poll'): threading.Thread(target=end_when_left_alone, daemon=True).start()
+except RuntimeError: pass # no more threads are allowed
 sys.modules['dl'] = sys.modules['DLFCN'] = None # of Python 2: gdcm imports them where they are, or what has their name
 import gdcm, imagecodecs
 
@@ -69,6 +83,13 @@ for line in sys.stdin:
     print('no' if b is None else 'ok', file=out, flush=True)
 """
 
+_PATIENCE = 10 # a decoder is waited for so many times as long where the machine has others to serve
+
+def _lent(pid) -> float:
+    "Seconds that a process was ready to go on while the processors served others; 0 where the system does not tell."
+    try: return int(Path(f'/proc/{pid}/schedstat').read_text().split()[1])/1e9
+    except (OSError, ValueError, IndexError): return 0.
+
 class Child:
     "gdcm, OpenJPH, OpenJPEG and libjxl in a child process."
     def __init__(self): self.process,self.owner,self.lock = None,0,threading.Lock()
@@ -105,19 +126,26 @@ class Child:
             if not self.process or self.owner!=os.getpid(): self._start()
             with temporary(suffix='.dcm') as path:
                 path.write_bytes(file)
-                answer = self._ask(f'{decoder} {memory} {math.ceil(seconds) + 5} {path}\n', seconds)
+                most = _PATIENCE*seconds
+                answer = self._ask(f'{decoder} {memory} {math.ceil(most) + 5} {path}\n', seconds, most)
                 if answer not in ('ok', 'no'):
                     self._stop()
                     raise ValueError(f'it {answer}')
                 if answer=='no': raise ValueError('it refused')
                 return path.read_bytes()
 
-    def _ask(self, line, seconds):
-        "What the child answers to a line."
+    def _ask(self, line, seconds, most):
+        "What the child answers to a line. What the processors gave to others does not count, up to `most` seconds."
+        begin,lent = time.monotonic(),_lent(self.process.pid)
+        end = begin + seconds
         try:
             self.process.stdin.write(line); self.process.stdin.flush()
-            return self.answers.get(timeout=seconds)
-        except queue.Empty: return f'took more than {seconds:g} s'
+            while True:
+                try: return self.answers.get(timeout=max(0, end - time.monotonic()))
+                except queue.Empty:
+                    more = min(begin + seconds + _lent(self.process.pid) - lent, begin + most)
+                    if more<=end + .01: return f'took more than {seconds:g} s'
+                    end = more
         except OSError: return 'crashed'
 
 in_child = Child() # one for each process, started when it is needed

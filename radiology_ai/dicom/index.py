@@ -6,10 +6,11 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.index.html.md"""
 
 # %% auto #0
 __all__ = ['INDEX_INT', 'INDEX_FLOAT', 'INDEX_TEXT', 'INDEX_COLUMNS', 'image_files', 'scan_header', 'header_values',
-           'fast_header', 'index_row', 'index_dicoms', 'write_index', 'read_index']
+           'fast_header', 'index_row', 'index_dicoms', 'check_index', 'write_index', 'read_index']
 
 # %% ../../nbs/15_dicom.index.ipynb #ee3ed693
 import os
+import sys
 import warnings
 import zlib
 from functools import lru_cache
@@ -59,7 +60,7 @@ from radiology_ai.dicom.tags import (
     value_of,
     view,
 )
-from ..names import file_label, note_files, note_ids
+from ..names import called, may_say, note_files, note_ids
 from ..parallel import run_parallel
 
 # %% ../../nbs/15_dicom.index.ipynb #3f646976
@@ -137,8 +138,8 @@ def _below(folder):
         d = todo.pop()
         try: entries = [*os.scandir(d)]
         except OSError as e:
-            warnings.warn(f'The folder {file_label(d)} cannot be opened ({type(e).__name__}); its files are not in the table',
-                stacklevel=2)
+            which = f'The folder {called(d, sys.stderr)}' if may_say(sys.stderr) else 'A folder'
+            warnings.warn(f'{which} cannot be opened ({type(e).__name__}); its files are not in the table', stacklevel=2)
             continue
         for o in entries:
             if o.is_dir(follow_symlinks=False): todo.append(o.path)
@@ -559,11 +560,29 @@ def index_dicoms(
 _FEW = 5_000 # with fewer files the start of processes takes longer than the work, where the disk is fast
 
 # %% ../../nbs/15_dicom.index.ipynb #99260fed
+_KEYS = 'path','error','SOPInstanceUID'
+
+def check_index(
+    path, # a file that an index is going to be written to
+):
+    "Raises `DataError` where something else is there already; an empty file is nothing."
+    if not os.path.lexists(path) or os.path.isfile(path) and not os.path.getsize(path): return
+    from pyarrow import parquet
+    try:
+        with open_regular(path) as f: names = parquet.read_schema(f).names
+    except Exception as e: # pyarrow raises many types
+        if own_fault(e): raise
+        names = []
+    if not set(_KEYS)<=set(names):
+        raise DataError(f"{path} is there already, and is no readable index of DICOM files",
+            "Give another path; nothing of yours is ever replaced")
+
 def write_index(
     df: pd.DataFrame, # as of `index_dicoms`
     path,             # the `.parquet` file to write
 ) -> Path:
-    "Writes an index, whole or not at all."
+    "Writes an index, whole or not at all, over an earlier one alone. `DataError` where something else is there."
+    check_index(path)
     with atomic_path(path, private=True) as p: df.to_parquet(p, index=False)
     return Path(path)
 
@@ -580,6 +599,6 @@ def read_index(
         if own_fault(e): raise
         raise DataError(f"{path} is not a readable parquet file ({type(e).__name__})",
             "Make it again with write_index") from e
-    missing = [k for k in ('path', 'error', 'SOPInstanceUID') if k not in df]
+    missing = [k for k in _KEYS if k not in df]
     if missing: raise DataError(f"{path} has no column {', '.join(missing)}", "Make it with index_dicoms")
     return note_ids(df)

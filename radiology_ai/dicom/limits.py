@@ -8,10 +8,10 @@ Docs: https://lluissalord.github.io/radiology_ai/dicom.limits.html.md"""
 __all__ = ['MAX_PIXELS', 'MAX_FRAMES', 'MAX_HEADER', 'MAX_INFLATED', 'MAX_HELD', 'MAX_READS', 'MAX_ELEMENTS', 'MAX_DEPTH',
            'MAX_VALUE', 'MAX_PARSED', 'MAX_ITEMS', 'MAX_WALKED', 'MAX_FRAGMENTS', 'MAX_STORED', 'MAX_SEGMENTS',
            'MAX_PACKETS', 'MAX_PRECINCTS', 'MAX_BLOCKS', 'MAX_SCANNED', 'MAX_PAGES', 'MAX_CHUNKS', 'MAX_CHUNK',
-           'MAX_PIECES', 'MAX_STILL', 'MAX_TABLE', 'MAX_COLUMNS', 'MAX_CELLS', 'MAX_BOOK', 'MAX_SHEET', 'CHILD_SECONDS',
-           'CHILD_MEMORY', 'TRUSTED_PIXELS', 'NOT_UTF8', 'NotAFile', 'open_regular', 'shown_name', 'LeashedFile',
-           'LeashedBytes', 'check_values', 'text_codecs', 'settle_charset', 'table_bytes', 'read_parquet',
-           'open_workbook']
+           'MAX_PIECES', 'MAX_STILL', 'MAX_DIGESTED', 'MAX_TABLE', 'MAX_COLUMNS', 'MAX_CELLS', 'MAX_BOOK', 'MAX_SHEET',
+           'CHILD_SECONDS', 'CHILD_MEMORY', 'TRUSTED_PIXELS', 'NOT_UTF8', 'NotAFile', 'open_regular', 'shown_name',
+           'LeashedFile', 'LeashedBytes', 'check_values', 'text_codecs', 'settle_charset', 'table_bytes',
+           'read_parquet', 'open_workbook']
 
 # %% ../../nbs/10_dicom.limits.ipynb #1908dd0d
 import codecs
@@ -60,6 +60,7 @@ MAX_CHUNKS = 2**10        # of a PNG, besides those of the picture
 MAX_CHUNK = 2**23         # bytes of these together
 MAX_PIECES = 2**16        # chunks of its picture
 MAX_STILL = 2**27         # bytes of a JPEG, or of the picture of a PNG
+MAX_DIGESTED = 2**31      # bytes of a film that are told apart from others; of a larger one, both ends
 MAX_TABLE = 2**27         # bytes of a text table
 MAX_COLUMNS = 5_000       # of a table
 MAX_CELLS = 2**27         # of a parquet table
@@ -77,13 +78,15 @@ def open_regular(
     path,            # a file
     buffering: int=-1, # as for `open`; 0: none
 ):
-    """The file opened for reading bytes. `NotAFile` for anything but a regular file, other `OSError`s as
-    `open` has them."""
+    """The file opened for reading bytes; what says that it is empty gives none. `NotAFile` for anything but a regular
+    file, other `OSError`s as `open` has them."""
     def opener(name, flags):
         fd = os.open(name, flags | getattr(os, 'O_NONBLOCK', 0))
-        if S_ISREG(os.fstat(fd).st_mode): return fd
+        found = os.fstat(fd)
+        if S_ISREG(found.st_mode) and found.st_size: return fd
         os.close(fd)
-        raise NotAFile('it is not a regular file')
+        if not S_ISREG(found.st_mode): raise NotAFile('it is not a regular file')
+        return os.open(os.devnull, flags) # a file of the kernel says that it is empty, and may never end
     return open(path, 'rb', buffering, opener=opener)
 
 # %% ../../nbs/10_dicom.limits.ipynb #88fd6b90

@@ -43,6 +43,9 @@ class KneeShape:
     aspect: float = .8          # shorter side of the film over the longer
     dx: float = 0.              # the joint's distance from the film's middle, parts of the film
     dy: float = 0.
+    slip_x: float = 0.          # of a dislocated femur outwards against the tibia
+    slip_z: float = 0.          # the same upwards; negative: the ends lie over each other
+    tip: float = 0.             # of a dislocated femur in the plane of the film
     seed: int = 0               # of the small irregularities and the texture
 
     @property

@@ -56,7 +56,8 @@ def _frames(k, frame):
     "Matrices from mm to pixels of the tibia and the femur, from that of the joint."
     gap = (k.space_medial+k.space_lateral)/2
     open_ = np.degrees(np.arctan((k.space_lateral-k.space_medial)/(42*k.size)))
-    return frame@shift(0, gap/2),frame@shift(0, -gap/2)@_turned(-open_)
+    x,z = k.slip_x/2,k.slip_z/2 # the joint stays in the middle between both
+    return frame@shift(-x, gap/2+z),frame@shift(x, -gap/2-z)@_turned(-open_-k.tip)
 
 def _project(k, f, frame, shape, spacing):
     "One knee on a film: flesh (H, W, 2), all bones (H, W, 3) and a list of the tibia's fragments (H, W, 4)."

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/26_preprocess.joined.ipynb #7b1a30db
 from ..core import StoreError
+from .places import film_id
 from .store import ImageStore
 
 # %% ../../nbs/26_preprocess.joined.ipynb #1318063a
@@ -36,7 +37,9 @@ class JoinedStore(ImageStore):
         self.path,self.whole,self.recipe,self.peak = last.path,last.whole,first.recipe,first.peak
         self.index,self.errors = (pd.concat([getattr(s, k) for s in stores], ignore_index=True)
             for k in ('index','errors'))
-        twice = self.index.image_id[self.index.image_id.duplicated()]
+        films = [s.index.image_id.astype(str).map(film_id).drop_duplicates() for s in stores]
+        films = pd.concat(films, ignore_index=True)
+        twice = films[films.duplicated()]
         if len(twice):
             raise StoreError(f"{len(twice)} images are in two of the stores, such as {twice.iloc[0]!r}",
                 "Give stores of different films")

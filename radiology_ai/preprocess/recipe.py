@@ -18,13 +18,15 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import DicomError, Radiograph, RadiologyError, StoreError, own_fault, plain, transform_boxes
+from ..dicom.limits import MAX_DIGESTED
 from ..dicom.polarity import find_polarity
 from ..dicom.quality import bytes_digest
 from ..dicom.read import read_radiograph
 from ..dicom.tags import laterality, view
 from .background import find_field
 from .intensity import Step, clahe, move_mask, percentile_window, shrunk, square_pad
-from .knee import locate_knees
+from .knee import CALLED, DOUBTFUL, knee_at, locate_knees
+from .places import knee_id
 
 # %% ../../nbs/23_preprocess.recipe.ipynb #0a2a3889
 VERSION = 2 # of the meaning of a recipe's fields
@@ -171,13 +173,31 @@ _NEGATIVE = 'bone is dark: the film is a negative'
 @patch
 def apply(self:Preprocess, r: Radiograph) -> Radiograph:
     """The square image of `r`; its `tags` gain `side`, `flipped`, `polarity` (how the film shows bone: bright, dark or
-    unsure), `inverted` (was that undone?), `reason` and, for a knee recipe, `knee_found` and `score`."""
+    unsure), `inverted` (was that undone?), `reason` and, for a knee recipe, `knee_found`, `score` and `doubtful`."""
+    return self.each(r, one=True)[0]
+
+@patch
+def each(self:Preprocess,
+    r: Radiograph,    # as `read_radiograph` gives it
+    spots=(),         # `Spot`s of a reader in pixels of its file; (): the knees are looked for
+    *,
+    one: bool=False,  # only the knee that `apply` shows
+) -> list[Radiograph]:
+    """The square images of `r`: of a knee recipe one a knee, the right one first; their tags say `of_two`
+    where there are two."""
     small = _looked(r)
     bone = find_polarity(small).bone
     negative = self.polarity=='auto' and bone=='dark'
     if negative: r,small = (replace(a, pixels=1-a.pixels) for a in (r, small))
-    box,facts = self.knee_box(small) if self.knee else (None, dict(side=laterality(r.tags), reason=''))
+    if not self.knee: cuts = [(None, dict(side=laterality(r.tags), reason=''))]
+    else: cuts = [self.knee_box(small)] if one else self.knee_boxes(small, spots)
     field = find_field(small, self.background, letters=False) if self.background else None
+    return [self._square(r, small, field, box, facts=facts | dict(polarity=bone, inverted=negative))
+        for box,facts in cuts]
+
+@patch
+def _square(self:Preprocess, r, small, field, box, *, facts):
+    "The image of what is in `box` (None: of all) on the field that is exposed, with `facts` as tags."
     if field and field.reason: facts['reason'] = '; '.join(filter(None, [facts['reason'], field.reason]))
     if box is None: out = square_pad(r.resize(self.size))
     else:
@@ -187,8 +207,7 @@ def apply(self:Preprocess, r: Radiograph) -> Radiograph:
     black = lambda p: p if inside is None else p*inside
     pixels = black(percentile_window(out.pixels, self.low, self.high, inside))
     if self.clip: pixels = black(clahe(pixels, self.clip, self.tiles))
-    if bone=='dark': facts['reason'] = '; '.join(filter(None, [facts['reason'], _NEGATIVE]))
-    facts |= dict(polarity=bone, inverted=negative)
+    if facts['polarity']=='dark': facts['reason'] = '; '.join(filter(None, [facts['reason'], _NEGATIVE]))
     facts['flipped'] = self.flip_left and facts['side']=='L' and facts.get('knee_found', True)
     out = replace(out, pixels=pixels, tags=r.tags | facts)
     if facts['flipped']: out = out.flip()
@@ -209,11 +228,49 @@ def knee_box(self:Preprocess,
     r: Radiograph, # of any framing
 ) -> tuple:
     """The box around the knee on the header's side, else around the best one, or None; and `side`,
-    `knee_found`, `score` and `reason`."""
-    knees,side = locate_knees(r, mm=self.mm),laterality(r.tags)
-    if not knees: return None,dict(side=side, knee_found=False, score=0., reason='no knee was found')
+    `knee_found`, `score`, `doubtful` and `reason`."""
+    return _best(locate_knees(r, mm=self.mm, **_kept(r.tags)), laterality(r.tags))
+
+def _kept(tags) -> dict:
+    "Which doubtful knees are kept: more where the header calls the film a knee."
+    called = 'KNEE' in str(tags.get('BodyPartExamined') or '').upper()
+    return dict(doubtful=CALLED if called else DOUBTFUL, called=called)
+
+def _best(knees, side) -> tuple:
+    "Box and facts of the knee on `side`, else of the best one."
+    if not knees: return None,_facts(None, side)
     best = knees[0] if len(knees)==1 else next((k for k in knees if k.side==side), knees[0])
-    return best.box,dict(side=side or best.side, knee_found=True, score=float(best.score), reason='')
+    return best.box,_facts(best, side or best.side)
+
+@patch
+def knee_boxes(self:Preprocess,
+    r: Radiograph, # of any framing
+    spots=(),      # `Spot`s of a reader in pixels of its file; (): the knees are looked for
+) -> list[tuple]:
+    "What `knee_box` gives, of each knee of the film: of one the header's side counts, of two their places."
+    side = laterality(r.tags)
+    if spots:
+        moved = [transform_boxes(r.affine, [*s.at, *s.at] if len(s.at)==2 else s.at) for s in spots]
+        knees = [knee_at(r, tuple(b[:len(s.at)]), s.side or side, self.mm) for s,b in zip(spots, moved)]
+        return _told_apart([(k, k.side, _BY_HAND) for k in knees])
+    knees = locate_knees(r, mm=self.mm, **_kept(r.tags))
+    if len(knees)<2: return [_best(knees, side)]
+    return _told_apart([(k, k.side, '') for k in knees])
+
+_BY_HAND = 'the knee was placed by a reader'
+
+def _told_apart(knees) -> list[tuple]:
+    "Box and facts of each knee, the right one first."
+    two = dict(of_two=True) if len(knees)==2 else {}
+    return [(k.box, _facts(k, side, why) | two) for k,side,why in sorted(knees, key=lambda o: o[1]=='L')]
+
+def _facts(knee, side, why='') -> dict:
+    "What is told of a knee, or of a film without one."
+    if knee is None:
+        return dict(side=side, knee_found=False, score=0., doubtful=False, reason='no knee was found')
+    doubt = '' if why else knee.doubt
+    return dict(side=side, knee_found=True, score=float(knee.score), doubtful=bool(doubt),
+        reason=why or doubt)
 
 # %% ../../nbs/23_preprocess.recipe.ipynb #5e9fa9b3
 # header values that the index keeps as text
@@ -226,34 +283,48 @@ class Source(NamedTuple):
     name: str=''   # its identity if the header gives none
     bytes: int=-1  # its size; -1: it cannot be opened
     mtime: int=-1  # when it was last written, in nanoseconds
+    places: tuple=() # `Spot`s of a reader
 
 # %% ../../nbs/23_preprocess.recipe.ipynb #ccf7afed
 def prepare(
     source: Source,     # a file
     recipe: Preprocess, # what is done with it
 ) -> tuple:
-    """(size, size) uint8 or uint16, its record, the file's hash; or (None, record with `cause` and `remedy`,
-    hash) where it cannot be used."""
-    path = source.path
-    def bad(cause, remedy): return None,dict(path=path, cause=cause, remedy=remedy),bytes_digest(path, whole=False)
-    try: r = recipe(read_radiograph(path))
+    """(size, size) uint8 or uint16, its record, the file's hash; of two knees (2, size, size) and two records; or (None, record
+    with `cause` and `remedy`, hash) where it cannot be used."""
+    path,own = source.path,type(recipe).__call__ is not Preprocess.__call__ # of somebody's own class
+    def bad(cause, remedy):
+        return None,dict(path=path, cause=cause, remedy=remedy),bytes_digest(path, whole=False)
+    try:
+        film = read_radiograph(path)
+        seen = recipe.each(film, source.places) if recipe.knee and not own else [recipe(film)]
     except RadiologyError as e: return bad(getattr(e, 'cause', e.what), e.remedy)
     except MemoryError: return bad('there was not enough memory for it', 'Use fewer workers, or leave it out')
     except Exception as e:
         if own_fault(e): raise
         return bad(f'it could not be prepared ({type(e).__name__})',
             'Leave it out, and report this with the file')
-    image = np.rint(r.pixels*np.float32(2**recipe.bits-1)).astype(recipe.dtype)
-    return image,_record(r, source),bytes_digest(path)
+    images = [np.rint(r.pixels*np.float32(2**recipe.bits-1)).astype(recipe.dtype) for r in seen]
+    records = [_record(r, source) for r in seen]
+    if len(seen)==1: return images[0],records[0],_digest_of(path)
+    return np.stack(images),records,_digest_of(path)
+
+def _digest_of(path):
+    "The hash of a film's bytes, or of the ends of what is too large for a film."
+    try: return bytes_digest(path, whole=Path(path).stat().st_size<=MAX_DIGESTED)
+    except OSError: return '' # it is gone
 
 def _record(r, source):
     "The row of the index of a prepared image."
     t,mm = r.tags,r.spacing or (np.nan, np.nan)
-    return dict(image_id=str(t.get('SOPInstanceUID') or source.name or Path(source.path).name),
+    film,two = str(t.get('SOPInstanceUID') or source.name or Path(source.path).name),t.get('of_two', False)
+    return dict(image_id=knee_id(film, t['side']) if two else film,
         path=source.path, patient_id=str(t.get('PatientID') or ''),
         study_id=str(t.get('StudyInstanceUID') or ''),
-        view=view(t), laterality=laterality(t), side=t['side'], flipped=t['flipped'],
-        knee_found=t.get('knee_found'), score=float(t.get('score', np.nan)), polarity=t['polarity'],
+        view=view(t), laterality=t['side'] if two else laterality(t), header_side=laterality(t),
+        side=t['side'],
+        flipped=t['flipped'], knee_found=t.get('knee_found'), doubtful=t.get('doubtful'),
+        score=float(t.get('score', np.nan)), polarity=t['polarity'],
         inverted=t['inverted'], reason=t['reason'],
         affine=[float(v) for v in r.affine.ravel()], spacing_row=float(mm[0]), spacing_col=float(mm[1]),
         codec=r.codec,

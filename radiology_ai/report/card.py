@@ -263,7 +263,8 @@ def _flow(d: ReportData) -> str:
     "How many files there were, and what was left out."
     if not d.flow: return ''
     out = [f"{k.lstrip('- ')}: {v:,}" for k,v in d.flow.items() if str(k).startswith('-')]
-    return f"{next(iter(d.flow.values())):,} files; left out: {', '.join(out) or 'none'}"
+    name,n = next(iter(d.flow.items()))
+    return f"{n:,} {name}; left out: {', '.join(out) or 'none'}"
 
 def _model_answers(d: ReportData, card: dict) -> dict:
     "CLAIM on the network and its training."

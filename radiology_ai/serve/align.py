@@ -30,7 +30,6 @@ from radiology_ai.core import (
     progress,
     save_picture,
 )
-from ..dicom.index import image_files
 from ..dicom.read import read_radiograph
 from ..models.stn import filled, fit_matrix
 from ..preprocess.recipe import recipe
@@ -119,9 +118,7 @@ def align_folder(
         table = with_errors(_rows(bundles, task, store, show), store)
     if to=='store':
         made = recipe(bundles[0].recipe, size=size, align=str(Path(bundles[0].path).absolute()))
-        preprocess_folder(image_files(paths if isinstance(paths, (str, Path)) else [str(p) for p in paths]),
-            out/'store', made,
-            workers=workers, show=show, allow_empty=True)
+        preprocess_folder(paths, out/'store', made, workers=workers, show=show, allow_empty=True)
     table,pairs = _drawn(table, out, size, (least, bundles[0].model.sure[2]), to=to, show=show)
     if not (table.error=='').any():
         first = table.iloc[0]

@@ -47,6 +47,7 @@ from radiology_ai.dicom.write import (
 )
 from ..findings import Finding, Reading
 from ..names import names_asked
+from ..preprocess.places import film_id
 from ..tables import save_table
 
 # %% ../../nbs/80_serve.outputs.ipynb #9f950cd6
@@ -163,7 +164,8 @@ def _results_of(answered, reading, number, out) -> list[dict]:
             remedy='')
         path = out.with_suffix('')/f'{picture_name(number, reading.path)[:-4]}_{name}.dcm'
         try:
-            source = source or read_source(reading.path, reading.image_id, answered.stamps.get(reading.path))
+            source = (source or read_source(reading.path, film_id(reading.image_id),
+                answered.stamps.get(reading.path)))
             with file_fault(reading.path, 'no result can be made of it', 'Leave it out'):
                 ds = _result(name, path, answered, source, reading=reading, masks=masks)
         except RadiologyError as e:

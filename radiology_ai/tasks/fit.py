@@ -10,7 +10,9 @@ __all__ = ['Plan', 'make_plan', 'teacher_of', 'teaching', 'has_token', 'score_ta
 
 # %% ../../nbs/67_tasks.fit.ipynb #d851c31e
 import shutil
+import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from ..names import names_asked, numbered, write_unreadable
 from ..preprocess.store import ImageStore
 from ..tables import save_table, table_digest
 from .base import Settings, Stage, Task, make_settings, settings_text
-from .kinds import channels_of, task_manifest
+from .kinds import channels_of, manifest_and_losses
 from radiology_ai.tasks.run import (
     RUN,
     Run,
@@ -44,7 +46,9 @@ from radiology_ai.tasks.run import (
     write_place,
     write_record,
 )
+from ..train.distributed import Distributed
 from ..train.learner import xray_learner
+from ..train.ranks import alike, by_first, is_first, join, silent, together, world
 from ..train.record import run_record
 from ..train.teacher import Distil, FillUnknown
 
@@ -80,7 +84,7 @@ def make_plan(
 ) -> Plan:
     "What a run with these arguments will be. Raises `DataError` for labels and splits that do not do."
     task = task.answering(lambda o: _bound(task, o, settings))
-    manifest,flow = task_manifest(task, store, labels, settings)
+    manifest,flow,losses = manifest_and_losses(task, store, labels, settings)
     identity = {'task': task.name, 'settings': asdict(settings), 'store': store.fingerprint,
         'recipe': store.recipe.to_dict(),
         'images': table_digest(manifest), 'given split': _has_split(manifest)}
@@ -90,7 +94,7 @@ def make_plan(
     else: copies = find_copies(store, ids=manifest.image_id.tolist(), least=settings.copies, show=show)
     manifest = _divided(manifest, settings, copies, task.answer.strata(manifest, settings))
     record = identity | {'split_hash': split_hash(manifest), 'copies': numbered_copies(copies, manifest),
-        'flow': flow}
+        'flow': flow, 'left_out': losses}
     return Plan(task, settings, store, manifest, copies, plain(record))
 
 def _bound(task, stage, s):
@@ -119,6 +123,9 @@ def _difference(old: dict, new: dict, kind: type=Settings) -> str:
         'images': 'the labels are others', 'given split': 'the split is another one',
         'split_hash': 'the split is another one', 'teacher': 'the teacher is another one, or has changed'}
     return next((text for k,text in words.items() if old.get(k)!=new.get(k)), '')
+
+_WORDS = {'task': 'the task', 'store': 'the image store', 'recipe': 'the recipe', 'images': 'the labels',
+    'given split': 'the split', 'split_hash': 'the split', 'teacher': 'the teacher'}
 
 # %% ../../nbs/67_tasks.fit.ipynb #a6baa5f9
 def teacher_of(
@@ -274,7 +281,8 @@ def stage_learner(
     model = (stage.model(s, dls, earlier) if s.start is None
         else started(task, stage, s.start, vocab))
     learn = xray_learner(dls, model, loss_func=loss, metrics=answer.metrics(), monitor=answer.monitor,
-        pretrained=s.pretrained, model_args=args or None, lr=s.lr, seed=s.seed, show=show, cbs=teachers,
+        pretrained=s.pretrained, model_args=args or None, lr=s.lr, seed=s.seed, show=show,
+        cbs=[*teachers, *([Distributed()] if world()>1 else [])],
         ema=getattr(s, 'ema', 0.))
     if distils or getattr(learn.model, 'config', {}).get('distilled'):
         learn.loss_func = DistillationLoss(learn.loss_func, s.distil)
@@ -283,12 +291,18 @@ def stage_learner(
 
 def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: dict, *, show):
     "Train, calibrate, tune, score and save one stage; its network. Begun before, it goes on."
+    s = plan.settings
+    learn = together(lambda: stage_learner(plan.task, stage, plan.store, rows, s, earlier=earlier, show=show))
+    learn.fit_two_phase(s.epochs, head_epochs=s.head_epochs, body_div=s.body_div,
+        checkpoint=place[0]/'checkpoint')
+    by_first(lambda: _finish(plan, stage, place, rows, learn))
+    return learn.model if is_first() else load_bundle(place[1]).model
+
+def _finish(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, learn):
+    "Calibrate, tune, score and save a trained stage."
     folder,bundle = place
     task,s,answer = plan.task,plan.settings,stage.answer
     vocab = answer.vocab(rows, s)
-    learn = stage_learner(task, stage, plan.store, rows, s, earlier=earlier, show=show)
-    learn.fit_two_phase(s.epochs, head_epochs=s.head_epochs, body_div=s.body_div,
-        checkpoint=folder/'checkpoint')
     mended = answer.calibrate(learn.model, plan.store, rows[rows.split=='valid'], vocab, s)
     parts = [score_table(task, stage, [learn.model], plan.store, rows[rows.split==k], settings=s, vocab=vocab)
         for k in ('valid','test')]
@@ -301,15 +315,16 @@ def _fit(plan: Plan, stage: Stage, place: tuple, rows: pd.DataFrame, earlier: di
         card={'label': s.label, 'images': len(rows), 'patients': int(rows.patient_id.nunique())})
     save_table(table, folder/'scores.csv')
     write_record(folder/'fit.json', {'fit': run_record(learn, calibration=mended)})
-    return learn.model
 
 def _fitted(plan, stage, place, rows, earlier, *, show):
     "The network of a fit, made now or before."
     folder,bundle = place
-    folder.mkdir(parents=True, exist_ok=True)
-    if read_record(folder/'fit.json') is None: model = _fit(plan, stage, place, rows, earlier, show=show)
-    else: model = load_bundle(bundle).model
-    shutil.rmtree(folder/'checkpoint', ignore_errors=True)
+    def is_made():
+        folder.mkdir(parents=True, exist_ok=True)
+        return read_record(folder/'fit.json') is not None
+    model = (load_bundle(bundle).model if by_first(is_made)
+        else _fit(plan, stage, place, rows, earlier, show=show))
+    by_first(lambda: shutil.rmtree(folder/'checkpoint', ignore_errors=True))
     return model
 
 # %% ../../nbs/67_tasks.fit.ipynb #c5a26219
@@ -380,17 +395,16 @@ def train_task(
 ) -> Run:
     """Train a task. Called again with the same arguments it goes on with a run that was interrupted, or reads one that is whole.
     Raises `DataError`, `StoreError`, `ModelError` or `RadiologyError`; a run that could not begin leaves nothing behind."""
-    s = make_settings(task.settings, given, settings)
+    join()
+    if not is_first(): show,say = False,_quiet
     out = Path(out)
-    state = run_state(out)
-    if state=='foreign' or state!='new' and not (resume or overwrite):
-        raise RadiologyError(f"{out} is there already" + (' and is no run' if state=='foreign' else ''),
-            "Choose another folder" + ('' if state=='foreign' else ', or give --overwrite'))
-    if overwrite: RUN.check(out)
-    store = store if isinstance(store, ImageStore) else ImageStore(store)
-    old = read_record(out/('run.json' if state=='whole' else 'plan.json'))
-    old = old | {'store': old.get('store_fingerprint', old['store'])} if old else None
-    plan = make_plan(task, s, store, labels, old=None if overwrite else old, show=show)
+    with silent():
+        s = together(lambda: make_settings(task.settings, given, settings))
+        state,old = by_first(lambda: _there(out, resume, overwrite))
+        def make(known):
+            opened = store if isinstance(store, ImageStore) else ImageStore(store)
+            return make_plan(task, s, opened, labels, old=known, show=show)
+        plan = _shared_plan(make, None if overwrite else old)
     if old is not None and not overwrite:
         changed = _difference(old, plan.record, task.settings)
         if changed:
@@ -398,19 +412,56 @@ def train_task(
                 "Give the same arguments to go on, another folder, or --overwrite")
         say(f"{out} is finished" if state=='whole' else f"going on with {out}")
         if state=='whole':
-            _tidy(out)
+            by_first(lambda: _tidy(out))
             return read_run(out)
-    if overwrite: RUN.remove(out)
-    return _run(plan, out, show, say)
+    if overwrite: by_first(lambda: RUN.remove(out))
+    with silent(): return _run(plan, out, show, say)
+
+def _there(out: Path, resume: bool, overwrite: bool) -> tuple:
+    """The state of a folder, and the record of the run in it. Raises `RadiologyError` where it may not be
+    written."""
+    state = run_state(out)
+    if state=='foreign' or state!='new' and not (resume or overwrite):
+        raise RadiologyError(f"{out} is there already" + (' and is no run' if state=='foreign' else ''),
+            "Choose another folder" + ('' if state=='foreign' else ', or give --overwrite'))
+    if overwrite: RUN.check(out)
+    old = read_record(out/('run.json' if state=='whole' else 'plan.json'))
+    return state,old | {'store': old.get('store_fingerprint', old['store'])} if old else None
+
+def _shared_plan(make, old) -> Plan:
+    """The plan that each process makes for itself; the others do not search for copies again. Raises `RadiologyError` where one
+    has another store, other labels or settings than the first."""
+    if world()==1: return make(old)
+    made = []
+    def first():
+        made.append(make(old))
+        return made[0].record
+    record = by_first(first)
+    plan = together(lambda: made[0] if made else make(record))
+    alike({f'the setting {k}': v for k,v in plan.record['settings'].items()}
+        | {what: [plan.record.get(k) for k,w in _WORDS.items() if w==what] for what in _WORDS.values()})
+    return plan
 
 def _run(plan, out, show, say) -> Run:
-    "Everything between the plan and the finished run, for one process alone."
-    fresh = not out.exists()
-    with alone_in(out):
+    "Everything between the plan and the finished run, for one process alone, or those of one job."
+    fresh = is_first() and not out.exists()
+    with ExitStack() as held:
+        by_first(lambda: str(held.enter_context(alone_in(out))))
         try:
-            if not (out/'run.toml').exists(): _begin(plan, out)
-            _publish(plan, out, *_fit_all(plan, out, show, say))
+            by_first(lambda: None if (out/'run.toml').exists() else _begin(plan, out))
+            together(lambda: _seen_here(out))
+            made = _fit_all(plan, out, show, say)
+            by_first(lambda: _publish(plan, out, *made))
         except Exception:
             if fresh and not any(out.glob('fits/*/*/checkpoint/*')): shutil.rmtree(out, ignore_errors=True)
             raise
     return read_run(out)
+
+def _seen_here(out: Path, seconds: float=60):
+    "Raises `RadiologyError` where this process does not see the folder that the first one has made."
+    end = time.monotonic()+seconds # a network disk may take a while
+    while not (out/'run.toml').exists():
+        if time.monotonic()>end:
+            raise RadiologyError(f"The folder {out} is not seen by all processes",
+                "Give a folder on a disk that all machines share")
+        time.sleep(.2)

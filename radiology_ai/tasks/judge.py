@@ -28,7 +28,7 @@ from ..preprocess.joined import JoinedStore
 from ..preprocess.store import ImageStore
 from ..report.card import Example, ReportData
 from ..report.page import choose_examples, standard_sections, write_report
-from ..report.sections import Section
+from ..report.sections import Section, left_out_section
 from ..tables import load_table
 from .base import Task, make_settings
 from .kinds import channels_of, stored_batches, task_manifest
@@ -186,7 +186,9 @@ def report_run(
         examples=[] if drawn else pictures,
         **evaluation.task.answer.names(make_settings(task.settings, s)))
     d = replace(d, **more)
-    d = replace(d, sections=[*d.sections, *evaluation.task.answer.sections(evaluation.figures),
+    losses = left_out_section(record.get('left_out', []))
+    d = replace(d, sections=[*d.sections, *([losses] if losses else []),
+        *evaluation.task.answer.sections(evaluation.figures),
         *([Section('Films', films_of(pictures))] if drawn else [])])
     if audit:
         heat = _looked(task, run, evaluation, store, bool(d.examples)) if store is not None else []

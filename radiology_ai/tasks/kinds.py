@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.kinds.html.md"""
 
 # %% auto #0
 __all__ = ['UNLABELLED', 'NOBODY', 'stored_arrays', 'stored_batches', 'batches_for', 'network_logits', 'channels_of',
-           'task_manifest', 'Answer', 'said', 'Grades', 'Classes', 'Labels']
+           'task_manifest', 'manifest_and_losses', 'Answer', 'said', 'Grades', 'Classes', 'Labels']
 
 # %% ../../nbs/66_tasks.kinds.ipynb #02e71ea9
 import warnings
@@ -20,13 +20,14 @@ from scipy.special import expit
 # %% ../../nbs/66_tasks.kinds.ipynb #6eec902c
 from ..core import DataError, ModelError, plain, progress
 from ..data.cells import read_labels
-from ..data.labels import make_manifest
+from ..data.labels import make_manifest, missing_rows
 from ..data.words import LABEL_WORDS, bare_name, grade_numbers, is_blank, label_numbers, with_columns
 from ..findings import Finding
 from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
 from ..metrics.recalibration import PlattClasses, PlattScaling, TemperatureScaling
 from ..models.onnx import OnnxNetwork, onnx_probabilities
+from ..preprocess.store import COPY
 
 # %% ../../nbs/66_tasks.kinds.ipynb #4a651604
 def stored_arrays(
@@ -96,6 +97,7 @@ def _joined(store, labels, no_patient: str) -> tuple[pd.DataFrame, int]:
         warnings.filterwarnings('ignore', 'Joined on|.* images without patient are left out')
         everyone = make_manifest(store.index, labels, no_patient='raise' if no_patient=='raise' else 'image')
         if no_patient!='drop': return everyone,0
+        warnings.filterwarnings('ignore', '.*films with two knees') # told once
         try: df = make_manifest(store.index, labels, no_patient='drop')
         except DataError as e:
             raise DataError(f"None of the {len(everyone)} images has a patient",
@@ -111,6 +113,15 @@ def task_manifest(
 ) -> tuple[pd.DataFrame, dict]:
     """The manifest of the images that take part, and the flow: how many were dropped and why. Raises
     `DataError`."""
+    return manifest_and_losses(task, store, labels, settings)[:2]
+
+def manifest_and_losses(
+    task,    # a `Task`
+    store,   # stored images
+    labels,  # as of `task_manifest`
+    settings,# of the run
+) -> tuple[pd.DataFrame, dict, list]:
+    "What `task_manifest` gives, and the rows of `left_out_rows`: which labels were dropped."
     labels = labels if isinstance(labels, pd.DataFrame) else read_labels(labels)
     labels = task.answer.prepared(labels, settings)
     df,nobody = _joined(store, labels, settings.no_patient)
@@ -118,10 +129,29 @@ def task_manifest(
     known = task.answer.known(df, settings).to_numpy()
     lost = {why: int((reason==why).sum()) for why in dict.fromkeys(reason) if why}
     nameless = {NOBODY: nobody} if nobody else {}
-    flow = {'files': len(store)+len(store.errors), 'unreadable': len(store.errors), **nameless, **lost,
+    files = store.index.path.nunique()+len(store.errors)
+    what = 'files' if len(store)+len(store.errors)==files else f'images of {files:,} files'
+    flow = {what: len(store)+len(store.errors), 'unreadable': len(store.errors), **nameless, **lost,
         UNLABELLED: int(((reason=='') & ~known).sum()), 'used': int(((reason=='') & known).sum())}
+    gone = _labels_of_unreadable(store, labels, settings)
+    from radiology_ai.report.sections import left_out_rows  # a prediction needs no report
+    rows = pd.concat([df.assign(reason=reason)[known], gone], ignore_index=True)
+    losses = left_out_rows(rows, [c for c in settings.labels if c in rows])
     df = df[(reason=='') & known].reset_index(drop=True)
-    return task.answer.checked(df, settings),flow
+    return task.answer.checked(df, settings),flow,losses
+
+def _labels_of_unreadable(store, labels, settings) -> pd.DataFrame:
+    "The labels that no stored image has, of files that could not be read; copies of other files are none."
+    bad = store.errors[store.errors.cause!=COPY]
+    if not len(bad): return pd.DataFrame()
+    try:
+        rows = missing_rows(store.index, labels)
+        rest = labels.iloc[rows.row[rows.what=='label without an image'].tolist()]
+        joined = make_manifest(bad[['path']], rest, no_patient='image')
+    except DataError: return pd.DataFrame() # its names are not those of files
+    columns = [c for c in settings.labels if c in joined]
+    return (joined[~joined[columns].apply(is_blank).all(axis=1)].assign(reason='unreadable') if columns
+        else pd.DataFrame())
 
 # %% ../../nbs/66_tasks.kinds.ipynb #0ce2fcb9
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ def knee_augment(
 
 # %% ../../nbs/70_tasks.knee.ipynb #e93bdf23
 def simulated_knees(folder, patients: int, seed: int=0, workers: int|None=None) -> pd.DataFrame:
-    """A hospital's folder with its usual surprises; the truth of its knees, and the place of each joint. Three
-    patients in five are hard to read: hairline fractures, thin bone, arthrosis, swelling, metal."""
+    """A hospital's folder with its usual surprises; the truth of its knees, and the place of each joint. One patient
+    in three is hard to read: hairline fractures, thin bone, arthrosis, swelling, metal."""
     from radiology_ai.phantom.hospital import simulate_hospital
-    truth = simulate_hospital(folder, n=patients, seed=seed, workers=workers, subtle=.6)
+    truth = simulate_hospital(folder, n=patients, seed=seed, workers=workers, subtle=.35)
     knees = truth[(truth.body_part=='KNEE') & (truth.broken=='')]
     return knees.rename(columns={'joint_x': 'x', 'joint_y': 'y'})
 
@@ -66,7 +66,7 @@ KNEE = Task(
     usable=knee_found,
     remedy='Check that it is a frontal knee radiograph',
     subject='frontal knee radiograph',
-    shown={'side': 'side', 'score': 'knee_score'},
+    shown={'side': 'side', 'score': 'knee_score', 'doubtful': 'knee_doubtful'},
     demo=Demo(simulated_knees, dict(label='schatzker', arch='resnet10t', pretrained=False, epochs=16, lr=4e-3,
     bs=16),
         radius_mm=40, place='the joint'))

@@ -30,17 +30,20 @@ from torch.amp import GradScaler
 
 # %% ../../nbs/46_train.callbacks.ipynb #e937c181
 from ..core import DataError, ModelError, progress
+from .ranks import rank, world
 
 # %% ../../nbs/46_train.callbacks.ipynb #fd03a875
 class SeededRun(Callback):
     """Fixes all random draws of a fit by `seed` and the batches seen so far; global generators are restored
     after it."""
-    order = -100
+    order,several = -100,True
     def __init__(self, seed: int=0):
         self.seed,self.epochs,self.batches = seed,0,0
         self.kept = self.hook = self.trial = None
+        self.rank,self.world = rank(),world()
 
     def _sow(self, *keys):
+        if self.rank: keys = (*keys, 'process', self.rank)
         seed = int(hashlib.sha256(f'{self.seed} {keys}'.encode()).hexdigest()[:8], 16)
         # torch.manual_seed takes milliseconds before CUDA has begun
         torch.default_generator.manual_seed(seed)
@@ -70,7 +73,7 @@ class SeededRun(Callback):
     def loaded(self):
         "Called before the transforms of each training batch."
         for t in getattr(getattr(self.learn.dls.train, 'after_batch', None), 'fs', []):
-            if hasattr(t, 'calls'): t.calls = self.batches
+            if hasattr(t, 'calls'): t.calls = self.batches*self.world + self.rank
         self._sow('load', self.batches)
 
     def before_validate(self): self._sow('validate', self.epochs)
@@ -133,7 +136,7 @@ def _check_monitor(learn, monitor: str) -> bool:
 
 class KeepBest(Callback):
     "Ends a fit with the weights of its best epoch; stops after `patience` epochs without a better one."
-    order = 61
+    order,several = 61,True
     def __init__(self,
         monitor: str='auroc',       # a name of the recorder: 'auroc', 'valid_loss', ...
         patience: int|None=None,    # None: never stop early
@@ -176,7 +179,7 @@ def all_finite(model) -> bool:
 # %% ../../nbs/46_train.callbacks.ipynb #68e248e8
 class Plateau(Callback):
     "Multiplies all rates by `factor` after `patience` epochs without a better value of `monitor`."
-    order = 60
+    order,several = 60,True
     def __init__(self,
         monitor: str='valid_loss', # as in `KeepBest`
         patience: int=2,           # epochs
@@ -205,7 +208,7 @@ class Plateau(Callback):
 class EMA(Callback):
     """Validates, and ends a fit with, the moving average of the weights; in its first steps the average is
     shorter: min(decay, (1 + n)/(10 + n))."""
-    order = 62
+    order,several = 62,True
     def __init__(self, decay: float=.999):
         if not 0<decay<1:
             raise ModelError(f"The decay of the average is {decay}",
@@ -254,7 +257,7 @@ class EMA(Callback):
 # %% ../../nbs/46_train.callbacks.ipynb #513dc7e7
 class Accumulate(Callback):
     "One step for `n` batches; the gradient is their mean."
-    order,run_valid = MixedPrecision.order-4,False
+    order,run_valid,several = MixedPrecision.order-4,False,True
     def __init__(self, n: int):
         if n<1: raise ModelError(f"accumulate is {n}", "Give the number of batches for one step")
         self.n = n
@@ -265,6 +268,7 @@ class Accumulate(Callback):
 
 class Precision(MixedPrecision):
     "The network runs in 'bf16' or 'fp16', the loss in float32."
+    several = True
     def __init__(self, kind: str='bf16'):
         super().__init__()
         self.kind,self.entered = kind,False
@@ -294,7 +298,7 @@ class Precision(MixedPrecision):
 class CheckBatches(Callback):
     """Raises `DataError` for pixels outside [0, 1], constant images and labels that do not exist, and
     `ModelError` for a loss that is not finite, with the images of the batch."""
-    order = -50
+    order,several = -50,True
     def before_fit(self):
         mixing = [type(cb).__name__ for cb in self.learn.cbs
             if any(c.__module__=='fastai.callback.mixup' for c in type(cb).__mro__)]

@@ -26,6 +26,7 @@ from fastcore.foundation import L
 from ..core import ModelError, atomic_path
 from ..files import open_file, parse_json
 from ..models.sealed import tensors_digest
+from .ranks import by_first, is_first
 
 # %% ../../nbs/46_train.checkpoint.ipynb #5d51a49c
 def pack(
@@ -136,7 +137,8 @@ def _load_callbacks(cbs, states):
 class Checkpoint(Callback):
     """Writes the state of a run into a folder every `every` batches and after each epoch; finds it again in a
     new process."""
-    order,phase,position,state = 90,0,(0, 0),None
+    order,several = 90,True
+    phase,position,state = 0,(0, 0),None
     def __init__(self,
         folder,         # for this run alone
         every: int=200, # batches
@@ -154,10 +156,8 @@ class Checkpoint(Callback):
     ) -> int:
         "The number of the phase in which the run goes on, 0 for a new one. Raises `ModelError`."
         self.identity,self.versions = json.loads(json.dumps(run, default=str)),versions
-        for p in self.folder.glob('.checkpoint-*.safetensors'):
-            p.unlink(missing_ok=True) # what a kill left half written
-        if not self.path.exists(): return 0
-        self.state = read_checkpoint(self.path)
+        self.state = by_first(self._found)
+        if self.state is None: return 0
         old = self.state['run']
         changed = [k for k in sorted({*old, *self.identity}) if old.get(k)!=self.identity.get(k)]
         if changed:
@@ -165,14 +165,20 @@ class Checkpoint(Callback):
             raise ModelError(f"{self.folder} holds another run: {k} was {_short(old.get(k))} and is "
                 f"{_short(self.identity.get(k))}{more}",
                 "Give the same data and arguments to go on, or another folder for a new run")
-        other = [f'{k} {v} -> {versions.get(k)}' for k,v in self.state['versions'].items()
-            if v!=versions.get(k)]
+        was,now = ({'processes': 1} | v for v in (self.state['versions'], versions))
+        other = [f'{k} {v} -> {now.get(k)}' for k,v in was.items() if v!=now.get(k)]
         if other:
             warnings.warn(f"The run goes on with {', '.join(other)}: the last digits may differ",
                 stacklevel=3)
         self.phase = self.state['phase']
         self.restore()
         return self.phase
+
+    def _found(self):
+        "The state in the folder, None without one."
+        for p in self.folder.glob('.checkpoint-*.safetensors'):
+            p.unlink(missing_ok=True) # what a kill left half written
+        return read_checkpoint(self.path) if self.path.exists() else None
 
     def restore(self):
         "Put back weights, loss and history; if the run was between two fits, all the rest too."
@@ -212,6 +218,7 @@ class Checkpoint(Callback):
         """Write the state. Raises `ModelError` rather than replace the last good one by weights that are not
         finite."""
         learn,self.due = self.learn,False
+        if not is_first(): return # all have the same state, and one writes it
         weights = learn.model.state_dict()
         bad = [k for k,v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]
         if bad:
@@ -239,9 +246,12 @@ def starting_at(
     "Inside this context a pass over `dl` leaves out its first batches without reading them."
     if not batch: yield
     else:
+        before = dl.__dict__.get('get_idxs')
         dl.get_idxs = _Rest(dl.get_idxs, dl.bs, batch)
         try: yield
-        finally: del dl.get_idxs
+        finally:
+            if before is None: del dl.get_idxs
+            else: dl.get_idxs = before
 
 class _Rest:
     "The rows that `whole` gives, without those of the first batches; goes to reading processes as it is."

@@ -49,6 +49,7 @@ from radiology_ai.train.callbacks import (
 from .calls import UsualCalls
 from .checkpoint import Checkpoint, starting_at
 from .optimizer import AdamW
+from .ranks import world
 from .record import machine, run_identity, run_record
 
 # %% ../../nbs/48_train.learner.ipynb #6a97a1fb
@@ -57,6 +58,9 @@ class XrayLearner(UsualCalls, Learner):
     start_batch,_in_order = 0,(None, None)
 
     def fit(self, *args, **kwargs):
+        if world()>1 and not any(getattr(cb, 'shares', False) for cb in self.cbs):
+            raise ModelError(f"{world()} processes train this learner, and none knows of the others",
+                "Give cbs=Distributed() of radiology_ai.train.distributed, or start one process")
         for p in self.model.parameters(): p.grad = None
         self._layout(torch.channels_last)
         try: super().fit(*args, **kwargs)

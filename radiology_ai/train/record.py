@@ -25,6 +25,7 @@ from ..core import plain, versions
 from ..data.split import split_hash
 from ..tables import table_digest
 from .checkpoint import Checkpoint
+from .ranks import world
 
 # %% ../../nbs/47_train.record.ipynb #2832ea8c
 def data_hash(
@@ -42,10 +43,11 @@ def _split_hash(tables) -> str|None:
 def machine(
     device, # where the network runs
 ) -> dict:
-    "The device, processor, threads and system: what may change the last digits of a run."
+    "The device, processor, threads, processes and system: what may change the last digits of a run."
     device = torch.device(device)
     return dict(device=str(device), processor=torch.cuda.get_device_name(device) if device.type=='cuda'
-        else platform.machine(), threads=torch.get_num_threads(), platform=platform.platform())
+        else platform.machine(), threads=torch.get_num_threads(), platform=platform.platform(),
+        **({'processes': world()} if world()>1 else {}))
 
 def _told(x):
     "Nested values as text and numbers: a large array by its check sum, an object by its `repr`."

@@ -22,7 +22,7 @@ from ..losses.base import full_precision
 # %% ../../nbs/47_train.teacher.ipynb #2c5b5109
 class _Asks(Callback):
     "Asks a teacher about the images of a training batch; the teacher is not trained and stays as it is."
-    order = 20 # after the checks of a batch
+    order,several = 20,True # after the checks of a batch
     def __init__(self, teacher, columns=None, n: int|None=None, size: int|None=None):
         self.teacher,self.columns,self.n,self.size = teacher,columns,n,size
         self.settings = {'teacher': weights_digest(teacher), 'columns': columns, 'size': size}
