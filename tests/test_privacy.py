@@ -40,7 +40,7 @@ ODD_NAMES = [b'QYF\xfcLE.dcm', b'QYRED\x1b[31m.dcm', b'QYLINE\nline.dcm', 'QYTUR
 # the tables with identifiers: for the owner's eyes
 TABLES = ('index.parquet', 'errors.parquet', 'shards/*', 'manifest.csv', 'split.csv', 'predictions.csv',
     'scores.csv',
-    'heat.csv', 'p.csv', 'p.json', 'link.csv', '*unreadable.csv', 'images.csv', 'other.csv')
+    'heat.csv', 'p.csv', 'p.json', 'onnx.csv', 'poses.csv', 'link.csv', '*unreadable.csv', 'images.csv', 'other.csv')
 OWN = ('*unreadable.csv', 'images.csv', 'place.json', 'p.json')
 
 
@@ -148,6 +148,7 @@ def name_films(folder: Path) -> list:
     return sorted(folder.rglob('Qyfile_*'))
 
 
+ALIGNER = Path(__file__).parent/'data/bundles/alignment_resnet'
 STEPS = dict(index='index h --out o/index.parquet', again='index h --out o/index.parquet --debug',
     explore='explore h --pixels --out o/explore.html --workers 1',
     preprocess='preprocess h --recipe knee --size 64 --workers 1 --out o/store',
@@ -156,7 +157,9 @@ STEPS = dict(index='index h --out o/index.parquet', again='index h --out o/index
     evaluate='evaluate o/run --out o/report',
     elsewhere='evaluate o/run --data o/store --labels labels.csv --out o/there',
     predict='predict o/run h --out o/p.csv --to csv --to json --to png --workers 1',
-    explain='explain o/run h --out o/heat --workers 1', verify='verify o/store',
+    explain='explain o/run h --out o/heat --workers 1',
+    export='export o/run --out o/model.onnx --films h --workers 1', packed='predict o/model.onnx h --out o/onnx.csv --workers 1',
+    align=f'align h --model {ALIGNER} --out o/aligned --size 64 --workers 1', verify='verify o/store',
     deidentify='deidentify h --key key --out o/deid --workers 1',
     linked='deidentify h --key key --link o/link.csv --burned-in keep --out o/deid2 --workers 1')
 
@@ -176,6 +179,7 @@ def test_no_log_holds_a_name(said, step):
 
 
 def test_nothing_that_is_handed_on_holds_a_name(place, said):
+    for name in ('model.onnx', 'onnx.csv', 'aligned/poses.csv', 'aligned/gallery.html'): assert (place/'o'/name).exists()
     assert leaks(place/'o', TABLES)=={}
     assert leaks(place/'home')==leaks(place/'tmp')=={}
     for p in (place/'o').rglob('*'):
