@@ -386,7 +386,7 @@ def _tell_sides(df, untold, out):
     if not open_.any(): return
     went = names[open_ & (out>=0)].nunique()
     n = names[open_].nunique()
-    warnings.warn(f"{n} films with two knees have a label that does not say the side (such as {names[open_].iloc[0]}): it went to the "
+    warnings.warn(f"{n} films with two knees have a label that does not say the side: it went to the "
         f"knee on the header's side in {went}, to no knee in {n-went}. Add a column side (left, right or both) to the labels",
         stacklevel=6)
 
@@ -398,7 +398,7 @@ def make_manifest(
     no_patient: str='raise',            # without patient: 'raise', 'drop', or 'image': each is a patient of its own
 ) -> pd.DataFrame:
     """One row for each readable image: the columns of a manifest, what the index knew, and the labels (NaN
-    where there is none). Of a film with two knees each is a row, which takes the label of its side (see `_by_side`)."""
+    where there is none). Of a film with two knees each is a row, which takes the label of its side."""
     df = _base(index)
     if labels is not None and len(labels):
         labels = _patients_by_another_name(df, _usual_names(labels.reset_index(drop=True)))
