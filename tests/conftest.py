@@ -23,7 +23,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files with the longest tests: a worker that begins with them is not still at it when the other has finished.
-LONGEST = ['test_cli.py', 'test_docs.py', 'test_demo.py', 'test_augment.py', 'test_house.py',
+LONGEST = ['test_tasks.py', 'test_cli.py', 'test_docs.py', 'test_demo.py', 'test_augment.py', 'test_house.py',
     'test_metadata.py',
     'test_store.py', 'test_metrics.py', 'test_semi.py']
 ROOT = Path(__file__).parents[1]
