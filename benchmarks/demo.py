@@ -13,6 +13,7 @@ import torch
 
 from radiology_ai.demo import run_demo
 from radiology_ai.metrics.ranking import auroc_ci, delong_test
+from radiology_ai.preprocess.places import film_id
 from radiology_ai.tables import load_table
 
 
@@ -21,8 +22,9 @@ def judged(out: Path, seed: int, size: int):
     if not (out/'report.html').exists(): run_demo(out, seed=seed, size=size, workers=1)
     t = load_table(out/'run'/'predictions.csv')
     truth = load_table(out/'hospital'/'truth.csv')
-    return t[t.split=='test'].merge(truth[['image_id', 'subtle']], on='image_id').sort_values('image_id',
-        ignore_index=True)
+    t = t[t.split=='test'].assign(film=t.image_id.map(film_id)) # a film may show two knees
+    films = truth[['image_id', 'subtle']].rename(columns={'image_id': 'film'})
+    return t.merge(films, on='film', validate='many_to_one').sort_values('image_id', ignore_index=True)
 
 
 def main():

@@ -26,7 +26,7 @@ from .names import shown
 from .phantom.hospital import CHESTS, HOSPITAL
 from .preprocess.places import film_id
 from .preprocess.scale import preprocess_folder
-from .preprocess.store import ImageStore
+from .preprocess.store import STORE_FILES, ImageStore
 from .serve.predict import models_and_task, predict
 from .tables import save_table
 from .tasks.base import Task
@@ -35,15 +35,11 @@ from .tasks.registry import task_named, train
 from .tasks.run import RUN
 
 # %% ../nbs/84_demo.ipynb #bbf85793
-_STORE = ('recipe.json', 'sums.json', 'index.parquet', 'errors.parquet', '.lock', 'shards/[0-9]*', '.index-*',
-    '.errors-*',
-    '.recipe-*', '.sums-*',
-    'shards/.[0-9]*-*')
 DEMO = OwnedFolder('demo', ('demo.json',), ('demo.json', 'index.parquet', 'labels.csv', 'predictions.csv',
     'report.html',
     'report.json', '.demo-*', '.index-*', '.predictions-*', '.report-*',
     *(f'hospital/{p}' for p in (*HOSPITAL.names, *CHESTS.names)),
-    *(f'store/{p}' for p in _STORE), *(f'run/{p}' for p in RUN.names),
+    *(f'store/{p}' for p in STORE_FILES), *(f'run/{p}' for p in RUN.names),
     *(p for p in RUN.names if p.startswith('model/'))))
 
 def fresh_folder(

@@ -179,6 +179,13 @@ def test_a_cluster_predicts_what_one_process_does(run, hospital, cluster, tmp_pa
     (tmp_path/'mine.csv.parts'/'thesis.txt').write_text('x')
     with pytest.raises(RadiologyError, match='did not write'):
         told(run, hospital, tmp_path/'mine.csv', scheduler=cluster[0])
+    (tmp_path/'mine.csv.parts'/'thesis.txt').unlink() # nor is a file of others below the store our own
+    (tmp_path/'mine.csv.parts'/'store').mkdir()
+    (tmp_path/'mine.csv.parts'/'prediction.json').write_text('{"radiology_ai": "prediction", "model": "another"}')
+    (tmp_path/'mine.csv.parts'/'store'/'thesis.txt').write_text('x')
+    with pytest.raises(RadiologyError, match='thesis.txt'):
+        told(run, hospital, tmp_path/'mine.csv', scheduler=cluster[0])
+    assert (tmp_path/'mine.csv.parts'/'store'/'thesis.txt').read_text()=='x'
     work = serve._Work(str(run), None, 'another', str(tmp_path))
     with pytest.raises(StoreError, match='sees another model'): serve._seen_there(work)
     with pytest.raises(StoreError, match='does not see'): serve._seen_there(replace(work, model='/nowhere'))

@@ -43,7 +43,7 @@ from ..dicom.write import Algorithm
 from ..findings import Reading
 from ..models.onnx import is_onnx
 from ..preprocess.scale import on_cluster, preprocess_folder
-from ..preprocess.store import ImageStore, read_account
+from ..preprocess.store import STORE_FILES, ImageStore, read_account
 from .outputs import Answered, check_outputs, named_outputs, picture_name, write_outputs
 from ..tables import save_table
 from ..tasks.base import Task
@@ -151,7 +151,8 @@ def with_errors(
 # %% ../../nbs/81_serve.predict.ipynb #00b146c4
 PART = 256 # films in a part: a whole number of batches, as every answer makes them
 PARTS = OwnedFolder('prediction', ('prediction.json',),
-    ('prediction.json', '.lock', 'scores-*.parquet', 'store/*'))
+    ('prediction.json', '.lock', '.prediction-*', 'scores-*.parquet', '.scores-*',
+    *(f'store/{p}' for p in STORE_FILES)))
 
 @contextmanager
 def at_scale(
