@@ -1,6 +1,7 @@
 """Networks as ONNX: how far from torch, and how fast: every stored bundle of a task, and usual CNNs and a ViT at 224 pixels.
 
-`python benchmarks/export.py [--runs 5]`: a table in Markdown. One thread; images a second, batch of 8, median of the runs;
+`python benchmarks/export.py [--runs 5]`: a table in Markdown. `--forms`: the stored bundles by each exporter, how far from
+torch. One thread; images a second, batch of 8, median of the runs;
 both in turn, so that other work on the machine meets both."""
 import argparse
 import os
@@ -49,10 +50,25 @@ def row(name: str, bundle, x: np.ndarray, folder: Path, runs: int) -> str:
         f"{got['int8']:.0f} ({got['int8']/got['eager']:.1f}x) | {far8} | {size[0]:.1f} / {size[1]:.1f} |")
 
 
+def forms(name: str, bundle, x: np.ndarray, folder: Path) -> str:
+    "By the script exporter, by dynamo and as a program of torch.export: the differences, or why there is none."
+    from radiology_ai.core import RadiologyError
+    from radiology_ai.models.export import write_onnx, write_program
+    def one(write, file, **how):
+        start = time.process_time()
+        try: told = write(bundle, folder/file, x, **how)
+        except RadiologyError as e: return e.what[:60]
+        far = ', '.join(f"{k} {v['off']:.0e}" for k, v in told['parity'].items())
+        return f'{far} ({time.process_time()-start:.1f} s)'
+    cells = one(write_onnx, 'a.onnx'), one(write_onnx, 'd.onnx', dynamo=True), one(write_program, 'p.pt2')
+    return f"| {name} | {' | '.join(cells)} |"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--runs', type=int, default=5)
     parser.add_argument('--networks', default=','.join(MADE))
+    parser.add_argument('--forms', action='store_true', help='the stored bundles by each exporter')
     args = parser.parse_args()
     from make_bundles import FOLDER
 
@@ -61,10 +77,18 @@ def main():
     from radiology_ai.preprocess.recipe import recipe
     from radiology_ai.serve.export import simulated_films
     torch.set_num_threads(1)
+    stored = sorted(p for p in FOLDER.iterdir() if not p.name.startswith('alignment')) # of no form as ONNX
+    if args.forms:
+        print('| network | script | dynamo | torch.export |\n|---|---|---|---|', flush=True)
+        with tempfile.TemporaryDirectory() as tmp:
+            for path in stored:
+                bundle = load_bundle(path)
+                print(forms(path.name, bundle, simulated_films(bundle.recipe), Path(tmp)), flush=True)
+        return
     print('| network | pixels | from torch | eager | onnxruntime | int8 | int8 from fp32 | MB fp32 / int8 |')
     print('|---|---|---|---|---|---|---|---|', flush=True)
     with tempfile.TemporaryDirectory() as tmp:
-        for path in sorted(p for p in FOLDER.iterdir() if not p.name.startswith('alignment')): # of no form as ONNX
+        for path in stored:
             bundle = load_bundle(path)
             print(row(path.name, bundle, simulated_films(bundle.recipe), Path(tmp), args.runs), flush=True)
         for name in args.networks.split(','):

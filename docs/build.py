@@ -167,6 +167,8 @@ def as_markdown(cell: dict, level: int) -> dict|None:
     if not text.strip(): return None
     text = re.sub(r'^\s*---\s*\n', '', text).replace('__main__.', '')
     text = re.sub(r"<class '[\w.]*?(\w+)'>", r'\1', text) # a default that is a class
+    text = re.sub(r'(^```\n\n)\*(.+)\*$', r'\1\2', text, count=1, flags=re.M) # nbdev slants the first line of a sentence
+    text = re.sub(r'^>>> .*(?:\n.*\S.*)*', r'```pycon\n\g<0>\n```', text, flags=re.M)
     source = re.search(r'^\[source\]\((\S+?)\)(\{.*?\})?[^\S\n]*\n', text, re.M)
     if source: text = text.replace(source[0], '')
     where = f'\n\n{{.source}}\n[source]({source[1]})' if source else ''
@@ -309,6 +311,7 @@ def main() -> int:
             'need a cell of their own):', *faults, sep='\n  ', file=sys.stderr)
         return 1
     os.environ.setdefault('MPLBACKEND', 'agg')
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1') # cells that import are run by themselves
     from nbdev.serve import proc_nbs
     pages = stage(proc_nbs(n_workers=0, force=args.force))
     shutil.rmtree(HTML, ignore_errors=True)

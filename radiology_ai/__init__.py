@@ -37,6 +37,7 @@ class _Quietly(_During):
             import warnings
             with warnings.catch_warnings():
                 for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)
+                warnings.filterwarnings('ignore', 'IProgress not found')
                 run(module)
             if self in sys.meta_path: sys.meta_path.remove(self)
         return exec_module
@@ -84,5 +85,6 @@ def _no_compiler():
 for _one in (_During('gdcm', _no_dl),
         _During('torchvision.ops.roi_align', _later('torch._dynamo.utils', 'is_compile_supported')),
         _During('timm.models.naflexvit', _no_compiler),
-        _Quietly('fastai.layers')): # its torch.jit.script is deprecated
+        _Quietly('fastai.layers'), # its torch.jit.script is deprecated
+        _Quietly('tqdm.auto')): # a notebook without ipywidgets has its bars as text
     if _one.name not in sys.modules: sys.meta_path.insert(0, _one)

@@ -170,7 +170,7 @@ from .semi.fixmatch import FixMatch, FlexMatch, FreeMatch, MeanTeacher, SoftMatc
 from .semi.load import semi_dataloaders
 from .semi.mixmatch import MixMatch
 from .semi.step import gentle, harsh
-from .serve.export import export_onnx
+from .serve.export import export_onnx, export_program
 from .serve.outputs import OUTPUTS
 from .serve.predict import explain, predict
 from .signatures import with_parameters

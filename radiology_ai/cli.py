@@ -6,9 +6,9 @@ Docs: https://lluissalord.github.io/radiology_ai/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'SOME_UNUSED', 'Workers', 'Seed', 'Overwrite', 'On', 'Patient', 'Told', 'SettingsFile', 'Given', 'Title',
-           'Question', 'NoPatient', 'Positive', 'GradeNames', 'Folds', 'Pretrained', 'Label', 'index', 'explore',
-           'deidentify', 'preprocess', 'verify', 'train', 'tasks', 'evaluate', 'adapt', 'predict', 'explain', 'align',
-           'export', 'search', 'demo', 'main']
+           'Question', 'NoPatient', 'Positive', 'GradeNames', 'Folds', 'Pretrained', 'Label', 'EXAMPLES', 'index',
+           'explore', 'deidentify', 'preprocess', 'verify', 'train', 'tasks', 'evaluate', 'adapt', 'predict', 'explain',
+           'align', 'export', 'search', 'demo', 'main']
 
 # %% ../nbs/85_cli.ipynb #8931c3e8
 import gc
@@ -78,6 +78,11 @@ def _fail(what: str, remedy: str=''):
     from radiology_ai.core import RadiologyError
     raise RadiologyError(what, remedy)
 
+def _to(path, kind: str):
+    "Before all work: can this be written, a 'folder' or a 'file'?"
+    from radiology_ai.core import check_target
+    check_target(path, kind)
+
 def _say(text: str=''):
     "A line, or several, without anything that a terminal obeys."
     from radiology_ai.core import harmless
@@ -116,6 +121,7 @@ def index(
     "whether bone is bright, dark (a negative) or unsure.")]=False,
 ):
     "Read the headers of a folder into one table; unreadable files are listed with their cause."
+    _to(out, 'file')
     check_films([folder])
     from radiology_ai.dicom.explore import summarise
     from radiology_ai.dicom.index import check_index, index_dicoms, write_index
@@ -145,6 +151,7 @@ def explore(
     workers: Workers=None,
 ):
     "What is in this folder: one page of tables, pictures and what needs attention."
+    _to(out, 'file')
     check_films([folder])
     from radiology_ai.core import PAGE, check_replaced
     check_replaced(out, PAGE)
@@ -179,6 +186,8 @@ def deidentify(
 ):
     """Copies without what identifies a patient, by the Basic Profile of DICOM PS3.15. The originals are not
     touched."""
+    _to(out, 'folder')
+    for path in (key, link): _to(path, 'file')
     check_films([folder])
     from radiology_ai.dicom.deidentify import deidentify as clean
     account = clean(folder, out, retain=retain or (), key=key, burned_in=burned_in, link=link,
@@ -216,6 +225,7 @@ def preprocess(
         "image_id, x and y or x1, y1, x2 and y2 in pixels of the file, and side. With --update it mends a store.")]=None,
 ):
     "Turn a folder of radiographs into an image store that training reads at memory speed."
+    _to(out, 'folder')
     check_films([folder])
     from radiology_ai.preprocess.recipe import recipe as named
     from radiology_ai.preprocess.scale import preprocess_folder
@@ -225,8 +235,8 @@ def preprocess(
         update=update, content=content, places=places)
     code = _errors(store.errors, [*store.index.path, *store.errors.path], out)
     if dark := int((store.index.polarity=='dark').sum()):
-        _say(f"{dark} show bone dark, " + ('which was undone' if r.polarity=='auto'
-            else 'as their headers say: --polarity auto undoes it'))
+        _say(f"{dark} {'image shows' if dark==1 else 'images show'} bone dark, " + ('which was undone'
+            if r.polarity=='auto' else 'and stay so: look at them; --polarity auto turns them'))
     _say_knees(store)
     _say(f"{len(store)} images of {r.size} x {r.size}: {out}")
     return code
@@ -353,12 +363,12 @@ def train(
     overwrite: Overwrite=False,
 ):
     "Train a task on an image store; patients are kept apart between training, validation and test."
-    options = dict(label=label, no_patient=no_patient, positive=positive, grade_names=grade_names,
-        title=title, question=question, arch=arch, epochs=epochs, lr=lr, bs=bs, folds=folds,
-        pretrained=pretrained, seed=seed)
+    options = dict(label=label, no_patient=no_patient, positive=positive, grade_names=grade_names, title=title,
+        question=question, arch=arch, epochs=epochs, lr=lr, bs=bs, folds=folds, pretrained=pretrained, seed=seed)
     file,words,run = _settings(settings, given or [], options)
     wanted = _all_given(task=task or run.get('task'), data=data or run.get('data'),
         labels=labels or run.get('labels'), out=out)
+    _to(out, 'folder')
     check_task(wanted['task'])
     check_settings(wanted['task'], file | words)
     wanted |= _opened(wanted['data'], wanted['labels'], on, patient, _label_of(wanted['task'], words))
@@ -391,7 +401,7 @@ def evaluate(
         help="Another image store, to evaluate on its images instead of the run's own test patients.")]=None,
     labels: Annotated[Optional[Path], typer.Option(help="The labels of that store.")]=None,
     out: Annotated[Optional[Path],
-    typer.Option(help="Where to write report.html and report.json; by default into the run.")]=None,
+    typer.Option(help="The folder for report.html and report.json, or the page (.html); by default the run.")]=None,
     task: Told=None,
     *,
     on: On=None,
@@ -400,6 +410,10 @@ def evaluate(
     question: Annotated[Optional[str], typer.Option(help="Of the report, one sentence.")]=None,
 ):
     "Figures with 95 % intervals on held-out patients, and a report with pictures."
+    from radiology_ai.core import PAGE, check_replaced
+    page = out is not None and out.suffix.lower() in ('.html', '.htm')
+    _to(out, 'file' if page else 'folder')
+    check_replaced(out if page else (out or run)/'report.html', PAGE)
     if (data is None)!=(labels is None):
         _fail("--data and --labels belong together", "Give both, or neither for the run's own test patients")
     check_model(run)
@@ -431,6 +445,7 @@ def adapt(
     overwrite: Overwrite=False,
 ):
     "Train a run further on another hospital, and judge it at both, before and after."
+    _to(out, 'folder')
     _,words,_ = _settings(None, given or [], {})
     check_model(run)
     check_task(task)
@@ -458,6 +473,7 @@ def predict(
         help="Address of a Dask scheduler, such as tcp://10.0.0.1:8786; called again it goes on.")]=None,
 ):
     "Predict single files or whole folders; files that cannot be read are rows with their cause."
+    _to(out, 'file')
     from radiology_ai.serve.outputs import check_outputs, named_outputs
     from radiology_ai.tasks.registry import TASKS
     check_outputs(named_outputs(to or ['csv']), [name for t in TASKS.values() for name in t.outputs])
@@ -485,6 +501,7 @@ def explain(
         "attnlrp (LRP is patented: free for personal and scientific use only). Without it GradCAM, and of masks their probability.")]='',
 ):
     "Draw where the network looked, laid back onto the original radiographs."
+    _to(out, 'folder')
     check_model(model, 'model')
     check_task(task)
     check_films(paths)
@@ -509,6 +526,7 @@ def align(
 ):
     """Bring chest radiographs into one pose; a film of which the model is not sure is left as it is and
     flagged."""
+    _to(out, 'folder')
     check_model(model, 'model')
     check_films(folder)
     from radiology_ai.serve.align import align_folder
@@ -524,7 +542,8 @@ def align(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="A model bundle, or a run made by train, of one network.")],
-    out: Annotated[Path, typer.Option(help="The file to write (.onnx); `radiology_ai predict` takes it without torch.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx, which `radiology_ai predict` takes without torch, "
+        "or .pt2, a program of torch.export.")],
     films: Annotated[Optional[list[Path]], typer.Option(
         help="DICOM files or folders on which it is compared with the network, and for the ranges of int8; "
         "by default simulated films.")]=None,
@@ -539,16 +558,22 @@ def export(
     patient: Patient=None,
     task: Told=None,
 ):
-    "Write a model as one ONNX file, compared with the network on films before it is written."
+    "Write a model as one file, compared with the network on films before it is written."
+    _to(out, 'file')
     if int8 and fp16: _fail("--int8 and --fp16 were both given", "Give one of them")
     check_model(model)
     check_task(task)
     if films: check_films(films)
     told = None if labels is None else label_table(labels, on, patient)
-    from radiology_ai.serve.export import export_onnx
-    done = export_onnx(model, out, films=films, labels=told,
-        precision='int8' if int8 else 'fp16' if fp16 else 'fp32',
-        dynamo=dynamo, task=task, workers=workers)
+    from radiology_ai.serve.export import export_onnx, export_program
+    if str(out).lower().endswith('.pt2'):
+        if int8 or fp16 or dynamo or labels is not None:
+            _fail("--int8, --fp16, --dynamo and --labels belong to ONNX", "Leave them out, or write a .onnx file")
+        done = export_program(model, out, films=films, task=task, workers=workers)
+    else:
+        done = export_onnx(model, out, films=films, labels=told,
+            precision='int8' if int8 else 'fp16' if fp16 else 'fp32',
+            dynamo=dynamo, task=task, workers=workers)
     for line in done.lines(): _say(line)
     _say(f"model: {out}")
 
@@ -573,7 +598,8 @@ def search(
     seconds: Annotated[Optional[float], typer.Option(help="No short run begins later.")]=None,
     seed: Seed=0,
     storage: Annotated[str, typer.Option(
-        help="A database of Optuna for many machines, such as postgresql://...; by default a file in the folder.")]='',
+        help="A database of Optuna for many machines, such as postgresql+psycopg://user@host/name; by default a file in the "
+        "folder.")]='',
     given: Given=None,
     label: Label=None,
     on: On=None,
@@ -581,6 +607,7 @@ def search(
 ):
     """Try settings in short runs, judged on validation patients; train the best in full, and say how lucky
     they were."""
+    _to(out, 'folder')
     check_task(task)
     _,words,_ = _settings(None, given or [], dict(label=label))
     check_settings(task, words)
@@ -608,15 +635,27 @@ def demo(
 ):
     """Simulate a hospital folder, then index, preprocess, train, evaluate, explain and predict. The knee takes some four
     minutes and 200 MB on two cores."""
+    _to(out, 'folder')
     check_task(task)
     from radiology_ai.demo import run_demo
     given = {} if epochs is None else dict(epochs=epochs)
     result = run_demo(out, task, seed, patients, workers, say=_say, **given)
     for line in result.lines(): _say(line)
 
+EXAMPLES = dict(index='films --out index.parquet', explore='films --labels labels.xlsx --out films.html',
+    deidentify='films --key key --out clean', preprocess='films --recipe knee --out store', verify='store',
+    train='knee --data store --labels labels.xlsx --label fractured --out run', tasks='knee',
+    evaluate='run --data other_store --labels other.xlsx --out other',
+    adapt='run --data other_store --labels other.xlsx --share .1 --out run2',
+    predict='run films --out predictions.csv', explain='run films --out heat',
+    align='films --model run --out aligned', export='run --out knee.onnx',
+    search='knee --data store --labels labels.xlsx --label fractured --trials 40 --out search',
+    demo='chest --out demo --patients 200') # of each command, the words behind its name
+
 # the list of commands has whole words: the first sentence of each
 for _one in app.registered_commands:
     _one.short_help = ' '.join(re.split(r'[.;](?:\s|$)', _one.callback.__doc__)[0].split())
+    _one.epilog = f'Example: radiology_ai {_one.callback.__name__} {EXAMPLES[_one.callback.__name__]}'
 
 # %% ../nbs/85_cli.ipynb #5e4feb6b
 class _Outlet(io.FileIO):

@@ -8,9 +8,9 @@ Docs: https://lluissalord.github.io/radiology_ai/core.html.md"""
 __all__ = ['NO_MEMORY', 'PAGE', 'PACKAGES', 'SAID_EVERY', 'RadiologyError', 'DataError', 'StoreError', 'BundleError',
            'ModelError', 'MissingPackageError', 'DicomError', 'own_fault', 'file_fault', 'optional', 'shift', 'scale',
            'transform_points', 'transform_boxes', 'harmless', 'write_text', 'Radiograph', 'fit_size', 'resize_array',
-           'picture_html', 'rng', 'is_temporary', 'sweep', 'temporary', 'atomic_path', 'check_replaced', 'save_picture',
-           'alone', 'locked', 'disk_remedy', 'plain', 'versions', 'file_digest', 'OwnedFolder', 'on_terminal',
-           'progress']
+           'picture_html', 'rng', 'is_temporary', 'sweep', 'temporary', 'atomic_path', 'check_replaced', 'check_target',
+           'save_picture', 'alone', 'locked', 'disk_remedy', 'plain', 'versions', 'file_digest', 'OwnedFolder',
+           'on_terminal', 'progress']
 
 # %% ../nbs/00_core.ipynb #e82fa996
 import base64
@@ -48,7 +48,11 @@ import radiology_ai
 
 # %% ../nbs/00_core.ipynb #3086346e
 class RadiologyError(Exception):
-    "Base of all errors which the library raises for a user: `what` happened and the `remedy`."
+    """Base of all errors which the library raises for a user: `what` happened and the `remedy`.
+
+    >>> print(RadiologyError('run is a file', 'Give a folder'))
+    run is a file. Give a folder
+    """
     def __init__(self,
         what: str,      # the thing and what is wrong with it
         remedy: str='', # what the user can do
@@ -57,15 +61,44 @@ class RadiologyError(Exception):
         super().__init__(f"{self.what}. {self.remedy}" if remedy else self.what)
     def __reduce__(self): return type(self),(self.what,self.remedy)
 
-class DataError(RadiologyError): "A table, label, manifest or split that breaks its contract."
-class StoreError(RadiologyError): "An `ImageStore` that is missing, incomplete or does not match its recipe."
-class BundleError(RadiologyError): "A model bundle that is missing, incomplete or unsafe to load."
-class ModelError(RadiologyError): "An architecture or weights that do not exist or do not fit."
-class MissingPackageError(RadiologyError): "An optional package that is not installed."
+class DataError(RadiologyError):
+    """A table, label, manifest or split that breaks its contract.
+
+    >>> print(DataError('3 rows of labels.csv have no patient', 'Name their column'))
+    3 rows of labels.csv have no patient. Name their column
+    """
+class StoreError(RadiologyError):
+    """An `ImageStore` that is missing, incomplete or does not match its recipe.
+
+    >>> print(StoreError('store has no recipe', 'Preprocess the folder again'))
+    store has no recipe. Preprocess the folder again
+    """
+class BundleError(RadiologyError):
+    """A model bundle that is missing, incomplete or unsafe to load.
+
+    >>> print(BundleError('run has no bundle.json', 'Train it to its end'))
+    run has no bundle.json. Train it to its end
+    """
+class ModelError(RadiologyError):
+    """An architecture or weights that do not exist or do not fit.
+
+    >>> print(ModelError("no architecture 'resnt18'", "Did you mean 'resnet18'?"))
+    no architecture 'resnt18'. Did you mean 'resnet18'?
+    """
+class MissingPackageError(RadiologyError):
+    """An optional package that is not installed.
+
+    >>> print(MissingPackageError('onnxruntime is not installed', 'pip install radiology_ai[onnx]'))
+    onnxruntime is not installed. pip install radiology_ai[onnx]
+    """
 
 # %% ../nbs/00_core.ipynb #76a4aa31
 class DicomError(RadiologyError):
-    "An image file that cannot be read: `path`, `cause` and `remedy` are attributes."
+    """An image file that cannot be read: `path`, `cause` and `remedy` are attributes.
+
+    >>> print(DicomError('film.dcm', 'the file ends early', 'Copy it again'))
+    film.dcm: the file ends early. Copy it again
+    """
     def __init__(self,
         path,           # the file
         cause: str,     # why it cannot be read
@@ -152,7 +185,11 @@ def transform_points(
     affine: np.ndarray, # (3, 3) matrix
     points,             # (N, 2) or (2,) points as x, y
 ) -> np.ndarray:
-    "`points` moved by `affine`; the shape is kept."
+    """`points` moved by `affine`; the shape is kept.
+
+    >>> transform_points(np.diag([.5, .5, 1]), [10, 20])
+    array([ 5., 10.])
+    """
     p = np.asarray(points, float)
     return p @ affine[:2,:2].T + affine[:2,2]
 
@@ -161,7 +198,11 @@ def transform_boxes(
     boxes,              # (N, 4) or (4,) boxes as x1, y1, x2, y2
 ) -> np.ndarray:
     """The upright boxes around `boxes` moved by `affine`; the shape is kept. Exact for shifts, scalings and
-    flips."""
+    flips.
+
+    >>> transform_boxes(np.diag([.5, .5, 1]), [10, 20, 30, 40])
+    array([ 5., 10., 15., 20.])
+    """
     b = np.asarray(boxes, float)
     corners = transform_points(affine, b.reshape(-1,4)[:, [0,1,2,1,2,3,0,3]].reshape(-1,4,2))
     return np.concatenate([corners.min(1), corners.max(1)], 1).reshape(b.shape)
@@ -190,7 +231,12 @@ def write_text(
 # %% ../nbs/00_core.ipynb #c6df374e
 @dataclass
 class Radiograph:
-    "One image with its header, its geometry and how it was decoded."
+    """One image with its header, its geometry and how it was decoded.
+
+    >>> film = Radiograph(np.zeros((300, 200), np.float32), spacing=(.2, .2))
+    >>> film.pixels.shape
+    (300, 200)
+    """
     pixels: np.ndarray            # (H, W) float32 in [0, 1], bone is bright
     spacing: tuple|None = None    # millimetres per pixel of `pixels` as (row, column), None if unknown
     tags: dict = field(default_factory=dict)  # header values by DICOM keyword
@@ -330,7 +376,11 @@ def rng(
     seed: int, # any non-negative integer
     *keys,     # strings or integers that name the stream
 ) -> np.random.Generator:
-    "A generator that depends on nothing but `seed` and `keys`."
+    """A generator that depends on nothing but `seed` and `keys`.
+
+    >>> int(rng(1, 'split').integers(100))==int(rng(1, 'split').integers(100))
+    True
+    """
     words = [b for k in keys for b in (str(k).encode() + b'\0')]
     return np.random.default_rng(np.random.SeedSequence([int(seed), *words]))
 
@@ -506,6 +556,31 @@ def check_replaced(
     if head and not any(m in head for m in marks):
         raise RadiologyError(f"{path} is there already, and this library did not write it",
             "Give another path; nothing of yours is ever replaced")
+
+def check_target(
+    path,      # that is about to be written; None: none is
+    kind: str, # 'folder' or 'file'
+):
+    """Raises `RadiologyError` where it cannot be: a file is there in place of a folder or a folder in place of a file, it lies
+    below a file, or nothing may be written there. What a folder or file that is there holds is not looked at."""
+    if path is None: return
+    path = Path(path)
+    if kind=='folder' and os.path.lexists(path) and not path.is_dir():
+        raise RadiologyError(f"{path} is a file, and a folder is to be written", "Give another path")
+    if kind=='file' and path.is_dir():
+        raise RadiologyError(f"{path} is a folder, and a file is to be written", "Give the path of a file in it")
+    if kind=='file' and path.exists() and not path.is_file():
+        raise RadiologyError(f"{path} is no regular file, and nothing can be written over it", "Give another path")
+    there = Path(os.path.abspath(path))
+    if kind=='file': there = there.parent
+    while not os.path.lexists(there): there = there.parent
+    if not there.is_dir():
+        raise RadiologyError(f"{path} cannot be written: {there} is a file, not a folder", "Give another path")
+    try:
+        with tempfile.TemporaryFile(dir=there): pass # as root, or on a disk of another machine, rights alone say little
+    except OSError as e:
+        raise RadiologyError(f"{path} cannot be written: {there} takes no file ({e.strerror})",
+            "Give a path of yours, or change the rights of that folder") from e
 
 PAGE = b'name="generator" content="radiology_ai"',b'<title>What is in this folder?</title>' # marks of our pages
 _MADE_BY = b'tEXtSoftware\0radiology_ai'

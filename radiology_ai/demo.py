@@ -87,6 +87,8 @@ class DemoResult:
     evaluation: Evaluation # on the test patients
     heat: dict             # of `heat_near`, or {}
 
+    def __repr__(self) -> str: return '\n'.join(self.lines())
+
     def lines(self) -> list[str]:
         "The end of the demonstration as a user reads it."
         h,files = self.heat,(('report','report.html'), ('model','model'), ('predictions','predictions.csv'))
@@ -107,7 +109,9 @@ def run_demo(
     **settings,             # of the run, in place of the task's
 ) -> DemoResult:
     """Simulate a hospital folder, then index, preprocess, train, evaluate, explain and predict; everything is
-    written below `out`."""
+    written below `out`.
+
+    Example: `run_demo('demo', 'knee', patients=120, epochs=2)`"""
     task,out = task_named(task),Path(out)
     demo = task.demo
     if demo is None:

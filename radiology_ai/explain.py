@@ -139,7 +139,13 @@ def hottest(
     heat: np.ndarray, # (H, W)
 ) -> tuple[float, float]:
     """(x, y) of the hottest point in pixels of the map, continuous with pixel centres at .5; (NaN, NaN) where the heat
-    is the same everywhere."""
+    is the same everywhere.
+
+    >>> heat = np.zeros((4, 4))
+    >>> heat[2, 1] = 1
+    >>> hottest(heat)
+    (1.5, 2.5)
+    """
     h = np.asarray(heat, float)
     if h.ndim!=2: raise RadiologyError(f"The heat has shape {h.shape}", "Give one map (H, W)")
     if not h.size or not h.max()>h.min(): return math.nan,math.nan
@@ -158,7 +164,11 @@ def heat_overlay(
     heat: np.ndarray,    # (h, w) in [0, 1], enlarged to the image if it is smaller
     alpha: float=.6,     # share of colour where the heat is 1
 ) -> np.ndarray:
-    "(H, W, 3) uint8 RGB: the radiograph with the heat in colour (dark red to yellow)."
+    """(H, W, 3) uint8 RGB: the radiograph with the heat in colour (dark red to yellow).
+
+    >>> heat_overlay(np.zeros((64, 64), np.float32), np.eye(8, dtype=np.float32)).shape
+    (64, 64, 3)
+    """
     grey = np.asarray(pixels)
     if grey.ndim!=2 and (grey.ndim!=3 or grey.shape[2]!=3):
         raise RadiologyError(f"pixels have shape {grey.shape}",
@@ -177,7 +187,9 @@ def heat_to_stored(
     heat: np.ndarray,       # (h, w) heat over `radiograph.pixels`, at any resolution
     shape: tuple|None=None, # (rows, columns) of the stored image; None: as the header says
 ) -> np.ndarray:
-    "(rows, columns) float32 heat on the stored image, 0 outside of what the network saw."
+    """(rows, columns) float32 heat on the stored image, 0 outside of what the network saw.
+
+    Example: `heat_to_stored(film, gradcam(learn.model, x)[0])`"""
     if shape is None:
         shape = tuple(int(radiograph.tags.get(k) or 0) for k in ('Rows','Columns'))
         if min(shape)<1:

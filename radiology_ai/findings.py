@@ -20,7 +20,11 @@ from .core import RadiologyError, transform_boxes, transform_points
 @dataclass(frozen=True)
 class Finding:
     """One statement about one image, its place in pixels of the stored image. Raises `RadiologyError` for
-    what is none."""
+    what is none.
+
+    >>> Finding('fractured', .91, call=True, box=(40, 60, 180, 200)).label
+    'fractured'
+    """
     label: str                     # what was found, such as 'fractured' or 'Effusion'
     score: float                   # its probability in [0, 1]
     call: bool|None=None           # whether it reaches the model's threshold; None: there is none
@@ -58,7 +62,11 @@ class Finding:
 # %% ../nbs/01_findings.ipynb #9d3f25e5
 @dataclass(frozen=True)
 class Reading:
-    "What a prediction says of one image, or why it says nothing."
+    """What a prediction says of one image, or why it says nothing.
+
+    >>> Reading('film.dcm', findings=(Finding('fractured', .91),)).findings[0].score
+    0.91
+    """
     path: str                     # the file
     image_id: str=''              # its SOP instance UID, where it has one
     patient_id: str=''

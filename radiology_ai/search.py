@@ -12,6 +12,7 @@ __all__ = ['FIXED', 'LOSSES', 'SHARED', 'AGAIN', 'DEATHS', 'default_space', 'che
 import json
 import math
 import os
+import re
 import time
 import tomllib
 import warnings
@@ -166,14 +167,27 @@ def _journal(path: Path):
         def release(self): self.holding.__exit__(None, None, None)
     return JournalStorage(JournalFileBackend(str(path), KernelLock()))
 
+def _database(storage: str):
+    "Trials in a database; each question has a connection of its own, as every trial opens the study anew."
+    sqlalchemy = optional('sqlalchemy', 'search')
+    from optuna.storages import RDBStorage
+    try: return RDBStorage(storage, engine_kwargs={'poolclass': sqlalchemy.pool.NullPool})
+    except ImportError as e:
+        raise RadiologyError("The driver of the database is not installed",
+            "For PostgreSQL run: pip install 'psycopg[binary]', and call it postgresql+psycopg://...") from e
+    except sqlalchemy.exc.SQLAlchemyError as e:
+        raise DataError(f"The storage of the search cannot be used ({type(e).__name__}: {str(e)[:200]})",
+            "Check its address, such as postgresql+psycopg://user@host/name, and whether it is running") from e
+
 def study_of(
     out,              # the folder of a search
-    storage: str='',  # a database such as postgresql://...; '': the journal file in the folder
+    storage: str='',  # a database such as postgresql+psycopg://user@host/name; '': the journal file in the folder
     *,
     sampler=None,     # of Optuna
     pruner=None,      # of Optuna
 ):
-    "The Optuna study of a search. Raises `DataError` for a storage that cannot be used."
+    """The Optuna study of a search. Raises `DataError` for a storage that cannot be used, and
+    `RadiologyError` for a database without its driver."""
     optuna = optional('optuna', 'search')
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if storage.startswith('sqlite'):
@@ -181,7 +195,7 @@ def study_of(
             "Leave storage out, or give a server such as PostgreSQL")
     out = Path(out)
     try:
-        kept = optuna.storages.RDBStorage(storage) if storage else _journal(out/'journal.log')
+        kept = _database(storage) if storage else _journal(out/'journal.log')
         return optuna.create_study(storage=kept, study_name=f'radiology_ai {out.name}', direction='maximize',
             sampler=sampler,
             pruner=pruner, load_if_exists=True)
@@ -407,6 +421,7 @@ class Searched:
     trials: pd.DataFrame # a row a trial
     winner: dict         # its settings, those that were varied
     figures: dict        # name of the number, `short`, `valid`, `test` of the winner and of the `default`, and the paired `change`
+    def __repr__(self) -> str: return '\n'.join(self.lines())
     def lines(self) -> list[str]:
         "What was found, in a few lines of text."
         f,n = self.figures,self.trials.state.value_counts()
@@ -446,7 +461,7 @@ def _begun(task, store, labels, out: Path, s, *, space, short, seed, storage) ->
     plan = make_plan(task, s, store, labels, old=(old or {}).get('plan'))
     told = plain(dict(task=task.name, space=space, settings=asdict(s), short=short, seed=seed,
         store=store.fingerprint,
-        images=plan.record['images'], storage=storage))
+        images=plan.record['images'], storage=re.sub(r'(://[^:/@]*):[^@]*@', r'\1@', storage))) # no password
     if old is not None:
         other = [k for k in _IDENTITY if old.get(k)!=told[k]]
         if other:
@@ -492,7 +507,7 @@ def search(
     seeds: int=2,       # runs of each
     seconds: float=math.inf,  # no short run begins later
     seed: int=0,        # of the first settings that are tried
-    storage: str='',    # a database of Optuna, such as postgresql://user@host/name; '': a journal file in the folder
+    storage: str='',    # a database of Optuna, such as postgresql+psycopg://user@host/name; '': a journal file in the folder
     say=lambda text: None,    # is told what happens, a line at a time
     **settings,         # of the task, the same for all trials
 ) -> Searched:
@@ -542,7 +557,8 @@ def _finish(task, out: Path, s, study, best: list, *, seeds: int, workers: int) 
     change,reason = [],''
     try: change = paired_change(a, b, a.patient_id).to_dict('records')
     except DataError as e: reason = e.what
-    figures = plain(dict(name=point_value(a)[0], trials=len(study.trials), short=t.value, change=change,
+    tried = sum(t.state.name in ('COMPLETE','PRUNED') for t in study.get_trials(deepcopy=False))
+    figures = plain(dict(name=point_value(a)[0], trials=tried, short=t.value, change=change,
         reason=reason,
         trial=t.number,
         **{k: {p: found[n][p] for p in ('valid','test')}
@@ -626,20 +642,23 @@ def _parallel(table, names) -> Chart:
     c.line([], [], 'b', 'best tenth')
     return c.line([], [], 'm', '; '.join(f'{i} {k}' for i,k in enumerate(axes, 1)))
 
+def _seeds(f: dict) -> str:
+    n = len(f['winner']['test'])
+    return f'mean of {n} seeds' if n>1 else 'of one seed'
+
 def _optimism(f: dict) -> list:
     "How the figure of the winner falls from the trial that chose it to untouched patients."
     mean = lambda v: float(np.mean(v))
-    rows = [{'what': f"short trial, best of {f['trials']}, validation patients", 'winner': f['short'],
+    rows = [{'what': f"short trial, best of {f['trials']}, validation patients", 'winner': f"{f['short']:.3f}",
         'default': ''}]
     for part,words in (('valid', 'in full, the same validation patients'),
             ('test', 'in full, untouched patients')):
-        rows.append({'what': words, 'winner': mean(f['winner'][part]), 'default': mean(f['default'][part])})
+        rows.append({'what': words} | {k: f"{mean(f[k][part]):.3f}" for k in ('winner','default')})
     gap = f['short'] - mean(f['winner']['test'])
-    parts = [f"The {f['name']} of the winner (trial {f['trial']}), mean of {len(f['winner']['test'])} seeds "
+    parts = [f"The {f['name']} of the winner (trial {f['trial']}), {_seeds(f)} "
         "in full. Between the trial that "
         f"chose it and untouched patients lie {gap:+.3f}: luck of the best of {f['trials']}, less what longer training brings.",
-        Table('Short and in full', [{k: round(v, 4) if isinstance(v, float) else v for k,v in r.items()}
-        for r in rows])]
+        Table('Short and in full', rows)]
     if f['change']:
         rows = [{'figure': r['figure'], 'default': f"{r['before']:.3f}", 'winner': f"{r['after']:.3f}",
             'change (95 % CI, paired by patient)': f"{r['change']:+.3f} ({r['low']:+.3f} to {r['high']:+.3f})", 'images': r['images']}
@@ -650,13 +669,17 @@ def _optimism(f: dict) -> list:
 
 _CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#1b2430;background:#fff}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-size:.9rem;display:block;overflow-x:auto}
+figure{margin:1rem 0}
 caption{text-align:left;font-weight:600;padding:.3rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #d5dae1;text-align:left}
 @media(prefers-color-scheme:dark){body{color:#e6e9ee;background:#12161c}td,th{border-color:#3a4452}}"""
+
+def _short(value) -> str:
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 def _html(part) -> str:
     if isinstance(part, Table):
         head = ''.join(f'<th scope="col">{escape(c)}</th>' for c in part.columns)
-        rows = ''.join('<tr>' + ''.join(f'<td>{escape(str(v))}</td>' for v in r.values()) + '</tr>'
+        rows = ''.join('<tr>' + ''.join(f'<td>{escape(_short(v))}</td>' for v in r.values()) + '</tr>'
             for r in part.rows)
         return f'<table><caption>{escape(part.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return (f'<p>{escape(part)}</p>' if isinstance(part, str)

@@ -1,6 +1,7 @@
 """What the system tests share: the command line as a user runs it, and one small simulated hospital, its store and a
 run, which are made once for all workers of pytest-xdist. Who changes them works on a copy."""
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -60,6 +61,35 @@ def one_line(code: int, err: str, out: str) -> str:
     lines = err.strip().splitlines()
     assert len(lines)==1, err
     return lines[0]
+
+
+def pace() -> float:
+    """How many times as long as where the limits in seconds were chosen a processor takes at this moment, at least 1: such
+    a limit is multiplied by it. Twelve milliseconds of dictionaries and a digest, the best of five."""
+    found = []
+    for _ in range(5):
+        start, table = time.process_time(), {}
+        for k in range(60_000): table[str(k%5000)] = k
+        hashlib.sha256(bytes(2**22)).digest()
+        found.append(time.process_time()-start)
+    return max(1., min(found)/.012)
+
+
+class Tell:
+    "Says of each failure at once what it is: a session that something ends from outside has no summary."
+    def __init__(self, terminal): self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if not report.failed: return
+        last = (report.longreprtext.strip().splitlines() or [''])[-1]
+        self.terminal.ensure_newline()
+        self.terminal.write_line(f'FAILED in {report.when} after {report.duration:.0f} s: {report.nodeid}: {last}')
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    terminal = config.pluginmanager.get_plugin('terminalreporter')
+    if terminal and not hasattr(config, 'workerinput'): config.pluginmanager.register(Tell(terminal))
 
 
 @pytest.fixture(scope='session')
@@ -135,7 +165,10 @@ def cluster(tmp_path, request):
         env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True))
     try:
         start('scheduler', '--host', '127.0.0.1', '--port', '0')
-        while not file.exists(): time.sleep(.05)
+        end = time.monotonic()+120
+        while not file.exists():
+            assert processes[0].poll() is None and time.monotonic()<end, 'the scheduler does not start'
+            time.sleep(.05)
         for _ in range(2): start('worker', '--nthreads', '1', nanny)
         yield json.loads(file.read_text())['address'], [*processes[1:], processes[0]]
     finally:

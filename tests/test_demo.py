@@ -10,7 +10,7 @@ from radiology_ai.demo import DEMO
 from radiology_ai.phantom.hospital import HOSPITAL
 from radiology_ai.tasks.run import RUN
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)] # the whole of README's first command
 
 
 @pytest.fixture(scope='module')

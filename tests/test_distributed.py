@@ -42,7 +42,7 @@ def launch(forks, folder, *words) -> list:
     return started
 
 
-def ended(forks, folder, started, seconds: float=100) -> list:
+def ended(forks, folder, started, seconds: float=300) -> list:
     "Exit code and words of each process; none may hang."
     end = time.monotonic()+seconds
     codes = [None]*len(started)
@@ -88,7 +88,7 @@ def test_figures_are_those_of_all_validation_images(pair):
 def test_a_killed_process_ends_the_job_and_the_next_call_goes_on(pair, store, hospital, forks, tmp_path):
     whole, _ = pair
     started = launch(forks, tmp_path, *[words(store, hospital, tmp_path/'run')]*2)
-    end = time.monotonic()+100
+    end = time.monotonic()+300
     while not any(tmp_path.glob('run/fits/*/*/checkpoint/checkpoint.safetensors')) and time.monotonic()<end: time.sleep(.002)
     os.kill(started[1], signal.SIGKILL)
     (code, said), (other, _) = ended(forks, tmp_path, started)
@@ -105,7 +105,7 @@ def test_one_process_goes_on_where_two_were_stopped(store, hospital, forks, tmp_
     "The plan is that of any number of processes; that it was another number is said."
     own = words(store, hospital, tmp_path/'run')
     started = launch(forks, tmp_path, own, own)
-    end = time.monotonic()+100
+    end = time.monotonic()+300
     while not any(tmp_path.glob('run/fits/*/*/checkpoint/checkpoint.safetensors')) and time.monotonic()<end: time.sleep(.002)
     for p in started: os.kill(p, signal.SIGKILL)
     assert [c for c, _ in ended(forks, tmp_path, started)]==[-signal.SIGKILL]*2

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(importlib.util.find_spec('myst_nb') is None,
     reason="the packages of the extra 'docs' are not installed")
 def test_the_site_builds_without_warnings():

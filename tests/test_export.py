@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,15 @@ import pytest
 from conftest import refuses, run_cli
 from make_bundles import FOLDER
 
-from radiology_ai.core import BundleError, DataError, MissingPackageError, ModelError
+from radiology_ai.core import BundleError, DataError, MissingPackageError, ModelError, RadiologyError
 from radiology_ai.models.bundle import load_bundle, save_bundle
 from radiology_ai.models.detector import create_detector
-from radiology_ai.models.export import onnx_difference, write_onnx
-from radiology_ai.models.meta import sealed
+from radiology_ai.models.export import onnx_difference, read_program_meta, write_onnx, write_program
+from radiology_ai.models.meta import read_meta, sealed
 from radiology_ai.models.onnx import OnnxNetwork, is_onnx, load_onnx, onnx_entry, onnx_parts
 from radiology_ai.models.segmenter import create_segmenter
 from radiology_ai.preprocess.recipe import recipe
-from radiology_ai.serve.export import export_onnx, simulated_films
+from radiology_ai.serve.export import export_onnx, export_program, simulated_films
 from radiology_ai.serve.predict import explain, predict
 from radiology_ai.tasks.pneumonia import PNEUMONIA
 
@@ -236,7 +237,7 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     assert onnx_difference(z, {'logits': np.full((1, 2), np.nan)}, {}, (8, 8))['logits']['off']==np.inf
 
 
-def test_wrong_arguments_are_told(tmp_path, onnx_of, chests):
+def test_wrong_arguments_are_told(tmp_path, onnx_of, chests, monkeypatch):
     path, _ = onnx_of('chest_resnet')
     model = load_onnx(path).model
     for shape in ((1, 1, 32, 64), (1, 1, 65, 64), (64, 64)):
@@ -256,8 +257,100 @@ def test_wrong_arguments_are_told(tmp_path, onnx_of, chests):
     assert 'Give one of them' in refuses('export', FOLDER/'knee_vit', '--out', tmp_path/'m.onnx', '--int8',
         '--fp16')
     assert 'There is no folder' in refuses('export', tmp_path/'none', '--out', tmp_path/'m.onnx')
-    if importlib.util.find_spec('onnxscript') is None:
-        with pytest.raises(MissingPackageError, match='onnxscript'):
-            export_onnx(bundle, tmp_path/'m.onnx', dynamo=True)
-    else: export_onnx(bundle, tmp_path/'m.onnx', dynamo=True)
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(MissingPackageError, match='onnxscript'): export_onnx(bundle, tmp_path/'m.onnx', dynamo=True)
     assert is_onnx('A.ONNX') and not is_onnx('a.onnx.zip') and isinstance(path, Path)
+
+
+@pytest.fixture(scope='session')
+def program(tmp_path_factory):
+    "The archive of a stored bundle, its images and what it tells."
+    path = tmp_path_factory.mktemp('program')/'chest.pt2'
+    with np.load(FOLDER/'chest_resnet'/'case.npz') as f: x = f['x'][:, None]/np.float32(255)
+    return path, x, write_program(load_bundle(FOLDER/'chest_resnet'), path, x)
+
+
+ALONE = '''import sys, numpy as np, torch
+network, x = torch.export.load(sys.argv[1]).module(), torch.from_numpy(np.load(sys.argv[2]))
+np.savez(sys.argv[3], *[network(part)[0].detach().numpy() for part in (x, x[:1])])
+print([m for m in sys.modules if m.startswith(('radiology_ai', 'timm', 'fastai'))])
+'''
+
+
+def test_a_program_of_torch_answers_alike_without_us(tmp_path, program):
+    "In a process that sees torch alone, a batch and a single image; no pixel and no path of this machine is in it."
+    path, x, told = program
+    assert told['exporter']=='torch.export' and told['images']==len(x) and told['parity']['logits']['off']<=1e-5
+    np.save(tmp_path/'x.npy', x)
+    done = subprocess.run([sys.executable, '-c', ALONE, path, tmp_path/'x.npy', tmp_path/'out.npz'],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode==0 and done.stdout.strip()=='[]', done.stderr[-2000:]
+    wanted = load_bundle(FOLDER/'chest_resnet').logits(x)
+    with np.load(tmp_path/'out.npz') as f:
+        for name, aim in (('arr_0', wanted), ('arr_1', wanted[:1])): np.testing.assert_allclose(f[name], aim, atol=1e-5)
+    data = path.read_bytes()
+    assert x[0].tobytes()[:4096] not in data
+    for place in (os.getcwd(), os.path.dirname(os.__file__), str(path.parent)): assert place.encode() not in data
+
+
+def test_entries_of_a_program_are_read_without_loading_it(tmp_path, program, monkeypatch):
+    import torch
+    path, _, _ = program
+    monkeypatch.setattr(torch, 'load', None)
+    monkeypatch.setattr(torch.export, 'load', None)
+    meta, own = read_program_meta(path), read_meta(FOLDER/'chest_resnet')
+    assert all(meta[k]==own[k] for k in ('recipe', 'vocab', 'threshold', 'answer', 'task'))
+    def refused(words, **changes):
+        "An archive made anew, with other members."
+        with zipfile.ZipFile(path) as f: inside = {i.filename: f.read(i) for i in f.infolist()}
+        inside |= {k: v for k, v in changes.pop('members', {}).items()}
+        with zipfile.ZipFile(tmp_path/'m.pt2', 'w', **changes) as f:
+            for k, v in inside.items():
+                if v is not None: f.writestr(k, v)
+        with pytest.raises(BundleError, match=words): read_program_meta(tmp_path/'m.pt2')
+    entry = next(n for n in zipfile.ZipFile(path).namelist() if n.endswith('radiology_ai.json'))
+    weights = next(n for n in zipfile.ZipFile(path).namelist() if n.endswith('weight_0'))
+    refused('checksum is another', members={weights: b'other'})
+    refused('checksum is another', members={'archive/data/aotinductor/model/evil.so': b'code'})
+    refused('no entries', members={entry: None})
+    refused('no entries', members={entry: b'{'})
+    refused('not as it was written', members={entry: json.dumps(meta | {'vocab': []}).encode()})
+    refused('compressed', compression=zipfile.ZIP_DEFLATED)
+    (tmp_path/'m.pt2').write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(BundleError, match='no archive|no entries'): read_program_meta(tmp_path/'m.pt2')
+    with pytest.raises(BundleError, match='no archive'): read_program_meta(tmp_path/'none.pt2')
+
+
+def test_programs_from_outside_are_never_loaded(tmp_path, program):
+    "What predicts takes none, and what stands there already is replaced only where it is ours."
+    path, _, _ = program
+    assert 'is a file' in refuses('predict', path, path, '--out', tmp_path/'a.csv')
+    with pytest.raises(BundleError, match='never loaded because they can run code'): predict(path, [path])
+    (tmp_path/'thesis.pt2').write_text('mine')
+    with pytest.raises(RadiologyError, match='did not write it'):
+        export_program(FOLDER/'chest_resnet', tmp_path/'thesis.pt2')
+    with pytest.raises(DataError, match='Call it something.pt2'):
+        export_program(FOLDER/'chest_resnet', tmp_path/'a.onnx')
+    assert 'belong to ONNX' in refuses('export', FOLDER/'knee_vit', '--out', tmp_path/'m.pt2', '--int8')
+
+
+def test_a_program_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+    from radiology_ai.models import export as room
+    bundle = load_bundle(FOLDER/'chest_resnet')
+    monkeypatch.setattr(room, '_program', lambda *args: None)
+    monkeypatch.setattr(room, '_program_network', lambda *args: lambda x: {'logits': bundle.logits(x)+np.float32(1e-3)})
+    with pytest.raises(BundleError, match='The archive answers otherwise than the network: logits'):
+        export_program(bundle, tmp_path/'m.pt2')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['knee_vit', 'pneumonia_efficientnet'])
+def test_a_bundle_as_a_program_and_by_dynamo(name, tmp_path):
+    "Both agree with torch, or nothing is written; dynamo's file says where it came from to nobody."
+    with np.load(FOLDER/name/'case.npz') as f: x = f['x'][:, None]/np.float32(255)
+    told = [write_program(load_bundle(FOLDER/name), tmp_path/'m.pt2', x)]
+    if importlib.util.find_spec('onnxscript'):
+        told.append(write_onnx(load_bundle(FOLDER/name), tmp_path/'m.onnx', x, dynamo=True))
+        assert os.getcwd().encode() not in (tmp_path/'m.onnx').read_bytes()
+    for one in told: assert one['parity'] and all(v['off']<=v['most'] for v in one['parity'].values())

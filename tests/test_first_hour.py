@@ -186,6 +186,34 @@ def test_mistakes_are_told_on_one_line_before_torch_is_loaded(tmp_path):
         assert not torch, words
 
 
+def test_targets_that_cannot_be_written_are_refused_before_all_else(tmp_path):
+    """Of every command that writes: a file in place of a folder, a folder in place of a file, below a file, and where
+    no file may be made."""
+    from radiology_ai.cli import EXAMPLES
+    (tmp_path/'films').mkdir()
+    (tmp_path/'films/a.png').write_text('no picture')
+    (tmp_path/'file').touch()
+    (tmp_path/'folder').mkdir()
+    writing = {c: words.split() for c, words in EXAMPLES.items() if '--out' in words}
+    assert len(writing)==13
+    files = ('index', 'explore', 'predict', 'export')
+    asked = []
+    for command, words in writing.items():
+        at = words.index('--out') + 1
+        for target, said in [('folder', 'folder, and a file') if command in files else ('file', 'file, and a folder'),
+                ('file/x/y.onnx', 'is a file, not a folder'), ('/proc/x/y.onnx', 'takes no file')]:
+            asked.append((' '.join([command, *words[:at], target, *words[at + 1:]]), said))
+    asked.append(('deidentify films --out new --link folder', 'folder, and a file'))
+    done = subprocess.run([sys.executable, '-c', ALL_AT_ONCE], input=json.dumps([w for w,_ in asked]),
+        cwd=tmp_path, capture_output=True, text=True, check=True)
+    told = list(map(json.loads, done.stdout.splitlines()))
+    assert len(told)==len(asked)
+    for (words, said), (_, code, err, torch) in zip(asked, told):
+        assert code==2 and err.count('\n')==1 and (said in err or not os.path.exists('/proc')), (words, err)
+        assert not torch, words
+    assert sorted(p.name for p in tmp_path.iterdir())==['file', 'films', 'folder']
+
+
 def test_help_version_and_completion(tmp_path):
     alone = run_cli()
     assert alone.stdout==run_cli('--help').stdout==run_cli('help').stdout and 'train' in alone.stdout
@@ -207,6 +235,39 @@ def test_strict_says_by_its_exit_code_that_files_were_left_out(tmp_path):
     assert run_cli(*words).returncode==0
     done = run_cli(*words, '--strict', check=False)
     assert done.returncode==3 and '2 files, 1 unreadable' in done.stdout and done.stderr==''
+
+
+# A finding of the chest
+
+def chest_settings(label, label_set='nih14'):
+    from radiology_ai.tasks.base import make_settings
+    from radiology_ai.tasks.registry import TASKS
+    return make_settings(TASKS['chest'].settings, dict(label=label, label_set=label_set))
+
+
+def test_a_finding_of_the_chest_as_people_write_it():
+    from radiology_ai.tasks.registry import TASKS
+    s = chest_settings('effusion, Pleural thickening')
+    answer = TASKS['chest'].answer.of_run(s)
+    told = pd.DataFrame({'image_id': list('abcd'), 'EFFUSION ': ['ja', 'nein', None, '1,0'],
+        'pleural thickening': [1, 0, 1, 0]})
+    rows = answer.prepared(told, s)
+    assert rows.Effusion.fillna(-1).tolist()==[1, 0, -1, 1] and rows.Pleural_Thickening.tolist()==[1, 0, 1, 0]
+    with pytest.raises(DataError, match="'EFFUSION|'Effusion' holds 'perhaps' in 1 cells"):
+        answer.prepared(told.replace('nein', 'perhaps'), s)
+    with pytest.raises(DataError, match="no category of 'Effusion', 'Pleural_Thickening'"):
+        answer.prepared(told[['image_id']], s)
+    one = chest_settings('Effusion')
+    with pytest.raises(DataError, match=r"no category of 'Effusion' \(1 in all\)"):
+        TASKS['chest'].answer.of_run(one).prepared(told[['image_id']], one)
+
+
+@pytest.mark.parametrize('label,label_set,said', [
+    ('Effusion', 'tree32', "Did you mean 'Pleural effusion'\\? nih14 has it: give label_set=nih14"),
+    ('fracture', 'tree32', 'chexpert has it'), ('Edema', 'tree32', 'nih14 and chexpert have it'),
+    ('xyz', 'nih14', 'The categories are Atelectasis')])
+def test_a_category_of_another_label_set_is_found(label, label_set, said):
+    with pytest.raises(DataError, match=said): chest_settings(label, label_set).tree()
 
 
 # A grade with a cut, and what a report is called
@@ -384,7 +445,18 @@ def test_what_stands_at_the_end_of_a_cell(learned, run, store):
     for shown in (film, ImageStore(store)):
         assert shown._repr_html_().count('data:image/png;base64,')==1 and len(shown._repr_html_())<200_000
     assert '<b>' not in film._repr_html_() and '&lt;b&gt;' in film._repr_html_()
-    assert load_bundle(run).task=='knee'
+    bundle = load_bundle(run)
+    assert bundle.task=='knee' and len(repr(bundle))<400 and "recipe 'knee'" in repr(bundle)
+    from radiology_ai.tasks.registry import TASKS, evaluate
+    found = repr(evaluate(run))
+    assert 'AUROC' in found and '2.25.' not in found and len(found.splitlines())<15 # no identifier of an image
+    assert all(len(repr(t))<300 and t.question in repr(t) for t in TASKS.values())
+
+
+def test_a_checkpoint_as_a_callback_says_what_to_call(tmp_path):
+    from radiology_ai.train.checkpoint import Checkpoint
+    with pytest.raises(ModelError, match='fit_two_phase\\(epochs, checkpoint=folder\\)'):
+        small_learner(cbs=[Checkpoint(tmp_path/'state')]).fit_two_phase(1)
 
 
 # The whole way, from a folder of PNGs and an Excel table

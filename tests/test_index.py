@@ -102,9 +102,9 @@ def test_mutated_headers(tmp_path, seed):
             else: del data[i:i+gen.randrange(1, 9)]
             if len(data)<400: break
         path.write_bytes(data)
-        start = time.perf_counter()
+        start = time.process_time()
         ours = outcome(fast_header, path)
-        assert time.perf_counter() - start<.5
+        assert time.process_time() - start<.5
         theirs = outcome(read_header, path)
         refused += ours is None
         if ours is not None and theirs is not None:
@@ -165,9 +165,9 @@ def test_a_hole_of_four_gigabytes(tmp_path):
     path = tmp_path/'hole.dcm'
     write_dicom(path, SOFT)
     with open(path, 'r+b') as f: f.truncate(2**32 + 2**20)
-    start = time.perf_counter()
+    start = time.process_time()
     assert index_row(path)['error']==''
-    assert time.perf_counter() - start<.5
+    assert time.process_time() - start<.5
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes')

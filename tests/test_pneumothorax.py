@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import pace
 from scipy import ndimage
 
 from radiology_ai.core import BundleError, DataError
@@ -405,11 +406,11 @@ def test_fast_enough_for_a_department():
         start = time.process_time()
         decide(.9, p, triplet)
         times.append(time.process_time()-start)
-    assert min(times)<.005
+    assert min(times)<.005*pace()
     start = time.process_time()
     mask_figures(np.ones(3000, bool), np.random.default_rng(0).random(3000), np.zeros(3000),
         np.arange(3000)//2)
-    assert time.process_time()-start<2
+    assert time.process_time()-start<2*pace()
 
 
 def test_run_lengths_of_random_masks_come_back():

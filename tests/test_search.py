@@ -3,8 +3,13 @@ be another."""
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -65,21 +70,23 @@ def test_the_settings_of_the_winner_train(searched, tmp_path):
     assert 'AUROC' in done.stdout
 
 
-def begin(store, hospital, out):
+def begin(store, hospital, out, **more):
     "A search that has begun and has no trial."
     with pytest.MonkeyPatch.context() as m:
         m.setattr(room, '_all_work', lambda *args, **kwargs: None)
-        with pytest.raises(RadiologyError, match='None of . trials is complete'): tiny(store, hospital, out)
+        with pytest.raises(RadiologyError, match='None of . trials is complete'):
+            tiny(store, hospital, out, **more)
 
 
-def killed(out, trials):
+def killed(out, trials, storage=''):
     "A worker in a process of its own that is killed in the middle of its trial."
-    running = lambda: {t.number for t in study_of(out).trials if t.state.name=='RUNNING' and 'lease' in t.user_attrs}
+    running = lambda: {t.number for t in study_of(out, storage).trials
+        if t.state.name=='RUNNING' and 'lease' in t.user_attrs}
     before = running()
     child = os.fork()
     if not child:
         room.short_run = lambda *args, **kwargs: time.sleep(60)
-        try: work('knee', out, trials)
+        try: work('knee', out, trials, storage=storage)
         finally: os._exit(0)
     end = time.monotonic()+50
     while not (begun := running()-before) and time.monotonic()<end: time.sleep(.02)
@@ -236,3 +243,77 @@ def test_workers_end_with_a_search_that_is_killed(store, hospital, tmp_path, mon
     end = time.monotonic()+10
     while running() and time.monotonic()<end: time.sleep(.1)
     assert not running()
+
+
+@pytest.fixture(scope='session')
+def postgres():
+    "The address of a PostgreSQL server of our own: on a Unix socket in a folder of its own, not as root."
+    pytest.importorskip('psycopg', reason="PostgreSQL's driver is not installed: pip install 'psycopg[binary]'")
+    found = [shutil.which('initdb'), *sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'))]
+    found = [Path(p).resolve().parent for p in found if p]
+    if not found: pytest.skip('there is no PostgreSQL server here: apt-get install postgresql')
+    root, who = Path(tempfile.mkdtemp(prefix='pg', dir='/tmp')), {}  # the path of a socket has at most 107 bytes
+    if os.geteuid()==0:
+        try: shutil.chown(root, 'postgres')
+        except LookupError: pytest.skip('PostgreSQL does not run as root, and there is no user postgres')
+        who = dict(user='postgres', extra_groups=[])
+    subprocess.run([found[0]/'initdb', '-D', root/'data', '-U', 'reader', '-A', 'trust', '-N', '--no-locale', '-E',
+        'UTF8'], cwd=root, check=True, capture_output=True, **who)
+    words = ['-D', root/'data', '-k', root, '-F', '-c', 'listen_addresses=', '-c', 'max_connections=8']
+    with open(root/'log', 'w') as log:
+        server = subprocess.Popen([found[0]/'postgres', *words], stdout=log, stderr=log, cwd=root, **who)
+    try:
+        end = time.monotonic()+30
+        while subprocess.run([found[0]/'pg_isready', '-q', '-h', root]).returncode:
+            assert server.poll() is None and time.monotonic()<end, (root/'log').read_text()
+            time.sleep(.05)
+        yield f'postgresql+psycopg://reader:secret@/postgres?host={root}'
+    finally:
+        server.send_signal(signal.SIGINT)  # it ends without waiting for its clients
+        server.wait(30)
+        shutil.rmtree(root)
+
+
+def worker(out, trials, storage):
+    "Takes part in a process of its own, whose exit status tells how many trials it made."
+    child = os.fork()
+    if child: return child
+    made = 255
+    try: made = work('knee', out, trials, storage=storage)
+    finally: os._exit(made)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+def test_workers_share_a_database(store, hospital, tmp_path, monkeypatch, postgres):
+    """In PostgreSQL: a killed worker's trial is tried again, and two workers make the rest, more than the server takes
+    connections at once."""
+    out = tmp_path/'shared'
+    begin(store, hospital, out, storage=postgres)
+    assert 'secret' not in (out/'search.json').read_text() and not (out/'journal.log').exists()
+    killed(out, 12, postgres)
+    monkeypatch.setattr(room, 'short_run', lambda *args, **kwargs: time.sleep(.02) or ('AUROC', .75))
+    crew = [worker(out, 12, postgres) for _ in range(2)]
+    made = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in crew]
+    trials = study_of(out, postgres).trials
+    states = [t.state.name for t in trials]
+    assert sum(made)==states.count('COMPLETE')==12 and min(made)>0 and states.count('FAIL')==1 and len(states)==13
+    again, = (t for t in trials if 'of' in t.user_attrs)
+    assert again.params==trials[again.user_attrs['of']].params and trials[again.user_attrs['of']].state.name=='FAIL'
+    # the study belongs to its settings, and another folder of the same name is another search
+    with pytest.raises(RadiologyError, match='holds a study .* with other settings'):
+        tiny(store, hospital, tmp_path/'elsewhere'/'shared', seed=5, storage=postgres)
+
+
+def test_a_database_that_is_not_there_is_told(tmp_path):
+    pytest.importorskip('psycopg')
+    for storage in ('postgresql+psycopg://reader:secret@/postgres?host=/nowhere', 'postgresql:reader:secret',
+            'postgresql+none://reader:secret@host/name'):
+        with pytest.raises(DataError, match='cannot be used') as told: study_of(tmp_path, storage)
+        assert 'secret' not in str(told.value)
+
+
+def test_a_driver_that_is_missing_is_told(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'psycopg', None)
+    with pytest.raises(RadiologyError, match=r"driver .* not installed. .*psycopg\[binary\]"):
+        study_of(tmp_path, 'postgresql+psycopg://reader@host/name')

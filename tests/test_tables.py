@@ -154,9 +154,9 @@ def test_torn_tables_are_refused(text, tmp_path):
 
 def test_quotation_marks_cost_no_time():
     for text in ('"'*200_001, 'a,b\n' + '"x'*100_000, 'a\n' + '""'*100_000 + 'x'):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(DataError): parse_table(text)
-        assert time.perf_counter()-start<1
+        assert time.process_time()-start<1
 
 
 def test_large_tables_are_fast():
@@ -164,9 +164,9 @@ def test_large_tables_are_fast():
     df = pd.DataFrame({'image_id': [f'1.2.3.{i}' for i in range(n)],
         'path': [f'a/b/{i}.dcm' for i in range(n)],
         **{f'p{k}': np.random.default_rng(k).random(n) for k in range(5)}})
-    start = time.perf_counter()
+    start = time.process_time()
     pd.testing.assert_frame_equal(parse_table(table_text(df)), df)
-    assert time.perf_counter()-start<3
+    assert time.process_time()-start<3
 
 
 def test_the_owner_alone_reads_it_from_the_first_byte(tmp_path):

@@ -48,7 +48,11 @@ def assign_readers(
     *,
     seed: int=0,        # another seed, other assignments
 ) -> pd.DataFrame:
-    "One row for each image and reader: `image_id`, `reader`, `block` (from 0). Loads differ by one at most."
+    """One row for each image and reader: `image_id`, `reader`, `block` (from 0). Loads differ by one at most.
+
+    >>> assign_readers(['a', 'b'], ['R1', 'R2', 'R3'], n=2).groupby('image_id').reader.nunique().tolist()
+    [2, 2]
+    """
     images,readers = list(images),list(readers)
     _check_ids(images, 'image_id')
     _check_ids(readers, 'reader')
@@ -73,7 +77,11 @@ def assign_readers(
 
 # %% ../../nbs/36_data.annotate.ipynb #74e52149
 class Question(NamedTuple):
-    "What readers are asked about each image."
+    """What readers are asked about each image.
+
+    >>> Question('fractured', ('no', 'yes'), help='of the tibial plateau').answers
+    ('no', 'yes')
+    """
     name: str         # the column
     answers: tuple    # the answers that are allowed; empty: any text
     help: str=''      # a sentence that explains it
@@ -143,7 +151,9 @@ def write_templates(
     kind: str='xlsx',          # xlsx or csv
 ) -> list[Path]:
     """Write the tables that readers fill in; files that are there are not overwritten, since they may hold
-    answers."""
+    answers.
+
+    Example: `write_templates(assign_readers(images, ['R1', 'R2']), [Question('fractured', (0, 1))], 'to_read')`"""
     questions,folder = _questions(questions),Path(folder)
     if kind not in ('xlsx', 'csv'): raise DataError(f"kind is {kind!r}", "Choose xlsx or csv")
     if missing := [c for c in ('image_id', 'reader') if c not in assignment]:
@@ -330,7 +340,9 @@ def read_templates(
     errors: str='raise',      # 'list': return (votes, problems) instead of raising
 ):
     """The votes (columns `VOTES`), one row for an image, a reader and a question that was answered. With `assignment` ids
-    are as they are there (17 stays a number, '007' a text), and each image needs a row in the table that it was given in."""
+    are as they are there (17 stays a number, '007' a text), and each image needs a row in the table that it was given in.
+
+    Example: `votes = read_templates('filled', [Question('fractured', (0, 1))], assignment=assignment)`"""
     questions = _questions(questions)
     if errors not in ('raise', 'list'): raise DataError(f"errors is {errors!r}", "Choose 'raise' or 'list'")
     asked = None if assignment is None else _asked(assignment)
@@ -385,7 +397,11 @@ def cohen_kappa(
     repeats: int=500, # of the interval
     seed: int=0,
 ) -> Kappa:
-    "Agreement of two readers on the images that both have read."
+    """Agreement of two readers on the images that both have read.
+
+    >>> round(cohen_kappa([0, 1, 1, 0, 1, 0], [0, 1, 1, 0, 0, 0], repeats=50).value, 3)
+    0.667
+    """
     if len(a)!=len(b):
         raise DataError(f"One reader has {len(a)} answers, the other {len(b)}",
             "Give answers to the same images")
@@ -409,7 +425,12 @@ def fleiss_kappa(
     seed: int=0,
 ) -> Kappa:
     """Agreement of all readers on the images that two or more have read; each pair of votes counts, images
-    with more readers not more."""
+    with more readers not more.
+
+    >>> votes = pd.DataFrame({'image_id': list('aabbcc'), 'reader': list('RSRSRS'), 'question': 'q', 'value': [1, 1, 0, 0, 1, 0]})
+    >>> round(fleiss_kappa(votes, repeats=50).value, 3)
+    0.333
+    """
     values,(codes,) = _answers(votes.value)
     counts = pd.crosstab(votes.image_id, codes).to_numpy(float)
     counts = counts[counts.sum(1)>1]
@@ -426,7 +447,9 @@ def agreement(
     weights=None,        # as for `cohen_kappa`
 ) -> pd.DataFrame:
     """Kappa of each pair of readers, and of all (Fleiss), for each question: columns question, readers,
-    kappa, low, high, n."""
+    kappa, low, high, n.
+
+    Example: `agreement(read_templates('filled', questions), weights='quadratic')`"""
     rows = []
     for question,v in votes.groupby('question', sort=False):
         wide = v.pivot(index='image_id', columns='reader', values='value')
@@ -441,7 +464,12 @@ def agreement(
 def majority(
     votes: pd.DataFrame, # of one question
 ) -> pd.DataFrame:
-    "By image_id: `value` (None in a tie), `share` of the votes for it, `n` votes, `tie`."
+    """By image_id: `value` (None in a tie), `share` of the votes for it, `n` votes, `tie`.
+
+    >>> votes = pd.DataFrame({'image_id': list('aaab'), 'reader': list('RSTR'), 'question': 'fractured', 'value': [1, 1, 0, 0]})
+    >>> majority(votes).value.to_dict()
+    {'a': 1, 'b': 0}
+    """
     counts = votes.groupby(['image_id', 'value'], sort=True).size()
     top = counts.groupby('image_id').transform('max')
     best = counts[counts==top].reset_index(name='k')
@@ -464,7 +492,12 @@ def dawid_skene(
     prior: float=.1,      # added to each count of a reader's confusion
     steps: int=200,       # of EM, at most
 ) -> Consensus:
-    "Maximum likelihood of Dawid and Skene (Applied Statistics 28, 1979)."
+    """Maximum likelihood of Dawid and Skene (Applied Statistics 28, 1979).
+
+    >>> votes = pd.DataFrame({'image_id': list('aaabbb'), 'reader': list('RSTRST'), 'question': 'q', 'value': [1, 1, 0, 0, 0, 0]})
+    >>> dawid_skene(votes).labels.value.to_dict()
+    {'a': 1, 'b': 0}
+    """
     values,(codes,) = _answers(votes.value)
     images,i = np.unique(votes.image_id, return_inverse=True)
     readers,r = np.unique(votes.reader, return_inverse=True)
@@ -497,7 +530,9 @@ def next_readers(
     readers,                  # who may be asked
     seed: int=0,
 ) -> pd.DataFrame:
-    "New rows of an assignment, one for each tie; images that all have read are named in an error."
+    """New rows of an assignment, one for each tie; images that all have read are named in an error.
+
+    Example: `next_readers(majority(votes), assignment, ['R1', 'R2', 'R3'])`"""
     load = {r: int((assignment.reader==r).sum()) for r in readers}
     had,gen,rows = assignment.groupby('image_id').reader.agg(set).to_dict(),rng(seed, 'next'),[]
     ties = list(labels.index[labels.tie])
@@ -530,7 +565,12 @@ def add_labels(
     when=None,        # a date; None: now, in UTC
 ) -> pd.DataFrame:
     """`history` with rows for the labels that are new or have changed; the same ones again add nothing, also
-    where `1` was saved as text."""
+    where `1` was saved as text.
+
+    >>> history = add_labels(None, {'a': 1, 'b': 0}, 'fractured', source='reader 1', when='2026-01-01')
+    >>> len(add_labels(history, {'a': 1, 'b': 1}, 'fractured', source='reader 2', when='2026-02-01'))
+    3
+    """
     when = pd.Timestamp.now('UTC') if when is None else pd.Timestamp(when)
     when = when.tz_localize('UTC') if when.tzinfo is None else when.tz_convert('UTC')
     values = (labels['value'] if isinstance(labels, pd.DataFrame)
@@ -554,7 +594,12 @@ def labels_at(
     label: str,            # name of the label
     when=None,             # a date; None: now
 ) -> pd.Series:
-    "The values by image_id that held at that time."
+    """The values by image_id that held at that time.
+
+    >>> history = add_labels(None, {'a': 1}, 'fractured', source='reader 1', when='2026-01-01')
+    >>> labels_at(history, 'fractured').to_dict()
+    {'a': 1}
+    """
     h = _in_time(history[history.label==label])
     if when is not None:
         when = pd.Timestamp(when)

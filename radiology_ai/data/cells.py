@@ -399,7 +399,9 @@ def read_labels(
     errors: str='raise', # or 'list': (table, `problem_table`); what is no number is NaN
 ) -> pd.DataFrame:
     """A table of labels: identifiers as text, label columns as floats with NaN where empty, other columns as
-    numbers where they all are. A label column is found as by `match_column` and called as it was asked for."""
+    numbers where they all are. A label column is found as by `match_column` and called as it was asked for.
+
+    Example: `read_labels('labels.xlsx', ['fractured', 'schatzker'])`"""
     if errors not in ('raise', 'list'): raise DataError(f"errors is {errors!r}", "Choose 'raise' or 'list'")
     path,found = Path(path),[] if errors=='list' else None
     labels = [labels] if isinstance(labels, str) else list(labels)

@@ -121,7 +121,9 @@ def chestxray14(
     images=None,          # the folder of the images
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "ChestX-ray14: labels `NIH14`, boxes on images of 1024 x 1024."
+    """ChestX-ray14: labels `NIH14`, boxes on images of 1024 x 1024.
+
+    Example: `chestxray14('Data_Entry_2017.csv', boxes='BBox_List_2017.csv', images='images').manifest`"""
     found,notes = [],[]
     df,file = _table(entries, _NIH, found)
     df = df.assign(path=df.image_id, study_id=df.image_id.str.rsplit('.', n=1).str[0], height=1024,
@@ -199,7 +201,9 @@ def padchest(
     terms: dict|None=None, # what its words mean in a tree of your own: {word: categories}; None: `chest_terms('padchest')`
 ) -> Dataset:
     """PadChest: the categories of the chest tree; also projection, age, sex, pediatric (1, 0), labelled_by,
-    terms and unmapped (joined by |)."""
+    terms and unmapped (joined by |).
+
+    Example: `padchest('PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv', images='images').manifest`"""
     found,notes,tree,mapping = [],[],tree or chest_tree(),terms or chest_terms('padchest')
     df,file = _table(labels, _PADCHEST, found)
     view = _known(df, 'projection', list(_PROJECTIONS), found, file).map(_PROJECTIONS).fillna('')
@@ -273,7 +277,9 @@ def chexpert(
     images=None,           # the folder of the images
     errors: str='raise',   # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "CheXpert: labels `CHEXPERT`; under the policy 'soft' values between 0 and 1, those of no other label."
+    """CheXpert: labels `CHEXPERT`; under the policy 'soft' values between 0 and 1, those of no other label.
+
+    Example: `chexpert('train.csv', policy={'Edema': 'ones', 'Atelectasis': 'soft'}, images='CheXpert').manifest`"""
     if unmentioned not in ('unknown', 'zeros'):
         raise DataError(f"unmentioned is {unmentioned!r}", "Choose 'unknown' or 'zeros'")
     found,notes = [],[]
@@ -330,7 +336,9 @@ def rsna_pneumonia(
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
     """RSNA pneumonia: labels `RSNA` (only the first without `classes`), boxes of 'Lung Opacity' on images of
-    1024 x 1024."""
+    1024 x 1024.
+
+    Example: `rsna_pneumonia('stage_2_train_labels.csv', classes='stage_2_detailed_class_info.csv').boxes`"""
     found,notes = [],[]
     t,file = _table(labels, dict(image_id='patientId', x='x', y='y', w='width', h='height', target='Target'),
         found)
@@ -385,7 +393,9 @@ def siim_pneumothorax(
     images=None,          # the folder of the images; not needed with `index`
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "SIIM-ACR: label 'Pneumothorax', masks on images of 1024 x 1024."
+    """SIIM-ACR: label 'Pneumothorax', masks on images of 1024 x 1024.
+
+    Example: `siim_pneumothorax('train-rle.csv', index=index_dicoms('films')).masks`"""
     found = []
     t,file = _table(labels, dict(image_id='ImageId', rle='EncodedPixels'), found)
     t = t.drop_duplicates()
@@ -491,7 +501,7 @@ def vinbig(
     index: pd.DataFrame|None=None, # of `index_dicoms`: patients, studies, views and paths, by UID or file name
 ) -> Dataset:
     """VinBig: labels `VINBIG` (or those of `VINDR` that the files name) and 'No finding' by the readers' majority,
-    `n_readers`, fused boxes with readers, votes and score."""
+    `n_readers`, fused boxes with readers, votes and score. Example: `vinbig('train.csv', images='train').boxes`"""
     found = []
     t,file = _table(labels, dict(image_id='image_id', label='class_name', number='class_id?',
         reader='rad_id?',

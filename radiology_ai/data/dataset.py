@@ -164,7 +164,12 @@ def study_rows(
     all_views: bool=True, # a view that no image has is an error
 ) -> pd.DataFrame:
     """One row a study of a patient: its first row of these views, and `image_ids`, a tuple with one identifier a view,
-    '' where it is missing. Views are compared by their `view_name`."""
+    '' where it is missing. Views are compared by their `view_name`.
+
+    >>> rows = pd.DataFrame({'image_id': ['a', 'b'], 'patient_id': 'p', 'study_id': 's', 'view': ['PA', 'LATERAL']})
+    >>> study_rows(rows, ['PA', 'LATERAL']).image_ids.tolist()
+    [('a', 'b')]
+    """
     check_columns(rows, ['study_id', 'view', *labels])
     if (blank := rows.study_id.isna() | (rows.study_id.astype(str)=='')).any():
         raise DataError(f"Row {rows.index[blank][0]} (image {rows.image_id[blank].iloc[0]}) has no study_id",

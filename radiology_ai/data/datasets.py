@@ -87,7 +87,8 @@ def from_folders(
     suffixes=SUFFIXES,       # endings of image files; () for all files
     errors: str='raise',     # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "A column `label` with the class and one of 1 and 0 for each class; `image_id` is the relative path."
+    """A column `label` with the class and one of 1 and 0 for each class; `image_id` is the relative path.
+    Example: `from_folders('films', levels=('split', 'label'), patient=r'(P\\d+)').manifest`"""
     _given(root, 'folder of images')
     if odd := [l for l in levels if l not in LEVELS]:
         raise DataError(f"levels holds {odd[0]!r}",
@@ -179,7 +180,9 @@ def oai_knees(
     errors: str='raise',  # or 'list', as for `make_dataset`
 ) -> Dataset:
     """Knees with the grade `kl` (0 to 4), laterality, patient and split; of a table of readings also visit,
-    read_project and how many readings there are."""
+    read_project and how many readings there are.
+
+    Example: `oai_knees('knee_oai').manifest[['image_id', 'kl', 'patient_id']]`"""
     _given(root, 'folder or table of knees')
     root,found,notes = Path(root),[],[]
     tables = (sorted(f for f in root.iterdir() if f.name.lower().startswith('kxr_sq_bu')) if root.is_dir()
@@ -287,7 +290,7 @@ def from_csv(
     no_patient: str='raise', # images without patient: 'raise', 'drop' them, or 'image': each is a patient of its own
     errors: str='raise',     # or 'list', as for `make_dataset`
 ) -> Dataset:
-    "The images, labels, boxes and masks of a CSV; `path` is `image_id` where no column is named."
+    """The images, labels, boxes and masks of a CSV; `path` is `image_id` if not named. `from_csv('f.csv', {'image_id': 'File'}, 'oa')`"""
     _given(path, 'file of labels')
     if isinstance(vocab, str): vocab = [vocab]
     labels = (labels if isinstance(labels, dict)
@@ -477,7 +480,9 @@ def read_tree(
     order=(),       # the tiers from harmless to urgent
     normal: str='', # the category that says that there is no finding, '' for none
 ) -> LabelTree:
-    "A tree of findings. Raises `DataError` with the lines of all rows that cannot be right."
+    """A tree of findings. Raises `DataError` with the lines of all rows that cannot be right.
+
+    Example: `tree = read_tree('tree.csv', order=('harmless', 'urgent'), normal='normal')`"""
     _given(path, 'table of categories')
     found,file = [],Path(path).name
     t = read_table(path, dict(category='category', parent='parent?', tier='tier?'), found)
@@ -503,7 +508,9 @@ def read_terms(
     sep: str='|',           # between these
 ) -> dict[str, tuple]:
     """{word: its categories and all that stand above them}. Raises `DataError` with the lines that cannot be
-    right."""
+    right.
+
+    Example: `words = read_terms('words.csv', chest_tree())`"""
     _given(path, 'table of words')
     found,file = [],Path(path).name
     t = read_table(path, dict(term=term, categories=categories), found, optional=())
@@ -528,7 +535,9 @@ def link(
     on=None,              # as for `make_manifest`; None: by image_id or path, whichever finds more
 ) -> Dataset:
     """`dataset` with the `image_id` and `path` of `index`; its own name stays in `source_id`. Images of the
-    index that it does not know are left out."""
+    index that it does not know are left out.
+
+    Example: `link(chexpert('train.csv'), index_dicoms('films'), on='path').manifest`"""
     m = dataset.manifest
     # where the labels know no patient, the header may
     labels = m.assign(source_id=m.image_id, patient_id=m.patient_id.where(m.patient_id!=m.image_id, None))

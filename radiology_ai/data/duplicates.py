@@ -184,7 +184,9 @@ def find_copies(
 ) -> pd.DataFrame:
     """Pairs of images that are the same film: `image_a`, `image_b`, `similarity` of their fingerprints, `correlation`
     after registration (best first). Finds copies of another size, proportion, brightness, gamma or compression, and
-    cropped by a few per cent; not turned, mirrored or inverted ones."""
+    cropped by a few per cent; not turned, mirrored or inverted ones.
+
+    Example: `find_copies(ImageStore('store'), ImageStore('other'))`"""
     names,rows = _named(images, ids)
     thumbs,n = thumbnails(images, rows, workers, show),len(names)
     if others is not None:
@@ -242,7 +244,9 @@ def same_images(
 ) -> pd.DataFrame:
     """Pairs `image_a`, `image_b`, `patient_a`, `patient_b` of images that are in both manifests, for
     `patient_groups`, `patient_split` and `assert_no_leakage`. Names are compared without folder and
-    extension; that there are no pairs is a warning."""
+    extension; that there are no pairs is a warning.
+
+    Example: `pairs = same_images(rsna.manifest, nih.manifest, match=pd.read_csv('match.csv'))`"""
     for name,df in (('first', a), ('second', b)):
         for column in ('image_id', 'patient_id'):
             if column not in df:

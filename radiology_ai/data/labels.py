@@ -131,7 +131,12 @@ def validate_manifest(
     labels=(),               # columns that must hold 1, 0 or NaN
     grades: dict|None=None,  # columns that must hold one of these whole numbers or NaN: `{'schatzker': SCHATZKER}`
 ) -> pd.DataFrame:
-    "`df` itself if it keeps the contract; otherwise a `DataError` that names the rows and columns."
+    """`df` itself if it keeps the contract; otherwise a `DataError` that names the rows and columns.
+
+    >>> rows = make_manifest(pd.DataFrame({'image_id': ['a'], 'path': ['a.png'], 'patient_id': ['p']}))
+    >>> len(validate_manifest(rows))
+    1
+    """
     if found := find_problems(df, labels, grades):
         refuse(found, "The manifest breaks its contract", "`manifest_problems`")
     return df
@@ -398,7 +403,12 @@ def make_manifest(
     no_patient: str='raise',            # without patient: 'raise', 'drop', or 'image': each is a patient of its own
 ) -> pd.DataFrame:
     """One row for each readable image: the columns of a manifest, what the index knew, and the labels (NaN
-    where there is none). Of a film with two knees each is a row, which takes the label of its side."""
+    where there is none). Of a film with two knees each is a row, which takes the label of its side.
+
+    >>> index = pd.DataFrame({'image_id': ['a.png', 'b.png'], 'path': ['a.png', 'b.png'], 'patient_id': ['p', 'q']})
+    >>> make_manifest(index, pd.DataFrame({'image_id': ['a', 'b'], 'fractured': [1, 0]})).fractured.tolist()
+    [1, 0]
+    """
     df = _base(index)
     if labels is not None and len(labels):
         labels = _patients_by_another_name(df, _usual_names(labels.reset_index(drop=True)))
@@ -479,7 +489,12 @@ def missing_rows(
 
 # %% ../../nbs/30_data.labels.ipynb #71ff8fad
 class Dataset(NamedTuple):
-    "A data set as the library reads it."
+    """A data set as the library reads it.
+
+    >>> d = Dataset(pd.DataFrame({'image_id': ['a', 'b'], 'fractured': [1, 0]}), labels=('fractured',))
+    >>> d.manifest.fractured.tolist()
+    [1, 0]
+    """
     manifest: pd.DataFrame           # one row an image: `MANIFEST`, the labels (1, 0, NaN) and what else the files say
     boxes: pd.DataFrame|None=None    # one row a box: image_id, label, x1, y1, x2, y2; width, height of what they were drawn on
     masks: pd.DataFrame|None=None    # one row a mask: image_id, label, `rle` (run lengths) or `path`, height, width

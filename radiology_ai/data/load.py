@@ -152,7 +152,9 @@ def xray_test_dl(
     regions=None,           # `BoxTargets`, `MaskTargets` or `PointTargets`
 ) -> XrayDL:
     """A loader of `rows` in their order, without transforms; the last batch may be smaller. Batches are
-    (images,), or (images, targets) with `labels` or `regions`."""
+    (images,), or (images, targets) with `labels` or `regions`.
+
+    Example: `xray_test_dl(dls, manifest[manifest.split=='test'], labels='fractured')`"""
     if isinstance(store, DataLoaders):
         if store.views is not None and 'image_ids' not in rows:
             rows = study_rows(rows, store.views, all_views=False)
@@ -304,8 +306,8 @@ def xray_dataloaders(
     ordinal: bool=False,         # the label is a grade: the classes are all from the lowest to the highest
     one_class: str='raise',      # a label of one class only among the training images: 'raise', or 'warn'
 ) -> XrayDataLoaders:
-    """Loaders whose batches are (TensorImage float (B, channels, H, W) in [0, 1], targets): the boxes, masks or points, if
-    any, and then the labels as TensorCategory (B,) or TensorMultiCategory (B, C) with NaN. Raises `DataError`."""
+    """Loaders of batches (TensorImage float (B, channels, H, W) in [0, 1], targets): the boxes, masks or points, if any, then the labels as
+    TensorCategory (B,) or TensorMultiCategory (B, C) with NaN. Raises `DataError`. Example: `xray_dataloaders(store, df, 'oa')`"""
     labels = labels if labels is None or isinstance(labels, str) else list(labels)
     drawn = dict(boxes=boxes, masks=masks, points=points)
     _check_what(labels, **drawn)

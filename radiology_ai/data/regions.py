@@ -113,7 +113,13 @@ def fuse_boxes(
     readers=None,           # how many read each image: a number, or a Series by image_id; None: who drew a box on it
 ) -> pd.DataFrame:
     """One row a finding: image_id, label, x1, y1, x2, y2, readers ('R8|R9'), votes and score = votes /
-    readers of the image."""
+    readers of the image.
+
+    >>> boxes = pd.DataFrame([['i', 'mass', 0, 0, 10, 10, 'R1'], ['i', 'mass', 1, 0, 10, 10, 'R2']],
+    ...     columns=['image_id', 'label', 'x1', 'y1', 'x2', 'y2', 'reader'])
+    >>> fuse_boxes(boxes).votes.tolist()
+    [2]
+    """
     if not 0<=iou<1: raise DataError(f"iou is {iou}", "Give a number from 0 up to, not including, 1")
     b = boxes.reset_index(drop=True)
     w = b.weight.astype(float) if 'weight' in b else pd.Series(1., b.index)
@@ -151,7 +157,12 @@ def rle_decode(
     rle: str,             # 'gap length gap length ...'; '-1' or nothing: an empty mask
     shape=(1024, 1024),   # height and width of the image
 ) -> np.ndarray:
-    "(H, W) bool."
+    """(H, W) bool.
+
+    >>> rle_decode('0 2', shape=(2, 2)).astype(int)
+    array([[1, 0],
+           [1, 0]])
+    """
     h,w = shape
     starts,ends = _runs(rle)
     if len(ends) and ends[-1]>h*w:
@@ -163,7 +174,11 @@ def rle_decode(
 def rle_encode(
     mask: np.ndarray, # (H, W), what is not 0 belongs to the mask
 ) -> str:
-    "The run lengths of `mask`; '-1' if it is empty."
+    """The run lengths of `mask`; '-1' if it is empty.
+
+    >>> rle_encode(np.array([[1, 0], [1, 0]]))
+    '0 2'
+    """
     flat = np.asarray(mask).astype(bool).T.ravel()
     if not flat.any(): return '-1'
     edges = np.r_[[0]*int(flat[0]), np.flatnonzero(flat[1:]!=flat[:-1])+1,
@@ -199,7 +214,13 @@ def image_mask(
     image_id: str,        # the image
     shape=None,           # its height and width, for an image without masks
 ) -> np.ndarray:
-    "(H, W) bool, all masks of the image together."
+    """(H, W) bool, all masks of the image together.
+
+    >>> masks = pd.DataFrame({'image_id': ['a'], 'rle': ['0 2'], 'height': [2], 'width': [2]})
+    >>> image_mask(masks, 'a').astype(int)
+    array([[1, 0],
+           [1, 0]])
+    """
     rows = masks[masks.image_id==image_id]
     if (unlike := rows[['height', 'width']].nunique()>1).any():
         raise DataError(f"The masks of image {image_id!r} have several values of {unlike.idxmax()}",
@@ -264,7 +285,12 @@ def outline_boxes(
     errors: str='raise',  # or 'list': (boxes, problems), without the rows that are wrong
 ) -> pd.DataFrame:
     """The table with x1, y1, x2, y2 instead of the outlines; a row without an outline has none: nothing was
-    found there."""
+    found there.
+
+    >>> table = pd.DataFrame({'image_id': ['a'], 'polygon': ['[[1, 1], [5, 1], [5, 4]]']})
+    >>> outline_boxes(table)[['x1', 'y1', 'x2', 'y2']].values.tolist()
+    [[1.0, 1.0, 5.0, 4.0]]
+    """
     return _each_outline(table, errors, XYXY,
         lambda r, parts: [*np.concatenate(parts).min(0), *np.concatenate(parts).max(0)] if parts
         else [np.nan]*4)
@@ -273,7 +299,12 @@ def outline_masks(
     table: pd.DataFrame,  # image_id, `polygon` (as for `outline_parts`), width and height of the image, and other columns
     errors: str='raise',  # or 'list': (masks, problems), without the rows that are wrong
 ) -> pd.DataFrame:
-    "The table with run lengths `rle` instead of the outlines; a row without an outline is an empty mask."
+    """The table with run lengths `rle` instead of the outlines; a row without an outline is an empty mask.
+
+    >>> table = pd.DataFrame({'image_id': ['a'], 'polygon': ['[[1, 1], [5, 1], [5, 4]]'], 'width': 8, 'height': 8})
+    >>> image_mask(outline_masks(table), 'a').shape
+    (8, 8)
+    """
     if lost := [c for c in SIZE if c not in table]:
         raise DataError(f"The outlines have no column {lost[0]!r}",
             "Add width and height of the image they were drawn on")

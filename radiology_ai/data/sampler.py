@@ -93,7 +93,12 @@ class BalancedBatchSampler(BatchSampler):
 
     Each epoch shows every image at least once; images of rare classes are repeated evenly. Every batch has exactly
     `bs` entries, without repetition inside a batch where the data allow it. For labels (N, C) a class is the positives
-    of a column. The batches depend on `seed` and the epoch only."""
+    of a column. The batches depend on `seed` and the epoch only.
+
+    >>> labels = [0]*6 + [1]*2
+    >>> [sorted(labels[i] for i in batch) for batch in BalancedBatchSampler(labels, bs=4)]
+    [[0, 0, 0, 1], [0, 0, 0, 1]]
+    """
     def __init__(self,
         labels,               # (N,) class of each image, -1 is unknown, or (N, C) of 1 / 0; NaN is unknown in both
         bs: int=32,           # images in a batch
@@ -198,7 +203,11 @@ def batches(self:BalancedBatchSampler,
 # %% ../../nbs/33_data.sampler.ipynb #c987693c
 class ShuffledBatchSampler(BatchSampler):
     """Iterates over shuffled batches of row numbers, each image once an epoch; with `drop_last` an incomplete
-    last batch is left out (if there is another)."""
+    last batch is left out (if there is another).
+
+    >>> sorted(i for batch in ShuffledBatchSampler(5, bs=2) for i in batch)
+    [0, 1, 2, 3, 4]
+    """
     def __init__(self,
         n: int,                # number of images
         bs: int=32,            # images in a batch, at most
@@ -226,7 +235,11 @@ class ShuffledBatchSampler(BatchSampler):
 # %% ../../nbs/33_data.sampler.ipynb #e322aa00
 class OrderedBatchSampler(BatchSampler):
     """Iterates over batches of row numbers in order; each image is on one process, once. The shares differ by
-    at most one image."""
+    at most one image.
+
+    >>> list(OrderedBatchSampler(5, bs=2))
+    [[0, 1], [2, 3], [4]]
+    """
     def __init__(self,
         n: int,        # number of images
         bs: int=64,    # images in a batch
@@ -246,7 +259,11 @@ def inverse_frequency(
 ) -> np.ndarray:
     """Weight of each image (N,) with mean 1: one over the number of images of its class. With labels (N, C) the class
     of an image is its rarest positive, and images without a positive are a class. An image with no known label has
-    weight 0 and counts in no class."""
+    weight 0 and counts in no class.
+
+    >>> inverse_frequency([0, 0, 0, 1]).round(2)
+    array([0.67, 0.67, 0.67, 2.  ])
+    """
     positive,_ = _positives(labels)
     known = _known(labels)
     known = known.any(1) if known.ndim==2 else known
@@ -258,7 +275,11 @@ def inverse_frequency(
 
 class WeightedBatchSampler(BatchSampler):
     """Iterates over batches of row numbers drawn by weight: in each epoch an image comes its expected number
-    of times, rounded up or down."""
+    of times, rounded up or down.
+
+    >>> [len(batch) for batch in WeightedBatchSampler([1, 1, 2, 4], bs=2)]
+    [2, 2]
+    """
     def __init__(self,
         weights,            # (N,) at least 0, any scale
         bs: int=32,         # images in a batch
@@ -290,7 +311,12 @@ class WeightedBatchSampler(BatchSampler):
 # %% ../../nbs/33_data.sampler.ipynb #e8a9b9b9
 class PositiveShareSampler(BatchSampler):
     """Iterates over batches of row numbers whose share of positives moves evenly from `start` in the first
-    epoch to `end` in the last, and stays there."""
+    epoch to `end` in the last, and stays there.
+
+    >>> sampler = PositiveShareSampler([1, 1, 0, 0, 0, 0, 0, 0], bs=4, start=.5, end=.25, epochs=2)
+    >>> [len(batch) for batch in sampler]
+    [4, 4]
+    """
     def __init__(self,
         labels,            # (N,) of 1, 0, NaN or -1 (unknown), or (N, C): positive if any is 1, negative if all are 0, or left out
         bs: int=32,        # images in a batch
@@ -335,7 +361,11 @@ class PositiveShareSampler(BatchSampler):
 # %% ../../nbs/33_data.sampler.ipynb #18673db6
 class RepeatedBatchSampler(BatchSampler):
     """Iterates over batches of row numbers with each image `m` times; on `world` processes the copies of an
-    image are on different ones (as far as there are `m`)."""
+    image are on different ones (as far as there are `m`).
+
+    >>> sorted(i for batch in RepeatedBatchSampler(3, bs=3, m=2) for i in batch)
+    [0, 0, 1, 1, 2, 2]
+    """
     def __init__(self,
         n: int,         # number of images
         bs: int=32,     # images in a batch
@@ -358,7 +388,11 @@ class RepeatedBatchSampler(BatchSampler):
 # %% ../../nbs/33_data.sampler.ipynb #99c2167a
 class PairedBatchSampler(BatchSampler):
     """Iterates over batches of row numbers: the first `bs` are labelled, the following `n_unlabelled` are
-    not. `set_epoch`, `rank` and `world` as in the others."""
+    not. `set_epoch`, `rank` and `world` as in the others.
+
+    >>> [len(batch) for batch in PairedBatchSampler([0, 1, -1, -1, -1, -1], bs=2, mu=2)]
+    [6]
+    """
     def __init__(self,
         labels,                   # (N,) or (N, C); an image is unlabelled where all are NaN, or its class is -1
         bs: int=16,               # labelled images in a batch

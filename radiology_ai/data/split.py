@@ -246,7 +246,12 @@ def patient_split(
     duplicates=None,               # pairs of equal images, whose patients stay together: see `patient_groups`
 ) -> pd.DataFrame:
     """A copy of `df` with the column `split`. No patient crosses, and labels are as frequent in each split as
-    in all: see `split_deviation`."""
+    in all: see `split_deviation`.
+
+    >>> df = pd.DataFrame({'image_id': [f'i{k}' for k in range(20)], 'patient_id': [f'p{k//2}' for k in range(20)]})
+    >>> patient_split(df, seed=1).split.value_counts().to_dict()
+    {'train': 12, 'valid': 4, 'test': 4}
+    """
     sizes = {'train': .6, 'valid': .2, 'test': .2} if sizes is None else dict(sizes)
     if not sizes or any(not v>0 for v in sizes.values()) or abs(sum(sizes.values())-1)>1e-6:
         raise DataError(f"The sizes are {sizes}",
@@ -282,7 +287,12 @@ def split_deviation(
     split: str='split',  # its column of splits
 ) -> tuple[float, float]:
     """The largest and the mean distance |prevalence in a split - prevalence in all| over classes and splits,
-    in 0 .. 1; a split without known labels counts for nothing."""
+    in 0 .. 1; a split without known labels counts for nothing.
+
+    >>> df = pd.DataFrame({'split': ['train', 'train', 'test', 'test'], 'found': [1, 0, 1, 0]})
+    >>> split_deviation(df, 'found')
+    (0.0, 0.0)
+    """
     table = prevalence(df, labels, split)
     gap = (table.drop(columns='all').sub(table['all'], axis=0)).abs()
     return float(gap.max(axis=None)),float(np.nanmean(gap.to_numpy()))
@@ -297,7 +307,12 @@ def patient_folds(
     *,
     duplicates=None,               # pairs of equal images, whose patients stay together: see `patient_groups`
 ) -> pd.Series:
-    "The fold 0 .. k-1 of each row, by patient; the index is that of `df`."
+    """The fold 0 .. k-1 of each row, by patient; the index is that of `df`.
+
+    >>> df = pd.DataFrame({'image_id': list('abcdef'), 'patient_id': list('ppqqrr')})
+    >>> patient_folds(df, k=3).groupby(df.patient_id).nunique().tolist()
+    [1, 1, 1]
+    """
     if k<2: raise DataError(f"k is {k}", "Give at least 2 folds")
     out = _spread(df.reset_index(drop=True), [1/k]*k, [f'fold {i}' for i in range(k)], label, seed,
         min_positives=min_positives, duplicates=duplicates)
@@ -311,7 +326,12 @@ def official_split(
     by: str='image_id',     # what the lists name: 'image_id' or 'patient_id'
     **kwargs                # label, seed, min_positives, duplicates as in `patient_split`
 ) -> pd.DataFrame:
-    "A copy of `df` with the column `split` as listed."
+    """A copy of `df` with the column `split` as listed.
+
+    >>> df = pd.DataFrame({'image_id': list('abc'), 'patient_id': list('abc')})
+    >>> official_split(df, {'train': ['a', 'b'], 'test': ['c']}).split.tolist()
+    ['train', 'train', 'test']
+    """
     df = df.reset_index(drop=True) if not df.index.is_unique else df.copy()
     _image_ids(df)
     own,where = patient_keys(df, by),pd.Series(dtype=object)
@@ -352,7 +372,12 @@ def held_out_split(
     **kwargs                # label, seed, min_positives, duplicates as in `patient_split`
 ) -> pd.DataFrame:
     """A copy of `df` whose split `test` is all images of some centres and nothing else; a patient who was
-    also seen elsewhere is an error."""
+    also seen elsewhere is an error.
+
+    >>> df = pd.DataFrame({'image_id': list('abcdef'), 'patient_id': list('abcdef'), 'centre': list('xxxxyy')})
+    >>> held_out_split(df, 'centre', 'y').groupby('centre').split.unique()['y'].tolist()
+    ['test']
+    """
     values = [values] if isinstance(values, str) or np.isscalar(values) else list(values)
     centre = _column(df, column)
     if lost := [v for v in values if not (centre==v).any()]:
@@ -379,7 +404,12 @@ def fewer_negatives(
     seed: int=0,           # another seed, other images
 ) -> pd.DataFrame:
     """`df` without some training images on which every label is known and 0; all other splits stay as they
-    are."""
+    are.
+
+    >>> df = pd.DataFrame({'split': ['train']*4, 'found': [1, 0, 0, 0]})
+    >>> fewer_negatives(df, 'found', per_positive=2).found.tolist()
+    [1, 0, 0]
+    """
     labels = [labels] if isinstance(labels, str) else list(labels)
     values = pd.concat([_column(df, c, 'label column') for c in labels], axis=1)
     here = (_column(df, 'split')==train).to_numpy()
@@ -399,7 +429,10 @@ def assert_no_leakage(
     duplicates=None,     # table of equal images `image_a`, `image_b` of `find_copies` or `same_images`
 ) -> None:
     """`DataError` that names the patients, images, files or pairs of equal images that are in more than one
-    split."""
+    split.
+
+    >>> assert_no_leakage(pd.DataFrame({'patient_id': ['p', 'q'], 'split': ['train', 'test']}))
+    """
     if split not in df:
         raise DataError(f"The table has no column {split!r}", "Divide it first with `patient_split`")
     used = df[df[split].notna() & (df[split]!='')]
@@ -428,7 +461,12 @@ def split_hash(
     df: pd.DataFrame, # a manifest with `image_id`, `patient_id` and `split`
 ) -> str:
     """16 hexadecimal digits that name which image and patient is in which split; the order of rows does not
-    matter."""
+    matter.
+
+    >>> df = pd.DataFrame({'image_id': ['a', 'b'], 'patient_id': ['p', 'q'], 'split': ['train', 'test']})
+    >>> split_hash(df)==split_hash(df[::-1])
+    True
+    """
     for column in ('image_id','split'):
         if column not in df:
             raise DataError(f"The table has no column {column!r}", "Divide a manifest with `patient_split`")
@@ -441,7 +479,9 @@ def save_split(
     duplicates=None,  # pairs of equal images that must not cross
 ) -> str:
     """Writes image, patient and split of each row, sorted, below a line with the hash; returns the hash. A
-    split that leaks is not written."""
+    split that leaks is not written.
+
+    Example: `save_split(patient_split(manifest, label='fractured'), 'split.csv')`"""
     assert_no_leakage(df, duplicates=duplicates)
     table = pd.DataFrame({'image_id': _image_ids(df), 'patient_id': patient_keys(df),
         'split': df.split.fillna('').astype(str)}).sort_values('image_id')
@@ -454,7 +494,9 @@ def load_split(
     df: pd.DataFrame|None=None, # a manifest to divide; None: only read
 ) -> pd.DataFrame:
     """The table of the file, or a copy of `df` with its `split`. `DataError` if the file was changed, or does
-    not have every image of `df` with the same patient."""
+    not have every image of `df` with the same patient.
+
+    Example: `manifest = load_split('split.csv', manifest)`"""
     path = Path(path)
     if not path.is_file(): raise DataError(f"There is no file {path}", "Give a file written by save_split")
     try: head,_,body = read_bytes(path).decode('utf-8').partition('\n')

@@ -155,7 +155,9 @@ def stored_boxes(
     errors: str='raise',    # or 'list': (boxes, problems), without the rows that are wrong
 ) -> pd.DataFrame:
     """The boxes in pixels of the stored images, clipped to them; an image that was looked at and has none is a row without
-    coordinates. A warning says how many boxes were dropped; those of images that are not in the store are left out."""
+    coordinates. A warning says how many boxes were dropped; those of images that are not in the store are left out.
+
+    Example: `stored_boxes(store, rsna_pneumonia('stage_2_train_labels.csv').boxes, drawn_on=(1024, 1024), undrawn='empty')`"""
     columns_there(boxes, ['image_id', *XYXY], 'boxes')
     boxes = images_of(store, boxes, 'boxes')
     corners,found = lay_over(store, boxes, XYXY, drawn_on)
@@ -201,7 +203,9 @@ def stored_points(
     drawn_on=None,          # the size, as for `stored_boxes`
     errors: str='raise',    # or 'list': (points, problems), without the rows that are wrong
 ) -> pd.DataFrame:
-    "The points in pixels of the stored images; those of images that are not in the store are left out."
+    """The points in pixels of the stored images; those of images that are not in the store are left out.
+
+    Example: `stored_points(store, pd.read_csv('points.csv'), drawn_on=(512, 512))`"""
     columns_there(points, ['image_id', 'label', 'x', 'y'], 'points')
     points = images_of(store, points, 'points')
     places,found = lay_over(store, points, ['x', 'y'], drawn_on, reach=False)
@@ -217,7 +221,9 @@ def stored_points(
 # %% ../../nbs/33_data.targets.ipynb #70a53bdc
 class MaskStore:
     """The masks of a store's images: `masks[i]` is (H, W) uint8 of 0 and 1 by memory map, with `labels` (K, H, W). `masks.known[i]` says
-    whether anybody has drawn on image i, or (K,) each of its masks; `masks.target(i)` has -1 where nobody has."""
+    whether anybody has drawn on image i, or (K,) each of its masks; `masks.target(i)` has -1 where nobody has.
+
+    Example: `masks = MaskStore('masks'); masks[0].shape; masks.known[0]`"""
     def __init__(self,
         path,  # the folder of `write_masks`
     ):
@@ -267,7 +273,9 @@ def write_masks(
     errors: str='raise',    # or 'list': `problems` of the result, and the images that are wrong stay unknown
 ) -> MaskStore:
     """Lay the masks over the stored images, scaled where they were drawn on another size of the same shape. Images without a
-    row are unknown; with the run length -1 they are known to be empty."""
+    row are unknown; with the run length -1 they are known to be empty.
+
+    Example: `masks = write_masks(store, siim_pneumothorax('train-rle.csv').masks, 'masks')`"""
     labels,groups = _mask_labels(masks, labels),_by_image(masks)
     ids,(h,w) = store.index.image_id.astype(str),store[0].shape
     drawn = ids.isin(list(groups)).to_numpy()

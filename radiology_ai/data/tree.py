@@ -82,7 +82,12 @@ def torn_rows(
 @dataclass(frozen=True)
 class LabelTree:
     """Categories, each with at most one parent and a tier; one of them may be `normal`: it is 1 exactly where
-    no category of the tiers above the lowest is."""
+    no category of the tiers above the lowest is.
+
+    >>> tree = LabelTree(('opacity', 'pneumonia'), ('', 'opacity'), ('', ''))
+    >>> tree.parents[tree.names.index('pneumonia')]
+    'opacity'
+    """
     names: tuple        # C names
     parents: tuple      # C names of parents, '' for none
     tiers: tuple        # C names of tiers, '' for none
@@ -177,7 +182,11 @@ _CHEXPERT = {'Enlarged Cardiomediastinum': ('padchest', 'mediastinal enlargement
     'Support Devices': ('Foreign bodies',)}
 
 def chest_tree() -> LabelTree:
-    "The 32 categories of a chest radiograph in three tiers (RELIANCE)."
+    """The 32 categories of a chest radiograph in three tiers (RELIANCE).
+
+    >>> len(chest_tree().names)
+    32
+    """
     c = _chest()['categories']
     return LabelTree(*(tuple(r[k] for r in c) for k in ('category', 'parent', 'tier')),
         ('no pathology', 'pathologic', 'urgent'), 'Normal')
@@ -185,7 +194,11 @@ def chest_tree() -> LabelTree:
 def chest_terms(
     name: str, # 'padchest', 'nih14' or 'chexpert'
 ) -> dict[str, tuple]:
-    "What each term of a data set means in `chest_tree()`: {term in lower case: its categories}."
+    """What each term of a data set means in `chest_tree()`: {term in lower case: its categories}.
+
+    >>> chest_terms('nih14')['pneumothorax']
+    ('Pneumothorax', 'PDTW-urgent', 'PDTW')
+    """
     tables = _chest()['terms']
     if name=='chexpert':
         return {term.lower(): tuple(tables[to[0]][to[1]]) if to[0] in tables else to
@@ -358,7 +371,11 @@ def resolve_uncertain(
     seed: int=0,           # of these draws
     mark: float=-1,        # how uncertain is written
 ):
-    "`values` as floats without `mark`; same type and shape."
+    """`values` as floats without `mark`; same type and shape.
+
+    >>> resolve_uncertain(np.array([1., 0., -1.]), 'ones')
+    array([1., 0., 1.])
+    """
     if isinstance(values, pd.DataFrame):
         if isinstance(policy, dict) and (lost := set(policy)-set(values.columns)):
             raise DataError(f"There is no column {sorted(map(str, lost))[0]!r} (columns: "

@@ -571,7 +571,9 @@ def deidentify(
     show: bool|None=None,  # a progress bar; None: on a terminal
 ) -> pd.DataFrame:
     """De-identified copies in `dst` with `account.csv` (a row a file) and `actions.jsonl` (every action).
-    Returns the account; its `number` counts the files in sorted order. Killed and called again it goes on."""
+    Returns the account; its `number` counts the files in sorted order. Killed and called again it goes on.
+
+    Example: `deidentify('films', 'clean', key=Path('key'), retain=['dates_modified'])`"""
     if profile!='basic':
         raise DataError(f"The profile is {profile!r}", "The only one is 'basic'; use retain= for its options")
     if burned_in not in ('black', 'hold', 'keep'):

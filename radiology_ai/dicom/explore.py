@@ -74,7 +74,9 @@ def summarise(
     top: int=6,       # values shown of each element
 ) -> pd.DataFrame:
     """What is in an index: one row for each of the most frequent values of each element, with the number of
-    files and their share."""
+    files and their share.
+
+    Example: `summarise(index_dicoms('films'), top=3)`"""
     good,bad = df[df.error==''],df[df.error!='']
     distinct = lambda k: int(good[k][good[k]!=''].nunique())
     people = {'files': len(df), 'unreadable': len(bad), 'patients': distinct('PatientID'),
@@ -158,7 +160,9 @@ def prevalence(
 @dataclass
 class Exploration:
     """What `explore_dicoms` found: the `index`, `tables` by name, `attention`, the `files` of each line of
-    it, and paths for the contact sheet."""
+    it, and paths for the contact sheet.
+
+    Example: `explore_dicoms('films').tables['unreadable']`"""
     index: pd.DataFrame
     tables: dict = field(default_factory=dict)
     attention: pd.DataFrame|None = None
@@ -242,7 +246,9 @@ def explore_dicoms(
     previous=None,          # an earlier index, see `index_dicoms`
 ) -> Exploration:
     """What is in this folder: tables, pictures (`.show()`) and what needs attention. Neither holds
-    identifiers; `.index`, `.files` and paths do."""
+    identifiers; `.index`, `.files` and paths do.
+
+    Example: `found = explore_dicoms('films'); found.attention; found.show()`"""
     df = _as_index(folder, workers, show, previous)
     if pixels not in (False, True, 'all'):
         raise DataError(f"pixels is {pixels!r}", "Use False, True or 'all'")
@@ -488,5 +494,7 @@ def to_html(self:Exploration,
 def show_index(
     df: pd.DataFrame, # as of `index_dicoms`
 ):
-    "Draws the most frequent values of each element and the causes of unreadable files; returns the figure."
+    """Draws the most frequent values of each element and the causes of unreadable files; returns the figure.
+
+    Example: `show_index(index_dicoms('films'))`"""
     return _element_figure(explore_dicoms(df))

@@ -242,7 +242,9 @@ def read_header(
     path,           # DICOM or still image
     keywords=TAGS,  # which elements
 ) -> dict:
-    "The header values of a file without its pixel data. Still images give `Rows` and `Columns` only."
+    """The header values of a file without its pixel data. Still images give `Rows` and `Columns` only.
+
+    Example: `read_header('film.dcm', ['Modality', 'BodyPartExamined'])`"""
     if file_kind(path, read_head(path))=='dicom':
         return tags_of(open_dicom(path, pixels=False, tags=list(keywords)), keywords)
     with open_still(path) as (im,_): return dict(Rows=im.height, Columns=im.width)
@@ -277,7 +279,9 @@ def read_radiograph(
 ) -> Radiograph:
     """One radiograph with bone bright, its header, its geometry and the codec that ran (two names: both agree).
     With `size` a JPEG 2000 stream is decoded at the nearest larger resolution it holds. Raises `DicomError` with
-    cause and remedy."""
+    cause and remedy.
+
+    Example: `film = read_radiograph('film.dcm', size=1024); film.pixels.max(); film.spacing`"""
     path = Path(path)
     if file_kind(path, read_head(path))=='still':
         pixels = read_still(path, frame, max_pixels)

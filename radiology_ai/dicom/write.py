@@ -300,7 +300,9 @@ def structured_report(
     when: datetime|None=None, # of its making; None: now
 ) -> Dataset:
     """A Comprehensive SR of template TID 1500. Raises `DataError` for a place outside of the film or a mask of another size,
-    `MissingPackageError` without highdicom."""
+    `MissingPackageError` without highdicom.
+
+    Example: `structured_report(read_source('film.dcm'), [Finding('fractured', .91, call=True)], algorithm).save_as('sr.dcm')`"""
     hd,when = optional('highdicom', 'dicom_results'),when or datetime.now()
     findings,facts = list(findings),facts or {}
     _check_places(source, findings)
@@ -330,7 +332,9 @@ def segmentation(
     when: datetime|None=None, # of its making; None: now
 ) -> Dataset|None:
     """The masks of the findings as a binary SEG; None where no finding has one. Raises `DataError` for a mask of another size than
-    the film, `MissingPackageError` without highdicom."""
+    the film, `MissingPackageError` without highdicom.
+
+    Example: `segmentation(read_source('film.dcm'), [Finding('pneumothorax', .9, mask=mask)], algorithm)`"""
     hd,when = optional('highdicom', 'dicom_results'),when or datetime.now()
     findings = list(findings)
     _check_places(source, findings)
@@ -366,7 +370,9 @@ def secondary_capture(
     when: datetime|None=None, # of its making; None: now
 ) -> Dataset:
     """A picture of the film as DICOM. Raises `DataError` for another picture, `MissingPackageError` without
-    highdicom."""
+    highdicom.
+
+    Example: `secondary_capture(read_source('film.dcm'), heat_overlay(film.pixels, heat), algorithm).save_as('sc.dcm')`"""
     hd,when = optional('highdicom', 'dicom_results'),when or datetime.now()
     if picture.dtype!=np.uint8 or picture.ndim!=3 or picture.shape[2]!=3:
         raise DataError(f"The picture is {picture.dtype} of shape {picture.shape}", "Give (H, W, 3) uint8")

@@ -130,7 +130,11 @@ def gradcam(
     layer=None,       # a module or its name; None: `model.body`, or the last module with a map
 ) -> np.ndarray:
     """(B, H, W) float32 heat in [0, 1], the hottest place of each image 1, of several views (B, views, H, W); all 0 where nothing
-    speaks for the class. Raises `ModelError`."""
+    speaks for the class. Raises `ModelError`.
+
+    >>> gradcam(create_model('test_resnet', 2, pretrained=False), torch.rand(1, 1, 64, 64), target=1).shape
+    (1, 64, 64)
+    """
     return cam_heat(cam_maps(model, x, target, layer))
 
 def cam_heat(

@@ -324,7 +324,11 @@ def lrp(
     """(B, H, W) float32 relevance, of several views (B, views, H, W): positive where a pixel speaks for the class,
     negative where against it; its sum is the logit. Raises `ModelError`.
 
-    LRP is patented and free of charge for personal and scientific use only."""
+    LRP is patented and free of charge for personal and scientific use only.
+
+    >>> lrp(create_model('test_resnet', 2, pretrained=False), torch.rand(1, 1, 64, 64), target=1).shape
+    (1, 64, 64)
+    """
     relevance,_ = lrp_relevance(model, x, target, rule)
     views = layout_of(model, x.shape[-2:]).views
     out = relevance.unflatten(1, (views, -1)).sum(2).cpu().numpy().astype(np.float32)

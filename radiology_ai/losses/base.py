@@ -205,7 +205,11 @@ class ClassLoss(ClassAnswer, nn.Module):
         return reduced(each*known, (w*aim).sum(1)*known, self.reduction)
 
 class WeightedCrossEntropy(ClassLoss):
-    "Cross-entropy of logits (B, C) and class numbers (B,) with class weights and label smoothing."
+    """Cross-entropy of logits (B, C) and class numbers (B,) with class weights and label smoothing.
+
+    >>> WeightedCrossEntropy(weight=[1., 3.])(torch.zeros(2, 2), torch.tensor([0, 1]))
+    tensor(0.6931)
+    """
     def __init__(self, weight=None, smoothing: float=0., reduction: str='mean'):
         super().__init__(weight, 0., smoothing, reduction)
 
@@ -245,6 +249,10 @@ class LabelLoss(LabelAnswer, nn.Module):
         return reduced((target*yes + (1-target)*no)*known, known.to(logits.dtype), self.reduction)
 
 class BCEWithNaN(LabelLoss):
-    "Binary cross-entropy of logits and targets of one shape; NaN is unknown."
+    """Binary cross-entropy of logits and targets of one shape; NaN is unknown.
+
+    >>> BCEWithNaN()(torch.zeros(1, 3), torch.tensor([[1., 0., float('nan')]]))
+    tensor(0.6931)
+    """
     def __init__(self, pos_weight=None, smoothing: float=0., reduction: str='mean'):
         super().__init__(pos_weight, 0., smoothing, reduction)

@@ -19,7 +19,11 @@ from .base import ClassAnswer, unknown_classes
 # %% ../../nbs/41_losses.graded.ipynb #e83e77dd
 class GradedLoss(ClassAnswer, nn.Module):
     """Cross-entropy of the grade plus `binary` times the cross-entropy of grade 0 against all others; logits
-    (B, C), targets (B,), -1 or -100 for unknown."""
+    (B, C), targets (B,), -1 or -100 for unknown.
+
+    >>> GradedLoss(cut=2)(torch.zeros(2, 5), torch.tensor([0, 3]))
+    tensor(2.3230)
+    """
     def __init__(self,
         weight=None,        # (C,) weights of the classes in the grade's term
         binary: float=1.,   # weight of the second term

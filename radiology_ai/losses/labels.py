@@ -32,7 +32,11 @@ def class_weights(
     vocab,          # the classes in the order of the network's outputs
     power: float=1. # 1: inverse frequency, 0.5: its square root, 0: none
 ) -> torch.Tensor:
-    "(C,) weights whose mean over the images is 1. Raises `DataError` for a label outside `vocab`."
+    """(C,) weights whose mean over the images is 1. Raises `DataError` for a label outside `vocab`.
+
+    >>> class_weights(['no', 'no', 'no', 'yes'], ['no', 'yes'])
+    tensor([0.6667, 2.0000])
+    """
     labels = pd.Series(np.asarray(labels, dtype=object))
     vocab = list(vocab)
     labels = labels[labels.notna() & ((labels!=-1) | (-1 in vocab))]
@@ -58,18 +62,30 @@ def pos_weights(
 
 # %% ../../nbs/41_losses.labels.ipynb #032aebf8
 class FocalLoss(ClassLoss):
-    "Focal loss of logits (B, C) and class numbers (B,)."
+    """Focal loss of logits (B, C) and class numbers (B,).
+
+    >>> FocalLoss(gamma=2)(torch.zeros(2, 3), torch.tensor([0, 2]))
+    tensor(0.4883)
+    """
     def __init__(self, weight=None, gamma: float=2., smoothing: float=0., reduction: str='mean'):
         super().__init__(weight, gamma, smoothing, reduction)
 
 class BinaryFocalLoss(LabelLoss):
-    "Focal loss of logits and targets of one shape; NaN is unknown."
+    """Focal loss of logits and targets of one shape; NaN is unknown.
+
+    >>> BinaryFocalLoss(gamma=2)(torch.zeros(1, 2), torch.tensor([[1., 0.]]))
+    tensor(0.1733)
+    """
     def __init__(self, pos_weight=None, gamma: float=2., smoothing: float=0., reduction: str='mean'):
         super().__init__(pos_weight, gamma, smoothing, reduction)
 
 # %% ../../nbs/41_losses.labels.ipynb #db3a7565
 class AsymmetricLoss(LabelLoss):
-    "Asymmetric loss of logits and targets of one shape; NaN is unknown."
+    """Asymmetric loss of logits and targets of one shape; NaN is unknown.
+
+    >>> AsymmetricLoss(gamma_neg=2)(torch.tensor([[2., -1.]]), torch.tensor([[1., float('nan')]]))
+    tensor(0.0151)
+    """
     def __init__(self,
         gamma_neg: float=4.,   # focus of the negatives
         gamma_pos: float=1.,   # focus of the positives
@@ -92,7 +108,11 @@ class AsymmetricLoss(LabelLoss):
 
 # %% ../../nbs/41_losses.labels.ipynb #80840877
 class LogitAdjustedLoss(ClassLoss):
-    "Cross-entropy of logits (B, C) plus tau times the log prior, and class numbers (B,)."
+    """Cross-entropy of logits (B, C) plus tau times the log prior, and class numbers (B,).
+
+    >>> LogitAdjustedLoss(prior=[.7, .2, .1])(torch.zeros(2, 3), torch.tensor([0, 2]))
+    tensor(1.3296)
+    """
     def __init__(self,
         prior,                 # (C,) share of each class among the training images
         tau: float=1.,         # strength; 0: cross-entropy
@@ -110,7 +130,11 @@ class LogitAdjustedLoss(ClassLoss):
         return self.activation(_shifted(logits, self.shift))
 
 class LogitAdjustedBCE(LabelLoss):
-    "Binary cross-entropy of logits plus tau times the log odds of the prior; NaN is unknown."
+    """Binary cross-entropy of logits plus tau times the log odds of the prior; NaN is unknown.
+
+    >>> LogitAdjustedBCE(prior=[.5, .1])(torch.zeros(1, 2), torch.tensor([[1., 0.]]))
+    tensor(0.3993)
+    """
     def __init__(self,
         prior,                 # (C,) share of positives of each label
         tau: float=1.,         # strength; 0: binary cross-entropy
@@ -151,7 +175,11 @@ def default_loss(
     prior=None,           # (C,) share of each class or label, for 'logit_adjusted'
 ) -> nn.Module:
     """The loss for class numbers (integers), or for labels 1 / 0 / NaN (floats) and several masks (B, K, H,
-    W). Raises `ModelError`."""
+    W). Raises `ModelError`.
+
+    >>> default_loss(torch.tensor([0, 2, 1]), kind='focal')
+    FocalLoss()
+    """
     binary = target.is_floating_point() or target.ndim==4
     if kind=='logit_adjusted':
         if prior is None:

@@ -59,7 +59,11 @@ class RegionLoss(LabelAnswer, nn.Module):
         return reduced(loss, counts.to(loss.dtype), self.reduction)
 
 class TverskyLoss(RegionLoss):
-    "1 minus the soft Tversky index, to the power `gamma`."
+    """1 minus the soft Tversky index, to the power `gamma`.
+
+    >>> TverskyLoss(alpha=.1, beta=.9)(torch.full((1, 1, 8, 8), 9.), torch.ones(1, 1, 8, 8)).item() < .01
+    True
+    """
     def __init__(self,
         alpha: float=.3,       # weight of pixels marked in vain
         beta: float=.7,        # weight of missed pixels
@@ -84,7 +88,11 @@ class TverskyLoss(RegionLoss):
         return share if self.gamma==1 else finite_power(share, self.gamma)
 
 class DiceLoss(TverskyLoss):
-    "1 minus the soft Dice of logits and masks of one shape; NaN is unknown."
+    """1 minus the soft Dice of logits and masks of one shape; NaN is unknown.
+
+    >>> DiceLoss()(torch.full((1, 1, 8, 8), 9.), torch.ones(1, 1, 8, 8)).item() < .01
+    True
+    """
     def __init__(self, smooth: float=1., empty: str='skip', batch: bool=False, reduction: str='mean'):
         super().__init__(.5, .5, 1., smooth/2, empty, batch=batch, reduction=reduction)
 
@@ -102,7 +110,11 @@ def _lovasz(errors, target, known):
     return (errors.clamp(min=0)*_jaccard_steps(target.gather(1, order))).sum(1)
 
 class LovaszHinge(RegionLoss):
-    "The Lovász hinge of logits and masks of one shape; NaN is unknown."
+    """The Lovász hinge of logits and masks of one shape; NaN is unknown.
+
+    >>> LovaszHinge()(torch.full((1, 1, 8, 8), 9.), torch.ones(1, 1, 8, 8))
+    tensor(0.)
+    """
     def __init__(self, empty: str='skip', batch: bool=False, reduction: str='mean'):
         super().__init__(0., empty, batch, reduction)
 
@@ -111,7 +123,11 @@ class LovaszHinge(RegionLoss):
 
 class LovaszSoftmax(ClassAnswer, nn.Module):
     """The Lovász-softmax loss of logits (B, C, H, W) and class numbers (B, H, W), -1 or -100 for unknown: the
-    mean over the classes that each image shows. Raises `ModelError`."""
+    mean over the classes that each image shows. Raises `ModelError`.
+
+    >>> LovaszSoftmax()(torch.zeros(1, 2, 4, 4), torch.ones(1, 4, 4, dtype=torch.long))
+    tensor(0.5000)
+    """
     axis = 1
     def __init__(self, reduction: str='mean'): # 'none': (B, C), 0 for classes that an image does not show
         super().__init__()
@@ -138,7 +154,11 @@ class LovaszSoftmax(ClassAnswer, nn.Module):
 # %% ../../nbs/41_losses.regions.ipynb #3c446187
 class DiceBCE(LabelAnswer, nn.Module):
     """`dice` times Dice plus `bce` times the mean BCE over the pixels, of logits and masks of one shape; NaN
-    is unknown."""
+    is unknown.
+
+    >>> DiceBCE(dice=.5, bce=1)(torch.full((1, 1, 8, 8), 9.), torch.ones(1, 1, 8, 8)).item() < .01
+    True
+    """
     def __init__(self,
         dice: float=.5,        # weight of Dice
         bce: float=1.,         # weight of BCE

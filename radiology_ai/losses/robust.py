@@ -33,7 +33,11 @@ TERMS = {
 
 class RobustLoss(ClassLoss):
     """The sum of terms such as 'nce+rce' of logits (B, C) and class numbers (B,); the mean over the weights
-    of the images."""
+    of the images.
+
+    >>> RobustLoss('nce+rce')(torch.zeros(2, 3), torch.tensor([0, 2]))
+    tensor(6.4736)
+    """
     def __init__(self,
         terms: str='nce+rce',  # names of the table, n in front for normalised ones, joined by +; 'sce': 'ce+rce'
         scale=1.,              # what multiplies each term: a number, or one for each
@@ -71,7 +75,11 @@ class RobustLoss(ClassLoss):
 # %% ../../nbs/41_losses.robust.ipynb #4cf7a846
 class DMILoss(ClassAnswer, nn.Module):
     """-log(|det U| + 0.001) of logits (B, C) and class numbers (B,), U (C, C) the mean of answer times label;
-    0 if no label is known."""
+    0 if no label is known.
+
+    >>> DMILoss()(torch.eye(3)*9, torch.arange(3)).round(decimals=2)
+    tensor(3.2700)
+    """
     reduction = 'mean'
     def forward(self, logits, target):
         if self.reduction!='mean':

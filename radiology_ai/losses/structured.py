@@ -30,7 +30,11 @@ from radiology_ai.losses.base import (
 # %% ../../nbs/41_losses.structured.ipynb #6e4cb0ab
 class CORN(GradeAnswer, nn.Module):
     """Ordinal loss of logits (B, K-1) and grades (B,) 0 to K-1, -1 or -100 for unknown. The mean is over the
-    questions asked. Raises `ModelError`."""
+    questions asked. Raises `ModelError`.
+
+    >>> CORN()(torch.zeros(2, 3), torch.tensor([0, 2]))
+    tensor(0.6931)
+    """
     y_int = True # fastai's MixUp then mixes the losses of two grades
     def __init__(self,
         weight=None,           # (K,) weight of the images of each grade
@@ -65,7 +69,12 @@ class CORN(GradeAnswer, nn.Module):
 # %% ../../nbs/41_losses.structured.ipynb #d928c532
 class TreeLoss(LabelLoss):
     """MCLoss of logits and targets (B, C) in the order of `tree.names`; 1, 0 or NaN for unknown. Raises
-    `ModelError`, also for a 1 below a 0."""
+    `ModelError`, also for a 1 below a 0.
+
+    >>> tree = LabelTree(('opacity', 'pneumonia'), ('', 'opacity'), ('', ''))
+    >>> TreeLoss(tree)(torch.zeros(1, 2), torch.tensor([[1., float('nan')]]))
+    tensor(0.6931)
+    """
     def __init__(self,
         tree,                  # a `LabelTree`, or (C, C) bool: category i is j or stands below it
         pos_weight=None,       # (C,) weight of the positives of each category

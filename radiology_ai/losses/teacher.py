@@ -20,7 +20,12 @@ from .base import ClassAnswer, LabelAnswer, full_precision, keep_settings, reduc
 # %% ../../nbs/41_losses.teacher.ipynb #45788c3d
 class DistillationLoss(nn.Module):
     """(1 - alpha) base(logits, target) + alpha distance(logits, teacher logits); without teacher logits, as
-    in validation, base alone. Raises `ModelError`."""
+    in validation, base alone. Raises `ModelError`.
+
+    >>> loss = DistillationLoss(WeightedCrossEntropy(), alpha=.5)
+    >>> loss(torch.zeros(1, 2), torch.tensor([1])) # without a teacher: of the labels alone
+    tensor(0.6931)
+    """
     def __init__(self,
         base: nn.Module,       # the loss of labels, such as `WeightedCrossEntropy` or `BCEWithNaN`
         alpha: float=.5,       # share of the teacher
@@ -75,7 +80,11 @@ def _mean(logits):
 # %% ../../nbs/41_losses.teacher.ipynb #f00e8416
 class SuppressedConsistency(ClassAnswer, nn.Module):
     """Consistency of logits (B, C) with the logits (B, C) of gentler variants, weighted by class; a row of
-    NaN does not count. The mean is over the images. Raises `ModelError`."""
+    NaN does not count. The mean is over the images. Raises `ModelError`.
+
+    >>> SuppressedConsistency([80, 20])(torch.zeros(1, 2), torch.tensor([[9., 0.]]))
+    tensor(0.6931)
+    """
     def __init__(self,
         counts,                        # (C,) labelled images of each class, in the vocabulary's order
         beta: float=.5,                # weight of the rarest; 1: all count the same

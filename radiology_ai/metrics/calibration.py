@@ -63,7 +63,12 @@ def calibration(
     by: str='width',       # bins of equal 'width', or of equal 'count' of images
     level: float=.95,      # confidence of the share of positives (Wilson)
 ) -> Calibration:
-    "How well scores work as probabilities."
+    """How well scores work as probabilities.
+
+    >>> found = calibration([1, 0, 1, 0], [.9, .2, .6, .4], bins=2)
+    >>> round(found.ece, 3)
+    0.275
+    """
     t,s,_ = binary_probabilities(targets, scores)
     edges,which = _bins(s, bins, by)
     rows = [(edges[b], edges[min(b+1, len(edges)-1)], int(m.sum()), s[m].mean(),
@@ -92,7 +97,12 @@ def brier_parts(
     by: str='width',    # as in `calibration`
 ) -> BrierParts:
     """Murphy's decomposition of the Brier score with the two terms inside the bins (Stephenson et al.,
-    Weather and Forecasting 2008)."""
+    Weather and Forecasting 2008).
+
+    >>> parts = brier_parts([1, 0, 1, 0], [.9, .2, .6, .4])
+    >>> round(parts.brier, 4)
+    0.0925
+    """
     t,s,_ = binary_probabilities(targets, scores)
     _,which = np.unique(s if bins is None else _bins(s, bins, by)[1], return_inverse=True)
     n,share = np.bincount(which),t.mean()
@@ -132,7 +142,12 @@ def calibration_ci(
     level: float=.95,  # confidence
 ) -> pd.DataFrame:
     """Rows ece, brier, slope, intercept, in the large: value, low, high, n, patients and, where it is not
-    defined, the reason."""
+    defined, the reason.
+
+    >>> p = np.linspace(.05, .95, 40)
+    >>> list(calibration_ci(rng(0).random(40) < p, p, draws=50).index)
+    ['ece', 'brier', 'slope', 'intercept', 'in the large']
+    """
     normal_quantile(level)
     t,s,g = binary_probabilities(targets, scores, groups)
     which,d,patients = _bins(s, bins, by)[1],s-t,group_count(g)
@@ -193,7 +208,13 @@ def reliability_curve(
     level: float=.95,  # confidence, at each point by itself
 ) -> pd.DataFrame:
     """Columns score, rate (local linear share of positives), low, high and the n images of the window; NaN
-    where fewer than 10 patients are near, and beyond the scores."""
+    where fewer than 10 patients are near, and beyond the scores.
+
+    >>> gen = rng(0)
+    >>> p = gen.random(300)
+    >>> list(reliability_curve(gen.random(300) < p, p, draws=20))
+    ['score', 'rate', 'low', 'high', 'n']
+    """
     if grid<2: raise DataError(f"grid is {grid}", "Give at least 2 points")
     t,s,g = binary_probabilities(targets, scores, groups)
     x,angle = np.linspace(0, 1, grid),lambda p: np.arcsin(np.sqrt(p))
@@ -230,7 +251,12 @@ def decision_curve(
     prevalence: float|None=None, # share of positives where the model is to be used; None: that of the targets
 ) -> pd.DataFrame:
     """Columns threshold, net_benefit, low, high, and the net benefit of calling `all` and `none` (Vickers and
-    Elkin, Med Decis Making 2006)."""
+    Elkin, Med Decis Making 2006).
+
+    >>> curve = decision_curve([0, 0, 1, 1]*10, [.1, .6, .4, .9]*10, thresholds=[.2, .5], draws=50)
+    >>> curve.net_benefit.round(3).tolist()
+    [0.438, 0.0]
+    """
     t,s,g = binary_probabilities(targets, scores, groups, both=True)
     cuts = np.linspace(.01, .99, 99) if thresholds is None else vector(thresholds, 'thresholds')
     if not len(cuts) or not ((cuts>0) & (cuts<1)).all():

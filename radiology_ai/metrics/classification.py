@@ -198,7 +198,12 @@ def label_table(
     metrics: dict|None=None, # further `Metric`s by name
 ) -> pd.DataFrame:
     """A row a label: `auroc`, `ap`, further metrics and at thresholds `PROPORTIONS` and the rest, each with _low and
-    _high; n, patients, positives, negatives, reason."""
+    _high; n, patients, positives, negatives, reason.
+
+    >>> targets = np.array([[1, 0], [0, 1], [1, 1], [0, 0]]*5); scores = targets*.4 + .3
+    >>> label_table(targets, scores, names=['A', 'B'], draws=20).auroc.tolist()
+    [1.0, 1.0, 1.0]
+    """
     if missing not in ('n/a','skip'): raise DataError(f"missing is {missing!r}", "Choose 'n/a' or 'skip'")
     return _table(*columns_of(targets, scores, names, groups), thresholds, draws=draws, seed=seed,
         level=level,
@@ -260,7 +265,12 @@ def auroc_table(
     draws: int=1000,      # draws of the bootstrap
     seed: int=0,          # of the draws
 ) -> pd.DataFrame:
-    "One row a class: value, low, high, positives, negatives and, where it is not defined, the reason."
+    """One row a class: value, low, high, positives, negatives and, where it is not defined, the reason.
+
+    >>> scores = np.array([[.9, .1], [.3, .8], [.4, .7], [.2, .3], [.6, .9], [.1, .2]])
+    >>> auroc_table([[1, 0], [0, 1], [1, 1], [0, 0], [1, 1], [0, 0]], scores, names=['A', 'B']).value.tolist()
+    [1.0, 1.0]
+    """
     t,s,names,g = columns_of(targets, scores, names, groups)
     columns = ['value','low','high','positives','negatives','reason']
     variance = _auroc_variances(t, s, g, draws, seed) if method=='bootstrap' else {}
@@ -288,7 +298,12 @@ def confusion(
     names=None,       # (classes,) names for rows and columns
 ) -> pd.DataFrame:
     """(classes, classes) counts: true class down, predicted class across. Images with an unknown target do
-    not count."""
+    not count.
+
+    >>> confusion([0, 0, 1, 1], [0, 1, 1, 1], names=['no', 'yes']).to_numpy()
+    array([[1, 1],
+           [0, 2]])
+    """
     t,p = _class_numbers(targets, predictions)
     k = classes or (len(names) if names is not None else int(max(t.max(), p.max()))+1)
     if max(t.max(), p.max())>=k:
@@ -390,7 +405,11 @@ def f_beta(
     predictions,    # (N,) of 1 and 0
     beta: float=1., # sensitivity counts beta times as much as PPV
 ) -> float:
-    "F-beta; NaN where there is neither a positive nor a positive call."
+    """F-beta; NaN where there is neither a positive nor a positive call.
+
+    >>> round(f_beta([1, 1, 0, 0], [1, 0, 0, 0], beta=2), 3)
+    0.556
+    """
     t,(p,),_ = binary(targets, predictions, both=False)
     if not np.isin(p, (0,1)).all():
         raise DataError("Predictions are not 1 and 0", "Compare the scores with a threshold first")

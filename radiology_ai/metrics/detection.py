@@ -73,7 +73,11 @@ def rsna_map(
     truths,         # true boxes (M, 4) of each image
     ious=RSNA_IOUS, # IoU thresholds
 ) -> float:
-    "The RSNA challenge's score: mean of `rsna_scores` over the images that count. `DataError` if none does."
+    """The RSNA challenge's score: mean of `rsna_scores` over the images that count. `DataError` if none does.
+
+    >>> rsna_map([[[0, 0, 10, 10]]], [[.9]], [[[0, 0, 10, 10]]])
+    1.0
+    """
     return float(_counting(rsna_scores(boxes, scores, truths, ious)).mean())
 
 def _counting(values: np.ndarray) -> np.ndarray:
@@ -93,7 +97,13 @@ def rsna_map_ci(
     level: float=.95, # confidence
     ious=RSNA_IOUS,   # IoU thresholds
 ) -> Interval:
-    "`rsna_map` with its interval over patients (`draws_ci`)."
+    """`rsna_map` with its interval over patients (`draws_ci`).
+
+    >>> boxes = [[[0, 0, 10, 10]]]*6
+    >>> truths = [[[0, 0, 10, 6]], *boxes[1:]]
+    >>> print(rsna_map_ci(boxes, [[.9]]*6, truths, draws=20))
+    0.917 (0.548 to 0.990)
+    """
     values = rsna_scores(boxes, scores, truths, ious)
     value,means = _counting(values).mean(),column_means(values[:,None])
     g = group_numbers(groups, len(values))
@@ -158,7 +168,12 @@ def threshold_sweep(
 ) -> pd.DataFrame:
     """A row a threshold (ascending): RSNA `score`, `low`, `high` over the `n` images that count, lesions hit
     (`tp`) and missed (`fn`) and false boxes (`fp`), images `with_boxes` and `without_boxes`, `reason` where
-    there is no score."""
+    there is no score.
+
+    >>> boxes = [[[0, 0, 10, 10]]]*6
+    >>> threshold_sweep(boxes, [[.9]]*6, boxes, thresholds=[.5, .95], draws=20).tp.tolist()
+    [6, 0]
+    """
     truths,boxes,scores,groups = known_images(truths, boxes, scores, groups)
     m = match_boxes(boxes, scores, truths, (iou, *ious))
     if thresholds is None:
@@ -199,7 +214,12 @@ def detection_table(
     seed: int=0,          # of the draws
 ) -> pd.DataFrame:
     """Sensitivity by lesion and by image, specificity by image, share of boxes that hit, false boxes an
-    image: `value`, `low`, `high`, the `n` it rests on, `reason` where there is none."""
+    image: `value`, `low`, `high`, the `n` it rests on, `reason` where there is none.
+
+    >>> boxes = [[[0, 0, 10, 10]]]*6
+    >>> float(detection_table(boxes, [[.9]]*6, boxes, threshold=.5, draws=20).loc['boxes that hit', 'value'])
+    1.0
+    """
     threshold = float(_numbers(threshold, 'threshold')[0])
     truths,boxes,scores,groups = known_images(truths, boxes, scores, groups)
     m = match_boxes(boxes, scores, truths, (iou,))
@@ -270,7 +290,12 @@ def froc(
     level: float=.95,     # confidence
 ) -> Froc:
     """The free-response curve (Chakraborty, Med Phys 1989) with a band over patients, point by point, and the
-    CPM (Niemeijer et al., IEEE TMI 2011; LUNA16's rates). `DataError` without a lesion."""
+    CPM (Niemeijer et al., IEEE TMI 2011; LUNA16's rates). `DataError` without a lesion.
+
+    >>> boxes = [[[0, 0, 10, 10]]]*6
+    >>> froc(boxes, [[.9]]*6, boxes, draws=20).cpm.value
+    1.0
+    """
     rates = np.unique(_numbers(false_positives, 'false_positives'))
     if rates[0]<=0:
         raise DataError(f"A rate of false positives is {rates[0]}", "Give rates above 0, such as 1/8")
@@ -349,7 +374,11 @@ def coco_map(
     truth_classes=None, # class numbers (M,) of the true boxes
 ) -> CocoMap:
     """COCO's mean average precision (Lin et al., ECCV 2014; cocodataset.org, Detection Evaluation) by
-    faster-coco-eval; equal to pycocotools. `DataError` without a true box."""
+    faster-coco-eval; equal to pycocotools. `DataError` without a true box.
+
+    >>> round(coco_map([[[0, 0, 10, 10]]], [[.9]], [[[0, 0, 10, 10]]]).AP, 3)
+    1.0
+    """
     from faster_coco_eval import COCOeval_faster
     truths,boxes,scores,*more = known_images(truths, boxes, scores, classes, truth_classes)
     classes,truth_classes = more
@@ -405,7 +434,12 @@ def coco_map_ci(
     level: float=.95,   # confidence
 ) -> pd.DataFrame:
     """Rows AP, AP50, AP75 of `coco_map`: `value`, `low`, `high` over draws of patients (a class without true
-    boxes in a draw is left out of its mean), `n` images, `reason` where there is no interval."""
+    boxes in a draw is left out of its mean), `n` images, `reason` where there is no interval.
+
+    >>> boxes = [[[0, 0, 10, 10]]]*6
+    >>> coco_map_ci(boxes, [[.9]]*6, boxes, draws=20).value.tolist()
+    [1.0, 1.0, 1.0]
+    """
     truths,boxes,scores,*more = known_images(truths, boxes, scores, classes, truth_classes, groups)
     classes,truth_classes,groups = more
     value = coco_map(boxes, scores, truths, classes, truth_classes)

@@ -30,7 +30,11 @@ def suppress_boxes(
     *,
     most: int|None=None, # the best so many of a group
 ) -> np.ndarray:
-    "Numbers of the boxes that stay: by group, and by falling score in it; of equal scores the first."
+    """Numbers of the boxes that stay: by group, and by falling score in it; of equal scores the first.
+
+    >>> suppress_boxes([[0, 0, 10, 10], [1, 0, 10, 10], [20, 20, 30, 30]], [.5, .9, .3])
+    array([1, 2])
+    """
     (boxes,scores),iou = _checked(boxes, scores),_share('iou', iou)
     group = np.zeros(len(boxes), int) if groups is None else np.asarray(groups)
     order = np.lexsort((-scores, group))
@@ -71,7 +75,12 @@ def weighted_fusion(
     groups=None,   # (N,) whole numbers: film and kind; None: all are of one
     spread: float|None=None, # sizes from below instead of their mean
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Fused boxes (M, 4), their scores (M,) and groups (M,), by group and falling score."
+    """Fused boxes (M, 4), their scores (M,) and groups (M,), by group and falling score.
+
+    >>> boxes, scores, _ = weighted_fusion([[0, 0, 10, 10], [0, 0, 10, 12]], [.8, .8], members=2)
+    >>> boxes.tolist()
+    [[0.0, 0.0, 10.0, 11.0]]
+    """
     (boxes,scores),iou = _checked(boxes, scores),_share('iou', iou)
     if members<1 or (scores<=0).any():
         raise DataError(f"There are {members} members and scores from {scores.min(initial=1):g}",
@@ -240,7 +249,9 @@ def _overall(found, positive: int) -> np.ndarray:
 def pool_members(
     members: list, # of each member a list with a dict a film, as for `Decoding`
 ) -> list[dict]:
-    "A dict a film with the candidates of all members. Raises `DataError` where members saw other films."
+    """A dict a film with the candidates of all members. Raises `DataError` where members saw other films.
+
+    Example: `choose_decoding(pool_members([found_a, found_b]), truths, settings)`"""
     if not members or len({len(m) for m in members})>1:
         raise DataError(f"The members looked at {[len(m) for m in members]} films",
             "Give of each member one entry a film, in the same order")
@@ -272,7 +283,9 @@ def choose_decoding(
 ) -> tuple[Decoding, dict, pd.DataFrame]:
     """The best setting; its `score` on these films, the `honest` score by settings that were chosen without the film, their
     difference (`optimism`) and the films that count (`n`); and by falling score a row for each setting with its `n`, whose
-    index is its number."""
+    index is its number.
+
+    Example: `choose_decoding(found, truths, settings, groups=patients)`"""
     settings = list(settings)
     if not settings or len(found)!=len(truths):
         raise DataError(f"There are {len(settings)} settings, {len(found)} predictions and {len(truths)} truths",

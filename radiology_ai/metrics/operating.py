@@ -40,7 +40,11 @@ def youden_threshold(
     targets, # (N,) of 1, 0 or NaN
     scores,  # (N,)
 ) -> float:
-    "The threshold with the largest sensitivity + specificity - 1 (Youden 1950)."
+    """The threshold with the largest sensitivity + specificity - 1 (Youden 1950).
+
+    >>> youden_threshold([0, 0, 1, 1], [.1, .6, .4, .9])
+    0.25
+    """
     t,(s,),_ = binary(targets, scores)
     cuts,sens,spec = _roc(t, s)
     return float(cuts[np.argmax(sens+spec)])
@@ -51,7 +55,11 @@ def threshold_for(
     sensitivity: float|None=None, # the wanted sensitivity, or
     specificity: float|None=None, # the wanted specificity
 ) -> float:
-    "The threshold that reaches the wanted sensitivity (or specificity) and has the best of the other."
+    """The threshold that reaches the wanted sensitivity (or specificity) and has the best of the other.
+
+    >>> threshold_for([0, 0, 1, 1], [.1, .6, .4, .9], sensitivity=1)
+    0.25
+    """
     if (sensitivity is None)==(specificity is None):
         raise DataError("Both or none of sensitivity and specificity are given", "Give exactly one of them")
     wanted = specificity if sensitivity is None else sensitivity
@@ -68,7 +76,11 @@ def f_threshold(
     scores,         # (N,)
     beta: float=1., # sensitivity counts beta times as much as PPV
 ) -> float:
-    "The threshold with the largest F-beta (van Rijsbergen 1979)."
+    """The threshold with the largest F-beta (van Rijsbergen 1979).
+
+    >>> f_threshold([0, 0, 1, 1], [.1, .6, .4, .9])
+    0.25
+    """
     t,(s,),_ = binary(targets, scores)
     if not beta>0: raise DataError(f"beta is {beta}", "Give a number above 0, such as 1 or 2")
     cuts,sens,spec = _roc(t, s)
@@ -82,7 +94,11 @@ def cost_threshold(
     cost_fp: float,              # cost of a false alarm, in the same unit
     prevalence: float|None=None, # share of positives where the threshold will be used; None: as in the targets
 ) -> float:
-    "The threshold with the smallest mean cost (Metz 1978)."
+    """The threshold with the smallest mean cost (Metz 1978).
+
+    >>> cost_threshold([0, 0, 1, 1], [.1, .6, .4, .9], cost_fn=10, cost_fp=1)
+    0.25
+    """
     t,(s,),_ = binary(targets, scores)
     if not (min(cost_fn, cost_fp)>=0 and 0<max(cost_fn, cost_fp)<math.inf):
         raise DataError(f"The costs are {cost_fn} and {cost_fp}",
@@ -181,7 +197,12 @@ def operating_point(
     seed: int=0,                 # of the draws
 ) -> pd.DataFrame:
     """Sensitivity, specificity, PPV, NPV, accuracy, balanced accuracy, F-beta and MCC: value, low, high and
-    the n images that each rests on."""
+    the n images that each rests on.
+
+    >>> found = operating_point([1, 1, 1, 0, 0, 0], [.9, .8, .4, .6, .3, .1], threshold=.5, draws=50)
+    >>> found.value.round(3).head(2).to_dict()
+    {'sensitivity': 0.667, 'specificity': 0.667}
+    """
     t,(s,),g = binary(targets, scores, groups=groups, both=False)
     if not np.isfinite(threshold):
         raise DataError(f"The threshold is {threshold}",

@@ -229,7 +229,12 @@ def auroc_ci(
     variance: float|None=None, # of the AUROC over patients, where it is known already
 ) -> Interval:
     """AUROC with its score interval (Newcombe 2006) by DeLong's variance (DeLong 1988; Obuchowski 1997). `DataError` for
-    constant scores, whose 0.5 says nothing about a model, and for fewer than two patients of a class."""
+    constant scores, whose 0.5 says nothing about a model, and for fewer than two patients of a class.
+
+    >>> found = auroc_ci([1, 1, 1, 0, 0, 0], [.9, .8, .4, .6, .3, .1], groups=list('abcdef'))
+    >>> print(found)
+    0.889 (0.342 to 0.991)
+    """
     normal_quantile(level)
     if method not in ('delong','bootstrap'):
         raise DataError(f"method is {method!r}", "Choose 'delong' or 'bootstrap'")
@@ -260,7 +265,12 @@ def delong_test(
     level: float=.95, # confidence of the difference's interval
 ) -> DelongTest:
     """DeLong's test that two models on the same images have the same AUROC; with `groups` in its clustered form. The
-    interval puts together those of `auroc_ci` (`paired_ci`), p belongs to it. `DataError` as `auroc_ci`."""
+    interval puts together those of `auroc_ci` (`paired_ci`), p belongs to it. `DataError` as `auroc_ci`.
+
+    >>> found = delong_test([1, 1, 1, 0, 0, 0], [.9, .8, .7, .6, .3, .1], [.5, .8, .4, .6, .3, .1])
+    >>> round(found.difference.value, 3)
+    0.222
+    """
     t,(sa,sb),g = binary(targets, a, b, groups=groups)
     for s in (sa, sb): refuse_constant(s)
     g = compact(g)

@@ -91,7 +91,12 @@ def recalibration_from(
     d: dict, # from `to_dict`, also by way of JSON
 ) -> Recalibration:
     """The fitted recalibration that a dict tells. `DataError` that names the field which is missing, unknown
-    or wrong."""
+    or wrong.
+
+    >>> cal = recalibration_from(PlattScaling().fit([0, 0, 1, 1], [.2, .6, .4, .8]).to_dict())
+    >>> type(cal).__name__
+    'PlattScaling'
+    """
     kinds = {c.kind: c for c in Recalibration.__subclasses__()}
     if not isinstance(d, dict) or not isinstance(d.get('kind'), str) or d['kind'] not in kinds:
         raise DataError("The kind of the recalibration is "
@@ -123,7 +128,12 @@ def _class_numbers(targets, logits, groups):
     return t.astype(int),z,g
 
 class TemperatureScaling(Recalibration):
-    "Log odds, or the logits of several classes, divided by one temperature (Guo et al., ICML 2017)."
+    """Log odds, or the logits of several classes, divided by one temperature (Guo et al., ICML 2017).
+
+    >>> cal = TemperatureScaling().fit([0, 0, 1, 0, 1, 1], [.1, .2, .3, .6, .7, .9])
+    >>> cal([.2, .8]).round(2)
+    array([0.18, 0.82])
+    """
     kind = 'temperature'
     fields = dict(temperature=_number(_TINY, _HUGE), error=_number(0, _HUGE), classes=_number(1, 1e6, True),
         **_COUNTS)
@@ -171,7 +181,12 @@ class TemperatureScaling(Recalibration):
     def _ready(self): pass
 
 class PlattScaling(Recalibration):
-    "Slope and intercept on the log odds (Platt 1999; Lin et al. 2007)."
+    """Slope and intercept on the log odds (Platt 1999; Lin et al. 2007).
+
+    >>> cal = PlattScaling().fit([0, 0, 1, 0, 1, 1], [.1, .2, .3, .6, .7, .9])
+    >>> cal([.2, .8]).round(2)
+    array([0.34, 0.7 ])
+    """
     kind = 'platt'
     fields = dict(slope=_number(_TINY, _HUGE), intercept=_number(-_HUGE, _HUGE),
         slope_error=_number(0, _HUGE), intercept_error=_number(0, _HUGE), **_COUNTS)
@@ -252,7 +267,12 @@ def _classes_fit(z, t, g) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/44_metrics.recalibration.ipynb #48def790
 class IsotonicCalibration(Recalibration):
-    "The best rising step function, with straight lines between the steps (Zadrozny and Elkan, KDD 2002)."
+    """The best rising step function, with straight lines between the steps (Zadrozny and Elkan, KDD 2002).
+
+    >>> cal = IsotonicCalibration().fit([0, 0, 1, 0, 1, 1], [.1, .2, .3, .6, .7, .9])
+    >>> cal([.2, .8]).round(2)
+    array([0., 1.])
+    """
     kind = 'isotonic'
     fields = dict(scores=_numbers(0, 1, 'strictly'), rates=_numbers(0, 1, 'rising'), **_COUNTS)
 
@@ -285,7 +305,12 @@ def _pools(y, n) -> tuple[list, list, list]:
 
 class VennAbers(Recalibration):
     """Two probabilities for each score, from isotonic fits with the image added as negative and as positive
-    (Vovk, Petej and Fedorova, NeurIPS 2015)."""
+    (Vovk, Petej and Fedorova, NeurIPS 2015).
+
+    >>> cal = VennAbers().fit([0, 0, 1, 0, 1, 1], [.1, .2, .3, .6, .7, .9])
+    >>> cal([.2, .8]).round(2)
+    array([0.33, 0.67])
+    """
     kind = 'venn_abers'
     fields = dict(scores=_numbers(0, 1, 'strictly'), positives=_numbers(0, _HUGE, whole=True),
         images=_numbers(1, _HUGE, whole=True), **_COUNTS)

@@ -135,7 +135,9 @@ class EpochMetric(Metric):
         return t[:,[self.at]],s[:,[self.at]]
 
 class AUROC(EpochMetric):
-    "Area under the ROC curve."
+    """Area under the ROC curve.
+
+    Example: `xray_learner(dls, 'resnet18', metrics=[AUROC()])`"""
     shown,figure = 'auroc',staticmethod(auroc)
 class AveragePrecision(EpochMetric):
     "Area under the precision-recall curve."

@@ -71,7 +71,11 @@ _UNFIT = ('crossvit_*', 'csatv2*', 'efficientvim_*')
 def list_backbones(
     pattern: str='*', # with the wildcards * and ?
 ) -> list[str]:
-    "The names that `create_backbone` takes."
+    """The names that `create_backbone` takes.
+
+    >>> 'resnet18' in list_backbones('resnet1*')
+    True
+    """
     import timm
     known = [n for n in timm.list_models() if not any(fnmatch.fnmatch(n, p) for p in _UNFIT)]
     return sorted(fnmatch.filter([*known, *EFFICIENTNETS, *CHEST], pattern))
@@ -258,7 +262,12 @@ def create_backbone(
     sizes: str='one',      # 'several': images of other sizes come too, such as small crops
     **kwargs,              # further arguments of the architecture, such as img_size
 ) -> tuple[Backbone, int]:
-    "The body and the number of its features."
+    """The body and the number of its features.
+
+    >>> body, n = create_backbone('test_resnet', pretrained=False)
+    >>> n
+    96
+    """
     name,weights,kwargs = _from_bundle(name, weights, kwargs)
     _check_name(name)
     kwargs = size_arguments(name, size, sizes) | kwargs
@@ -457,7 +466,7 @@ def create_model(
     sizes: str='one',        # 'several': images of other sizes come too
     **kwargs,                # further arguments of the architecture
 ) -> XrayModel:
-    "A network from pixels in [0, 1] (B, n_in, H, W) to logits (B, n_out). Raises `ModelError`."
+    """A network from pixels in [0, 1] (B, n_in, H, W) to logits (B, n_out). Raises `ModelError`. `create_model('resnet18', 3)(x).shape`"""
     if n_out<1: raise ModelError(f"n_out is {n_out}", "Give at least one output")
     if views<1 or n_in%views:
         raise ModelError(f"{n_in} channels are no {views} views",

@@ -42,7 +42,9 @@ def save_bundle(
     answer: dict|None=None, # from logits to findings: {'kind': 'grades', 'activation': 'softmax', 'thresholds': ...}
     record: dict|None=None, # of the training; None: what the Learner tells by its method `run_record`
 ) -> Path:
-    "Write a bundle, whole or not at all; returns its folder. Raises `BundleError`."
+    """Write a bundle, whole or not at all; returns its folder. Raises `BundleError`.
+
+    Example: `save_bundle(learn, 'bundle', store.recipe, dls.vocab, task='knee', threshold=.4)`"""
     model,path = getattr(learn_or_model, 'model', learn_or_model),Path(path)
     config,vocab = _config(model),list(vocab)
     if len(vocab)!=config['n_out']:
@@ -106,7 +108,9 @@ ACTIVATIONS = {'softmax': lambda z: z.softmax(1), 'sigmoid': torch.sigmoid}
 
 @dataclass
 class Bundle:
-    "A network ready to predict, with all that belongs to it."
+    """A network ready to predict, with all that belongs to it.
+
+    Example: `bundle = load_bundle('run'); bundle.probabilities(store[0][None])`"""
     model: torch.nn.Module   # in evaluation mode
     recipe: Preprocess       # from a radiograph to its pixels
     vocab: list              # names of the outputs
@@ -117,6 +121,12 @@ class Bundle:
     stage: str=''            # which network of its task it is, where there are several
     settings: dict=field(default_factory=dict, repr=False) # of the task, with which it was trained
     answer: dict=field(default_factory=dict, repr=False)   # what turns logits into findings
+
+    def __repr__(self) -> str:
+        arch,outputs = self.meta.get('arch') or type(self.model).__name__,', '.join(map(str, self.vocab))
+        cut = f'{self.threshold:.3f}' if isinstance(self.threshold, float) else self.threshold
+        return (f"Bundle({self.task or 'no task'}, {arch}, {self.recipe.size} x {self.recipe.size} pixels of the recipe "
+            f"{self.recipe.name!r}, outputs {outputs[:200]}, threshold {cut})")
 
     def logits(self,
         x, # (B, H, W) or (B, n_in, H, W): uint8, or floats in [0, 1]; array or tensor
@@ -169,7 +179,9 @@ def load_bundle(
     device='cpu', # where the network shall run
 ) -> Bundle:
     """A bundle, checked. Raises `BundleError`; nothing in it is ever executed. Its digests tell damage, edits and
-    exchanged files; they are no signature of who made it."""
+    exchanged files; they are no signature of who made it.
+
+    Example: `bundle = load_bundle('run'); bundle.vocab, bundle.threshold`"""
     path = _of_run(Path(path))
     meta = read_meta(path)
     try: recipe = Preprocess.from_dict(meta['recipe'])

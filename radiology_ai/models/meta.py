@@ -173,7 +173,7 @@ def read_meta(
     path = Path(path)
     if path.is_file():
         raise BundleError(f"{path.name} is a file",
-            "Give the folder that holds bundle.json; pickled models (.pkl, .pth) are never loaded because they can run code")
+            "Give the folder that holds bundle.json; pickled models (.pkl, .pth, .pt2) are never loaded because they can run code")
     if not path.exists(): raise BundleError(f"There is no folder {path}", "Check the path")
     if not (path/'bundle.json').exists():
         raise BundleError(f"{path} holds no bundle.json",

@@ -37,7 +37,11 @@ MIT = tuple(f'mit_b{i}' for i in range(6)) # encoders of SegFormer, which timm l
 def list_encoders(
     pattern: str='*', # with the wildcards * and ?
 ) -> list[str]:
-    "The names that `create_segmenter` may be asked for; which decoder takes one shows when it is made."
+    """The names that `create_segmenter` may be asked for; which decoder takes one shows when it is made.
+
+    >>> 'resnet18' in list_encoders('resnet1*')
+    True
+    """
     return sorted({*(n for n in list_backbones(pattern) if '/' not in n),
         *(n for n in MIT if re.fullmatch(pattern.replace('*', '.*').replace('?', '.'), n))})
 

@@ -360,7 +360,11 @@ def simulate_chest(
     **given,                # fields of `ChestBody` that are not drawn
 ) -> Phantom:
     """A PA chest: masks lungs, right_lung, left_lung, heart, opacity; boxes of the opacities; points by
-    anatomical name."""
+    anatomical name.
+
+    >>> len(simulate_chest(1, opacities=2, size=96).boxes)
+    2
+    """
     body = draw_body(rng(seed, 'body'), **given)
     if isinstance(pose, str): pose = draw_pose(rng(seed, 'pose'), size)
     pose = np.eye(3) if pose is None else np.asarray(pose, float)

@@ -175,7 +175,9 @@ def write_dicom(
     header: dict|None=None, # further elements by keyword; None as a value leaves an element out
     spacing: float|None=None, # mm per pixel; by default that of the phantom
 ) -> np.ndarray:
-    "Writes one radiograph as DICOM and returns the stored integers (H, W)."
+    """Writes one radiograph as DICOM and returns the stored integers (H, W).
+
+    Example: `write_dicom('film.dcm', expose(simulate_knee(1), rng(1)), simulate_knee(1), photometric='MONOCHROME1')`"""
     pixels = getattr(image, 'pixels', image)
     if syntax not in SYNTAXES:
         raise RadiologyError(f"The transfer syntax is {syntax!r}", f"Use one of {', '.join(SYNTAXES)}")
@@ -471,7 +473,9 @@ def simulate_hospital(
     subtle: float=0.,       # share of patients whose knees are hard to read (see above), fractured or not
 ) -> pd.DataFrame:
     """Writes a hospital's export of DICOM files, some of them broken, with `truth.csv` beside; returns the
-    truth, one row a file. An earlier simulation there is replaced; raises `RadiologyError` for a folder with other files."""
+    truth, one row a file. An earlier simulation there is replaced; raises `RadiologyError` for a folder with other files.
+
+    Example: `truth = simulate_hospital('hospital', n=100, task='chest', fractured=.4, seed=1)`"""
     if task not in ('knee', 'chest'): raise RadiologyError(f"The task is {task!r}", "Use 'knee' or 'chest'")
     if not 0<=subtle<=1: raise RadiologyError(f"subtle is {subtle!r}", "Give a share from 0 to 1")
     if n<1 or size<64:

@@ -98,7 +98,11 @@ def injured_knee(
     **variation,    # of `simulate_knee`, such as fov=300 or grade=2
 ) -> Phantom:
     """A frontal knee that is hard to find; its point `joint` is where it is to be found. Raises
-    `RadiologyError`."""
+    `RadiologyError`.
+
+    >>> len(injured_knee(1, 'plate', size=96).points['joint'])
+    2
+    """
     if kind not in INJURIES:
         raise RadiologyError(f"There is no kind {kind!r}", f"Choose one of {', '.join(INJURIES)}")
     gen = rng(seed, 'injured', kind)

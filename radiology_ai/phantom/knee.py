@@ -197,7 +197,11 @@ def simulate_knee(
     **variation,           # fields of `KneeShape` that are not drawn, such as `fov=180`
 ) -> Phantom:
     """A frontal knee with its truth: points, labels `schatzker` and `fractured`, masks `bone`, `tibia` (gaps
-    closed) and `fracture`."""
+    closed) and `fracture`.
+
+    >>> simulate_knee(1, grade=3, size=96).labels
+    {'schatzker': 3, 'fractured': 1}
+    """
     if side not in ('R', 'L'): raise RadiologyError(f"The side {side!r} is unknown", "Give 'R' or 'L'")
     k = draw_shape(seed, **variation)
     if hardware not in _HARDWARE:

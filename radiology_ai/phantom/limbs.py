@@ -170,7 +170,11 @@ def simulate_hand(
     side: str='R',   # R or L
     size: int=512,   # side of the film in pixels
 ) -> Phantom:
-    "A PA hand: points wrist, mcp1 to mcp5, tip1 to tip5; masks bone and flesh."
+    """A PA hand: points wrist, mcp1 to mcp5, tip1 to tip5; masks bone and flesh.
+
+    >>> simulate_hand(1, side='L', size=96).body_part
+    'HAND'
+    """
     _check(side)
     gen,film = rng(seed, 'hand'),255.
     per_mm,matrix = _place(gen, size, film, (-8, -68), 5)
@@ -292,7 +296,11 @@ def simulate_hip(
     side: str='R',   # R or L
     size: int=512,   # side of the film in pixels
 ) -> Phantom:
-    "An AP hip: points head, greater_trochanter, lesser_trochanter, symphysis; masks bone, femur and flesh."
+    """An AP hip: points head, greater_trochanter, lesser_trochanter, symphysis; masks bone, femur and flesh.
+
+    >>> sorted(simulate_hip(1, size=96).points)
+    ['greater_trochanter', 'head', 'lesser_trochanter', 'symphysis']
+    """
     _check(side)
     gen,film = rng(seed, 'hip'),285.
     per_mm,matrix = _place(gen, size, film, (12, 24), 3)

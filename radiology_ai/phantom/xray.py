@@ -19,7 +19,11 @@ from ..core import Radiograph, RadiologyError, scale, shift, transform_boxes
 # %% ../../nbs/03_phantom.xray.ipynb #89fb76fa
 @dataclass
 class Phantom:
-    "A simulated body in front of the film, with its truth."
+    """A simulated body in front of the film, with its truth.
+
+    >>> simulate_knee(1, grade=2, size=128).labels['fractured']
+    1
+    """
     line: np.ndarray               # (H, W) float32, line integral of attenuation, no unit
     spacing: float                 # mm per pixel
     body_part: str                 # KNEE, CHEST, HAND, HIP
@@ -227,7 +231,12 @@ def add_noise(
 # %% ../../nbs/03_phantom.xray.ipynb #82787e59
 @dataclass
 class Exposure:
-    "One simulated radiograph with what it shows."
+    """One simulated radiograph with what it shows.
+
+    >>> exposure = expose(simulate_knee(1, size=64), rng(1))
+    >>> exposure.pixels.shape==exposure.field.shape
+    True
+    """
     pixels: np.ndarray    # (H, W) float32 in [0, 1], bone is bright, as displayed
     detector: np.ndarray  # (H, W) uint16, 1000 per decade of exposure, so bone is low, as before processing
     field: np.ndarray     # (H, W) bool, the part inside the collimator
@@ -270,7 +279,11 @@ def expose(
     marker: bool=True,             # whether a side marker may show
     **given,                       # fields of `Beam` that are not drawn
 ) -> Exposure:
-    "Take a radiograph of `phantom`."
+    """Take a radiograph of `phantom`.
+
+    >>> expose(simulate_hand(1, size=64), rng(1)).pixels.shape
+    (64, 64)
+    """
     beam = draw_beam(gen, phantom, collimate, marker, **given) if beam is None else replace(beam, **given)
     counts = add_noise(transmit(phantom, beam), gen)
     decades = np.log10(counts+1, dtype=np.float32)

@@ -335,7 +335,11 @@ def find_field(
     kind: str='limb', # limb or chest
     letters: bool=True, # look for letters too
 ) -> Field:
-    "The exposed field. The whole picture, with a reason, where it cannot be told."
+    """The exposed field. The whole picture, with a reason, where it cannot be told.
+
+    >>> find_field(expose(simulate_knee(1, size=256), rng(1)).pixels).mask.shape
+    (256, 230)
+    """
     if kind not in _LEAST: raise RadiologyError(f"kind is {kind!r}", f"Choose from {', '.join(_LEAST)}")
     p = _unit(film)
     h,w = p.shape
@@ -433,7 +437,9 @@ def clean_background(
     crop: bool=True,        # cut to the box around the field
 ) -> Radiograph:
     """The film without its background; `affine` holds the crop, `tags['background']` what was done, in pixels
-    of `radiograph`."""
+    of `radiograph`.
+
+    Example: `clean_background(read_radiograph('knee.dcm'), kind='limb').tags['background']`"""
     f = find_field(radiograph, kind)
     done = dict(kind=kind, box=list(f.box), sides=dict(f.sides), exposed=round(float(f.mask.mean()), 4),
         letters=[], reason=f.reason)

@@ -26,7 +26,12 @@ def percentile_window(
     high: float=99.5,   # percentile that becomes 1
     mask=None,          # (H, W) bool: where the percentiles are measured; None: everywhere
 ) -> np.ndarray:
-    "(H, W) float32 in [0, 1]. A flat image stays as it is."
+    """(H, W) float32 in [0, 1]. A flat image stays as it is.
+
+    >>> film = percentile_window(np.linspace(.2, .6, 4096).reshape(64, 64).astype(np.float32))
+    >>> float(film.min()), float(film.max())
+    (0.0, 1.0)
+    """
     if not 0<=low<high<=100:
         raise RadiologyError(f"The percentiles are {low} and {high}", "Give 0 <= low < high <= 100")
     if mask is not None and mask.shape!=pixels.shape:
@@ -79,7 +84,11 @@ def clahe(
     clip: float=4.,     # highest peak of a tile's histogram in multiples of an even one, above 1
     tiles: int=8,       # tiles along each side
 ) -> np.ndarray:
-    "(H, W) float32 in [0, 1] with the contrast evened out locally."
+    """(H, W) float32 in [0, 1] with the contrast evened out locally.
+
+    >>> clahe(np.random.default_rng(0).random((64, 64)).astype(np.float32), clip=3).shape
+    (64, 64)
+    """
     if not clip>1 or tiles<1:
         raise RadiologyError(f"clip is {clip} and tiles is {tiles}",
             "Give clip above 1 and at least one tile")
@@ -102,7 +111,11 @@ def equalise(
     mask=None,          # (H, W) bool: where the frequencies are measured; None: everywhere
     bins: int=100,      # points of the curve
 ) -> np.ndarray:
-    "(H, W) float32 in [0, 1] whose grey values are spread evenly."
+    """(H, W) float32 in [0, 1] whose grey values are spread evenly.
+
+    >>> float(equalise(np.linspace(0, 1, 4096).reshape(64, 64).astype(np.float32)**3).mean().round(1))
+    0.5
+    """
     values = np.asarray(pixels if mask is None or not mask.any() else pixels[mask]).ravel()
     points,which = np.unique(np.quantile(values, np.linspace(0, 1, bins+1)), return_inverse=True)
     if len(points)<2: return np.asarray(pixels, np.float32)
@@ -113,7 +126,11 @@ def equalise(
 def square_pad(
     radiograph: Radiograph, # of any shape
 ) -> Radiograph:
-    "The image in the middle of a black square of its longer side."
+    """The image in the middle of a black square of its longer side.
+
+    >>> square_pad(Radiograph(np.zeros((30, 50), np.float32))).pixels.shape
+    (50, 50)
+    """
     h,w = radiograph.shape
     if h==w: return radiograph
     n = max(h, w)
@@ -204,7 +221,12 @@ class _Grey(Step):
 
 @dataclass(frozen=True)
 class Window(_Grey):
-    "`percentile_window`."
+    """`percentile_window`.
+
+    >>> film = Window(low=1, high=99)(Radiograph(np.random.default_rng(0).random((64, 64)).astype(np.float32)))
+    >>> float(film.pixels.max())
+    1.0
+    """
     low: float=.5
     high: float=99.5
     # from (H, W) pixels to the (H, W) bool in which the percentiles are measured; None: everywhere
@@ -214,41 +236,69 @@ class Window(_Grey):
 
 @dataclass(frozen=True)
 class Clahe(_Grey):
-    "`clahe`."
+    """`clahe`.
+
+    >>> Clahe(clip=3)(Radiograph(np.random.default_rng(0).random((64, 64)).astype(np.float32))).pixels.shape
+    (64, 64)
+    """
     clip: float=4.
     tiles: int=8
     def grey(self, p): return clahe(p, self.clip, self.tiles)
 
 @dataclass(frozen=True)
 class Equalise(_Grey):
-    "`equalise`."
+    """`equalise`.
+
+    >>> Equalise()(Radiograph(np.eye(64, dtype=np.float32))).pixels.shape
+    (64, 64)
+    """
     bins: int=100
     def grey(self, p): return equalise(p, bins=self.bins)
 
 @dataclass(frozen=True)
 class SquarePad(Step):
-    "`square_pad`."
+    """`square_pad`.
+
+    >>> SquarePad()(Radiograph(np.zeros((30, 50), np.float32))).pixels.shape
+    (50, 50)
+    """
     def apply(self, r): return square_pad(r)
 
 @dataclass(frozen=True)
 class Resize(Step):
-    "To the longer side, or to exactly (height, width), in pixels."
+    """To the longer side, or to exactly (height, width), in pixels.
+
+    >>> Resize((32, 48))(Radiograph(np.zeros((64, 64), np.float32))).pixels.shape
+    (32, 48)
+    """
     size: int|tuple
     def apply(self, r): return r.resize(self.size)
 
 @dataclass(frozen=True)
 class CropTo(Step):
-    "To a box x1, y1, x2, y2, which may reach outside."
+    """To a box x1, y1, x2, y2, which may reach outside.
+
+    >>> CropTo((8, 8, 40, 24))(Radiograph(np.zeros((64, 64), np.float32))).pixels.shape
+    (16, 32)
+    """
     box: tuple
     def apply(self, r): return r.crop(self.box)
 
 @dataclass(frozen=True)
 class Mirror(Step):
-    "Left to right."
+    """Left to right.
+
+    >>> Mirror()(Radiograph(np.array([[0, 1]], np.float32))).pixels
+    array([[1., 0.]], dtype=float32)
+    """
     def apply(self, r): return r.flip()
 
 @dataclass(frozen=True)
 class Steps(Step):
-    "Several steps as one."
+    """Several steps as one.
+
+    >>> Steps((SquarePad(), Resize(64)))(Radiograph(np.zeros((30, 50), np.float32))).pixels.shape
+    (64, 64)
+    """
     steps: tuple
     def apply(self, r): return reduce(lambda r,step: step.apply(r), self.steps, r)

@@ -22,7 +22,9 @@ from ..core import Radiograph, RadiologyError, resize_array
 # %% ../../nbs/21_preprocess.knee.ipynb #1e0ee418
 @dataclass
 class Knee:
-    "One knee in a radiograph; coordinates are those of its `pixels`."
+    """One knee in a radiograph; coordinates are those of its `pixels`.
+
+    Example: `knee = locate_knees(film)[0]; knee.side, knee.score, knee.doubt`"""
     side: str       # R or L
     center: tuple   # (x, y) of the middle of the joint space
     box: tuple      # x1, y1, x2, y2 around it, square in millimetres; may reach outside
@@ -221,7 +223,12 @@ def locate_knees(
     doubtful: float|None=None,  # score from which one that is not sure is kept, with its `doubt`; None: none is
     called: bool=False,         # its header calls it a knee: it is also looked at at other sizes and upside down
 ) -> list[Knee]:
-    "The knees, best first, at most two; an empty list where there is none."
+    """The knees, best first, at most two; an empty list where there is none.
+
+    >>> film = expose(simulate_knee(3, size=256), rng(3)).pixels
+    >>> len(locate_knees(Radiograph(film, spacing=(.7, .7))))
+    1
+    """
     if not mm>0: raise RadiologyError(f"mm is {mm!r}", "Give millimetres above 0")
     pixels,weights = radiograph.pixels,_weights()
     threshold = float(weights['threshold'][0]) if threshold is None else threshold

@@ -27,13 +27,21 @@ def knee_id(
     film: str, # its name, such as the SOP instance UID
     side: str, # R or L
 ) -> str:
-    "The name of one of the two knees of a film."
+    """The name of one of the two knees of a film.
+
+    >>> knee_id('1.2.3', 'L')
+    '1.2.3:left'
+    """
     return film + _ENDS[side]
 
 def film_id(
     image_id: str, # of a row of a store or manifest
 ) -> str:
-    "The name of the film: that of the row, without the side where it is one of two knees."
+    """The name of the film: that of the row, without the side where it is one of two knees.
+
+    >>> film_id('1.2.3:left')
+    '1.2.3'
+    """
     text = str(image_id)
     return next((text.removesuffix(end) for end in _ENDS.values() if text.endswith(end) and text!=end), text)
 
@@ -93,7 +101,9 @@ def read_places(
     ids: Mapping|None=None,      # image to file, where that is known
 ) -> dict:
     """The `Spot`s of each file of which a reader has told: {path: (spot, ...)}, at most two. Raises `DataError` for a line that
-    names no file or no place, and for two knees on one side."""
+    names no file or no place, and for two knees on one side.
+
+    Example: `read_places('places.csv', files)`"""
     if not isinstance(table, pd.DataFrame): table = _read(table)
     table = table.rename(columns={c: str(c).strip().lower() for c in table})
     table = table.astype(object).where(table.notna(), None)

@@ -39,7 +39,11 @@ def _is_whole(v) -> bool: return isinstance(v, _WHOLE) and not isinstance(v, boo
 @dataclass(frozen=True)
 class Preprocess(Step):
     """How a radiograph becomes the square that a network sees: `Preprocess('hip', size=512, background='limb')(film)`.
-    Callable: `Radiograph` in, `Radiograph` out; with mask, boxes or points, `Moved` (see `Step`)."""
+    Callable: `Radiograph` in, `Radiograph` out; with mask, boxes or points, `Moved` (see `Step`).
+
+    >>> Preprocess('hip', size=64)(Radiograph(np.random.default_rng(0).random((90, 70)).astype(np.float32))).pixels.shape
+    (64, 64)
+    """
     name: str='plain'      # what it is called
     version: int=VERSION   # of the meaning of these fields
     size: int=224          # side of the result in pixels
@@ -126,7 +130,11 @@ def recipe(
     **changes,             # of the fields of `Preprocess`, such as size=160
 ) -> Preprocess:
     """The recipe that is meant, with changes: `recipe('knee', size=160)`. Raises `RadiologyError` for an unknown name
-    or field."""
+    or field.
+
+    >>> recipe('knee', size=160, clip=2).size
+    160
+    """
     known = RECIPES.get(which) if isinstance(which, str) else which
     if not isinstance(known, Preprocess):
         raise RadiologyError(f"There is no recipe {which!r}",

@@ -341,7 +341,9 @@ def preprocess_folder(
     places=None,              # a table of a reader, see `read_places`: where the knees of some films are
 ) -> ImageStore:
     """Turn files into an `ImageStore`; what could not be used is in its `.errors`. An interrupted call
-    resumes when it is made again."""
+    resumes when it is made again.
+
+    Example: `store = preprocess_folder('films', 'store', recipe('knee', size=224)); store.errors`"""
     writer = ShardWriter(store, recipe)
     sources,known = _sources(src)
     if places is not None: sources = _placed(sources, places, src, writer)

@@ -333,7 +333,9 @@ def touch(self:ShardWriter,
 # %% ../../nbs/24_preprocess.store.ipynb #b153247b
 class ImageStore:
     """The images of one recipe: `len(store)`, `store[i]` (size, size) uint8 or uint16, `.index` (a row an
-    image), `.errors`, `.recipe`, `.peak` (the grey value of 1)."""
+    image), `.errors`, `.recipe`, `.peak` (the grey value of 1).
+
+    Example: `store = ImageStore('store'); store.index.head(); store[0].shape; store.contact_sheet()`"""
     def __init__(self,
         path,             # the store's folder
         whole: bool=True, # False: open it although shards are missing or damaged, for `verify`

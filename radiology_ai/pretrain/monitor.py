@@ -36,7 +36,9 @@ def embed(
     learn_or_body, # a Learner or model with `.body`, or a body
     dl,            # batches (images,) or (images, targets), without augmentation
 ) -> tuple[np.ndarray, np.ndarray|None]:
-    "(N, F) float32 features, pooled over the image, and the targets (N,) or None, in the order of `dl`."
+    """(N, F) float32 features, pooled over the image, and the targets (N,) or None, in the order of `dl`.
+
+    Example: `features, targets = embed(learn, xray_test_dl(dls, manifest))`"""
     model = learn_or_body.model if isinstance(learn_or_body, Learner) else learn_or_body
     return predict_logits(_Pooled(getattr(model, 'body', model)), dl)
 
@@ -75,7 +77,12 @@ def knn_probe(
     k: int=20, # neighbours
     temperature: float=.07, # of the votes
 ) -> np.ndarray:
-    "(M, C) shares of the votes of the nearest neighbours."
+    """(M, C) shares of the votes of the nearest neighbours.
+
+    >>> features = np.eye(4)[[0, 0, 1, 1]]
+    >>> knn_probe(features, [0, 0, 1, 1], features[:1], k=2)
+    array([[1., 0.]])
+    """
     f,t,c = _labelled(features, targets)
     return _votes(_unit(new, f.mean(0)) @ _unit(f, f.mean(0)).T, np.eye(c)[t], k, temperature)
 
@@ -85,7 +92,12 @@ def linear_probe(
     new,          # (M, F) features of other images
     c: float=.1,  # inverse strength of the penalty: small for few labels
 ) -> np.ndarray:
-    "(M, C) probabilities of a logistic regression on standardised features."
+    """(M, C) probabilities of a logistic regression on standardised features.
+
+    >>> features = np.eye(4)[[0, 0, 1, 1]]
+    >>> linear_probe(features, [0, 0, 1, 1], features).argmax(1)
+    array([0, 0, 1, 1])
+    """
     from sklearn.linear_model import LogisticRegression
     f,t,n = _labelled(features, targets)
     mean,std = f.mean(0),np.maximum(f.std(0), 1e-6)

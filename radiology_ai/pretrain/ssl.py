@@ -29,7 +29,9 @@ from ..train.learner import XrayLearner, body_and_head, train_prior, xray_learne
 # %% ../../nbs/51_pretrain.ssl.ipynb #f63c0961
 class SelfSupervised(Callback):
     """Trains the body of a Learner without labels. Further arguments are the method's settings, see
-    `METHODS`. Raises `ModelError`."""
+    `METHODS`. Raises `ModelError`.
+
+    Example: `ssl_learner(store, manifest, method='simclr').fit_two_phase(20) # adds this callback`"""
     order = 5
     def __init__(self,
         method: str='simclr',     # of `METHODS`
@@ -134,7 +136,9 @@ def ssl_learner(
     dls_args: dict|None=None, # of `ssl_dataloaders`, such as device='cpu'
     **kwargs,                 # of `xray_learner`, such as precision='bf16', accumulate=2, wd=1e-4
 ) -> XrayLearner:
-    "A Learner for `fit_two_phase(epochs)` that learns without labels. Raises `ModelError` or `DataError`."
+    """A Learner for `fit_two_phase(epochs)` that learns without labels. Raises `ModelError` or `DataError`.
+
+    Example: `learn = ssl_learner(store, manifest, 'resnet18', method='simclr').fit_two_phase(20); save_body(learn, 'body.safetensors')`"""
     dls = (store if manifest is None else ssl_dataloaders(store, manifest, bs, labels, partners,
         channels=channels, seed=seed, **(dls_args or {})))
     if views is None and partners:
@@ -158,7 +162,9 @@ def ssl_learner(
 def pretrained_body(
     learn, # of `ssl_learner`, after training
 ) -> torch.nn.Module:
-    "A copy of the body on the CPU, marked as pretrained."
+    """A copy of the body on the CPU, marked as pretrained.
+
+    Example: `body = pretrained_body(ssl_learner(store, manifest).fit_two_phase(20))`"""
     body = copy.deepcopy(learn.model.body).cpu().to(memory_format=torch.contiguous_format)
     for p in body.parameters(): p.grad = None
     body.pretrained = True
@@ -170,7 +176,9 @@ def task_model(
     **kwargs,         # further arguments of `create_model`, such as dropout=.2 and seed
 ) -> XrayModel:
     """A network for the labels of `dls` that starts from the body of `learn`: the `arch` of `xray_learner`.
-    Raises `ModelError`."""
+    Raises `ModelError`.
+
+    Example: `xray_learner(dls, task_model(ssl_learner(store, manifest).fit_two_phase(20), dls))`"""
     body,config = pretrained_body(learn),dict(learn.model.config['network'])
     with torch.random.fork_rng(devices=[]): x,y = dls.one_batch()[:2]
     if x.shape[1]!=body.n_in:
@@ -193,7 +201,9 @@ def save_body(
     path,  # of a safetensors file
 ):
     """Write the weights of the body for `create_model(weights=path)`, with their digest, whole or not at all. Raises
-    `ModelError` where they are not finite."""
+    `ModelError` where they are not finite.
+
+    Example: `save_body(ssl_learner(store, manifest).fit_two_phase(20), 'body.safetensors')`"""
     from safetensors.torch import save_file
     state = {k: v.detach().cpu().contiguous().clone()
         for k,v in getattr(learn.model.body, 'net', learn.model.body).state_dict().items()}

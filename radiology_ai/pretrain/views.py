@@ -31,7 +31,11 @@ def radiograph_views(
     seed: int=0,
     **changes,            # of the settings of `BatchAugment`
 ) -> BatchAugment:
-    "How a view of a radiograph is drawn. Raises `DataError`."
+    """How a view of a radiograph is drawn. Raises `DataError`.
+
+    >>> radiograph_views(crop=(.5, 1.), seed=1)(torch.rand(2, 1, 64, 64)).shape
+    torch.Size([2, 1, 64, 64])
+    """
     if not 0<=strength<=3: raise DataError(f"strength is {strength}", "Give a number from 0 to 3")
     spread = lambda most: (1/(1+most*strength), 1+most*strength)
     settings = dict(rotation=12*strength, translation=0., scale=(1., 1.), crop=crop, brightness=.15*strength,
@@ -51,7 +55,11 @@ def _read_small(x, draw, side: int):
 
 class Views:
     """Random views of a batch (B, C, H, W) in [0, 1]. `views(x, k)` is a list of `n` tensors (B, C, H, W) and
-    `n_small` tensors (B, C, side, side)."""
+    `n_small` tensors (B, C, side, side).
+
+    >>> [v.shape for v in Views(n=2)(torch.rand(3, 1, 64, 64), 0)]
+    [torch.Size([3, 1, 64, 64]), torch.Size([3, 1, 64, 64])]
+    """
     def __init__(self,
         n: int=2,             # whole views
         n_small: int=0,       # small crops
@@ -142,7 +150,9 @@ def ssl_dataloaders(
     duplicates=None,          # pairs of equal images that must not be in two splits either
 ) -> XrayDataLoaders:
     """Loaders of images without augmentation: batches are (TensorImage (B, channels, H, W) in [0, 1],
-    TensorCategory (B,) with -1 for unknown). Raises `DataError`."""
+    TensorCategory (B,) with -1 for unknown). Raises `DataError`.
+
+    Example: `dls = ssl_dataloaders(store, manifest, bs=32, labels='fractured')`"""
     rows = training_rows(manifest, train, valid, check_leakage, duplicates)
     codes,vocab = category_codes(rows, labels) if labels is not None else (np.full(len(rows), -1), ['image'])
     is_train = (rows.split==train).to_numpy()

@@ -33,7 +33,11 @@ LIMITS = ("Evaluated on the images described here only; other scanners, position
 
 @dataclass
 class Example:
-    "One image to be shown in a report."
+    """One image to be shown in a report.
+
+    >>> Example('false negative', np.zeros((64, 64), np.uint8), score=.2, truth='fractured').kind
+    'false negative'
+    """
     kind: str                   # such as 'true positive' or 'false negative'
     image: np.ndarray           # (H, W) uint8, or float in [0, 1], as the network saw it
     heat: np.ndarray|None=None  # (h, w) in [0, 1], as from `gradcam`
@@ -44,7 +48,9 @@ class Example:
 
 @dataclass
 class ReportData:
-    "The content of a report."
+    """The content of a report.
+
+    Example: `write_report('page', ReportData('Knees', table, positive='fractured', threshold=.4))`"""
     title: str
     table: pd.DataFrame               # one row an image, as `evaluate_table` takes it
     task: str=''                      # one sentence: what is asked of an image
@@ -72,6 +78,8 @@ class ReportData:
     figures: dict|None=None           # of `evaluate_table` of this table, where they are known; None: they are computed
     sections: list[Section]=field(default_factory=list) # what the task tells beside, in front of the discrimination
     simulated: bool=False             # the radiographs were made by the simulator of this library
+
+    def __repr__(self) -> str: return f"ReportData({self.title!r}, {len(self.table)} images)"
 
     def __post_init__(self):
         if len(self.labels or ())==1:

@@ -169,7 +169,9 @@ def evaluate_table(
     cut: int=1,                 # the lowest grade that is positive
 ) -> dict:
     """Every figure of a table of predictions, as plain numbers. Raises `DataError` for a table that is no
-    evaluation."""
+    evaluation.
+
+    Example: `evaluate_table(pd.read_csv('predictions.csv'), threshold=.4, subgroups=['sex'])['labels'][0]`"""
     p = check_predictions(table, labels)
     cuts = thresholds_of(p, threshold)
     tuned = threshold if isinstance(threshold, Thresholds) else None

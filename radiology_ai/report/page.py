@@ -352,7 +352,9 @@ def write_report(
     same bytes. Raises `DataError`.
 
     Neither holds identifiers: images and files have numbers, which the column `row` of the table tells, or `images.csv` and
-    `unreadable.csv` beside the page."""
+    `unreadable.csv` beside the page.
+
+    Example: `write_report('page', ReportData('Knees', table, threshold=.4))`"""
     d,path = data or ReportData(**kwargs),Path(path)
     page = path if path.suffix.lower() in ('.html','.htm') else path/'report.html'
     check_replaced(page, PAGE)

@@ -160,7 +160,11 @@ def simulated_run(
 # %% ../../nbs/60_report.predictions.ipynb #695f7cee
 @dataclass(frozen=True)
 class Thresholds:
-    "A threshold a label, how it was chosen, and on whom."
+    """A threshold a label, how it was chosen, and on whom.
+
+    >>> Thresholds({'fractured': .4}, 'youden', images=120).values
+    {'fractured': 0.4}
+    """
     values: dict                     # label to threshold
     how: str                         # such as 'youden'
     patients: frozenset=frozenset()  # whom they were chosen on
@@ -175,7 +179,9 @@ def choose_thresholds(
     wanted: float|None=None,   # the wanted sensitivity or specificity
     labels=None,               # as in `check_predictions`
 ) -> Thresholds:
-    "A threshold for each label that has both classes. Raises `DataError` where there are no validation rows."
+    """A threshold for each label that has both classes. Raises `DataError` where there are no validation rows.
+
+    Example: `choose_thresholds(table, 'sensitivity', wanted=.95).values`"""
     if 'split' in table:
         if not (table.split=='valid').any():
             raise DataError("The predictions hold no validation images",

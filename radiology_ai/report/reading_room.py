@@ -226,7 +226,12 @@ def operating_tiers(
     sensitivities=SENSITIVITIES,
 ) -> dict[float, np.ndarray]:
     """Share of urgent films that are called -> tiers (N,): 0 called, 1 not; the last one is that of the run's
-    threshold, if there is one."""
+    threshold, if there is one.
+
+    >>> tiers = operating_tiers([1, 1, 0, 0], [.9, .6, .4, .2], threshold=.5)
+    >>> {k: v.tolist() for k, v in tiers.items()}
+    {0.5: [0, 1, 1, 1], 1.0: [0, 0, 1, 1]}
+    """
     t,s = np.asarray(target)>0,np.asarray(score, float)
     if not t.any(): raise DataError("No image is urgent", "A triage needs both kinds")
     ranked = np.sort(s[t])[::-1]

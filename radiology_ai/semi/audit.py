@@ -24,7 +24,9 @@ def pseudo_labels(
     bs: int=64,            # images in a batch
 ) -> pd.DataFrame:
     """`image_id`, `label` ('' for classes), `guess`, `confidence` and `truth` (NaN where unknown). Raises
-    `DataError`."""
+    `DataError`.
+
+    Example: `pseudo_labels(learn, manifest[manifest.label.isna()], truth='kept_back')`"""
     for c in [truth] if isinstance(truth, str) else truth or []:
         if c not in rows: raise DataError(f"The rows have no column {c!r}", "Name a column that is there")
     p,vocab = predict_probabilities(learn, learn.dls.test_dl(rows, bs=bs))[0],list(learn.dls.vocab)
@@ -42,7 +44,9 @@ def audit(
     table: pd.DataFrame, # of `pseudo_labels`
     tau: float=.95,      # confidence from which a guess counts
 ) -> pd.DataFrame:
-    "One row for each label and guess, and one for all: images, taken, checked, right (low, high), of_truth."
+    """One row for each label and guess, and one for all: images, taken, checked, right (low, high), of_truth.
+
+    Example: `audit(pseudo_labels(learn, manifest, truth='label'), tau=.9)`"""
     def row(t, of):
         taken = t[t.confidence>=tau]
         seen = taken[taken.truth.notna()]
@@ -63,7 +67,9 @@ def audit_curve(
     table: pd.DataFrame,                # of `pseudo_labels`
     taus=(.5, .6, .7, .8, .9, .95, .99),# thresholds
 ) -> pd.DataFrame:
-    "For each threshold the share of guesses that count, and of these the share that is right (low, high)."
+    """For each threshold the share of guesses that count, and of these the share that is right (low, high).
+
+    Example: `audit_curve(pseudo_labels(learn, manifest, truth='label'), taus=(.8, .9, .95))`"""
     rows = [audit(table, t).loc[('', 'all')] for t in taus]
     return pd.DataFrame(rows, index=pd.Index(taus, name='tau'))[['taken', 'checked', 'right', 'low', 'high']]
 
@@ -72,7 +78,9 @@ def draw_audit(
     bins: int=10,        # of the confidence
     axs=None,            # two axes; None: new ones
 ):
-    "Left: how often a guess of some confidence is right. Right: what counts and what is right by threshold."
+    """Left: how often a guess of some confidence is right. Right: what counts and what is right by threshold.
+
+    Example: `draw_audit(pseudo_labels(learn, manifest, truth='label'))`"""
     import matplotlib.pyplot as plt
     seen = table[table.truth.notna()]
     if seen.empty:

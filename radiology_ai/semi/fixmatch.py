@@ -40,7 +40,9 @@ def consistency(
 # %% ../../nbs/53_semi.fixmatch.ipynb #61fade33
 class FixMatch(SemiSupervised):
     """Sure answers on weak views are the labels of strong ones. The Learner's `ema` evaluates the average of
-    the weights, as the paper does."""
+    the weights, as the paper does.
+
+    Example: `xray_learner(semi_dataloaders(store, manifest, 'label'), ema=.999, cbs=[FixMatch(tau=.9)])`"""
     def __init__(self,
         tau: float=.95,               # least probability of 'fixed' and 'flex'
         lambda_u: float=1.,           # weight of the unlabelled term
@@ -104,23 +106,31 @@ def compare(self:FixMatch, p, logp):
     return loss if more is None else loss+more
 
 class FlexMatch(FixMatch):
-    "FixMatch with a threshold for each class that follows how well the class is learnt."
+    """FixMatch with a threshold for each class that follows how well the class is learnt.
+
+    Example: `xray_learner(semi_dataloaders(store, manifest, 'label'), ema=.999, cbs=[FlexMatch()])`"""
     def __init__(self, tau=.95, **kwargs): super().__init__(tau, threshold='flex', **kwargs)
 
 class FreeMatch(FixMatch):
-    "FixMatch with thresholds from the network's own confidence, and a fairness term."
+    """FixMatch with thresholds from the network's own confidence, and a fairness term.
+
+    Example: `xray_learner(semi_dataloaders(store, manifest, 'label'), ema=.999, cbs=[FreeMatch()])`"""
     def __init__(self, momentum=.999, fairness=.001, **kwargs):
         super().__init__(threshold=FreeThreshold(momentum, fairness), **kwargs)
 
 class SoftMatch(FixMatch):
-    "FixMatch in which unsure images count a little; guesses are aligned to equal shares for the weights."
+    """FixMatch in which unsure images count a little; guesses are aligned to equal shares for the weights.
+
+    Example: `xray_learner(semi_dataloaders(store, manifest, 'label'), ema=.999, cbs=[SoftMatch()])`"""
     def __init__(self, momentum=.999, sigmas=1., align='uniform', **kwargs):
         super().__init__(threshold=SoftThreshold(momentum, sigmas), align=align, **kwargs)
 
 # %% ../../nbs/53_semi.fixmatch.ipynb #5d0f2f10
 class MeanTeacher(SemiSupervised):
     """Agreement with the average of the network's past weights on another view. Give the Learner `ema=decay`
-    to evaluate the average too."""
+    to evaluate the average too.
+
+    Example: `xray_learner(semi_dataloaders(store, manifest, 'label'), ema=.99, cbs=[MeanTeacher()])`"""
     def __init__(self,
         decay: float=.99,     # of the teacher's weights
         lambda_u: float=10.,  # weight of the mean squared distance of the probabilities

@@ -117,7 +117,9 @@ def semi_dataloaders(
     valid_bs: int=64,            # images in a batch of validation
 ) -> XrayDataLoaders:
     """Loaders whose training batches hold `bs` labelled rows and then round(mu*bs) others with targets -1 or
-    NaN, without transforms: the callback makes the views. Raises `DataError`."""
+    NaN, without transforms: the callback makes the views. Raises `DataError`.
+
+    Example: `dls = semi_dataloaders(store, manifest, 'label', bs=8, mu=7)`"""
     labels = labels if isinstance(labels, str) else list(labels)
     rows = training_rows(manifest, train, valid, check_leakage, duplicates)
     vocab = _vocabulary(rows, labels, vocab)

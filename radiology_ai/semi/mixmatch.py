@@ -51,7 +51,9 @@ def distance(
 # %% ../../nbs/52_semi.mixmatch.ipynb #fbd48e39
 class MixMatch(SemiSupervised):
     """Sharpened guesses on unlabelled images, mixed with the labelled ones. Give `semi_dataloaders` mu=1, as
-    in the paper."""
+    in the paper.
+
+    Example: `xray_learner(semi_dataloaders(store, manifest, 'label', mu=1), cbs=[MixMatch()])`"""
     def __init__(self,
         K: int=2,               # views of an unlabelled image for its guess
         T: float=.5,            # temperature of the sharpening

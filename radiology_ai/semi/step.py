@@ -64,12 +64,20 @@ def ramp_up(
 
 # %% ../../nbs/51_semi.step.ipynb #7fbf62bf
 def gentle(**changes) -> BatchAugment:
-    "The weak view: a small shift, turn and zoom."
+    """The weak view: a small shift, turn and zoom.
+
+    >>> gentle(rotation=3)(torch.rand(2, 1, 64, 64)).shape
+    torch.Size([2, 1, 64, 64])
+    """
     return BatchAugment(**{**dict(rotation=5, translation=.06, scale=(.95, 1.05), brightness=0, contrast=0,
         gamma=(1, 1), noise=0, p=1.), **changes})
 
 def harsh(level: float=6, n_ops: int=3, **changes) -> BatchAugment:
-    "The strong view: RandAugment, of which a blanked rectangle, a collimator and salt are operations too."
+    """The strong view: RandAugment, of which a blanked rectangle, a collimator and salt are operations too.
+
+    >>> harsh(level=4)(torch.rand(2, 1, 64, 64)).shape
+    torch.Size([2, 1, 64, 64])
+    """
     return rand_augment(level, n_ops, **changes)
 
 class SemiSupervised(Callback):

@@ -328,7 +328,9 @@ def explain(
     method: str='',         # of `radiology_ai.explain.METHODS`; '': GradCAM, and of masks their probability
 ) -> pd.DataFrame:
     """Write one PNG an image and `heat.csv` with the hottest point (`hot_x`, `hot_y`) in stored pixels; one row a file. Raises
-    `RadiologyError` where there is nothing to draw."""
+    `RadiologyError` where there is nothing to draw.
+
+    Example: `explain('run', 'films', 'heat', method='gradcam')`"""
     if is_onnx(model):
         raise BundleError(f"{Path(model).name} is an ONNX file, which has no gradients",
             "Give the bundle that it was exported from")

@@ -79,6 +79,8 @@ class Adapted:
     before: dict # 'old' and 'new': the `Evaluation` of the run at home
     after: dict  # likewise of the adapted run
 
+    def __repr__(self) -> str: return '\n'.join(self.lines())
+
     def table(self) -> pd.DataFrame:
         """A row a hospital: `before`, `after` (the headline with its interval in words), and the number of
         `images`."""

@@ -29,7 +29,11 @@ from ..preprocess.recipe import Preprocess
 # %% ../../nbs/65_tasks.base.ipynb #eee575c6
 @dataclass(frozen=True)
 class Settings:
-    "What a run is made of."
+    """What a run is made of.
+
+    >>> Settings(label='fractured', epochs=20).epochs
+    20
+    """
     label: str='label'      # the label column; of several labels their columns, separated by commas
     arch: str='resnet18'    # a timm or efficientnet_pytorch architecture
     pretrained: bool=True   # start from ImageNet weights
@@ -197,7 +201,11 @@ def every_row(manifest: pd.DataFrame, earlier: dict) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Stage:
-    "One network of a task."
+    """One network of a task.
+
+    >>> Stage(answer=Grades('osteoarthritis', 'none', cut=2)).answer.cut
+    2
+    """
     answer: object                # what it says of an image: an `Answer` of `tasks.kinds`, such as `Grades`
     name: str=''                  # among several stages
     model: Callable=by_name       # (settings, dls, networks of earlier stages by name) -> a network with `.config`, or the name of one
@@ -211,7 +219,11 @@ def every_image(index: pd.DataFrame) -> pd.Series:
 
 @dataclass(frozen=True)
 class Demo:
-    "A simulated hospital for a task: for its demonstration and its tests."
+    """A simulated hospital for a task: for its demonstration and its tests.
+
+    >>> TASKS['knee'].demo.patients
+    500
+    """
     # (folder, patients, seed, workers) -> truth: a row an image with `image_id` and the labels; where the heat is looked at
     # also `x`, `y` in stored pixels and `spacing_mm`
     simulate: Callable
@@ -227,7 +239,12 @@ SUBGROUPS = {'PatientSex': 'sex', 'PatientAge': 'age', 'side': 'side', 'Modality
 
 @dataclass(frozen=True)
 class Task:
-    "What is asked of an image. Raises `RadiologyError` for a task without name or stages."
+    """What is asked of an image. Raises `RadiologyError` for a task without name or stages.
+
+    >>> task = Task('hip', 'Hips', 'Is this hip worn?', recipe('plain'), (Stage(Grades('worn', 'not')),))
+    >>> task.settings(epochs=3).epochs
+    3
+    """
     name: str                     # short, as on the command line
     title: str                    # of the report
     question: str                 # one sentence
@@ -244,6 +261,8 @@ class Task:
     urgent: str=''                # the label whose positive call is read first; '': of a single label its own
     space: Mapping=field(default_factory=dict) # for a search: further settings and what is tried of them
     subject: str=''               # what an image is, such as 'frontal knee radiograph': for questions about other labels
+
+    def __repr__(self) -> str: return f"Task({self.name}: {self.question})"
 
     def __post_init__(self):
         if not re.fullmatch(r'[a-z][a-z0-9_]*', self.name):

@@ -291,7 +291,11 @@ def to_film(
 # %% ../../nbs/67_tasks.boxes.ipynb #54b62654
 @dataclass(frozen=True)
 class Boxes(Answer):
-    "Boxes of one kind, and the class of the whole film. Its tables are in pixels of the film."
+    """Boxes of one kind, and the class of the whole film. Its tables are in pixels of the film.
+
+    >>> Boxes(classes=('clear', 'opacity'), mirror=False).classes[-1]
+    'opacity'
+    """
     # of the whole film; the last one is that with boxes, the one before it that of a film of which no more is known
     classes: tuple=('nothing','finding')
     seen: tuple=()              # the classes that a network tells apart, as a bundle says; (): those of the labels

@@ -17,6 +17,7 @@ import pandas as pd
 from ..core import DataError
 from ..data.chest import CHEXPERT, NIH14
 from ..data.tree import LabelTree, chest_terms, chest_tree
+from ..data.words import match_column
 from ..models.meta import POOLS
 from ..models.packaged import has_package
 from ..preprocess.recipe import recipe
@@ -69,6 +70,15 @@ def label_set(
         near(name, LABEL_SETS, 'The label sets are ') + ", or a CSV of your own")
 
 # %% ../../nbs/71_tasks.chest.ipynb #daef90ad
+def _where_it_is(name: str, tree: LabelTree, of: str) -> str:
+    "The remedy for a category that a label set lacks."
+    others = [k for k,make in LABEL_SETS.items() if k!=of and match_column(make().names, name)]
+    alike = [n for n in tree.names if len(name)>3 and (name.lower() in n.lower() or n.lower() in name.lower())]
+    told = [f"Did you mean {n!r}?" for n in alike[:1]]
+    if others: told.append(f"{' and '.join(others)} {'has' if len(others)==1 else 'have'} it: give label_set={others[0]}.")
+    return ' '.join([*(told or [near(name, tree.names, 'The categories are ') + '.']),
+        "For findings of your own give label_set=tree.csv, a table of category, parent and tier"])
+
 @dataclass(frozen=True)
 class ChestSettings(Settings):
     "What a chest run is made of."
@@ -110,6 +120,9 @@ class ChestSettings(Settings):
     def tree(self) -> LabelTree:
         "The tree of the label set, or the part of it that `label` names. Raises `DataError`."
         tree,some = label_set(self.label_set),super().labels
+        strange = [n for n in some if match_column(tree.names, n) is None]
+        if strange: raise DataError(f"The label set {self.label_set} has no category {strange[0]!r}",
+            _where_it_is(strange[0], tree, self.label_set))
         return part_of(tree, some) if some else tree
     @property
     def labels(self) -> list[str]:

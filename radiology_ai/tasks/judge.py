@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/68_tasks.judge.ipynb #69f664c8
-from ..core import BundleError, StoreError, plain
+from ..core import BundleError, StoreError, check_target, plain
 from ..data.duplicates import find_copies
 from ..data.split import assert_no_leakage
 from ..explain import explain
@@ -38,7 +38,9 @@ from .run import load_models, mean_threshold, model_folders, named_copies, read_
 # %% ../../nbs/68_tasks.judge.ipynb #405fcb03
 @dataclass
 class Evaluation:
-    "The test table of a run and its figures."
+    """The test table of a run and its figures.
+
+    Example: `print(*evaluate('run').lines(), sep='\\n')`"""
     task: Task
     label: str          # the label column, or columns
     table: pd.DataFrame # one row a test image, with its thresholds
@@ -59,6 +61,9 @@ class Evaluation:
         "The figures as a few lines of text."
         made = is_simulated(self.table.image_id, self.table.patient_id).any()
         return [*[SIMULATED]*bool(made), *self.task.answer.lines(self.figures)]
+
+    def __repr__(self) -> str:
+        return '\n'.join([f"Evaluation of {self.label}, task {self.task.name}", *self.lines()])
 
 def _shown(task, table) -> list: return [name for name in task.subgroups.values() if name in table]
 
@@ -141,7 +146,9 @@ def heat_maps(
     target=None,       # as of `explain`, or with a method `maps` (model, images) that gives the heat; None: the likeliest output
     method: str='',    # of `METHODS`; '': GradCAM, or the `maps` of the target
 ) -> np.ndarray:
-    "(N, size, size) heat in [0, 1]."
+    """(N, size, size) heat in [0, 1].
+
+    Example: `heat_maps(load_bundle('run').model, store, positions=[0, 1]).shape`"""
     batches = stored_batches(store, positions, 16, channels=channels_of(model), show=False)
     maps = None if method else getattr(target, 'maps', None)
     if maps is None:
@@ -159,12 +166,13 @@ def report_run(
     run,                    # a run or its folder
     evaluation: Evaluation, # of `evaluate_run`
     store=None,             # the store of the evaluated images, for pictures with heat maps; None: the run's own, if it is still there
-    out=None,               # the folder of report.html; None: the run
+    out=None,               # the folder of report.html, or the page itself (.html); None: the run
     *,
     audit: bool=True,       # with the sections on heat maps, shortcuts and waiting times
     **more,                 # further fields of `ReportData`
 ) -> Path:
     "Write `report.html` and `report.json` of an evaluation; returns the page."
+    check_target(out, 'file' if Path(out or '').suffix.lower() in ('.html', '.htm') else 'folder')
     run = read_run(run)
     record,s = run.record,run.settings
     if store is None and (Path(record['store'] or run.path)/'index.parquet').exists(): store = record['store']

@@ -259,7 +259,11 @@ def _count(figures) -> str: return f"{figures['images']} test images of {figures
 # %% ../../nbs/66_tasks.kinds.ipynb #8e26edb5
 @dataclass(frozen=True)
 class Grades(Answer):
-    "One grade 0, 1, 2, ... an image; the score is the probability of any grade from `cut` on."
+    """One grade 0, 1, 2, ... an image; the score is the probability of any grade from `cut` on.
+
+    >>> Grades('osteoarthritis', 'none', cut=2).cut
+    2
+    """
     positive: str='positive'  # such a grade in a word, such as 'fractured'
     negative: str='negative'  # a lower one
     graded: tuple=()          # label columns of which `positive` speaks; of others their name does
@@ -359,7 +363,12 @@ class Grades(Answer):
 # %% ../../nbs/66_tasks.kinds.ipynb #03bb7bb9
 @dataclass(frozen=True)
 class Classes(Answer):
-    "One of several named classes an image."
+    """One of several named classes an image.
+
+    >>> task = Task('view', 'Views', 'Which view is this?', recipe('plain'), (Stage(Classes()),))
+    >>> task.answer
+    Classes()
+    """
     monitor = 'valid_loss'
 
     def known(self, df, settings): return ~is_blank(df[_one_column(settings)])
@@ -415,7 +424,12 @@ class Classes(Answer):
 # %% ../../nbs/66_tasks.kinds.ipynb #9218e327
 @dataclass(frozen=True)
 class Labels(Answer):
-    "Several labels an image, each 1, 0 or unknown, with a threshold each."
+    """Several labels an image, each 1, 0 or unknown, with a threshold each.
+
+    >>> task = Task('signs', 'Signs', 'Which signs are there?', recipe('plain'), (Stage(Labels()),))
+    >>> task.answer
+    Labels()
+    """
     activation = 'sigmoid'
 
     def known(self, df, settings): return ~df[settings.labels].apply(is_blank).all(axis=1)

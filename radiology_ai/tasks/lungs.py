@@ -111,7 +111,9 @@ def jsrt_structures(
     folder, # with manifest.csv, images and masks
 ) -> pd.DataFrame:
     """Labels of JSRT (Shiraishi 2000) with the outlines of SCR (van Ginneken 2006): one film a patient, with
-    `spacing_mm`."""
+    `spacing_mm`.
+
+    Example: `train('lungs', 'store', jsrt_structures('chest_jsrt'), 'run')`"""
     t = _films(folder, outlines='mask', patient_id='image', nodule='nodule', spacing_mm='spacing_mm_512')
     rows = []
     for name in t.outlines:
@@ -137,7 +139,9 @@ def child_lungs(
     folder, # with manifest.csv, images and lung_masks
 ) -> pd.DataFrame:
     """Labels of the children (Kermany 2018) with the lungs of V7 Labs, of films whose mask tells both lungs
-    apart."""
+    apart.
+
+    Example: `train('lungs', 'store', child_lungs('chest_child'), 'run')`"""
     t = _films(folder, lungs='lung_mask', patient_id='patient_group', finding='labels')
     t,rows = t[t.lungs.notna()].reset_index(drop=True),[]
     for name in t.lungs:

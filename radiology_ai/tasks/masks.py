@@ -245,7 +245,11 @@ class MaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Masks(Answer):
-    "One finding a film with its mask. `whole`: its network has a label for the film beside the mask."
+    """One finding a film with its mask. `whole`: its network has a label for the film beside the mask.
+
+    >>> Masks(name='pneumothorax', mirror=True).name
+    'pneumothorax'
+    """
     name: str='finding'     # in a word, such as 'pneumothorax'
     whole: bool=False
     start: float=1.         # share of positives in the batches of the first epoch

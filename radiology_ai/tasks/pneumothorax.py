@@ -131,7 +131,9 @@ def save_siim(
     path,                      # the CSV file to write
 ) -> pd.DataFrame:
     """Write `ImageId` and `EncodedPixels` as SIIM-ACR has them, -1 without a mask; films that were not read
-    are left out."""
+    are left out.
+
+    Example: `save_siim(predict('run', 'films'), 'submission.csv')`"""
     lost = [c for c in ('image_id','rle') if c not in predictions]
     if lost:
         raise DataError(f"The predictions have no column {lost[0]!r}",

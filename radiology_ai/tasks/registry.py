@@ -95,11 +95,13 @@ def report(
     run,             # a run or its folder
     evaluation=None, # of `evaluate`; None: on the run's own test patients
     store=None,      # the store of the evaluated images, for pictures; None: the run's own, if it is still there
-    out=None,        # the folder of report.html; None: the run
+    out=None,        # the folder of report.html, or the page itself (.html); None: the run
     task=None,       # a name of `TASKS`, or a `Task`; None: the run's
     **more,          # further fields of `ReportData`
 ) -> Path:
-    "Write `report.html` and `report.json` of an evaluation; returns the page."
+    """Write `report.html` and `report.json` of an evaluation; returns the page.
+
+    Example: `report('run', out='page')`"""
     from radiology_ai.tasks.judge import report_run
     task = _task_of(run, task)
     return report_run(task, run, evaluation or evaluate(run, task=task), store, out, **more)

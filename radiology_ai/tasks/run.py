@@ -165,7 +165,9 @@ def _earlier(path: Path) -> bool:
 def read_run(
     run, # a `Run`, or its folder
 ) -> Run:
-    "A run that is whole. Raises `DataError` where something is missing."
+    """A run that is whole. Raises `DataError` where something is missing.
+
+    Example: `read_run('run').settings['label']`"""
     if isinstance(run, Run): return run
     path = Path(run)
     record = read_record(path/'run.json')
@@ -203,7 +205,9 @@ def load_models(
     stage: str='',         # of a task with several
 ) -> list:
     """The bundles at `path`. Raises `BundleError` where there is none, or where they do not belong together
-    or to the task."""
+    or to the task.
+
+    Example: `load_models('run')[0].recipe`"""
     bundles = [load_onnx(path)] if is_onnx(path) else _bundles(model_folders(path, stage))
     first = bundles[0]
     if any((b.recipe.to_dict(), b.vocab, b.task)!=(first.recipe.to_dict(), first.vocab, first.task)

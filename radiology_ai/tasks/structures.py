@@ -202,7 +202,11 @@ class StructureHeat:
 
 @dataclass(frozen=True)
 class Structures(Answer):
-    "Several masks a film that may overlap, without a call."
+    """Several masks a film that may overlap, without a call.
+
+    >>> Structures(mirror=True).mirror
+    True
+    """
     ratios: tuple=()        # of `Ratio`
     mirror: bool=False      # the answer is the mean with that of the mirror image
     sweep: bool=True        # let validation films choose of which structures the largest part alone is kept

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core import BundleError, DataError
 from ..data.sampler import RepeatedBatchSampler
 from ..data.tree import LabelTree
-from ..data.words import match_column
+from ..data.words import is_blank, label_numbers, match_column
 from ..findings import Finding
 from ..metrics.operating import f_threshold, threshold_for, youden_threshold
 from .base import near
@@ -32,7 +32,11 @@ def part_of(
     names, # of the categories to keep, in any order
 ) -> LabelTree:
     """The tree of these categories, in the tree's order, each below its nearest ancestor that is kept. Raises
-    `DataError`."""
+    `DataError`.
+
+    >>> part_of(chest_tree(), chest_tree().names[:3]).names==chest_tree().names[:3]
+    True
+    """
     names = [match_column(tree.names, n) or n for n in names]
     strange = [n for n in names if n not in tree.names]
     if strange: raise DataError(f"There is no category {strange[0]!r}", near(strange[0], tree.names))
@@ -197,7 +201,11 @@ TIER_CALLS = {'categories': None, 'youden': youden_threshold,
 @dataclass(frozen=True)
 class Tree(Labels):
     """Several labels an image that stand in a tree, each 1, 0 or unknown. Of a task it has no tree: the settings of a run
-    give it (`tree_of_run`), or a bundle."""
+    give it (`tree_of_run`), or a bundle.
+
+    >>> Tree(chest_tree()).tree.normal
+    'Normal'
+    """
     tree: LabelTree|None=None
     flat: bool=False      # leave the tree out of learning, of probabilities and of calls, to compare
     outputs: tuple=()     # the categories that are outputs, as a bundle says
@@ -237,15 +245,27 @@ class Tree(Labels):
 # %% ../../nbs/67_tasks.tree.ipynb #f7f84aca
 @patch
 def prepared(self:Tree, labels, settings) -> pd.DataFrame:
-    """The labels with all categories as columns. Raises `DataError` where there is none, or for a value that
-    is none."""
-    there = [n for n in self.tree.names if n in labels]
+    """The labels with all categories as columns, whose cells are numbers: yes and no are 1 and 0. Raises `DataError` where there
+    is no category, or for a cell that is no label."""
+    there = {match_column(labels, n): n for n in self.tree.names}
+    there.pop(None, None)
     if not there:
-        raise DataError(f"The labels have no category of {self.tree.names[0]!r}, {self.tree.names[1]!r}, ... "
-            f"({len(self.tree.names)} in all); their columns are {', '.join(map(str, labels.columns))}",
-            "Name the label set that they belong to (--set label_set=...), or rename the columns")
-    missing = [n for n in self.tree.names if n not in labels]
-    return _blank_unknown(labels.assign(**dict.fromkeys(missing, np.nan)), there)
+        raise DataError(f"The labels have no category of {', '.join(map(repr, self.tree.names[:2]))}"
+            f"{', ...' if len(self.tree.names)>2 else ''} ({len(self.tree.names)} in all); "
+            f"their columns are {', '.join(map(str, labels.columns))}",
+            "Name the label set that they belong to with label_set=, or rename the columns")
+    missing = [n for n in self.tree.names if n not in there.values()]
+    table = _blank_unknown(labels.rename(columns=there).assign(**dict.fromkeys(missing, np.nan)), there.values())
+    return table.assign(**{c: _as_numbers(table[c]) for c in there.values()})
+
+def _as_numbers(column: pd.Series) -> pd.Series:
+    "The labels of a category as floats. Raises `DataError`."
+    values = label_numbers(column)
+    wrong = values.isna() & ~is_blank(column)
+    if wrong.any():
+        raise DataError(f"Column {column.name!r} holds {column[wrong].iloc[0]!r} in {int(wrong.sum())} cells",
+            "Use 1, 0, yes, no, positive or negative; leave it empty where it is unknown")
+    return values
 
 def _blank_unknown(table, columns) -> pd.DataFrame:
     """The table with NaN for '' in these columns: a column of a run's tables without any value comes back as

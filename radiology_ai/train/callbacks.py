@@ -178,7 +178,9 @@ def all_finite(model) -> bool:
 
 # %% ../../nbs/46_train.callbacks.ipynb #68e248e8
 class Plateau(Callback):
-    "Multiplies all rates by `factor` after `patience` epochs without a better value of `monitor`."
+    """Multiplies all rates by `factor` after `patience` epochs without a better value of `monitor`.
+
+    Example: `xray_learner(dls, cbs=[Plateau(monitor='auroc', patience=3)])`"""
     order,several = 60,True
     def __init__(self,
         monitor: str='valid_loss', # as in `KeepBest`
@@ -207,7 +209,9 @@ class Plateau(Callback):
 # %% ../../nbs/46_train.callbacks.ipynb #e34c6253
 class EMA(Callback):
     """Validates, and ends a fit with, the moving average of the weights; in its first steps the average is
-    shorter: min(decay, (1 + n)/(10 + n))."""
+    shorter: min(decay, (1 + n)/(10 + n)).
+
+    Example: `xray_learner(dls, cbs=[EMA(decay=.99)])`"""
     order,several = 62,True
     def __init__(self, decay: float=.999):
         if not 0<decay<1:

@@ -21,6 +21,7 @@ from ..data.words import id_text
 from ..models.bundle import save_bundle
 from ..models.run import run_model
 from ..preprocess.recipe import Preprocess
+from .callbacks import NotebookBar, TrainingBar
 from ..vision.augment import BatchAugment
 from ..vision.tta import predict_tta
 
@@ -129,7 +130,8 @@ class UsualCalls:
     def summary(self):
         "The layers of the network with the sizes of their answers."
         import fastai.callback.hook  # noqa: F401 (gives Learner its summary)
-        return Learner.summary(self)
+        with self.removed_cbs([cb for cb in self.cbs if isinstance(cb, (NotebookBar, TrainingBar))]):
+            return Learner.summary(self)
 
     def export(self,
         folder='export', # the bundle to write

@@ -136,9 +136,11 @@ def _load_callbacks(cbs, states):
 # %% ../../nbs/46_train.checkpoint.ipynb #aa0df101
 class Checkpoint(Callback):
     """Writes the state of a run into a folder every `every` batches and after each epoch; finds it again in a
-    new process."""
+    new process.
+
+    Example: `xray_learner(dls).fit_two_phase(12, checkpoint='state', every=100)`, which makes one"""
     order,several = 90,True
-    phase,position,state = 0,(0, 0),None
+    phase,position,state,identity = 0,(0, 0),None,None
     def __init__(self,
         folder,         # for this run alone
         every: int=200, # batches
@@ -203,7 +205,11 @@ class Checkpoint(Callback):
         self.learn.pct_train,self.learn.train_iter = state['pct_train'],state['train_iter']
         return tuple(state['position'])
 
-    def before_fit(self): self.run,self.due,self.position = not hasattr(self.learn, 'lr_finder'),False,(0, 0)
+    def before_fit(self):
+        if self.identity is None:
+            raise ModelError(f"The checkpoint of {self.folder} does not know its run",
+                "Give the folder to learn.fit_two_phase(epochs, checkpoint=folder) rather than as a callback")
+        self.run,self.due,self.position = not hasattr(self.learn, 'lr_finder'),False,(0, 0)
     def before_batch(self): self.stepped = False
     def after_step(self): self.stepped = True
     def after_batch(self):

@@ -107,7 +107,9 @@ class XrayLearner(UsualCalls, Learner):
 # %% ../../nbs/48_train.learner.ipynb #d9f5b1e8
 @dataclass(frozen=True)
 class Training:
-    "How a network is trained. `xray_learner` takes each setting as a keyword, too."
+    """How a network is trained. `xray_learner` takes each setting as a keyword, too.
+
+    Example: `xray_learner(dls, how=Training(lr=1e-3, monitor='valid_loss', patience=3))`"""
     lr: float=2e-3              # learning rate
     wd: float=.05               # decoupled weight decay
     seed: int=0                 # of the weights and all draws during training
@@ -216,7 +218,9 @@ def xray_learner(
     **kwargs
 ) -> XrayLearner:
     """A fastai Learner, with the settings of `how` and single ones by their names in `Training`. Raises `ModelError`
-    or `DataError`."""
+    or `DataError`.
+
+    Example: `learn = xray_learner(dls, 'resnet18', lr=1e-3); learn.fit_two_phase(12)`"""
     how = _with(how, kwargs)
     model,x,y = _network(dls, arch, pretrained, n_in, how.seed, model_args=model_args)
     if loss_func is None and isinstance(y, dict):
@@ -302,7 +306,9 @@ def predict_logits(
     dl,             # batches (images,) or (images, targets), or tensors of images
 ) -> tuple:
     """((N, C) float32 logits, targets or None) of all images of `dl`, in order. Of several targets the last
-    is given; boxes are none."""
+    is given; boxes are none.
+
+    Example: `logits, targets = predict_logits(learn, xray_test_dl(dls, manifest, labels='label'))`"""
     model = learn_or_model.model if isinstance(learn_or_model, Learner) else learn_or_model
     out = run_model(model, dl, ('logits', 'targets'))
     return out['logits'].numpy(),out['targets'].numpy() if 'targets' in out else None
@@ -311,7 +317,9 @@ def predict_probabilities(
     learn: Learner, # its loss knows the activation
     dl,             # as for `predict_logits`
 ) -> tuple:
-    "((N, C) float32 probabilities, targets or None) of all images of `dl`, in order."
+    """((N, C) float32 probabilities, targets or None) of all images of `dl`, in order.
+
+    Example: `p, targets = predict_probabilities(learn, xray_test_dl(dls, manifest, labels='label'))`"""
     if not isinstance(learn, Learner):
         raise ModelError("A model alone does not know its activation",
             "Give the Learner, or apply softmax or sigmoid to the logits")

@@ -113,7 +113,9 @@ def run_record(
     learn: Learner, # after training
     **extra,        # further entries, such as cohort=...
 ) -> dict:
-    "Versions, seed, data, split, network, settings and curves of a run, as plain values."
+    """Versions, seed, data, split, network, settings and curves of a run, as plain values.
+
+    Example: `run_record(learn, cohort='knees of 2024')['versions']`"""
     model = learn.model
     record = dict(versions=versions(), machine=machine(learn.dls.device), seed=learn.seed,
         network=getattr(model, 'config', {}), pretrained=bool(getattr(model.body, 'pretrained', False)),

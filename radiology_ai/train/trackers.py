@@ -40,7 +40,9 @@ class Tracker(Callback):
 
 # %% ../../nbs/46_train.trackers.ipynb #0240aab9
 class LogTensorBoard(Tracker):
-    "Figures of a run for TensorBoard. Raises `MissingPackageError` where it is not installed."
+    """Figures of a run for TensorBoard. Raises `MissingPackageError` where it is not installed.
+
+    Example: `xray_learner(dls, cbs=[LogTensorBoard('logs')])`"""
     def __init__(self,
         folder,        # where the event files are written
         every: int=10, # steps between two values of the loss
@@ -58,7 +60,9 @@ class LogTensorBoard(Tracker):
 
 class LogMLflow(Tracker):
     """Figures of a run for MLflow, in one run for all phases, also after a kill. Raises `MissingPackageError`
-    where it is not installed."""
+    where it is not installed.
+
+    Example: `xray_learner(dls, cbs=[LogMLflow(uri='sqlite:///runs.db')])`"""
     def __init__(self,
         experiment: str='radiology_ai', # made if there is none
         uri=None,                       # of the server or data base, such as 'sqlite:///runs.db'; None: MLflow's own

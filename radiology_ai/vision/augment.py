@@ -48,7 +48,11 @@ from radiology_ai.vision.geometry import (
 class BatchAugment(AugmentSettings, Transform):
     """Random movement and exposure of a batch in [0, 1]; in fastai's `after_batch` it acts on the training
     set only: `batch_tfms=[BatchAugment(rotation=5, noise=0)]`. Its settings are those of `AugmentSettings`,
-    one a line. Raises `DataError`."""
+    one a line. Raises `DataError`.
+
+    >>> BatchAugment(rotation=5, flip=.5)(torch.rand(2, 1, 64, 64)).shape
+    torch.Size([2, 1, 64, 64])
+    """
     order,split_idx = 20,0
     def __post_init__(self):
         Transform.__init__(self)
@@ -81,7 +85,11 @@ def rand_augment(
     flip: float=0., # chance of a mirror image, apart from the level
     **changes,      # of the settings of `BatchAugment`
 ) -> BatchAugment:
-    "A `BatchAugment` whose strength is one number."
+    """A `BatchAugment` whose strength is one number.
+
+    >>> rand_augment(level=4, flip=.5)(torch.rand(2, 1, 64, 64)).shape
+    torch.Size([2, 1, 64, 64])
+    """
     if not 0<=level<=10: raise DataError(f"level is {level}", "Give a level from 0 to 10")
     if level<1e-3: return BatchAugment(p=0)
     s = level/10

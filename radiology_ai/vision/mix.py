@@ -20,7 +20,11 @@ from ..core import DataError, ModelError, rng
 
 # %% ../../nbs/42_vision.mix.ipynb #cf6a7eae
 class MixedLoss(nn.Module):
-    "`loss` for batches mixed by `MixUp` or `CutMix`, and for those that are not."
+    """`loss` for batches mixed by `MixUp` or `CutMix`, and for those that are not.
+
+    >>> MixedLoss(FocalLoss())(torch.zeros(2, 3), torch.tensor([0, 2])) # a batch that is not mixed
+    tensor(0.4883)
+    """
     def __init__(self,
         loss, # any loss of predictions and one target that returns one number
     ):
@@ -67,14 +71,18 @@ class _Mix(Transform):
     def __repr__(self): return f'{type(self).__name__}(alpha={self.alpha}, p={self.p}, seed={self.seed})'
 
 class MixUp(_Mix):
-    "Adds another film of the batch: (images, targets) become (images, targets, other targets, share)."
+    """Adds another film of the batch: (images, targets) become (images, targets, other targets, share).
+
+    Example: `xray_learner(xray_dataloaders(store, manifest, 'label', batch_tfms=[MixUp(.2)]), loss_func=MixedLoss(FocalLoss()))`"""
     def combine(self, x, target, partner, share, gen):
         if x.is_floating_point(): mixed = torch.lerp(x[partner], x, share)
         else: mixed = torch.lerp(x[partner].double(), x.double(), share).round().to(x.dtype)
         return mixed,target,target[partner],_share(share, x)
 
 class CutMix(_Mix):
-    "Pastes a rectangle of another film of the batch; the share is what is left of the area."
+    """Pastes a rectangle of another film of the batch; the share is what is left of the area.
+
+    Example: `xray_learner(xray_dataloaders(store, manifest, 'label', batch_tfms=[CutMix()]), loss_func=MixedLoss(FocalLoss()))`"""
     def combine(self, x, target, partner, share, gen):
         h,w = x.shape[-2:]
         side = math.sqrt(1-share)

@@ -60,7 +60,12 @@ def predict_tta(
     aug: BatchAugment,  # which variants; gentle ones are best
     n: int=4,           # variants besides the film itself
 ) -> torch.Tensor:
-    "The mean prediction of `f` over n + 1 variants, maps laid back on the film."
+    """The mean prediction of `f` over n + 1 variants, maps laid back on the film.
+
+    >>> net = create_model('test_resnet', 2, pretrained=False).eval()
+    >>> predict_tta(lambda x: net(x).softmax(1), torch.rand(1, 1, 64, 64), gentle(), n=2).shape
+    torch.Size([1, 2])
+    """
     if n<0: raise DataError(f"n is {n}", "Give the number of variants, 0 or more")
     total = f(x)
     maps = total.ndim==4

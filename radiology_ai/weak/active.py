@@ -132,7 +132,11 @@ def pick(
     multi_label: bool=False,
     seed: int=0,
 ) -> np.ndarray:
-    "(n,) different row numbers of the images to be labelled next."
+    """(n,) different row numbers of the images to be labelled next.
+
+    >>> pick('entropy', 1, p=np.array([[.9, .1], [.5, .5], [.2, .8]]))
+    array([1])
+    """
     if strategy not in STRATEGIES:
         raise DataError(f"There is no strategy {strategy!r}", f"Choose one of {', '.join(STRATEGIES)}")
     needs = dict(random='p', entropy='p', margin='p', bald='draws', coreset='features', badge='features',
@@ -235,7 +239,9 @@ def _known_labels(manifest: pd.DataFrame, question: Question) -> pd.Series:
 
 class ActiveLearning:
     """Rounds of training, picking and reading. `train(manifest)` gives a Learner; rows of the split `train`
-    without a label are the pool."""
+    without a label are the pool.
+
+    Example: `ActiveLearning(store, manifest, Question('fractured', (0, 1)), train=fit, folder='rounds', strategy='badge')`"""
     def __init__(self,
         store,                   # an `ImageStore`
         manifest: pd.DataFrame,  # with `split` and the label, NaN where unknown
@@ -338,7 +344,9 @@ def simulate_active(
     rounds: int,
     seed: int=0,
 ) -> pd.DataFrame:
-    "One row a round: strategy, seed, labels, value."
+    """One row a round: strategy, seed, labels, value.
+
+    Example: `simulate_active(manifest, 'label', fit, score, 'entropy', start=20, step=20, rounds=5)`"""
     manifest = manifest[manifest[label].notna()]
     gen,pool = rng(seed, 'start'),np.flatnonzero(manifest.split=='train')
     target = manifest[label].to_numpy()
@@ -362,7 +370,9 @@ def labels_needed(
     goal: float,         # the figure to be reached
 ) -> float:
     """Labels at which the figure first reaches `goal`, between rounds by interpolation; infinite where it
-    never does."""
+    never does.
+
+    Example: `labels_needed(simulate_active(manifest, 'label', fit, score, 'badge', start=20, step=20, rounds=5), goal=.9)`"""
     c = curve.sort_values('labels')
     x,y = c.labels.to_numpy(float),np.maximum.accumulate(c.value.to_numpy(float))
     if y[-1]<goal: return np.inf

@@ -96,7 +96,11 @@ OTHER,UNSURE = 'OTHER','unsure'
 @dataclass(frozen=True)
 class HeaderRules:
     """How header values become a weak label. `HeaderRules(parts=BODY_PARTS | {'KNEE': BODY_PARTS['KNEE'] +
-    '|ARTICULATIO GENUS'})` adds words."""
+    '|ARTICULATIO GENUS'})` adds words.
+
+    >>> HeaderRules(views={'KNEE': ('AP', 'PA')}, min_side=256).min_side
+    256
+    """
     parts: dict=field(default_factory=lambda: BODY_PARTS, repr=False) # by body part: words joined by |
     # views that are wanted, by part: {'KNEE': ('AP', 'PA')}; a part that is not named: all
     views: dict=field(default_factory=dict)
@@ -140,7 +144,12 @@ def metadata_labels(
     rules: HeaderRules|None=None, # None: `HeaderRules()`
 ) -> pd.DataFrame:
     """A row for each row of `index`, with its row names: `path` and `image_id` if there, `label` (a part,
-    OTHER or unsure), `rule` (who said what), `votes` (header values that agree)."""
+    OTHER or unsure), `rule` (who said what), `votes` (header values that agree).
+
+    >>> index = pd.DataFrame({'BodyPartExamined': ['KNEE', ''], 'Modality': 'DX', 'SeriesDescription': ['Knee ap', '']})
+    >>> metadata_labels(index).label.tolist()
+    ['KNEE', 'unsure']
+    """
     rules = rules or HeaderRules()
     used = [c for c in ('Modality', 'Rows', 'Columns', 'view', *rules.trusted, *rules.fallback) if c in index]
     if not set(used) - {'Rows', 'Columns', 'view'}:
@@ -201,7 +210,12 @@ def metadata_targets(
     least: int=10,             # patients that a value must have on either side
 ) -> pd.DataFrame:
     """Columns such as `view=AP` and `age>=40` of 1, 0 and NaN. A task that does not vary is left out;
-    `DataError` where none is left."""
+    `DataError` where none is left.
+
+    >>> index = pd.DataFrame({'view': ['AP', 'LATERAL']*20, 'patient_id': [f'p{i}' for i in range(40)]})
+    >>> list(metadata_targets(index))
+    ['view=AP', 'view=LATERAL']
+    """
     if bad := [t for t in tasks if t not in FACTS]:
         raise DataError(f"There is no task {bad[0]!r}", f"Choose among {', '.join(FACTS)}")
     values = metadata_values(index)
@@ -281,10 +295,12 @@ def metadata_learner(
     **kwargs,                  # of `xray_learner`
 ):
     """A Learner that learns what the headers know. Its body is the start of a task's network: `save_bundle`
-    it and name the folder as `arch`."""
+    it and name the folder as `arch`.
+
+    Example: `learn = metadata_learner(store, arch='resnet18'); learn.fit_two_phase(5)`"""
     table = (store.index if index is None else store.index[['path', 'image_id', 'patient_id',
         'study_id']].merge(index.drop(columns=['image_id', 'patient_id', 'study_id'], errors='ignore'),
-        on='path', validate='1:1'))
+        on='path', validate='m:1'))
     targets = metadata_targets(table, tasks, least=least)
     known = targets.notna().any(axis=1)
     df = make_manifest(store.index, no_patient='image')[['image_id', 'path', 'patient_id', 'study_id', 'view',
@@ -301,7 +317,9 @@ def metadata_report(
     learn, # of `metadata_learner`
 ) -> pd.DataFrame:
     """A row a column: `task`, `column`, `n` validation images for which it is known, `share` of ones, `auroc`
-    (NaN where all are alike)."""
+    (NaN where all are alike).
+
+    Example: `metadata_report(metadata_learner(store).fit_two_phase(5))`"""
     scores,targets = predict_probabilities(learn, learn.dls.valid)
     rows = []
     for i,c in enumerate(learn.loss_func.columns):

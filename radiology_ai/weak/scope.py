@@ -52,11 +52,15 @@ def scope_manifest(
     seed: int=0,
 ) -> pd.DataFrame:
     """A manifest with the column `scope`, rows with a weak label only. `DataError` where the rules gave too
-    little to learn from."""
+    little to learn from.
+
+    Example: `manifest = scope_manifest(ImageStore('store'), 'KNEE')`"""
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     labels = metadata_labels(store.index) if labels is None else labels
-    df = make_manifest(store.index, no_patient='image').merge(labels[['path', 'label', 'rule']], on='path',
-        how='left', validate='1:1')
+    told = labels[['path', 'label', 'rule']].drop_duplicates() # of both knees of a film alike
+    if (twice := told.path.duplicated()).any():
+        raise DataError(f"{int(twice.sum())} files have two weak labels", "Give one row of labels a file")
+    df = make_manifest(store.index, no_patient='image').merge(told, on='path', how='left', validate='m:1')
     known = df.label.notna() & (df.label!=UNSURE)
     if not known.any():
         raise DataError(f"All {len(df)} images are unsure by the rules "
@@ -175,7 +179,9 @@ def scope_learner(
     seed: int=0,
     **kwargs,                  # of `xray_learner`
 ):
-    "A Learner of the weak labels. Train it, then give it to `OutOfScope.fit`."
+    """A Learner of the weak labels. Train it, then give it to `OutOfScope.fit`.
+
+    Example: `learn = scope_learner(store, scope_manifest(store, 'KNEE')).fit_two_phase(5)`"""
     vocab = [*sorted(set(manifest[label].dropna())-{OTHER}), OTHER]
     tfms = [aug or BatchAugment(rotation=15, translation=.08, scale=(.75, 1.3), flip=.5, brightness=.15,
         contrast=.3, gamma=(.6, 1.6), seed=seed)]
@@ -263,7 +269,9 @@ def _gentle_moves():
 
 @dataclass
 class OutOfScope:
-    "Sorts films into wanted, other and unsure. Made by `OutOfScope.fit` or `OutOfScope.load`."
+    """Sorts films into wanted, other and unsure. Made by `OutOfScope.fit` or `OutOfScope.load`.
+
+    Example: `scope = OutOfScope.load('scope'); scope.sort(store)`"""
     bundle: Bundle                   # the network
     wanted: list                     # classes of its vocabulary
     scaling: TemperatureScaling      # of its logits

@@ -1,6 +1,6 @@
 """One process and two on the same machine: what a shared batch saves.
 
-    python benchmarks/distributed.py [--arch resnet18] [--sizes 128 224] [--images 192] [--bs 32] [--repeats 3]
+    python benchmarks/processes.py [--arch resnet18] [--sizes 128 224] [--images 192] [--bs 32] [--repeats 3]
 
 Random grey images with random labels in memory, an epoch of training by `xray_learner` with one thread a process, alone and by
 `torchrun --nproc-per-node 2`; the runs take turns. Printed is the wall-clock time of the second epoch, which holds neither the
