@@ -17,7 +17,6 @@ from radiology_ai.metrics.ranking import auroc_ci, delong_test
 from radiology_ai.preprocess.places import film_id
 from radiology_ai.tables import load_table
 
-
 WORSE = {'plain batches': {'min_per_class': 0}, 'a third of the epochs': {'epochs': 5}}
 
 
