@@ -475,7 +475,7 @@ def lines(self:Tree, figures) -> list[str]:
     out = [f"{figures['images']} test images of {figures['patients']} patients"]
     for r in figures['long_tail']:
         if r['part'] not in ('all', *PARTS): continue
-        name = f"mean of {r['categories']} categories" + ('' if r['part']=='all'
+        name = f"mean of {r['categories']} categor{'y' if r['categories']==1 else 'ies'}" + ('' if r['part']=='all'
             else f" ({r['part']} of frequency)")
         out += [f"{name}: AUROC {said(r['auroc'])}, average precision {said(r['average_precision'])}"]
     for r in figures.get('tiers', {}).get('tiers', []):
