@@ -42,7 +42,8 @@ def main():
     ways = {f'{n} px': (f'{args.seed}_{n}', n, {}) for n in args.sizes}
     if args.recipes:
         (first, (folder, size, _)), *_ = ways.items()
-        ways = {first: ways[first]} | {name: (f'{folder}_{name.replace(" ", "_")}', size, worse) for name, worse in WORSE.items()}
+        ways = {first: ways[first]} | {name: (f'{folder}_{name.replace(" ", "_")}', size, worse)
+            for name, worse in WORSE.items()}
     tables = {name: judged(args.out/folder, args.seed, n, **more) for name, (folder, n, more) in ways.items()}
     named, first = next(iter(tables.items()))
     for way, t in tables.items():

@@ -1,11 +1,16 @@
-"""One process and two on the same machine: what a shared batch saves.
+"""One process and two on the same machine: what a shared batch saves, and whether the figures are the same.
 
     python benchmarks/processes.py [--arch resnet18] [--sizes 128 224] [--images 192] [--bs 32] [--repeats 3]
+    python benchmarks/processes.py --figures FOLDER [--seeds 5]
 
 Random grey images with random labels in memory, an epoch of training by `xray_learner` with one thread a process, alone and by
 `torchrun --nproc-per-node 2`; the runs take turns. Printed is the wall-clock time of the second epoch, which holds neither the
 start of the processes nor their imports, as the median over the repeats, its ratio with the smallest and largest of the pairs,
 and the processor time of the first process.
+
+`--figures`: three classes of `chest_child` as `search.py --out FOLDER` has prepared them, the same training with each seed in
+one process and in two; mean AUROC over the classes on test patients (each seed has its own split), the difference of the two
+with the same seed, and the spread over the seeds.
 """
 import argparse
 import json
@@ -62,6 +67,42 @@ def work(args):
     if is_first(): print(json.dumps(clock.laps[-1]), flush=True)
 
 
+def fitted(args):
+    "A training of which this process may be one of several."
+    from search import CHILD
+
+    from radiology_ai.preprocess.store import ImageStore
+    from radiology_ai.tasks.registry import train
+    train(CHILD, ImageStore(args.store), args.figures/'labels.csv', args.run, arch='test_resnet', pretrained=False,
+        body_div=1., epochs=8, seed=args.seed)
+
+
+def mean_auroc(run: Path) -> float:
+    "Over the classes, of the test patients of a run."
+    from radiology_ai.metrics.ranking import auroc
+    from radiology_ai.tables import load_table
+    t = load_table(run/'predictions.csv')
+    t = t[t.split=='test']
+    return float(np.mean([auroc((t.label==c[2:]).to_numpy(), t[c].to_numpy()) for c in t if c.startswith('p_')]))
+
+
+def figures(args, told: dict):
+    "The figures of each seed in one process and in two."
+    found = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as tmp:
+        for seed in range(args.seeds):
+            for n, launcher in ((1, ALONE), (2, TWO)):
+                run = Path(tmp)/f'{n}_{seed}'
+                done = subprocess.run([*launcher, __file__, '--figures', args.figures, '--store', args.figures/'store',
+                    '--run', run, '--seed', str(seed)], env=told, capture_output=True, text=True)
+                if done.returncode: sys.exit(done.stderr[-2000:])
+                found[n].append(mean_auroc(run))
+                print(f'seed {seed}, {n} processes: mean AUROC {found[n][-1]:.4f}', flush=True)
+    one, two = np.array(found[1]), np.array(found[2])
+    print(f'one process {one.mean():.4f} (spread {one.std(ddof=1):.4f}), two {two.mean():.4f} (spread {two.std(ddof=1):.4f}); '
+        f'two less one with the same seed {(two-one).mean():+.4f}, from {(two-one).min():+.4f} to {(two-one).max():+.4f}')
+
+
 def main():
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument('--arch', default='resnet18')
@@ -69,8 +110,15 @@ def main():
     for name, value in dict(images=192, bs=32, repeats=3).items():
         parse.add_argument(f'--{name}', type=int, default=value)
     parse.add_argument('--store', help='of the images that a process is given: for the processes that this script starts')
+    parse.add_argument('--figures', type=Path)
+    parse.add_argument('--seeds', type=int, default=5)
+    for name in ('run', 'seed'): parse.add_argument(f'--{name}', help='likewise')
     args = parse.parse_args()
+    if args.run:
+        args.seed = int(args.seed)
+        return fitted(args)
     if args.store: return work(args)
+    if args.figures: return figures(args, {**os.environ, 'OMP_NUM_THREADS': '1'})
     own = [__file__, *sum(([f'--{k}', str(getattr(args, k))] for k in ('arch', 'images', 'bs')), [])]
     told = {**os.environ, 'OMP_NUM_THREADS': '1'}
     for size in args.sizes:
