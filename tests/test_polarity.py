@@ -78,7 +78,7 @@ def test_commands(folder, tmp_path):
     assert sorted(pd.read_parquet(tmp_path/'i.parquet').polarity)==['bright']*3+['dark']*3
     done = run('preprocess', folder, '--recipe', 'plain', '--size', 32, '--polarity', 'auto', '--out', tmp_path/'s',
         '--workers', 1)
-    assert done.returncode==0 and '3 show bone dark, which was undone' in done.stderr+done.stdout
+    assert done.returncode==0 and '3 images show bone dark, which was undone' in done.stderr+done.stdout
     done = run('preprocess', folder, '--recipe', 'plain', '--polarity', 'automatic', '--out', tmp_path/'t')
     assert done.returncode==2 and "polarity is 'automatic'" in done.stderr and not (tmp_path/'t').exists()
 
