@@ -73,7 +73,7 @@ def fitted(args):
 
     from radiology_ai.preprocess.store import ImageStore
     from radiology_ai.tasks.registry import train
-    train(CHILD, ImageStore(args.store), args.figures/'labels.csv', args.run, arch='test_resnet', pretrained=False,
+    train(CHILD, ImageStore(args.store), args.figures/'labels.csv', args.into, arch='test_resnet', pretrained=False,
         body_div=1., epochs=8, seed=args.seed)
 
 
@@ -83,7 +83,7 @@ def mean_auroc(run: Path) -> float:
     from radiology_ai.tables import load_table
     t = load_table(run/'predictions.csv')
     t = t[t.split=='test']
-    return float(np.mean([auroc((t.label==c[2:]).to_numpy(), t[c].to_numpy()) for c in t if c.startswith('p_')]))
+    return float(np.mean([auroc(t[c[2:]].to_numpy(), t[c].to_numpy()) for c in t if c.startswith('p_')]))
 
 
 def figures(args, told: dict):
@@ -94,7 +94,7 @@ def figures(args, told: dict):
             for n, launcher in ((1, ALONE), (2, TWO)):
                 run = Path(tmp)/f'{n}_{seed}'
                 done = subprocess.run([*launcher, __file__, '--figures', args.figures, '--store', args.figures/'store',
-                    '--run', run, '--seed', str(seed)], env=told, capture_output=True, text=True)
+                    '--into', run, '--seed', str(seed)], env=told, capture_output=True, text=True)
                 if done.returncode: sys.exit(done.stderr[-2000:])
                 found[n].append(mean_auroc(run))
                 print(f'seed {seed}, {n} processes: mean AUROC {found[n][-1]:.4f}', flush=True)
@@ -112,9 +112,9 @@ def main():
     parse.add_argument('--store', help='of the images that a process is given: for the processes that this script starts')
     parse.add_argument('--figures', type=Path)
     parse.add_argument('--seeds', type=int, default=5)
-    for name in ('run', 'seed'): parse.add_argument(f'--{name}', help='likewise')
+    for name in ('into', 'seed'): parse.add_argument(f'--{name}', help='likewise')
     args = parse.parse_args()
-    if args.run:
+    if args.into:
         args.seed = int(args.seed)
         return fitted(args)
     if args.store: return work(args)
