@@ -471,8 +471,9 @@ def pictures(folder: Path) -> Path:
         grade = k//2%5
         x[10:12+10*grade, 20:70] = 230
         Image.fromarray(x).save(folder/f'PNGs/knee_{k:03d}.png')
-        rows.append([f'knee_{k:03d}', f'P{k//2}', f'KL{grade}', 'ja' if grade>1 else 'nein'])
-    table = [['Knees of our clinic', None, None, None], ['Bild', 'Patient', 'KL grade', 'OA'], *rows]
+        rows.append([f'knee_{k:03d}', f'P{k//2}', f'KL{grade}', 'ja' if grade>1 else 'nein',
+            ('male', 'W')[k//2%2], 30+k, ('links', 'right')[k%2]])
+    table = [['Knees of our clinic', *[None]*6], ['Bild', 'Patient', 'KL grade', 'OA', 'Sex', 'Age (years)', 'Side'], *rows]
     pd.DataFrame(table).to_excel(folder/'knees.xlsx', index=False, header=False)
     return folder
 
@@ -486,7 +487,10 @@ def goes_the_whole_way(folder, cli):
         '--epochs', 1, '--bs', 8)
     assert 'AUROC' in done.stdout and 'epoch 1 of 1' in done.stderr
     cli('evaluate', folder/'run')
+    told = pd.read_csv(folder/'run/predictions.csv', dtype=str)
+    assert set(told.PatientSex)=={'M', 'F'} and set(told.side)<={'L', 'R'} and told.PatientAge.str.fullmatch('0[3-7].Y').all()
     page = (folder/'run/report.html').read_text()
+    assert '40 to 64' in page # years, as a group of the table's own column
     assert 'kl_grade: frontal knee radiographs' in page and 'moderate' in page and 'racture' not in page.split('</header>')[0]
     assert 'simulated' not in page.split('</header>')[0]
     cli('predict', folder/'run', folder/'PNGs', '--out', folder/'p.csv', '--to', 'json', '--to', 'csv')

@@ -21,7 +21,8 @@ from ..tables import foreign_table
 
 # %% ../../nbs/22_preprocess.places.ipynb #630252fc
 _ENDS = {'L': ':left', 'R': ':right'}
-_SIDES = dict(left='L', l='L', lt='L', right='R', r='R', rt='R', both='B', b='B', bilateral='B')
+_SIDES = dict(left='L', l='L', lt='L', links='L', li='L', right='R', r='R', rt='R', rechts='R', re='R', both='B', b='B',
+    bilateral='B', beide='B')
 
 def knee_id(
     film: str, # its name, such as the SOP instance UID

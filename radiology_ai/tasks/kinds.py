@@ -9,6 +9,7 @@ __all__ = ['UNLABELLED', 'NOBODY', 'stored_arrays', 'stored_batches', 'batches_f
            'task_manifest', 'manifest_and_losses', 'Answer', 'said', 'Grades', 'Classes', 'Labels']
 
 # %% ../../nbs/66_tasks.kinds.ipynb #02e71ea9
+import re
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +23,13 @@ from ..core import DataError, ModelError, plain, progress
 from ..data.cells import read_labels
 from ..data.labels import make_manifest, missing_rows
 from ..data.words import LABEL_WORDS, bare_name, grade_numbers, is_blank, label_numbers, with_columns
+from ..dicom.tags import years
 from ..findings import Finding
 from ..metrics.intervals import proportion_ci
 from ..metrics.operating import youden_threshold
 from ..metrics.recalibration import PlattClasses, PlattScaling, TemperatureScaling
 from ..models.onnx import OnnxNetwork, onnx_probabilities
+from ..preprocess.places import side_letter
 from ..preprocess.store import COPY
 
 # %% ../../nbs/66_tasks.kinds.ipynb #4a651604
@@ -88,6 +91,28 @@ def channels_of(model) -> int:
     return getattr(model, 'config', {}).get('n_in', 1)
 
 # %% ../../nbs/66_tasks.kinds.ipynb #0a9971b7
+_SEXES = {'m': 'M', 'male': 'M', 'man': 'M', 'männlich': 'M', 'f': 'F', 'female': 'F', 'woman': 'F', 'w': 'F',
+    'weiblich': 'F', 'o': 'O', 'other': 'O', 'divers': 'O', 'diverse': 'O'}
+
+def _age_text(value) -> str:
+    "A DICOM age of a cell such as 45, '45.0' or '045Y'; '' where it is none."
+    age = years(re.sub(r'[.,]0*$', '', str(value).strip()))
+    return '' if np.isnan(age) else f'{int(age):03d}Y'
+
+# header column: the names that a table of labels has for it, without case and blanks, and how its cells are read
+_TOLD = {'PatientSex': (('sex', 'gender', 'patientsex', 'patientgender'), lambda v: _SEXES.get(str(v).strip().casefold(), '')),
+    'PatientAge': (('age', 'patientage', 'ageinyears', 'age(years)'), _age_text),
+    'side': (('side',), lambda v: side_letter(v) or '')}
+
+def _with_told_groups(df, columns, settings) -> pd.DataFrame:
+    "Sex, age and side of the table of labels where the header does not tell them."
+    for header, (names, read) in _TOLD.items():
+        own = [c for c in columns if c in df and c!=header and c not in settings.labels and bare_name(c) in names]
+        if not own or header in columns: continue
+        told = df[own[0]].map(read)
+        df[header] = told if header not in df else df[header].astype(object).where(~is_blank(df[header]), told)
+    return df
+
 UNLABELLED = 'without a label'
 NOBODY = 'without a patient'
 
@@ -125,6 +150,7 @@ def manifest_and_losses(
     labels = labels if isinstance(labels, pd.DataFrame) else read_labels(labels)
     labels = task.answer.prepared(labels, settings)
     df,nobody = _joined(store, labels, settings.no_patient)
+    df = _with_told_groups(df, labels.columns, settings)
     reason = task.usable(df).to_numpy()
     known = task.answer.known(df, settings).to_numpy()
     lost = {why: int((reason==why).sum()) for why in dict.fromkeys(reason) if why}
@@ -138,6 +164,9 @@ def manifest_and_losses(
     rows = pd.concat([df.assign(reason=reason)[known], gone], ignore_index=True)
     losses = left_out_rows(rows, [c for c in settings.labels if c in rows])
     df = df[(reason=='') & known].reset_index(drop=True)
+    if not len(df):
+        raise DataError('No image is left: ' + ', '.join(f'{n:,} {why}' for why,n in flow.items() if n),
+            'See preprocessing.html of the store for films without a picture; labels may be of other images')
     return task.answer.checked(df, settings),flow,losses
 
 def _labels_of_unreadable(store, labels, settings) -> pd.DataFrame:
