@@ -459,6 +459,16 @@ def test_a_checkpoint_as_a_callback_says_what_to_call(tmp_path):
         small_learner(cbs=[Checkpoint(tmp_path/'state')]).fit_two_phase(1)
 
 
+def test_where_no_image_is_left_it_says_why(store, tmp_path):
+    from radiology_ai.preprocess.store import ImageStore
+    from radiology_ai.tasks.kinds import task_manifest
+    from radiology_ai.tasks.registry import TASKS
+    task, images = TASKS['knee'], ImageStore(store)
+    labels = pd.DataFrame({'image_id': images.index.image_id, 'fractured': np.nan})
+    with pytest.raises(DataError, match=rf'No image is left: .*{len(images.errors)} unreadable.*\d+ without a label'):
+        task_manifest(task, images, labels, task.settings(label='fractured'))
+
+
 # The whole way, from a folder of PNGs and an Excel table
 
 def pictures(folder: Path) -> Path:
