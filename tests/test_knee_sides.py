@@ -151,8 +151,8 @@ def drawn(truth, half=9.):
     "A box around each joint of the films with two knees, by the name of the film, and its mask's corners."
     t = truth[truth.two].reset_index(drop=True)
     at = np.array(t.joint.tolist())
-    return t[['image_id', 'side']].assign(label='joint', x=at[:, 0], y=at[:, 1], **{c: at[:, k%2]+(half if k>1 else -half)
-        for k, c in enumerate(XYXY)})
+    box = {c: at[:, k%2]+(half if k>1 else -half) for k, c in enumerate(XYXY)}
+    return t[['image_id', 'side']].assign(label='joint', x=at[:, 0], y=at[:, 1], **box)
 
 
 def sided(t): return t.image_id+':'+t.side.map(dict(L='left', R='right'))

@@ -61,7 +61,8 @@ def _told_sides(table) -> pd.Series:
     "L, R or '' of each row, by the column side or laterality, if there is one."
     column = next((c for n in ('side', 'laterality') for c in table if str(c).strip().lower()==n), None)
     if column is None: return pd.Series('', table.index)
-    return table[column].map(lambda v: s if (s := side_letter(v)) in ('L', 'R') else '')
+    letters = table[column].map(side_letter)
+    return letters.where(letters.isin(['L', 'R']), '')
 
 def of_told_sides(
     table: pd.DataFrame, # a row each, with `image_id`

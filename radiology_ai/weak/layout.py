@@ -47,7 +47,8 @@ def _turned(f, quarters): return np.roll(np.rot90(f, quarters, (1, 2)), -quarter
 def _inverted(f): return np.roll(f, BINS//2, 3)
 
 # what a film may be instead of being wanted as it is
-OTHERWISE = dict(left=lambda f: _turned(f, 1), down=lambda f: _turned(f, 2), right=lambda f: _turned(f, 3), negative=_inverted)
+OTHERWISE = dict(left=lambda f: _turned(f, 1), down=lambda f: _turned(f, 2), right=lambda f: _turned(f, 3),
+    negative=_inverted)
 
 # %% ../../nbs/50_weak.layout.ipynb #5807996b
 @dataclass

@@ -318,6 +318,7 @@ def fit(cls:OutOfScope,
     wanted,              # the class that is wanted, or several
     accept: float=.95,   # confidence from which a film is sorted without a reader
     draws: int=4,        # moved copies of a film besides itself
+    *,
     slack: float=2.,     # of `Neighbours.fit`
     share: float=.975,   # of `Layout.fit`
 ) -> OutOfScope:
