@@ -341,7 +341,7 @@ def test_what_is_turned_or_of_another_kind_is_not_accepted(learnt, mixed, tmp_pa
     assert len(turned)==30 and not (turned.decision=='wanted').any() and (turned.distance>1).all()
     hips = table[table.path.map(truth)=='HIP']
     assert (hips.distance>1).mean()>=.95 # by what has not been trained
-    assert learnt['filter'].layout.otherwise==('left', 'down', 'right', 'negative')
+    assert 'down' in learnt['filter'].layout.otherwise
 
 
 @pytest.mark.slow
