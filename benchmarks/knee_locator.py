@@ -1,7 +1,7 @@
 """Judge the knee localiser: simulated framings that training has not seen, injured knees, simulated hospitals, real knees, and radiographs
 without a knee.
 
-    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/knee_locator.py [--n 400] [--pictures FOLDER]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/knee_locator.py [--n 400] [--others] [--pictures FOLDER]
 
 Framings that training has not seen: a whole leg (440 to 520 mm) beside a ruler, with mirrored letters; both legs on
 a wide film (440 to 520 mm); two knees exposed one after the other on one cassette; a joint 20 to 34 mm from an edge
@@ -272,16 +272,35 @@ def told(hits, who) -> str:
     return f'{100*v.value:.1f} ({100*v.low:.1f} to {100*v.high:.1f})'
 
 
+def print_others(t):
+    "How many films without a knee are taken for one, or kept as doubtful."
+    chests = t[t.kind.str.startswith('chest_')]
+    if len(chests): t = pd.concat([t, chests.assign(kind='real chests, all', file=None)])
+    rest = t.groupby('kind', sort=False)
+    print('\ntaken for a knee:')
+    print(pd.DataFrame(dict(films=rest.size(), alarms=rest.found.sum(), doubtful=rest.doubt.sum(),
+        percent=rest.found.agg(lambda v: told(v, np.arange(len(v)))),
+        doubtful_percent=rest.doubt.agg(lambda v: told(v, np.arange(len(v)))),
+        median_ms=rest.ms.median().round(1))).to_string())
+    if 'file' in t: print(t[t.kept & t.file.notna()][['kind', 'file', 'found']].to_string(index=False))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--n', type=int, default=400, help='films of each kind')
+    parser.add_argument('--others', action='store_true', help='the real radiographs without a knee alone')
     parser.add_argument('--pictures', type=Path, help='a folder for pictures of the worst')
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    rows = [*unseen_framings(args.n), *injured(args.n), *unseen_others(args.n), *hospital(args.n//2)]
     data = os.environ.get('RADIOLOGY_AI_REAL_DATA')
-    if data: rows += [*real_knees(Path(data), args.n), *others(Path(data), args.n)]
+    if args.others and not data: parser.error('--others needs RADIOLOGY_AI_REAL_DATA')
+    rows = [] if args.others else [*unseen_framings(args.n), *injured(args.n), *unseen_others(args.n),
+        *hospital(args.n//2)]
+    if data: rows += [*([] if args.others else real_knees(Path(data), args.n)), *others(Path(data), args.n)]
     else: print('RADIOLOGY_AI_REAL_DATA is not set: simulated films only')
+    if args.others:
+        print_others(pd.DataFrame(rows))
+        return
     t = pd.DataFrame(rows)
     if 'patient' not in t: t['patient'] = None
     for known in ('known', 'unknown'):
@@ -298,12 +317,7 @@ def main():
         within_10_mm=g.error_mm.agg(lambda e: share(e<=10)),
         within_5_percent_of_width=g.within_5_percent.agg(share), side_right=g.side.agg(share),
         median_ms=g.ms.median().round(1))).loc[knee.kind.unique()].to_string())
-    rest = t.drop(knee.index).groupby('kind', sort=False)
-    print('\ntaken for a knee:')
-    print(pd.DataFrame(dict(films=rest.size(), alarms=rest.found.sum(), doubtful=rest.doubt.sum(),
-        percent=rest.found.agg(share),
-        median_ms=rest.ms.median().round(1))).to_string())
-    if 'file' in t: print(t[t.kept & t.file.notna()][['kind', 'file']].to_string(index=False))
+    print_others(t.drop(knee.index))
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         for kind, part in t.groupby('kind', sort=False):

@@ -2,6 +2,8 @@
 from headers that are partly missing or wrong, judged on other patients.
 
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/scope.py --settings real [--seeds 3] [--work DIR]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/scope.py --unseen layout [--part judged] [--work DIR]
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/scope.py --unseen HIP [--work DIR]
 
 Learnt: simulated knees, chests, hands and hips as DICOM of many makers. Of their headers 74 % are right, 13 %
 say nothing, 6 % contradict themselves and 7 % name another part throughout.
@@ -13,7 +15,14 @@ Judged, the same folder for all: simulated films of other seeds, the other half 
 `chest_covid` (never learnt), the real DICOMs of `dicom`, `dicom_edge` and pydicom, broken files.
 Nothing is chosen on judged films: temperature and limit of distance come from validation patients of the
 learnt ones. Intervals: Wilson with the design effect of patients; unreadable files are counted apart.
-A film is wanted if it shows a frontal knee. Without RADIOLOGY_AI_REAL_DATA only `simulated` is run, on
+A film is wanted if it shows a frontal knee.
+
+`--unseen`: what was never learnt, on fewer films (`UNSEEN`): knees turned by a quarter and by a half, negatives, a chest from the side
+(projections of one real CT), and other parts. `layout`: no network, only `weak.layout` from films that truly are knees,
+so that every other part is unseen; what it takes for near is the most that a filter with it can accept. A part such
+as HIP, HAND or CHEST: a whole filter learnt from headers without any film of it. `--part tried` are the films on which
+k, share and the kind of features were chosen; `judged` are of other seeds and other patients.
+Without RADIOLOGY_AI_REAL_DATA only `simulated` is run, on
 simulated films.
 """
 import os
@@ -30,6 +39,8 @@ import numpy as np
 import pandas as pd
 
 PARTS = ('KNEE', 'CHEST', 'HAND', 'HIP')
+# simulated knees and others a part: first seed, counts; real films a source at most
+UNSEEN = dict(learnt=(0, 360, 140, 220), tried=(1_000_000, 120, 60, 220), judged=(3_000_000, 200, 80, 220))
 FATES = dict(right=.74, silent=.13, torn=.06, wrong=.07) # of headers
 LEARNT = dict(KNEE=800, CHEST=300, HAND=300, HIP=300)    # simulated patients
 JUDGED = dict(KNEE=600, CHEST=200, HAND=200, HIP=200)
@@ -226,6 +237,140 @@ def judge(table):
     return pd.DataFrame(rows, columns=['films', 'decision', 'n', 'patients', 'share', 'low', 'high'])
 
 
+def side_chests(folder, data):
+    "Projections of the real CT from the side, of 60 to 120 degrees; rows of the truth."
+    import gzip
+
+    import cv2
+
+    from radiology_ai.phantom.hospital import write_dicom
+    raw = gzip.decompress((data/'ct_chest/cxr.nii.gz').read_bytes())
+    shape, kind = np.frombuffer(raw, '<i2', 3, 42), np.frombuffer(raw, '<i2', 1, 70)[0]
+    mm, start = np.frombuffer(raw, '<f4', 3, 80), int(np.frombuffer(raw, '<f4', 1, 108)[0])
+    slope, plus = np.frombuffer(raw, '<f4', 2, 112)
+    hu = np.frombuffer(raw, {4: '<i2', 8: '<i4', 16: '<f4', 64: '<f8'}[int(kind)], int(np.prod(shape)), start)
+    hu = hu.reshape(shape, order='F').astype(np.float32)*(slope or 1)+plus
+    dense, rows = np.clip(hu[::2, ::2]+1000, 0, None), []
+    h, w = dense.shape[:2]
+    for angle in range(60, 121, 10):
+        m = cv2.getRotationMatrix2D((w/2, h/2), angle, 1)
+        a = np.stack([cv2.warpAffine(np.ascontiguousarray(dense[..., k]), m, (w, h)).sum(0)
+            for k in range(dense.shape[2])])[::-1]
+        a = cv2.resize(a, (256, max(1, round(256*a.shape[0]*mm[2]/(w*2*mm[0])))), interpolation=cv2.INTER_AREA)
+        path = Path(folder)/f'ct_{angle}.dcm'
+        gen_tags = header('CHEST', np.random.default_rng(angle), 'ct', f'ct {angle}')
+        write_dicom(path, (a/a.max()).astype(np.float32), bits=12, window=None, header=gen_tags[1])
+        rows.append(dict(path=str(path), part='LATERAL', patient='ct', source='ct_chest', fate=gen_tags[0],
+            broken=False))
+    return rows
+
+
+def make_unseen(work, data, names, workers):
+    "Folders of `UNSEEN` with their tables, once: real patients of one table are in no other."
+    from radiology_ai.parallel import run_parallel
+    for name in names:
+        first, knees, rest, most = UNSEEN[name]
+        if (work/f'{name}.csv').exists(): continue
+        (work/name).mkdir(parents=True, exist_ok=True)
+        jobs = [(str(work/name), p, first+i, '') for p in PARTS for i in range(knees if p=='KNEE' else rest)]
+        rows = list(run_parallel(simulated, jobs, workers, chunk=16, show=False))
+        if data:
+            films = pd.DataFrame(real_films(data), columns=['file', 'part', 'patient', 'source', 'learnt'])
+            even = films.patient.map(hash_of).str[-1].isin(list('02468ace'))
+            films = films[films.learnt if name=='learnt' else ~films.learnt & (even==(name=='tried'))]
+            films = films.assign(k=films.file.map(hash_of)).sort_values('k').groupby('source').head(most)
+            rows += list(run_parallel(converted, [(str(work/name), f.file, f.part, f.patient, f.source)
+                for f in films.itertuples()], workers, chunk=32, show=False))
+        pd.DataFrame(rows).to_csv(work/f'{name}.csv', index=False)
+
+
+def unseen_store(work, name, size, data, workers):
+    "Truth and store of one of `UNSEEN`; of films that are judged also the real DICOMs and the chest from the side."
+    from radiology_ai.dicom.index import index_dicoms
+    from radiology_ai.preprocess.recipe import recipe
+    from radiology_ai.preprocess.scale import preprocess_folder
+    truth = pd.read_csv(work/f'{name}.csv', keep_default_na=False)
+    index = index_dicoms(list(truth.path), workers, show=False)
+    stores = [preprocess_folder(index, work/f'{name}_{size}', recipe('plain', size=size), workers=workers, show=False)]
+    truths = [truth.set_index('path').reindex(stores[0].index.path)]
+    if data and name!='learnt':
+        more = work/f'{name}_more'
+        more.mkdir(exist_ok=True)
+        rows = [dict(path=p, part=part, patient=Path(p).name.split('_')[0], source=s) for p, part, s
+            in loose_files(data) if s=='dicom'] + side_chests(more, data)
+        truths.append(pd.DataFrame(rows).set_index('path'))
+        stores.append(preprocess_folder(list(truths[1].index), work/f'{name}_more_{size}', recipe('plain', size=size),
+            workers=workers, show=False))
+        truths[1] = truths[1].reindex(stores[1].index.path)
+    return truths, stores
+
+
+def pictures(stores): return np.concatenate([np.stack([s[i] for i in range(len(s))]) for s in stores])/np.float32(255)
+
+
+def accepted_rows(truth, accepted, changed):
+    "Share that is accepted: of knees, of other parts, and of knees turned or inverted (`changed`, by name)."
+    from radiology_ai.metrics.intervals import proportion_ci
+    rows = []
+    def add(what, films, ok):
+        p = proportion_ci(ok, groups=films.patient.astype(str))
+        rows.append((what, len(films), films.patient.nunique(), p.value, p.low, p.high))
+    for (source, part), t in truth.groupby(['source', 'part'], sort=True):
+        add(f'{source} {part.lower()}', t, accepted[((truth.source==source) & (truth.part==part)).to_numpy()])
+    knees = truth[truth.part=='KNEE']
+    add('knees, all', knees, accepted[(truth.part=='KNEE').to_numpy()])
+    add('others, all', truth[truth.part!='KNEE'], accepted[(truth.part!='KNEE').to_numpy()])
+    for how, ok in changed.items(): add(f'knees, {how}', knees, ok)
+    return pd.DataFrame(rows, columns=['films', 'n', 'patients', 'share', 'low', 'high'])
+
+
+CHANGES = dict(left=lambda a: np.rot90(a, 1, (1, 2)), down=lambda a: a[:, ::-1, ::-1],
+    right=lambda a: np.rot90(a, 3, (1, 2)), negative=lambda a: 1-a)
+
+
+def unseen(args, data, work):
+    "The part `--unseen`, printed."
+    from radiology_ai.weak.layout import Layout, film_layout
+    make_unseen(work, data, ('learnt', args.part), args.workers)
+    (known,), (store,) = unseen_store(work, 'learnt', args.size, data, args.workers)
+    truths, stores = unseen_store(work, args.part, args.size, data, args.workers)
+    truth, films = pd.concat(truths), pictures(stores)
+    knees = (truth.part=='KNEE').to_numpy()
+    if args.unseen=='layout':
+        own = (known.part=='KNEE').to_numpy()
+        held = known.patient.map(hash_of).str[0].isin(list('0123')).to_numpy()
+        layouts = film_layout(pictures([store])[own])
+        look = Layout.fit(layouts[~held[own]], layouts[held[own]])
+        print(f'layout of {int((own & ~held).sum())} knees, limit of {int((own & held).sum())} others: '
+            f'{look.limit:.3f}; asked otherwise: {", ".join(look.otherwise)}')
+        near = lambda a: look.doubt(film_layout(a))<=1
+    else:
+        near = unseen_filter(args, known, store)
+    table = accepted_rows(truth, near(films), {k: near(c(films[knees])) for k, c in CHANGES.items()})
+    print(table.to_string(index=False, float_format=lambda v: f'{v:.4f}'), flush=True)
+
+
+def unseen_filter(args, known, store):
+    "What a filter learnt without `args.unseen` accepts, as a function of pictures (N, H, W)."
+    import torch
+
+    from radiology_ai.weak.headers import metadata_labels
+    from radiology_ai.weak.scope import OutOfScope, predicted, scope_learner, scope_manifest
+    labels = metadata_labels(store.index[(known.part!=args.unseen).to_numpy()])
+    labels['label'] = labels.label.where(labels.label!=args.unseen, 'OTHER')
+    learn = scope_learner(store, scope_manifest(store, 'KNEE', labels), args.arch, pretrained=False,
+        outliers=args.outliers, mixup=args.mixup, lr=args.lr)
+    learn.fit_two_phase(args.epochs)
+    scope = OutOfScope.fit(learn, 'KNEE', draws=args.draws, slack=args.slack)
+    def accept(films):
+        batches = torch.from_numpy(np.ascontiguousarray(films))[:, None].split(64)
+        logits, *seen = predicted(learn.model, batches, args.draws)
+        print(f'  by confidence and features alone: '
+            f'{np.mean((scope.confidence(logits)>=.95) & (scope.near.distance(seen[0])<=scope.near.limit)):.4f}')
+        return scope.decide(logits, *seen)=='wanted'
+    return accept
+
+
 def options():
     "Of the command line."
     parser = argparse.ArgumentParser(description=__doc__,
@@ -243,6 +388,9 @@ def options():
     parser.add_argument('--draws', type=int, default=4)
     parser.add_argument('--slack', type=float, default=2.)
     parser.add_argument('--workers', type=int, default=1)
+    parser.add_argument('--unseen', choices=['layout', 'HIP', 'HAND', 'CHEST'],
+        help='what was never learnt: by the layout alone, or a filter learnt without this part')
+    parser.add_argument('--part', default='judged', choices=['tried', 'judged'])
     parser.add_argument('--out', type=Path, help='a CSV for the decisions on all films')
     return parser.parse_args()
 
@@ -279,6 +427,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         work, start = args.work or Path(tmp), time.perf_counter()
         work.mkdir(parents=True, exist_ok=True)
+        if args.unseen: return unseen(args, data, work)
         make_folders(work, data, args.workers)
         sets = stores(work, args.size, args.workers)
         truth, _, store = sets['judged']

@@ -314,6 +314,11 @@ def flip(self:Radiograph) -> Radiograph:
     "The image mirrored left to right."
     return self.warped(self.pixels[:, ::-1], shift(self.shape[1], 0)@scale(-1, 1))
 
+@patch
+def turn(self:Radiograph) -> Radiograph:
+    "The image turned by half a circle."
+    return self.warped(self.pixels[::-1, ::-1], shift(*self.shape[::-1])@scale(-1, -1))
+
 # %% ../nbs/00_core.ipynb #b3d26a3c
 def resize_array(
     a: np.ndarray, # (H, W) or (H, W, C)

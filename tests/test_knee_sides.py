@@ -2,6 +2,7 @@
 which labels were left out: from the file to the report."""
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,17 +13,24 @@ from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittle
 
 from radiology_ai.core import DataError, Radiograph, StoreError, rng, transform_points
 from radiology_ai.data.labels import make_manifest
+from radiology_ai.data.regions import XYXY, rle_decode, rle_encode
+from radiology_ai.data.sides import ACROSS, NEITHER
 from radiology_ai.data.split import official_split
+from radiology_ai.data.targets import stored_boxes, stored_points, write_masks
+from radiology_ai.explain import heat_to_stored
 from radiology_ai.phantom.injured import injured_knee
 from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.xray import expose
 from radiology_ai.preprocess import recipe as room
 from radiology_ai.preprocess.joined import JoinedStore
 from radiology_ai.preprocess.knee import DOUBTFUL, Knee, locate_knees
+from radiology_ai.preprocess.places import film_id
 from radiology_ai.preprocess.recipe import recipe
 from radiology_ai.preprocess.scale import preprocess_folder
 from radiology_ai.serve.predict import explain, predict
+from radiology_ai.tasks.boxes import to_film
 from radiology_ai.tasks.knee import KNEE
+from radiology_ai.tasks.masks import on_film
 from radiology_ai.tasks.registry import evaluate, report, train
 
 UID = '1.2.826.0.1.3680043.8.498.77.'
@@ -137,6 +145,95 @@ def test_one_knee_of_which_the_table_tells_both_sides(films, store):
     assert make_manifest(one, t).grade.tolist()==[3, 3]
 
 
+# ---- what was drawn on films with two knees ----------------------------------------------------------------------------
+
+def drawn(truth, half=9.):
+    "A box around each joint of the films with two knees, by the name of the film, and its mask's corners."
+    t = truth[truth.two].reset_index(drop=True)
+    at = np.array(t.joint.tolist())
+    box = {c: at[:, k%2]+(half if k>1 else -half) for k, c in enumerate(XYXY)}
+    return t[['image_id', 'side']].assign(label='joint', x=at[:, 0], y=at[:, 1], **box)
+
+
+def sided(t): return t.image_id+':'+t.side.map(dict(L='left', R='right'))
+
+
+def test_boxes_and_points_of_a_film_go_to_their_knee(films, store):
+    t = drawn(films[1])
+    by_film, by_knee = t.drop(columns='side'), t.assign(image_id=sided(t)).drop(columns='side')
+    for f, columns in ((stored_boxes, XYXY), (stored_points, ['x', 'y'])):
+        got, want = (f(store, o, drawn_on='film').sort_values(['image_id', *columns], ignore_index=True)
+            for o in (by_film, by_knee))
+        pd.testing.assert_frame_equal(got, want)
+        assert len(got)==20 and np.abs(got[['x', 'y'] if f is stored_points else XYXY].to_numpy()-32).max()<12
+    # drawn on the film at half its size, with a size a film
+    sizes = t[['image_id']].drop_duplicates().merge(pd.DataFrame({'image_id': store.index.image_id.map(film_id),
+        'width': store.index.Columns/2, 'height': store.index.Rows/2}).drop_duplicates('image_id'))
+    half = by_film.assign(**{c: by_film[c]/2 for c in [*XYXY, 'x', 'y']})
+    pd.testing.assert_frame_equal(stored_boxes(store, half, drawn_on=sizes)[XYXY],
+        stored_boxes(store, by_film, drawn_on='film')[XYXY])
+    one = by_film.iloc[:1]
+    knees = stored_boxes(store, one, drawn_on='film').set_index('image_id').x1
+    assert knees[sided(t)[0]]>0 and np.isnan(knees.drop(sided(t)[0])).tolist()==[True] # the other was looked at
+    told = stored_boxes(store, one.assign(side=t.side[0]), drawn_on='film')
+    assert told.image_id.tolist()==[sided(t)[0]]
+    seen = stored_boxes(store, by_film[2:], drawn_on='film', undrawn=[one.image_id[0]])
+    assert set(seen.image_id[seen.x1.isna()])=={f'{one.image_id[0]}:{s}' for s in ('left', 'right')}
+
+
+def test_what_lies_across_both_knees_or_in_neither_is_named(films, store):
+    t = drawn(films[1]).drop(columns='side')
+    first = t[t.image_id==t.image_id[0]]
+    across = first.iloc[:1].assign(x1=first.x1.min(), x2=first.x2.max())
+    corner = first.iloc[1:2].assign(x1=1., y1=1., x2=9., y2=9., x=3., y=3., label='corner')
+    table = pd.concat([t, across.assign(image_id=t.image_id[4]), corner], ignore_index=True)
+    boxes, lost = stored_boxes(store, table, drawn_on='film', errors='list')
+    assert lost[['row', 'image_id', 'problem']].to_numpy().tolist()==[[20, t.image_id[4], ACROSS],
+        [21, t.image_id[0], NEITHER]]
+    assert boxes.x1.notna().sum()==20
+    with pytest.raises(DataError, match=r'row 20 .*lies across both knees.*add a column side'):
+        stored_boxes(store, table, drawn_on='film')
+    with pytest.warns(UserWarning, match=r'1 of the boxes lie in neither of the two knees .*\(row 21\)'):
+        stored_boxes(store, table.drop(20), drawn_on='film')
+    points, lost = stored_points(store, table.drop(20), drawn_on='film', errors='list')
+    assert len(points)==20 and lost.problem.tolist()==[NEITHER]
+    alone, lost = stored_boxes(store, pd.concat([across, t[2:]]), drawn_on='film', errors='list')
+    assert t.image_id[0] not in set(alone.image_id.map(film_id)) # nothing is known of its knees
+
+
+def test_masks_of_a_film_go_to_their_knee(films, store, tmp_path):
+    t = drawn(films[1])
+    sizes = store.index.assign(film=store.index.image_id.map(film_id)).drop_duplicates('film').set_index('film')
+    def mask(rows):
+        m = np.zeros(tuple(sizes.loc[rows.image_id.iloc[0], ['Rows', 'Columns']].astype(int)), bool)
+        for r in rows.itertuples(): m[round(r.y1):round(r.y2), round(r.x1):round(r.x2)] = True
+        return m
+    own = {i: mask(t.iloc[[k]]) for k, i in enumerate(sided(t))}
+    rle = pd.DataFrame([dict(image_id=film_id(i), label='joint', rle=rle_encode(m), height=m.shape[0], width=m.shape[1])
+        for i, m in own.items()])
+    want = write_masks(store, own, tmp_path/'own', show=False)
+    for k, m in enumerate((rle, {i: mask(g) for i, g in t.groupby('image_id')})):
+        got = write_masks(store, m, tmp_path/str(k), show=False, errors='list')
+        assert (got.known==want.known).all() and want.known.sum()==20 and not len(got.problems)
+        assert all(np.array_equal(got[i], want[i]) for i in range(len(store)))
+    first = t.image_id[0]
+    side = write_masks(store, rle[:1].assign(side=t.side[0]), tmp_path/'side', show=False)
+    assert store.index.image_id[side.known].tolist()==[sided(t)[0]]
+    knees = store.index.image_id.map(film_id)==first
+    half = write_masks(store, rle[:1], tmp_path/'half', show=False)
+    assert half.known[knees].all() and [half[i].any() for i in np.flatnonzero(knees)].count(True)==1
+    wide = t[:2].assign(x1=t.x1[:2].min(), x2=t.x2[:2].max(), y1=t.y1[:2].min(), y2=t.y2[:2].max())
+    odd = {first: mask(wide), t.image_id[2]: mask(t[2:4]) | mask(t[2:3].assign(x1=1, y1=1, x2=9, y2=9))}
+    got = write_masks(store, odd, tmp_path/'odd', show=False, errors='list')
+    assert got.problems.problem[got.problems.image_id==t.image_id[2]].tolist()==[NEITHER]
+    told = got.problems[got.problems.image_id.map(film_id)==first].problem
+    assert len(told)==2 and told.str.contains(ACROSS).all() and not got.known[knees].any() and got.known.sum()==2
+    with pytest.raises(DataError, match='across both knees'):
+        write_masks(store, odd, tmp_path/'odd', show=False)
+    with pytest.warns(UserWarning, match='1 of the masks lie in neither'):
+        write_masks(store, {t.image_id[2]: odd[t.image_id[2]]}, tmp_path/'odd', show=False)
+
+
 def test_knees_of_a_film_stay_together(films, store):
     index = store.index.assign(patient_id='')
     m = make_manifest(index, labels_of(films[1]), no_patient='image')
@@ -216,6 +313,48 @@ def test_injured_knees_that_are_not_sure_are_kept(seed, kind, said):
     k, = locate_knees(film, doubtful=DOUBTFUL, called=True)
     assert said in k.doubt and np.hypot(*np.subtract(k.center, p.points['joint']))*p.spacing<20
     assert np.allclose(((k.box[0]+k.box[2])/2, (k.box[1]+k.box[3])/2), k.center)
+
+
+def test_a_knee_upside_down_is_turned_upright(tmp_path):
+    "Its image is that of the film turned round, and what was drawn travels there and back within half a pixel."
+    p = injured_knee(5_000_000, 'upside down', 'L', 384)
+    up = replace(p, line=p.line[::-1, ::-1])
+    a = expose(p, rng(0, 'injured', 'upside down'), marker=False).pixels
+    films = {'down': a, 'up': np.ascontiguousarray(a[::-1, ::-1])}
+    r = recipe('knee', size=96)
+    for k, (name, pixels) in enumerate(films.items()):
+        q = p if name=='down' else up
+        dicom(tmp_path/f'{name}.dcm', q, k, 'L')
+        ds = pydicom.dcmread(tmp_path/f'{name}.dcm')
+        ds.PixelData = np.rint(pixels*4095).astype(np.uint16).tobytes()
+        ds.save_as(tmp_path/f'{name}.dcm')
+    s = preprocess_folder(tmp_path, tmp_path/'s', r, workers=1, show=False)
+    down, upright = (s.position(f'{UID}{k}') for k in (0, 1))
+    assert s.index.turned.iloc[[down, upright]].tolist()==[True, False] and s.index.doubtful[down]
+    assert 'upside down' in s.index.reason[down] and 'turned upright' in s.index.reason[down]
+    assert np.corrcoef(s[down].ravel(), s[upright].ravel())[0, 1]>.95
+    h, w = a.shape
+    film = s.radiograph(down)
+    turned = s.radiograph(upright).affine@np.array([[-1, 0, w], [0, -1, h], [0, 0, 1]])
+    assert np.abs(transform_points(film.affine, [(0, 0), (w, h)])-transform_points(turned, [(0, 0), (w, h)])).max()<3
+    x, y = p.points['joint']
+    table = pd.DataFrame([dict(image_id=f'{UID}0', label='joint', x=x, y=y, x1=x-40, y1=y-20, x2=x+10, y2=y+30)])
+    at = stored_points(s, table, drawn_on='film')[['x', 'y']].to_numpy(float)
+    box = stored_boxes(s, table, drawn_on='film')[XYXY].to_numpy(float)
+    assert np.abs(film.to_stored(at)-[(x, y)]).max()<1e-6
+    assert np.abs(to_film(box, s.index.iloc[down])-[(x-40, y-20, x+10, y+30)]).max()<1e-6
+    spot = np.zeros((h, w), bool)
+    spot[int(y)-20:int(y)+30, int(x)-40:int(x)+10] = True
+    m = write_masks(s, {f'{UID}0': spot}, tmp_path/'m', show=False)[down]
+    back = on_film(m>0, s.index.iloc[down])
+    back = rle_decode(back['rle'], (h, w))
+    middles = [np.argwhere(o).mean(0) for o in (spot, back)]
+    assert np.abs(middles[0]-middles[1]).max()<.5 and (spot & back).sum()>.9*(spot | back).sum()
+    heat = np.zeros((96, 96), np.float32)
+    heat[tuple(np.int64(at[0][::-1]))] = 1
+    hot = np.unravel_index(heat_to_stored(film, heat, (h, w)).argmax(), (h, w))
+    # the middle of the hottest pixel of the image, within half of its size
+    assert np.abs(np.add(hot, .5)-film.to_stored(np.floor(at)+.5)[0][::-1]).max()<=.5/abs(film.affine[0, 0])+.5
 
 
 def test_the_ends_of_a_dislocated_knee_are_one():

@@ -12,6 +12,7 @@ import pydicom
 import pytest
 
 from radiology_ai.core import Radiograph, RadiologyError, rng
+from radiology_ai.dicom import stored
 from radiology_ai.dicom.explore import explore_dicoms
 from radiology_ai.dicom.polarity import find_polarity
 from radiology_ai.dicom.read import read_radiograph
@@ -61,6 +62,31 @@ def test_masks_and_points_come_along(folder):
     same = recipe('plain', size=64)(r, points=[(40., 50.)])
     assert (moved.points==same.points).all() and moved.radiograph.tags['inverted']
     assert find_polarity(moved.radiograph).bone=='bright' and find_polarity(same.radiograph).bone=='dark'
+
+
+def test_each_film_is_decoded_once(folder, tmp_path, monkeypatch):
+    "By a page with `pixels='all'`; what it tells of bone is what the reader would show, of files of many kinds."
+    a = read_radiograph(folder/'0.dcm').pixels
+    for k, (photometric, syntax, window) in enumerate((('MONOCHROME1', 'explicit', None),
+            ('MONOCHROME2', 'jpeg2000', 'sigmoid'), ('MONOCHROME1', 'rle', 'lut'))):
+        write_dicom(tmp_path/f'{k}.dcm', a, photometric=photometric, syntax=syntax, window=window)
+        write_dicom(tmp_path/f'{k}b.dcm', 1-a, photometric=photometric, syntax=syntax, window=window)
+    cv2.imwrite(str(tmp_path/'c.png'), np.uint8(255*np.stack([a]*3, -1)))
+    ds = pydicom.dcmread(folder/'1.dcm')
+    ds.SamplesPerPixel, ds.PlanarConfiguration, ds.PhotometricInterpretation = 3, 0, 'RGB'
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
+    ds.PixelData = np.uint8(255*np.stack([1-a]*3, -1)).tobytes()
+    ds.save_as(tmp_path/'d.dcm')
+    seen, usual = [], stored.layout
+    def counted(ds, value, path, *more):
+        seen.append(Path(path).name)
+        return usual(ds, value, path, *more)
+    monkeypatch.setattr(stored, 'layout', counted)
+    e = explore_dicoms(tmp_path, pixels='all', workers=1, show=False)
+    assert sorted(seen)==sorted(p.name for p in tmp_path.glob('*.dcm'))
+    with pytest.warns(UserWarning, match='colour'):
+        dark = {p.name for p in tmp_path.iterdir() if find_polarity(read_radiograph(p)).bone=='dark'}
+    assert {Path(p).name for p in e.files['negative']}==dark and len(dark)==4
 
 
 def test_a_page_lists_negatives(folder):

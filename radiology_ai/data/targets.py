@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/data.targets.html.md"""
 
 # %% auto #0
 __all__ = ['SIZE_REMEDY', 'place_in', 'film_sizes', 'drawn_sizes', 'lay_over', 'sorted_out', 'columns_there', 'images_of',
-           'undrawn_images', 'stored_boxes', 'stored_points', 'MaskStore', 'write_masks']
+           'undrawn_images', 'dealt', 'tell_lost', 'stored_boxes', 'stored_points', 'MaskStore', 'write_masks']
 
 # %% ../../nbs/33_data.targets.ipynb #9c697e9b
 import json
@@ -28,9 +28,11 @@ from radiology_ai.data.regions import (
     refuse_or_list,
     size_scale,
 )
+from .sides import ACROSS, NEITHER, deal_rows, knees_of_films, of_told_sides, part_of_knee
 from ..dicom.limits import MAX_STILL
 from ..files import map_array, read_bytes, read_json
 from ..preprocess.intensity import move_mask
+from ..preprocess.places import film_id
 
 # %% ../../nbs/33_data.targets.ipynb #e20d9a57
 def place_in(
@@ -62,7 +64,9 @@ def drawn_sizes(
                 "Give image_id, width and height")
         sizes = drawn_on.assign(image_id=drawn_on.image_id.astype(str)).drop_duplicates('image_id').set_index(
             'image_id')
-        return sizes[SIZE].reindex(table.image_id.astype(str)).to_numpy(float)
+        names = table.image_id.astype(str)
+        names = names.where(names.isin(sizes.index), names.map(film_id))
+        return sizes[SIZE].reindex(names).to_numpy(float)
     if drawn_on is not None: return np.broadcast_to(np.asarray(drawn_on, float).reshape(2), (len(table), 2))
     return table.reindex(columns=SIZE).apply(pd.to_numeric, errors='coerce').to_numpy(float)
 
@@ -141,8 +145,47 @@ def undrawn_images(
             raise DataError(f"undrawn is {undrawn!r}",
                 "Choose 'unknown', 'empty', or give the image_id of each image that was looked at")
         return ~drawn if undrawn=='empty' else np.zeros(len(drawn), bool)
-    return pd.Series(image_ids).astype(str).isin(pd.Series(list(undrawn),
-        dtype=object).astype(str)).to_numpy() & ~drawn
+    seen,names = pd.Series(list(undrawn), dtype=object).astype(str),pd.Series(image_ids).astype(str)
+    return (names.isin(seen) | names.map(film_id).isin(seen)).to_numpy() & ~drawn
+
+def dealt(
+    store,               # an `ImageStore`
+    table: pd.DataFrame, # rows of images, or of films with two knees
+    columns: list,       # x and y in turn
+    drawn_on,            # as for `stored_boxes`
+    *,
+    looked: bool,        # who drew on a film has looked at both knees
+) -> tuple[pd.DataFrame, list]:
+    """The rows of images that are in the store, those of films with two knees dealt to the knee they lie in (`deal_rows`), and
+    what lies in neither or across both."""
+    films = knees_of_films(store.index)
+    if not films: return table,[]
+    table = of_told_sides(table, films)
+    at = np.array([films.get(n, [-1])[0] for n in table.image_id.astype(str)])
+    there = film_sizes(store)[at]
+    scale,_ = size_scale(drawn_sizes(table, there, drawn_on), there)
+    xy = table[columns].apply(pd.to_numeric, errors='coerce').to_numpy(float)*np.tile(scale, len(columns)//2)
+    corners = xy.reshape(len(xy), -1, 2)
+    points = corners[:,:1] + _SPREAD*(corners[:,-1:]-corners[:,:1])
+    return deal_rows(store.index, store[0].shape[::-1], table, points, columns, looked=looked)
+
+_SPREAD = (np.stack(np.meshgrid(*[np.arange(16)]*2), -1).reshape(1, -1, 2)+.5)/16
+
+def tell_lost(
+    lost: list,          # of `dealt`
+    errors: str,         # 'raise' or 'list'
+    what: str,           # for the message
+) -> pd.DataFrame:
+    """The problems as a table. `DataError` for what lies across both knees, a warning for what lies in neither, where
+    errors is 'raise'."""
+    none = [o for o in lost if o[4]==NEITHER] if errors=='raise' else []
+    problems = refuse_or_list([o for o in lost if o not in none], errors, f'The {what}',
+        "Draw one for each knee, or add a column side (left or right)")
+    if none:
+        rows = ', '.join(str(o[0]) for o in none[:5])
+        warnings.warn(f"{len(none)} of the {what} lie in neither of the two knees of their film and are dropped (row {rows}"
+            f"{', ...' if len(none)>5 else ''})", stacklevel=3)
+    return problems
 
 # %% ../../nbs/33_data.targets.ipynb #ff2529e6
 def stored_boxes(
@@ -155,10 +198,13 @@ def stored_boxes(
     errors: str='raise',    # or 'list': (boxes, problems), without the rows that are wrong
 ) -> pd.DataFrame:
     """The boxes in pixels of the stored images, clipped to them; an image that was looked at and has none is a row without
-    coordinates. A warning says how many boxes were dropped; those of images that are not in the store are left out.
+    coordinates. A box of a film with two knees goes to the knee it lies in. A warning says how many boxes were dropped; those
+    of images that are not in the store are left out.
 
     Example: `stored_boxes(store, rsna_pneumonia('stage_2_train_labels.csv').boxes, drawn_on=(1024, 1024), undrawn='empty')`"""
     columns_there(boxes, ['image_id', *XYXY], 'boxes')
+    boxes,lost = dealt(store, boxes, XYXY, drawn_on, looked=True)
+    lost = tell_lost(lost, errors, 'boxes')
     boxes = images_of(store, boxes, 'boxes')
     corners,found = lay_over(store, boxes, XYXY, drawn_on)
     with np.errstate(invalid='ignore'): # what is no number is found already
@@ -169,7 +215,7 @@ def stored_boxes(
     good,problems = sorted_out(boxes, found, errors, 'The boxes')
     boxes,moved = boxes[good],np.concatenate([corners.min(1), corners.max(1)], 1)[good]
     out = _visible(store, boxes, moved, min_visible, undrawn)
-    return (out, problems) if errors=='list' else out
+    return (out, pd.concat([problems, lost], ignore_index=True)) if errors=='list' else out
 
 def _visible(store, boxes, moved, min_visible, undrawn) -> pd.DataFrame:
     "The boxes clipped to the stored images, and a row for each image that is known to hold none."
@@ -203,10 +249,13 @@ def stored_points(
     drawn_on=None,          # the size, as for `stored_boxes`
     errors: str='raise',    # or 'list': (points, problems), without the rows that are wrong
 ) -> pd.DataFrame:
-    """The points in pixels of the stored images; those of images that are not in the store are left out.
+    """The points in pixels of the stored images, of a film with two knees those of the knee they lie in; those of images that
+    are not in the store are left out.
 
     Example: `stored_points(store, pd.read_csv('points.csv'), drawn_on=(512, 512))`"""
     columns_there(points, ['image_id', 'label', 'x', 'y'], 'points')
+    points,lost = dealt(store, points, ['x', 'y'], drawn_on, looked=False)
+    lost = tell_lost(lost, errors, 'points')
     points = images_of(store, points, 'points')
     places,found = lay_over(store, points, ['x', 'y'], drawn_on, reach=False)
     twice = np.flatnonzero(points.duplicated(['image_id', 'label']))
@@ -216,7 +265,7 @@ def stored_points(
     h,w = store[0].shape
     out = points.assign(x=places[:,0,0], y=places[:,0,1], **_store_size(points, w, h))
     out = out[good].reset_index(drop=True)
-    return (out, problems) if errors=='list' else out
+    return (out, pd.concat([problems, lost], ignore_index=True)) if errors=='list' else out
 
 # %% ../../nbs/33_data.targets.ipynb #70a53bdc
 class MaskStore:
@@ -273,12 +322,15 @@ def write_masks(
     errors: str='raise',    # or 'list': `problems` of the result, and the images that are wrong stay unknown
 ) -> MaskStore:
     """Lay the masks over the stored images, scaled where they were drawn on another size of the same shape. Images without a
-    row are unknown; with the run length -1 they are known to be empty.
+    row are unknown; with the run length -1 they are known to be empty. Of a film with two knees each connected part goes to
+    the knee it lies in.
 
     Example: `masks = write_masks(store, siim_pneumothorax('train-rle.csv').masks, 'masks')`"""
+    films = knees_of_films(store.index)
+    if isinstance(masks, pd.DataFrame): masks = of_told_sides(masks, films)
     labels,groups = _mask_labels(masks, labels),_by_image(masks)
     ids,(h,w) = store.index.image_id.astype(str),store[0].shape
-    drawn = ids.isin(list(groups)).to_numpy()
+    drawn = (ids.isin(list(groups)) | ids.map(film_id).isin(set(groups) & set(films))).to_numpy()
     if not drawn.any():
         raise DataError("None of the masks belongs to an image of the store", "Check image_id")
     folder,found = Path(folder),[]
@@ -289,7 +341,7 @@ def write_masks(
     with atomic_path(folder/'masks.npy') as tmp:
         out = np.lib.format.open_memmap(tmp, 'w+', dtype, (len(store), h, w))
         for i in progress(np.flatnonzero(drawn), 'masks', show=show):
-            try: planes,known[i] = _moved_planes(groups[ids.iloc[i]], store.index.iloc[i], (h, w), labels)
+            try: planes,known[i] = _all_planes(groups, store, i, films, labels, found=found)
             except DataError as e:
                 found.append((ids.iloc[i], ids.iloc[i], 'mask', '', str(e)))
                 if errors=='raise': raise
@@ -300,7 +352,7 @@ def write_masks(
     meta = dict(store=store.fingerprint, images=len(store)) | ({} if labels is None else dict(labels=labels))
     with atomic_path(folder/'masks.json') as tmp: tmp.write_text(json.dumps(meta))
     done = MaskStore(folder)
-    done.problems = refuse_or_list(found, errors, 'The masks', 'Correct these masks')
+    done.problems = tell_lost(found, errors, 'masks')
     return done
 
 # %% ../../nbs/33_data.targets.ipynb #8a528924
@@ -317,8 +369,28 @@ def _mask_labels(masks, labels) -> list|None:
                 "Name labels that are there")
     return labels
 
-def _moved_planes(m, row, shape, labels) -> tuple[np.ndarray, np.ndarray]:
-    "(K, H, W) bool in pixels of the stored image, and (K,) which are known."
+def _all_planes(groups, store, i, films, labels, *, found) -> tuple[np.ndarray, np.ndarray]:
+    """`_moved_planes` of image `i`, of one of two knees also of what was drawn on its film; `found` gains what lies in neither
+    knee."""
+    row,shape = store.index.iloc[i],store[0].shape
+    name = str(row.image_id)
+    out,known = _moved_planes(groups[name], row, shape, labels) if name in groups else (0, 0)
+    film = film_id(name)
+    if film not in films or film not in groups: return out,known
+    at = films[film]
+    affines,told = np.array(store.index.affine.iloc[at].tolist(), float).reshape(-1, 3, 3),[]
+    def own(mask, scale):
+        part,why = part_of_knee(mask, affines@np.diag([*scale, 1]), shape[::-1], at.index(i))
+        told.extend(why)
+        return part
+    more,seen = _moved_planes(groups[film], row, shape, labels, own)
+    if i==at[0]: found.extend((film, film, 'mask', '', why) for why in told if why==NEITHER)
+    if ACROSS in told:
+        raise DataError(f"Of the mask of image {film} a part cannot be dealt: {ACROSS}", "Draw one for each knee")
+    return out | more,known | seen
+
+def _moved_planes(m, row, shape, labels, own=None) -> tuple[np.ndarray, np.ndarray]:
+    "(K, H, W) bool in pixels of the stored image, and (K,) which are known; `own` cuts out what is of this image."
     there = _planes(m, str(row.image_id), labels)
     out,known = np.zeros((len(labels or [1]), *shape), bool),np.zeros(len(labels or [1]), bool)
     film = (float(row.Columns), float(row.Rows))
@@ -328,6 +400,7 @@ def _moved_planes(m, row, shape, labels) -> tuple[np.ndarray, np.ndarray]:
             raise DataError(f"The mask of image {row.image_id} has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
                 f"{film[1]:.0f} x {film[0]:.0f}: {'another shape' if 'shape' in why[0] else why[0]}",
                 "Give masks of the original, or of the original at another size")
+        if own is not None: mask = own(mask, scale[0])
         matrix = np.reshape(row.affine, (3, 3))@np.diag([*scale[0], 1])
         out[k],known[k] = move_mask(mask, matrix, shape),True
     return out,known

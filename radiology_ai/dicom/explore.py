@@ -24,8 +24,15 @@ from fastcore.basics import patch
 from ..core import PAGE, DataError, DicomError, atomic_path, check_replaced, harmless, write_text
 from .index import INDEX_COLUMNS, index_dicoms, read_index
 from .limits import table_bytes
-from .polarity import read_polarity
-from .quality import RADIOGRAPHS, find_attention, find_duplicates, next_text, pixel_digest
+from .polarity import SIZE, find_polarity
+from radiology_ai.dicom.quality import (
+    RADIOGRAPHS,
+    digest_and_grey,
+    find_attention,
+    find_duplicates,
+    next_text,
+    pixel_digest,
+)
 from .read import read_radiograph
 from ..names import SIMULATED, is_simulated
 from ..parallel import run_parallel
@@ -270,9 +277,9 @@ def explore_dicoms(
     return e
 
 def _look(path):
-    "What `pixel_digest` says of a file, and how it shows bone."
-    told = pixel_digest(path)
-    return *told,'' if told[1] or told[2] else read_polarity(path)
+    "What `pixel_digest` says of a file, and how it shows bone, by one decoding."
+    *told,small = digest_and_grey(path, 4*SIZE)
+    return *told,'' if small is None else find_polarity(small).bone
 
 def _as_index(folder, workers, show, previous):
     "The index of what `explore_dicoms` was given."

@@ -31,6 +31,7 @@ class Knee:
     score: float    # 0 to 1: how sure it is a knee
     size_mm: float  # side of the box in millimetres; an estimate where the film's spacing is unknown
     doubt: str=''   # why it is to be looked at; '': it is sure
+    turned: bool=False # the film is upside down: the box is to be turned by half a circle, and `side` is that of the upright knee
 
 # %% ../../nbs/21_preprocess.knee.ipynb #424e3fa6
 MM,CELL,PAD = 2.,4,16  # millimetres per pixel, pixels per cell of the answer, pixels of 0 around the film
@@ -211,7 +212,7 @@ def _looked_at(small, k, spacing, weights, *, mm, limits) -> list[Knee]:
 def _turned(knee, h, w) -> Knee:
     "A knee of the film turned by half a circle, in the film as it is."
     (x,y),(x1,y1,x2,y2) = knee.center,knee.box
-    return replace(knee, center=(w-x, h-y), box=(w-x2, h-y2, w-x1, h-y1))
+    return replace(knee, center=(w-x, h-y), box=(w-x2, h-y2, w-x1, h-y1), turned=True)
 
 _ODD = 'the knee is doubtful: it is that of'
 

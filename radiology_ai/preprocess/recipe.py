@@ -181,7 +181,8 @@ _NEGATIVE = 'bone is dark: the film is a negative'
 @patch
 def apply(self:Preprocess, r: Radiograph) -> Radiograph:
     """The square image of `r`; its `tags` gain `side`, `flipped`, `polarity` (how the film shows bone: bright, dark or
-    unsure), `inverted` (was that undone?), `reason` and, for a knee recipe, `knee_found`, `score` and `doubtful`."""
+    unsure), `inverted` (was that undone?), `reason` and, for a knee recipe, `knee_found`, `score`, `doubtful` and `turned` (was it
+    upside down?)."""
     return self.each(r, one=True)[0]
 
 @patch
@@ -218,6 +219,7 @@ def _square(self:Preprocess, r, small, field, box, *, facts):
     if facts['polarity']=='dark': facts['reason'] = '; '.join(filter(None, [facts['reason'], _NEGATIVE]))
     facts['flipped'] = self.flip_left and facts['side']=='L' and facts.get('knee_found', True)
     out = replace(out, pixels=pixels, tags=r.tags | facts)
+    if facts.get('turned'): out = out.turn()
     if facts['flipped']: out = out.flip()
     return Align(self.align)(out) if self.align else out
 
@@ -236,7 +238,7 @@ def knee_box(self:Preprocess,
     r: Radiograph, # of any framing
 ) -> tuple:
     """The box around the knee on the header's side, else around the best one, or None; and `side`,
-    `knee_found`, `score`, `doubtful` and `reason`."""
+    `knee_found`, `score`, `doubtful`, `turned` and `reason`."""
     return _best(locate_knees(r, mm=self.mm, **_kept(r.tags)), laterality(r.tags))
 
 def _kept(tags) -> dict:
@@ -275,10 +277,12 @@ def _told_apart(knees) -> list[tuple]:
 def _facts(knee, side, why='') -> dict:
     "What is told of a knee, or of a film without one."
     if knee is None:
-        return dict(side=side, knee_found=False, score=0., doubtful=False, reason='no knee was found')
+        return dict(side=side, knee_found=False, score=0., doubtful=False, turned=False,
+            reason='no knee was found')
     doubt = '' if why else knee.doubt
-    return dict(side=side, knee_found=True, score=float(knee.score), doubtful=bool(doubt),
-        reason=why or doubt)
+    told = [why or doubt] + ['the image was turned upright']*knee.turned
+    return dict(side=side, knee_found=True, score=float(knee.score), doubtful=bool(doubt), turned=knee.turned,
+        reason='; '.join(filter(None, told)))
 
 # %% ../../nbs/23_preprocess.recipe.ipynb #5e9fa9b3
 # header values that the index keeps as text
@@ -331,7 +335,7 @@ def _record(r, source):
         study_id=str(t.get('StudyInstanceUID') or ''),
         view=view(t), laterality=t['side'] if two else laterality(t), header_side=laterality(t),
         side=t['side'],
-        flipped=t['flipped'], knee_found=t.get('knee_found'), doubtful=t.get('doubtful'),
+        flipped=t['flipped'], turned=t.get('turned'), knee_found=t.get('knee_found'), doubtful=t.get('doubtful'),
         score=float(t.get('score', np.nan)), polarity=t['polarity'],
         inverted=t['inverted'], reason=t['reason'],
         affine=[float(v) for v in r.affine.ravel()], spacing_row=float(mm[0]), spacing_col=float(mm[1]),

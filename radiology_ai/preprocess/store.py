@@ -43,11 +43,11 @@ from .places import film_id, spots_record
 from .recipe import KEPT, Preprocess, Source, recipe
 
 # %% ../../nbs/24_preprocess.store.ipynb #6019af2c
-_TYPES = dict(flipped='bool', inverted='bool', knee_found='boolean', score='float64', spacing_row='float64',
-    spacing_col='float64', doubtful='boolean', Rows='int64', Columns='int64', BitsStored='int64',
+_TYPES = dict(flipped='bool', inverted='bool', turned='boolean', knee_found='boolean', score='float64',
+    spacing_row='float64', spacing_col='float64', doubtful='boolean', Rows='int64', Columns='int64', BitsStored='int64',
     shard='int64', row='int64')
 STORE_COLUMNS = ['image_id','path','patient_id','study_id','view','laterality','header_side','side','shard',
-    'row','flipped',
+    'row','flipped','turned',
     'knee_found','doubtful','score','polarity','inverted','reason','affine','spacing_row','spacing_col',
     'codec','Rows',
     'Columns','BitsStored',

@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/weak.scope.html.md"""
 
 # %% auto #0
 __all__ = ['OUTLIERS', 'SORTED', 'scope_manifest', 'Outliers', 'scope_learner', 'fit_temperature', 'Neighbours', 'OutOfScope',
-           'with_answers']
+           'predicted', 'with_answers']
 
 # %% ../../nbs/51_weak.scope.ipynb #ee3e4a24
 import hashlib
@@ -40,6 +40,7 @@ from ..vision.augment import BatchAugment
 from ..vision.mix import MixedLoss, MixUp
 from ..vision.tta import predict_tta
 from .headers import OTHER, UNSURE, metadata_labels
+from .layout import OTHERWISE, Layout, film_layout
 
 # %% ../../nbs/51_weak.scope.ipynb #e2ca7867
 def scope_manifest(
@@ -279,6 +280,7 @@ class OutOfScope:
     accept: float=.95                # confidence from which a film is sorted without a reader
     draws: int=4                     # moved copies of a film besides itself
     suspects: pd.DataFrame|None=field(default=None, repr=False) # validation films whose header the network contradicts
+    layout: Layout|None=None         # of wanted films; None: of a filter of an earlier version
 
     def __post_init__(self):
         if lost := [w for w in self.wanted if w not in self.bundle.vocab]:
@@ -287,20 +289,28 @@ class OutOfScope:
         if not .5<self.accept<1:
             raise DataError(f"accept is {self.accept}", "Give a confidence between 0.5 and 1, such as 0.95")
 
-def _predicted(model, batches, draws, device='cpu') -> tuple[np.ndarray, np.ndarray]:
-    "(N, C) logits, the mean over a film and its moved copies, and (N, F) features of the film itself."
-    aug,out,feats = _gentle_moves(),[],[]
+def predicted(
+    model,          # of `scope_learner`
+    batches,        # (B, C, H, W) in [0, 1], or tuples that begin with them
+    draws: int,     # moved copies of a film besides itself
+    device='cpu',   # where the network runs
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, C) logits, the mean over a film and its moved copies, (N, F) features of the film itself, and its layout (see
+    `film_layout`).
+
+    Example: `logits, features, layouts = predicted(learn.model, [torch.zeros(2, 1, 64, 64)], draws=4)`"""
+    aug,out,feats,layouts = _gentle_moves(),[],[],[]
     def logits(x):
         seen.append(model.head.pooled(model.body(x)))
         return model.head.logits(seen[-1])
     model.eval()
     with torch.no_grad():
         for b in batches:
-            seen = []
-            out.append(predict_tta(logits, (b if torch.is_tensor(b)
-                else b[0]).as_subclass(torch.Tensor).to(device), aug, draws).float().cpu())
+            seen,x = [],(b if torch.is_tensor(b) else b[0]).as_subclass(torch.Tensor)
+            out.append(predict_tta(logits, x.to(device), aug, draws).float().cpu())
             feats.append(seen[0].float().cpu()) # the first is the film itself
-    return torch.cat(out).numpy(),torch.cat(feats).numpy()
+            layouts.append(film_layout(x[:, 0].cpu().numpy()))
+    return torch.cat(out).numpy(),torch.cat(feats).numpy(),np.concatenate(layouts)
 
 @patch(cls_method=True)
 def fit(cls:OutOfScope,
@@ -308,13 +318,15 @@ def fit(cls:OutOfScope,
     wanted,              # the class that is wanted, or several
     accept: float=.95,   # confidence from which a film is sorted without a reader
     draws: int=4,        # moved copies of a film besides itself
+    *,
     slack: float=2.,     # of `Neighbours.fit`
+    share: float=.975,   # of `Layout.fit`
 ) -> OutOfScope:
     """The filter, calibrated on the validation patients. `ModelError` where it would accept none of their
     wanted films."""
     wanted,dls = [wanted] if isinstance(wanted, str) else list(wanted),learn.dls
     rows = {s: ds.items for s,ds in (('train', dls.train_ds), ('valid', dls.valid_ds))}
-    got = {s: _predicted(learn.model, xray_test_dl(dls, r), draws if s=='valid' else 0, dls.device)
+    got = {s: predicted(learn.model, xray_test_dl(dls, r), draws if s=='valid' else 0, dls.device)
         for s,r in rows.items()}
     vocab,valid = list(dls.vocab),rows['valid']
     t,classes = dls.valid_ds.targets,[vocab.index(w) for w in wanted if w in vocab]
@@ -327,13 +339,14 @@ def fit(cls:OutOfScope,
             "Train longer, or look at the weak labels")
     near = Neighbours.fit(got['train'][1][good(dls.train_ds.targets, right)], got['valid'][1][own],
         got['train'][1].mean(0), slack)
+    layout = Layout.fit(got['train'][2][good(dls.train_ds.targets, right)], got['valid'][2][own], share)
     bundle = Bundle(learn.model, dls.store.recipe, vocab, 'scope', accept,
         dict(n_in=dls.channels, network=learn.model.config))
     p = scaling(got['valid'][0])
     suspects = valid[wrong][['image_id', 'path',
         dls.labels]].assign(network=[vocab[i] for i in p[wrong].argmax(1)],
         share=p[wrong].max(1)).reset_index(drop=True)
-    out = cls(bundle, wanted, scaling, near, accept, draws, suspects)
+    out = cls(bundle, wanted, scaling, near, accept, draws, suspects, layout)
     sure = out.decide(*got['valid'])
     if not (sure[own]=='wanted').any():
         raise ModelError(f"None of the {int(own.sum())} wanted validation films reaches a confidence of "
@@ -349,9 +362,18 @@ def confidence(self:OutOfScope,
     return self.scaling(logits)[:, [self.bundle.vocab.index(w) for w in self.wanted]].sum(1)
 
 @patch
-def decide(self:OutOfScope, logits, features) -> np.ndarray:
+def distance(self:OutOfScope,
+    features, # (N, F)
+    layouts,  # (N, ...) of `film_layout`
+) -> np.ndarray:
+    "(N,) the larger of the distances of features and of layouts, in units of their limits; a film up to 1 is near."
+    d = self.near.distance(features)/self.near.limit
+    return d if self.layout is None else np.maximum(d, self.layout.doubt(layouts))
+
+@patch
+def decide(self:OutOfScope, logits, features, layouts) -> np.ndarray:
     "(N,) 'wanted', 'other' or 'unsure'."
-    c,near = self.confidence(logits),self.near.distance(features)<=self.near.limit
+    c,near = self.confidence(logits),self.distance(features, layouts)<=1
     return np.select([(c>=self.accept) & near, c<=1-self.accept], ['wanted', 'other'], UNSURE)
 
 # columns of `sort`
@@ -393,13 +415,13 @@ def _sorted(self:OutOfScope, store, header, bs):
     good = store.index[['path', 'image_id']].assign(cause='')
     if len(good):
         device = next(self.bundle.model.parameters()).device
-        logits,features = _predicted(self.bundle.model,
+        logits,*seen = predicted(self.bundle.model,
             xray_test_dl(store, store.index, bs, channels=self.bundle.meta['n_in'], device=device),
             self.draws, device)
-        decision = self.decide(logits, features)
+        decision = self.decide(logits, *seen)
         decision = np.where(_negatives(store.index) & (decision=='wanted'), UNSURE, decision)
         good = good.assign(decision=decision, confidence=self.confidence(logits),
-            distance=self.near.distance(features)/self.near.limit,
+            distance=self.distance(*seen),
                            likeliest=[self.bundle.vocab[i] for i in logits.argmax(1)])
         if (good.decision==UNSURE).all():
             warnings.warn(f"The filter is unsure of all {len(good)} films; look at some: they may be of "
@@ -452,10 +474,13 @@ def save(self:OutOfScope,
 ) -> Path:
     "A bundle (`save_bundle`) with the filter's own file beside it."
     from safetensors.numpy import save as to_bytes
-    bank = to_bytes({'bank': np.ascontiguousarray(self.near.bank), 'center': self.near.center})
+    look = self.layout
+    bank = to_bytes({'bank': np.ascontiguousarray(self.near.bank), 'center': self.near.center}
+        | ({} if look is None else {'layout': look.bank}))
     card = dict(self.bundle.meta.get('card') or {},
         scope=dict(wanted=self.wanted, scaling=self.scaling.to_dict(), k=self.near.k, limit=self.near.limit,
-        views=self.draws, sha256=hashlib.sha256(bank).hexdigest()))
+        views=self.draws, sha256=hashlib.sha256(bank).hexdigest())
+        | ({} if look is None else dict(layout=dict(k=look.k, limit=look.limit, otherwise=list(look.otherwise)))))
     path = save_bundle(self.bundle.model, path, self.bundle.recipe, self.bundle.vocab, task='scope',
         threshold=self.accept, card=card)
     with atomic_path(path/'neighbours.safetensors') as tmp: tmp.write_bytes(bank)
@@ -473,6 +498,19 @@ def _check_filter(d: dict, near: Neighbours):
             or not (np.isfinite(bank).all() and np.isfinite(center).all())):
         raise ValueError("the neighbours are no finite features")
     if type(d['k']) is not int or not 1<=d['k']<=len(bank): raise ValueError("k is no number of neighbours")
+
+def _layout_of(d: dict, bank) -> Layout|None:
+    "The layout of a filter's entries and its bank; None where both are missing. `ValueError` for what cannot be."
+    told = d.get('layout')
+    if told is None and bank is None: return None
+    if told is None or bank is None or bank.ndim!=2 or not np.isfinite(bank).all():
+        raise ValueError("the layout is missing in part, or has no finite numbers")
+    look = Layout(bank, told['k'], told['limit'], tuple(told['otherwise']))
+    if type(look.k) is not int or not 1<=look.k<=len(bank): raise ValueError("k of the layout is no number of neighbours")
+    if type(look.limit) not in (int, float) or not look.limit>0 or set(look.otherwise)-set(OTHERWISE):
+        raise ValueError("the layout has no limit above 0, or unknown names")
+    look.doubt(np.zeros((1, *film_layout(np.zeros((1, 8, 8))).shape[1:]), np.float32)) # of the right length
+    return look
 
 @patch(cls_method=True)
 def load(cls:OutOfScope,
@@ -493,9 +531,12 @@ def load(cls:OutOfScope,
         raise BundleError(f"neighbours.safetensors of {Path(path).name} is missing or not that of its network",
             "Copy the filter again from its source")
     try:
-        near = Neighbours(**from_bytes(data), k=d['k'], limit=d['limit'])
+        arrays = from_bytes(data)
+        layout = _layout_of(d, arrays.pop('layout', None))
+        near = Neighbours(**arrays, k=d['k'], limit=d['limit'])
         _check_filter(d, near)
-        return cls(bundle, d['wanted'], recalibration_from(d['scaling']), near, bundle.threshold, d['views'])
+        return cls(bundle, d['wanted'], recalibration_from(d['scaling']), near, bundle.threshold, d['views'],
+            layout=layout)
     except (KeyError, TypeError, ValueError, SafetensorError, DataError, ModelError) as e:
         raise BundleError(f"bundle.json of {Path(path).name} is broken ({type(e).__name__}: {e})",
             "Copy the filter again from its source") from e
