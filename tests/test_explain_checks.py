@@ -286,3 +286,26 @@ def test_a_method_draws_on_the_film(run, hospital, tmp_path):
         for m in ('gradcam', 'integrated_gradients'))
     assert (tmp_path/'integrated_gradients'/other.picture[0]).exists()
     assert (plain.hot_x[0], plain.hot_y[0])!=(other.hot_x[0], other.hot_y[0])
+
+
+def test_heat_is_handed_on_as_dicom(run, hospital, tmp_path):
+    "A secondary capture of each picture, in the study of its film; a film of which none can be made has its picture and a fault."
+    import cv2
+    import pydicom
+
+    from radiology_ai.serve.predict import explain
+    film = min((hospital/'dicom').rglob('*.dcm'))
+    bare = tmp_path/'bare.dcm'
+    ds = pydicom.dcmread(film)
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID + '.1'
+    del ds.StudyInstanceUID
+    ds.save_as(bare)
+    table = explain(run, [film, bare], tmp_path/'heat', workers=1, dicom=True).set_index('path')
+    name = table.picture[str(film)]
+    made = pydicom.dcmread(tmp_path/'heat'/name.replace('.png', '_sc.dcm'))
+    assert made.StudyInstanceUID==pydicom.dcmread(film).StudyInstanceUID
+    assert made.SourceImageSequence[0].ReferencedSOPInstanceUID==pydicom.dcmread(film).SOPInstanceUID
+    picture = cv2.imread(str(tmp_path/'heat'/name))[..., ::-1]
+    np.testing.assert_array_equal(made.pixel_array, picture)
+    assert 'no StudyInstanceUID' in table.error[str(bare)] and len(list((tmp_path/'heat').glob('*_sc.dcm')))==1
+    assert (tmp_path/'heat'/table.picture[str(bare)]).exists()
