@@ -242,7 +242,7 @@ def test_masks_are_asked_whether_or_not_they_have_a_score_each():
     ids, _ = tables(4)
     one = ids.assign(score=.6, threshold=.5, dice=.5, target=1)
     asked = questions_of(Masks(name='air'), one, Masks2())
-    assert [(q.name, q.target, len(q.rows)) for q in asked]==[('the mask', MaskLogit(), 3)]
+    assert [(q.name, q.target, len(q.rows), q.true) for q in asked]==[('the mask', MaskLogit(), 3, 'air')]
 
 
 def test_of_a_tree_the_triage_and_the_labels_are_explained():

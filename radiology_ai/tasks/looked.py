@@ -33,6 +33,7 @@ class Question:
     target: object      # as of `explain`
     rows: pd.DataFrame  # images with their `kind`, `score` and `target`
     column: str=''      # of the truth, where it is a label's
+    true: str=''        # what is true of a positive, in a word; '': the name
     drawn: bool=False   # are its pictures those of the worst errors, which the report has already?
 
 def _of_label(table: pd.DataFrame, name) -> pd.DataFrame:
@@ -81,9 +82,9 @@ def questions_of(
         return first + _by_label(table, most)
     if rows is None or not len(rows): return []
     if masks and any(c.startswith('p_') for c in rows): return _by_structure(rows, most)
-    if masks: return [Question('the mask', MaskLogit(), _of_pictures(rows))]
+    if masks: return [Question('the mask', MaskLogit(), _of_pictures(rows), true=str(getattr(answer, 'name', '')))]
     if hasattr(heat, 'explained'): return [Question(heat.asked, heat.target, _of_pictures(rows))]
-    if hasattr(model, 'detect'): return [Question('the best box', DetectionScore(), _chosen(rows))]
+    if hasattr(model, 'detect'): return [Question('the best box', DetectionScore(), _chosen(rows), true=str(answer.positive).lower())]
     return [Question(str(getattr(answer, 'positive', 'positive')), answer.heat_of_score(), _chosen(rows), drawn=True)]
 
 def _chosen(rows: pd.DataFrame) -> pd.DataFrame:
@@ -282,4 +283,4 @@ def _drawn(model, x, method, target) -> np.ndarray:
 def _true(q: Question, r) -> str:
     "What is true of a row, in words."
     there = getattr(r, 'target', np.nan)
-    return '' if np.isnan(there) else f"{'' if there else 'no '}{q.name}"
+    return '' if np.isnan(there) else f"{'' if there else 'no '}{q.true or q.name}"
