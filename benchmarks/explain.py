@@ -1,10 +1,12 @@
 """Heat maps: beside pytorch-grad-cam and captum, the time of a batch, the checks over 200 films, and where the heat lies on
-simulated findings and on real boxes and outlines.
+simulated findings, fractures among them, on real boxes and outlines, and about the joint of real knees.
 
     python benchmarks/explain.py peers
     python benchmarks/explain.py speed
     python benchmarks/explain.py simulated --size 96 --bodies 360 --epochs 12
     RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/explain.py real
+    RADIOLOGY_AI_REAL_DATA=../shared/data python benchmarks/explain.py knee
+    python benchmarks/explain.py weights
 """
 import argparse
 import json
@@ -21,9 +23,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from radiology_ai.core import rng
+from radiology_ai.core import Radiograph, rng
 from radiology_ai.explain import explain, gradcam, heat_overlay
 from radiology_ai.heat.cam import CAMS, cam_maps
+from radiology_ai.heat.checks import alike as alike_maps
 from radiology_ai.heat.checks import (
     boxes_mask,
     centre_map,
@@ -31,6 +34,7 @@ from radiology_ai.heat.checks import (
     check_methods,
     chosen_method,
     figure_of,
+    randomised,
     region_figures,
 )
 from radiology_ai.heat.grid import grid_error
@@ -39,7 +43,9 @@ from radiology_ai.heat.relevance import LRP_RULES, lrp_relevance
 from radiology_ai.metrics.ranking import auroc_ci
 from radiology_ai.models.backbone import create_model
 from radiology_ai.phantom.chest import opacity, simulate_chest
+from radiology_ai.phantom.knee import simulate_knee
 from radiology_ai.phantom.xray import expose
+from radiology_ai.preprocess.knee import locate_knees
 from radiology_ai.tasks.looked import TRIED
 
 CNNS = ('resnet18', 'densenet121', 'mobilenetv3_small_050', 'regnetx_002', 'efficientnet_lite0')
@@ -291,7 +297,7 @@ def real():
     print(f'{(~test).sum()} films of {t.patient_id[~test].nunique()} patients to learn from, {test.sum()} of {len(held)} to judge')
     net = small()
     if args.size>64:
-        net = create_model('efficientnet_lite0', 2, pretrained=False, weights='efficientnet-lite0',
+        net = create_model('tf_efficientnet_lite0', 2, pretrained=False, weights='efficientnet-lite0',
             batchnorm=False)
     clock = time.process_time()
     learn(net, x[~test], torch.from_numpy(t.y[~test].to_numpy()), args.epochs,
@@ -314,12 +320,149 @@ def real():
                 print(f"  {c.method}: {c.verdict}; deletion {c.figures['deletion']}, insertion {c.figures['insertion']}")
 
 
+# ---- knees -----------------------------------------------------------------------------------------------------------
+
+KNEE_MM = 110 # of the side of a simulated crop
+FOR_KNEES = ('gradcam', 'layercam', 'hirescam', 'lrp')
+
+
+def around_joint(image, p, gen, size):
+    "A square of the film with the joint near its middle, `size` pixels of `KNEE_MM`."
+    import cv2
+    scale = KNEE_MM/size/p.spacing
+    x, y = np.array(p.points['joint']) + gen.uniform(-6, 6, 2)/p.spacing
+    m = np.float32([[scale, 0, x-scale*(size-1)/2-.5], [0, scale, y-scale*(size-1)/2-.5]])
+    return cv2.warpAffine(np.asarray(image, np.float32), m, (size, size),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT)
+
+
+def simulated_joints(n, seed, size=64):
+    """Simulated knees (n, 1, size, size), every second one fractured, whether it is, the exact mask of the fracture (gaps, and
+    where bone lies over bone), and the Schatzker type."""
+    images, masks, grades = [], [], []
+    for i in range(n):
+        grade = i%2*(1 + i//2%6)
+        p = simulate_knee(seed+i, grade, 'RL'[i//2%2], 192)
+        film = expose(p, rng(seed+i, 'beam')).pixels
+        images.append(around_joint(film, p, rng(seed+i, 'place'), size))
+        masks.append(around_joint(p.masks['fracture'], p, rng(seed+i, 'place'), size)>.3)
+        grades.append(grade)
+    x = torch.from_numpy(np.stack(images)).float()[:, None].clamp(0, 1)
+    return x, torch.arange(n)%2, np.stack(masks), np.array(grades)
+
+
+def print_checks(net, x, methods, groups=None):
+    "The five checks without a true region; gives them."
+    found = check_methods(net, x, methods, 1, groups=groups, steps=4)
+    print('| method | deletion | insertion | random weights | noise | verdict |')
+    for c in found:
+        print(f'| {c.method} | ' + ' | '.join(str(c.figures[k]) for k in ('deletion', 'insertion',
+            'random weights', 'noise')) + f" | {'; '.join([c.verdict, *c.notes])} |", flush=True)
+    chosen = chosen_method(found)
+    print(f'chosen: {chosen.method if chosen else None}')
+    return found
+
+
+def fractures():
+    clock = time.process_time()
+    x, y, masks, _ = simulated_joints(args.knees, 40_000)
+    valid, yv, _, _ = simulated_joints(60, 50_000)
+    test, yt, truth, grades = simulated_joints(160, 60_000)
+    print(f'simulated: {time.process_time()-clock:.0f} s of processor time; fractures cover {masks[1::2].mean():.3f} of the crop')
+    clock = time.process_time()
+    net = learn(small(), x, y, args.epochs, 5e-3, 16)
+    print(f'learnt from {len(x)} knees: {time.process_time()-clock:.0f} s; valid AUROC {auroc_ci(yv, odds(net, valid))}')
+    clock = time.process_time()
+    print_checks(net, valid[1::2], FOR_KNEES)
+    print(f'checks of {len(FOR_KNEES)} methods on {len(valid)//2} validation knees: {time.process_time()-clock:.0f} s')
+    print(f'test AUROC {auroc_ci(yt, odds(net, test))}; type by type against intact: '
+        + ', '.join(f'{k} {auroc_ci(yt[(grades==k) | (grades==0)], odds(net, test[(grades==k) | (grades==0)])).value:.2f}'
+        for k in range(1, 7)))
+    own = truth[1::2].any((1, 2))
+    print_regions(net, test[1::2][own], truth[1::2][own], np.arange(int(own.sum())), FOR_KNEES)
+    save_picture(net, test[1::2][own], truth[1::2][own], 'fractures', n=6)
+
+
+def joint_mask(knee, size):
+    "(size, size) bool: 80 mm across and 30 mm along the leg, about the joint that the localiser found."
+    x1, _, x2, _ = knee.box
+    mm, (x, y) = (x2-x1)/knee.size_mm, knee.center
+    return boxes_mask([(x-40*mm, y-15*mm, x+40*mm, y+15*mm)], (size, size))
+
+
+def learn_head(net, x, y, steps=400, bs=64):
+    "The head alone, on the maps of a body that stays as it was."
+    with torch.no_grad(): maps = torch.cat([net.eval().body(v) for v in x.split(64)])
+    opt = torch.optim.AdamW(net.head.parameters(), 1e-3, weight_decay=1e-1)
+    net.head.train()
+    for k in range(steps):
+        i = torch.from_numpy(rng(0, 'head', k).integers(len(x), size=bs))
+        loss = nn.functional.cross_entropy(net.head(maps[i]), y[i])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return net.eval()
+
+
+def real_knees():
+    import cv2
+    root = Path(os.environ['RADIOLOGY_AI_REAL_DATA'])/'knee_oai'
+    t = pd.read_csv(root/'manifest.csv', dtype={'patient': str})
+    films = [cv2.imread(str(root/p), 0) for p in t.path]
+    x = torch.from_numpy(np.stack([cv2.resize(f, (args.size, args.size), interpolation=cv2.INTER_AREA)
+        for f in films])).float()[:, None]/255
+    y = torch.from_numpy((t.kl>=2).to_numpy().astype(int))
+    persons = rng(0, 'patients').permutation(sorted(set(t.patient)))
+    n = len(persons)
+    part = [t.patient.isin(persons[a:b]).to_numpy() for a, b in ((0, n*6//10), (n*6//10, n*7//10), (n*7//10, n))]
+    net = create_model('tf_efficientnet_lite0', 2, pretrained=False, weights='efficientnet-lite0', batchnorm=False)
+    clock = time.process_time()
+    learn_head(net, x[part[0]], y[part[0]])
+    print(f'head learnt from {part[0].sum()} knees: {time.process_time()-clock:.0f} s; test AUROC of grade 2 or more '
+        f'{auroc_ci(y[part[2]], odds(net, x[part[2]]), groups=t.patient[part[2]].to_numpy())}, {part[2].sum()} knees')
+    ill = part[1] & (y==1).numpy()
+    ill = np.flatnonzero(ill)[:24]
+    print_checks(net, x[ill], FOR_KNEES, t.patient.to_numpy()[ill])
+    judged = np.flatnonzero(part[2] & (y==1).numpy())[:100]
+    found = {i: max(locate_knees(Radiograph(films[i].astype(np.float32)/255)), key=lambda k: k.score, default=None) for i in judged}
+    own = np.array([i for i in judged if found[i] is not None])
+    masks = np.stack([cv2.resize(joint_mask(found[i], films[i].shape[0]).astype(np.uint8), (args.size, args.size),
+        interpolation=cv2.INTER_NEAREST)>0 for i in own])
+    print(f'a joint was found on {len(own)} of {len(judged)} knees of grade 2 or more')
+    print_regions(net, x[own], masks, t.patient[own].to_numpy(), FOR_KNEES)
+    save_picture(net, x[own], masks, 'knees', n=6)
+
+
+def weights():
+    "The correlation of each method's map with that of random weights, on 16 fractured knees; below .5 the check is passed."
+    x, _, _, _ = simulated_joints(32, 70_000, 96)
+    x = x[1::2]
+    nets = {'tf_efficientnet_lite0 of ImageNet': (create_model('tf_efficientnet_lite0', 2, pretrained=False,
+        weights='efficientnet-lite0', batchnorm=False), SHOWN),
+        'vit_tiny_patch16_224, random': (create_model('vit_tiny_patch16_224', 2, pretrained=False, img_size=96,
+        batchnorm=False), (*SHOWN[:-1], 'rollout', 'attnlrp'))}
+    print('| network | method | correlation with random weights | |')
+    for name, (net, methods) in nets.items():
+        other = randomised(net.eval(), x)
+        for method in methods:
+            found = alike_maps(explain_quietly(net, x, method, 1), explain_quietly(other, x, method, 1))
+            f = figure_of(found, None, (-1, 1))
+            print(f"| {name} | {method} | {f} | {'passed' if f.high<.5 else 'failed'} |", flush=True)
+
+
+def knee():
+    if args.only!='real': fractures()
+    if args.only!='simulated': real_knees()
+
+
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', choices=('peers', 'speed', 'conservation', 'simulated', 'real'))
+    parser.add_argument('part', choices=('peers', 'speed', 'conservation', 'simulated', 'real', 'knee', 'weights'))
     parser.add_argument('--epochs', type=int, default=12)
     parser.add_argument('--bodies', type=int, default=160, help='simulated, to learn from, with six films each')
+    parser.add_argument('--knees', type=int, default=480, help='simulated, to learn from')
+    parser.add_argument('--only', choices=('simulated', 'real'), help='of the knees')
     parser.add_argument('--size', type=int, default=128, help='pixels of a film')
     parser.add_argument('--out', default='.', help='the folder of the pictures')
     args = parser.parse_args()

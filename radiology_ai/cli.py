@@ -499,6 +499,7 @@ def explain(
     *,
     method: Annotated[str, typer.Option(help="gradcam, gradcam++, layercam, hirescam, eigencam, rollout, integrated_gradients, lrp or "
         "attnlrp (LRP is patented: free for personal and scientific use only). Without it GradCAM, and of masks their probability.")]='',
+    dicom: Annotated[bool, typer.Option('--dicom', help="Each picture also as a DICOM secondary capture in the study of its film.")]=False,
 ):
     "Draw where the network looked, laid back onto the original radiographs."
     _to(out, 'folder')
@@ -506,9 +507,9 @@ def explain(
     check_task(task)
     check_films(paths)
     from radiology_ai.serve.predict import explain as explained
-    table = explained(model, paths, out, workers, task=task, method=method)
+    table = explained(model, paths, out, workers, task=task, method=method, dicom=dicom)
     code = _errors(table[table.error!=''].rename(columns=dict(error='cause')), table.path, out)
-    _say(f"{int((table.error=='').sum())} pictures: {out}")
+    _say(f"{int((table.picture.fillna('')!='').sum())} pictures: {out}")
     return code
 
 @app.command()

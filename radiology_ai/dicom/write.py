@@ -384,7 +384,7 @@ def secondary_capture(
     ds.ConversionType = 'WSD'
     ds.DateOfSecondaryCapture,ds.TimeOfSecondaryCapture = ds.ContentDate,ds.ContentTime
     ds.SourceImageSequence = [_reference(source)]
-    ds.DerivationDescription = 'The film, grey values as shown, with findings drawn by an algorithm'
+    ds.DerivationDescription = 'The film, grey values as shown, with findings or heat of an algorithm drawn over it'
     return _settled(ds, source, when)
 
 def _reference(source) -> Dataset:

@@ -70,6 +70,7 @@ class ReportData:
     unreadable: object=None           # table or list of dicts with `cause`, and `number` or `path`
     curves: list=field(default_factory=list)   # training curves: one table or list of dicts (a row an epoch) for each fit
     examples: list=field(default_factory=list) # of `Example`
+    heat_told: str=''                 # what their heat is worth, as a sentence or two; '': that it is GradCAM's and no proof
     facts: dict=field(default_factory=dict)    # of the run; dicts inside become tables of their own
     intended_use: str='Research on methods. Not for use on patients.'
     limits: tuple=field(default_factory=lambda: LIMITS)

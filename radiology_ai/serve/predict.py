@@ -31,6 +31,8 @@ from radiology_ai.core import (
     alone,
     atomic_path,
     check_replaced,
+    file_fault,
+    optional,
     plain,
     progress,
     resize_array,
@@ -39,9 +41,11 @@ from radiology_ai.core import (
     transform_boxes,
 )
 from ..dicom.read import read_radiograph
-from ..dicom.write import Algorithm
+from ..dicom.source import read_source
+from ..dicom.write import Algorithm, save_result, secondary_capture
 from ..findings import Reading
 from ..models.onnx import is_onnx
+from ..preprocess.places import film_id
 from ..preprocess.scale import on_cluster, preprocess_folder
 from ..preprocess.store import STORE_FILES, ImageStore, read_account
 from .outputs import Answered, check_outputs, named_outputs, picture_name, write_outputs
@@ -326,9 +330,10 @@ def explain(
     *,
     task=None,              # a name of `TASKS`, or a `Task`; None: as the bundle says
     method: str='',         # of `radiology_ai.explain.METHODS`; '': GradCAM, and of masks their probability
+    dicom: bool=False,      # each picture also as a secondary capture in the study of its film, NAME_sc.dcm beside NAME.png
 ) -> pd.DataFrame:
-    """Write one PNG an image and `heat.csv` with the hottest point (`hot_x`, `hot_y`) in stored pixels; one row a file. Raises
-    `RadiologyError` where there is nothing to draw.
+    """Write one PNG an image and `heat.csv` with the hottest point (`hot_x`, `hot_y`) in stored pixels; one row a file. A film that can
+    have no secondary capture has its picture and a fault. Raises `RadiologyError` where there is nothing to draw.
 
     Example: `explain('run', 'films', 'heat', method='gradcam')`"""
     if is_onnx(model):
@@ -338,8 +343,10 @@ def explain(
     if method:
         from radiology_ai.explain import check_heat_method
         check_heat_method(method)
+    if dicom: optional('highdicom', 'dicom_results')
     (bundles,task),out = models_and_task(model, task),Path(out)
     check_replaced(out/'heat.csv', (b'path,image_id,',))
+    by = algorithm_of(bundles[:1], task) if dicom else None
     with stored(bundles[0].recipe, paths, workers, show) as store:
         table = predicted_rows(bundles, task, store, show)
         good = np.flatnonzero(table.error=='')
@@ -349,7 +356,7 @@ def explain(
         number = {row: k for k,row in enumerate(zip(rows.path, rows.image_id), 1)}
         for i,h in progress(list(zip(good, heat)), 'draw', show=show):
             name = picture_name(number[table.path[i], table.image_id[i]], table.path[i])
-            _draw(table, i, h, store, out/name)
+            _draw(table, i, h, store, out/name, by=by)
         table = with_errors(table, store)
     _check_some(table)
     table = table[['path','image_id', *(['score'] if 'score' in table else []), 'picture','hot_x','hot_y',
@@ -357,10 +364,18 @@ def explain(
     save_table(table, out/'heat.csv', float_format='%.6f')
     return table
 
-def _draw(table, i, heat, store, path):
-    "One picture, and its row of the table."
+def _draw(table, i, heat, store, path, *, by):
+    "One picture, and its row of the table; as a secondary capture as well where `by` says what made it."
     from radiology_ai.explain import hottest
     seen,film = store.radiograph(i),read_radiograph(table.path[i])
-    save_picture(path, heat_picture(film, seen, heat))
+    picture = heat_picture(film, seen, heat)
+    save_picture(path, picture)
     x,y = seen.to_stored(hottest(heat))
     table.loc[i, ['picture','hot_x','hot_y']] = [path.name, round(x, 1), round(y, 1)]
+    if by is None: return
+    try:
+        source = read_source(table.path[i], film_id(table.image_id[i]))
+        with file_fault(table.path[i], 'no result can be made of it', 'Leave it out'):
+            ds = secondary_capture(source, picture, by)
+        save_result(ds, path.with_name(f'{path.stem}_sc.dcm'))
+    except DicomError as e: table.loc[i, ['error','remedy']] = [f'no secondary capture: {e.cause}', e.remedy]

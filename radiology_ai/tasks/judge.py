@@ -31,8 +31,8 @@ from ..report.page import choose_examples, standard_sections, write_report
 from ..report.sections import Section, left_out_section
 from ..tables import load_table
 from .base import Task, make_settings
-from .kinds import channels_of, stored_batches, task_manifest
-from .looked import heat_section
+from .kinds import Answer, channels_of, stored_batches, task_manifest
+from .looked import Looked, heat_section, look
 from .run import load_models, mean_threshold, model_folders, named_copies, read_run, store_of
 
 # %% ../../nbs/68_tasks.judge.ipynb #405fcb03
@@ -183,15 +183,16 @@ def report_run(
     left_out = [k for k in list(flow)[1:list(flow).index('used')]]
     grades = evaluation.figures['grades']
     title,question = task.told(make_settings(task.settings, s))
-    pictures = examples_of(task, run, evaluation, store) if store is not None else []
-    drawn = bool(pictures) and all(x.heat is None for x in pictures) # they are no heat maps
+    looked = _looked(task, run, evaluation, store) if store is not None and audit else None
+    pictures = examples_of(task, run, evaluation, store, looked) if store is not None else []
+    drawn = bool(pictures) and type(evaluation.task.answer).pictures is not Answer.pictures # they are no heat maps
     d = ReportData(title=title, table=evaluation.table, figures=evaluation.figures, task=question,
         simulated=bool(is_simulated(evaluation.table.image_id, evaluation.table.patient_id).any()),
         subgroups=tuple(_shown(task, evaluation.table)), grade_names=grades['names'] if grades else None,
         manifest=run.manifest,
         flow={f'- {k}' if k in left_out else k: v for k,v in flow.items()}, unreadable=_unreadable(run),
         curves=[_curves(r) for r in record['fits']], facts=facts,
-        examples=[] if drawn else pictures,
+        examples=[] if drawn else pictures, heat_told=looked.of_errors if looked else '',
         **evaluation.task.answer.names(make_settings(task.settings, s)))
     d = replace(d, **more)
     losses = left_out_section(record.get('left_out', []))
@@ -199,7 +200,7 @@ def report_run(
         *evaluation.task.answer.sections(evaluation.figures),
         *([Section('Films', films_of(pictures))] if drawn else [])])
     if audit:
-        heat = _looked(task, run, evaluation, store, bool(d.examples)) if store is not None else []
+        heat = [_heat_of(looked, task, run, evaluation, store, bool(d.examples))] if looked else []
         d = replace(d, sections=[*d.sections, *heat, *_audits(evaluation.task, run, d, store)])
     return write_report(Path(out or run.path), d)
 
@@ -215,16 +216,21 @@ def _audits(task, run, d: ReportData, store) -> list:
     learnt = learnt.drop(columns=other).rename(columns=names)
     return standard_sections(d, store, learnt.assign(**truth), task.urgent)
 
-def _looked(task, run, evaluation, store, drawn: bool) -> list:
-    "The section on heat maps: chosen on validation films of the run, where the store has them."
-    store = store if isinstance(store, ImageStore) else ImageStore(store)
+def _network(task, run, store) -> tuple:
+    "The network whose pictures are shown, that of the last stage, and the store as such."
     model = load_models(run, task, task.stages[-1].name if len(task.stages)>1 else '')[0].model
+    return model,store if isinstance(store, ImageStore) else ImageStore(store)
+
+def _looked(task, run, evaluation, store) -> Looked|None:
+    "The checks of heat maps: the method is chosen on validation films of the run, where the store has them."
+    model,store = _network(task, run, store)
     answer,valid = evaluation.task.answer,run.manifest.iloc[:0]
     if 'split' in run.manifest: valid = run.manifest[run.manifest.split=='valid'].reset_index(drop=True)
     if len(valid): valid = valid.assign(**answer.truth(valid, make_settings(task.settings, run.settings)))
-    plain_heat = drawn and not hasattr(answer.heat(), 'maps') and not hasattr(model, 'detect')
-    found = heat_section(answer, model, store, evaluation.table, valid, drawn='gradcam' if plain_heat else '')
-    return [found] if found else []
+    return look(answer, model, store, evaluation.table, valid)
+
+def _heat_of(looked, task, run, evaluation, store, drawn: bool) -> Section:
+    return heat_section(looked, evaluation.task.answer, *_network(task, run, store), drawn=drawn)
 
 def _unreadable(run) -> list[dict]:
     "Files of the store that could not be used by their numbers; with their paths where names were asked for."
@@ -236,20 +242,29 @@ def _curves(record: dict) -> list[dict]:
     "The epochs of a fit, without times."
     return [{k: v for k,v in row.items() if k not in ('time','seconds')} for row in record['curves']]
 
-def examples_of(task: Task, run, evaluation: Evaluation, store) -> list[Example]:
+def examples_of(
+    task: Task,
+    run,                     # a run of it
+    evaluation: Evaluation,
+    store,                   # the store of the evaluated images
+    looked: Looked|None=None,# the method and how its check ended; None: GradCAM, not checked
+) -> list[Example]:
     "True positives and the worst errors with their heat maps; none for answers of several labels or classes."
-    table = evaluation.task.answer.examples(evaluation.table)
+    answer = evaluation.task.answer
+    table = answer.examples(evaluation.table)
     if table is None: return []
-    store = store if isinstance(store, ImageStore) else ImageStore(store)
+    model,store = _network(task, run, store)
     rows = table if 'kind' in table else choose_examples(table) # an answer may have chosen
-    own = evaluation.task.answer.pictures(rows, store)
+    own = answer.pictures(rows, store)
     if own is not None: return own
-    model = load_models(run, task, task.stages[-1].name if len(task.stages)>1 else '')[0].model
-    heat = heat_maps(model, store, [store.position(i) for i in rows.image_id], evaluation.task.answer.heat())
+    if looked and looked.fault: heat = [None]*len(rows)
+    else:
+        heat = heat_maps(model, store, [store.position(i) for i in rows.image_id], answer.heat_of_score(),
+            looked.method if looked else '')
     truth = rows.grade if 'grade' in rows else rows.target
+    def worth(h): return '' if h is None or not looked else looked.verdict() + '; nothing speaks for it'*(not h.any())
     return [Example(r.kind, np.asarray(store[store.position(r.image_id)]), h, r.image_id, r.score,
-        f'{evaluation.label} {plain(t)}'.strip())
-        for r,h,t in zip(rows.itertuples(), heat, truth)]
+        f'{evaluation.label} {plain(t)}'.strip(), worth(h)) for r,h,t in zip(rows.itertuples(), heat, truth)]
 
 def films_of(
     pictures: list, # `Example`s with a `kind`

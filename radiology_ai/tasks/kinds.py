@@ -231,6 +231,7 @@ class Answer:
     def loss(self, settings, dls): return None # that of the learner for such targets
     def metrics(self) -> list|None: return None # likewise
     def heat(self): return None                # of the likeliest output
+    def heat_of_score(self): return self.heat() # of the score by which `examples` are chosen
     def spec(self, rows, vocab, settings) -> dict: # for the bundle, of the rows of training
         return {'kind': type(self).__name__.lower(), 'activation': self.activation}
     def examples(self, table) -> pd.DataFrame|None: # with `target` and `score`, for pictures of a report

@@ -177,7 +177,20 @@ def poses_told(
     return out
 
 class PlaceHeat:
-    "For pictures: how much each place of the last look counts."
+    """For pictures: how much each place of the last look counts. What a report explains is the confidence, by a method that goes back
+    to the pixels, since the network's maps lie over what it has already moved."""
+    asked,target,tried = 'confidence',0,('integrated_gradients',)
+
+    def explained(self, model):
+        "A network (B, C, H, W) to the logit of the confidence (B, 1)."
+        import torch
+        class Confidence(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.aligner = model
+            def forward(self, x): return self.aligner.answer(x)[1][:,None]
+        return Confidence().eval()
+
     def maps(self, model, x) -> np.ndarray:
         "(B, H, W) in [0, 1]."
         import torch

@@ -6,7 +6,7 @@ Docs: https://lluissalord.github.io/radiology_ai/tasks.tree.html.md"""
 
 # %% auto #0
 __all__ = ['BY_GROUP', 'PARTS', 'CALLS', 'TIER_CALLS', 'part_of', 'enforced', 'tree_calls', 'tree_numbers', 'called_tier',
-           'scored_tier', 'triage_score', 'by_frequency', 'long_tail_figures', 'tier_figures', 'Tree']
+           'scored_tier', 'triage_score', 'by_frequency', 'long_tail_figures', 'tier_figures', 'Tree', 'TriageLogit']
 
 # %% ../../nbs/67_tasks.tree.ipynb #e556583a
 import warnings
@@ -499,6 +499,29 @@ def findings(self:Tree, r, vocab) -> tuple:
     tier = dict(zip(self.tree.names, self.tree.tiers))
     return tuple(Finding(v, r[f'p_{v}'], bool(r[f'call_{v}']) if f'call_{v}' in r else None,
         tier.get(v) or None) for v in vocab)
+
+@dataclass(frozen=True)
+class TriageLogit:
+    """What heat maps of the triage score explain: as `triage_score`, but of logits (B, C), the mean over the tiers above the lowest
+    of the likeliest category of it or of a higher one.
+
+    >>> TriageLogit((0, 1, 2))(np.array([[9., 1., 3.]]))
+    array([3.])
+    """
+    numbers: tuple # of the tier of each output, from 0
+
+    def __call__(self, logits):
+        each = [logits[:,[i for i,n in enumerate(self.numbers) if n>=k]].max(1)
+            for k in range(1, max(self.numbers)+1)]
+        return sum(getattr(e, 'values', e) for e in each)/len(each) # of a tensor `max` tells the places too
+
+@patch
+def heat_of_score(self:Tree):
+    "`TriageLogit` of the outputs; None where there is no tier above the lowest."
+    if self.tree is None or not self.outputs: return None
+    tree = part_of(self.tree, self.outputs)
+    numbers = tuple(int(n) for n in tree_numbers(tree, tree.tiers))
+    return TriageLogit(numbers) if max(numbers)>0 else None
 
 @patch
 def examples(self:Tree, table) -> pd.DataFrame|None:
