@@ -84,7 +84,8 @@ def questions_of(
     if masks and any(c.startswith('p_') for c in rows): return _by_structure(rows, most)
     if masks: return [Question('the mask', MaskLogit(), _of_pictures(rows), true=str(getattr(answer, 'name', '')))]
     if hasattr(heat, 'explained'): return [Question(heat.asked, heat.target, _of_pictures(rows))]
-    if hasattr(model, 'detect'): return [Question('the best box', DetectionScore(), _chosen(rows), true=str(answer.positive).lower())]
+    if hasattr(model, 'detect'):
+        return [Question('the best box', DetectionScore(), _chosen(rows), true=str(answer.positive).lower())]
     return [Question(str(getattr(answer, 'positive', 'positive')), answer.heat_of_score(), _chosen(rows), drawn=True)]
 
 def _chosen(rows: pd.DataFrame) -> pd.DataFrame:
