@@ -200,7 +200,7 @@ def report_run(
         *evaluation.task.answer.sections(evaluation.figures),
         *([Section('Films', films_of(pictures))] if drawn else [])])
     if audit:
-        heat = [_heat_of(looked, task, run, evaluation, store, bool(d.examples))] if looked else []
+        heat = [_heat_of(looked, task, run, evaluation, store, drawn=bool(d.examples))] if looked else []
         d = replace(d, sections=[*d.sections, *heat, *_audits(evaluation.task, run, d, store)])
     return write_report(Path(out or run.path), d)
 
@@ -229,7 +229,7 @@ def _looked(task, run, evaluation, store) -> Looked|None:
     if len(valid): valid = valid.assign(**answer.truth(valid, make_settings(task.settings, run.settings)))
     return look(answer, model, store, evaluation.table, valid)
 
-def _heat_of(looked, task, run, evaluation, store, drawn: bool) -> Section:
+def _heat_of(looked, task, run, evaluation, store, *, drawn: bool) -> Section:
     return heat_section(looked, evaluation.task.answer, *_network(task, run, store), drawn=drawn)
 
 def _unreadable(run) -> list[dict]:

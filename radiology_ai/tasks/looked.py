@@ -84,7 +84,8 @@ def questions_of(
     if masks and any(c.startswith('p_') for c in rows): return _by_structure(rows, most)
     if masks: return [Question('the mask', MaskLogit(), _of_pictures(rows), true=str(getattr(answer, 'name', '')))]
     if hasattr(heat, 'explained'): return [Question(heat.asked, heat.target, _of_pictures(rows))]
-    if hasattr(model, 'detect'): return [Question('the best box', DetectionScore(), _chosen(rows), true=str(answer.positive).lower())]
+    if hasattr(model, 'detect'):
+        return [Question('the best box', DetectionScore(), _chosen(rows), true=str(answer.positive).lower())]
     return [Question(str(getattr(answer, 'positive', 'positive')), answer.heat_of_score(), _chosen(rows), drawn=True)]
 
 def _chosen(rows: pd.DataFrame) -> pd.DataFrame:
@@ -110,7 +111,7 @@ def _some(rows: pd.DataFrame, store, films: int) -> pd.DataFrame:
     if 'target' in rows: rows = rows.sort_values('target', ascending=False, kind='stable')
     return rows[:films]
 
-def _check(model, store, rows, method, target, steps) -> HeatCheck:
+def _check(model, store, rows, method, target, *, steps) -> HeatCheck:
     return check_method(model, images_of(model, store, rows.image_id), method, target,
         groups=rows.patient_id.to_numpy(), steps=steps, draws=1)
 
@@ -133,10 +134,10 @@ def checked_method(
     rows,found = valid if len(valid)>1 else test,[]
     if len(rows)<2: return tried[0],[]
     for method in tried:
-        found.append((on, _check(model, store, rows, method, target, steps)))
+        found.append((on, _check(model, store, rows, method, target, steps=steps)))
         if found[-1][1].passed: break
     chosen = found[-1][1].method if found[-1][1].passed else tried[0]
-    if on=='validation' and len(test)>1: found.append(('test', _check(model, store, test, chosen, target, steps)))
+    if on=='validation' and len(test)>1: found.append(('test', _check(model, store, test, chosen, target, steps=steps)))
     return chosen,found
 
 def _of_question(q: Question, model, store, valid, test, *, method, films, steps=2) -> list[tuple]:
@@ -145,7 +146,7 @@ def _of_question(q: Question, model, store, valid, test, *, method, films, steps
         if q.column in rows: rows = rows.assign(target=pd.to_numeric(rows[q.column], errors='coerce'))
         rows = _some(rows, store, films)
         if len(rows)>1 and (not q.column or 'target' in rows and (rows.target==1).any()):
-            return [(on, q.name, _check(model, store, rows, method, q.target, steps))]
+            return [(on, q.name, _check(model, store, rows, method, q.target, steps=steps))]
     return []
 
 # %% ../../nbs/67_tasks.looked.ipynb #eeb4aee0
