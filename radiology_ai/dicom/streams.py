@@ -207,8 +207,8 @@ def _jpeg2000(data):
         parts.append(data[p:p+6] + struct.pack('>I', 12 + len(body) if n else 0) + data[p+10:p+12] + body)
         p = end
     else: raise Unclear('it has too many tile-parts')
-    main = _right_lists(main, 0x55, lambda told: len(told)==2*len(lengths) and [(lengths[i//2][0] if told[i] is None else told[i], told[i + 1])
-        for i in range(0, len(told), 2)]==lengths)
+    main = _right_lists(main, 0x55, lambda told: len(told)==2*len(lengths) and all(t in (None, tile) and n==length
+        for t,n,(tile,length) in zip(told[::2], told[1::2], lengths)))
     return b''.join([data[:2], *main, *parts, b'\xff\xd9']),p + 2
 
 # %% ../../nbs/17_dicom.streams.ipynb #65038cdb
@@ -297,18 +297,17 @@ def suspects(
 
 def tails(
     data: bytes, # a frame of `stripped`, not RLE
-    most: int=6, # places
 ) -> list:
-    """Places (start, end) of one byte near the end of each scan of a JPEG stream, two before the last one
-    that is no filling: in a     picture that ends with its scan it tells something. None for other streams: JPEG-LS decoders refuse such bytes,
-    JPEG 2000 may have spare ones."""
-    kind,out = stream_info(data)['kind'],[]
-    for a,b in _coded(data, kind) if kind in ('jpeg', 'lossless') else ():
-        while b>a and data[b-1] in (0, 255): b -= 1
-        p = b - 3
-        while p>a + 1 and 255 in data[p-1:p+1]: p -= 1
-        if p>a + 1: out.append((p, p + 1))
-    return out[:1] + out[1:][1-most:]
+    """The place (start, end) of one byte near the end of a grey JPEG picture in one scan, two before the last one that
+    is no filling: it tells something of the picture. None for other streams: in colours or several scans the
+    last blocks may lie beside the picture, JPEG-LS decoders refuse such bytes, JPEG 2000 may have spare ones."""
+    info = stream_info(data)
+    if info['kind'] not in ('jpeg', 'lossless') or info['samples']>1 or info.get('progressive'): return []
+    a,b = next(_coded(data, info['kind']), (0, 0))
+    while b>a and data[b-1] in (0, 255): b -= 1
+    p = b - 3
+    while p>a + 1 and 255 in data[p-1:p+1]: p -= 1
+    return [(p, p + 1)] if p>a + 1 else []
 
 def overwritten(
     data: bytes,  # a frame
