@@ -48,9 +48,10 @@ from .index import image_files
 from .limits import MAX_PARSED, MAX_WALKED, settle_charset, shown_name
 from .pixels import HeldBack, tidy_pixels
 from .profile import EDITION, OPTIONS, TELLING, Profile, clean_words
-from .pseudonyms import Pseudonyms, dummy, read_key, shift_date, young_enough
-from .residue import Residue, name_words
+from .pseudonyms import Pseudonyms, dummy, of_standard, read_key, shift_date, young_enough
+from .residue import PLACES, Residue, name_words
 from .stored import decode_stored
+from .tags import code_of, value_of
 from ..files import read_json
 from ..parallel import run_parallel
 from ..tables import load_table, save_table, table_text
@@ -95,6 +96,9 @@ class Walk:
                 self.account.append((at, keyword_for_tag(tag), 'X'))
                 continue
             new,code = self._element(e, at, bool(place))
+            if new is e and e.keyword.endswith(('LUTData', 'LookupTableData')):
+                new = self._table(ds, e)
+                if new is not e: code = 'C' if new is not None else 'X'
             if code: self.account.append((at, e.keyword, code))
             if new is not None: out.add(new)
             if code=='C' and new is not None and e.VR in _TELLING - {'DA', 'DT'}:
@@ -118,6 +122,7 @@ class Walk:
                 for i,item in enumerate(e.value)])),code
         if e.VR=='UI' and code in ('', 'K') and not self._are_uids(e): code = 'U'
         if e.VR in _TIMES and code in ('K', 'C') and not self._are_times(e): return None,'X'
+        if e.VR in ('DS', 'IS') and code in ('', 'K') and not self._are_numbers(e): return None,'X'
         if code in ('', 'K'): return e,code
         value = self._value(e, code)
         self.made += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v]
@@ -136,6 +141,23 @@ class Walk:
         if all(_TIME.fullmatch(str(v or '')) for v in values): return True
         self._remember(e)
         return False
+
+    def _are_numbers(self, e):
+        "Has an element of a number nothing but numbers as values? What cannot be converted comes as the text that it is."
+        values = e.value if isinstance(e.value, (list, MultiValue)) else [e.value]
+        if not any(isinstance(v, str) and v.strip('\0 ') for v in values): return True
+        self.lost |= {('LO', v) for v in values if isinstance(v, str)}
+        return False
+
+    def _table(self, ds, e):
+        "A look-up table without what stands behind its entries; None where it is not of the picture."
+        if 'Palette' in e.keyword and code_of(ds, 'PhotometricInterpretation')!='PALETTE COLOR': return None
+        name = 'LUTDescriptor' if e.keyword=='LUTData' else e.keyword.removeprefix('Segmented').replace('Data', 'Descriptor')
+        told = value_of(ds, name)
+        n = int(told[0])%65536 or 65536 if isinstance(told, list) and isinstance(told[0], int) else 0
+        if e.keyword.startswith('Segmented') or not isinstance(e.value, (bytes, list, MultiValue)): return e
+        most = 2*n if isinstance(e.value, bytes) else n
+        return e if len(e.value)<=most else DataElement(e.tag, e.VR, e.value[:most])
 
     def _value(self, e, code):
         "The new value of an element that is mapped, cleaned, replaced or emptied."
@@ -161,6 +183,19 @@ class Walk:
         for ds,tag in self.described:
             ds[tag].value = self._each(ds[tag].value, lambda v: clean_words(v, people))
 
+    def map_telling(self, ds, rest):
+        "Maps the UIDs that stayed as they are, such as one of a private SOP class, where one of their numbers was taken out."
+        for e in list(ds):
+            if e.VR=='SQ':
+                for item in e.value: self.map_telling(item, rest)
+            if e.VR!='UI' or not e.value: continue
+            values = [str(v) for v in (e.value if isinstance(e.value, (list, MultiValue)) else [e.value])]
+            new = [self.names.uid(v) if v not in self.made and rest.in_uid(v) else v for v in values]
+            if new==values: continue
+            ds[e.tag] = DataElement(e.tag, 'UI', new if len(new)>1 else new[0])
+            self.made += new
+            self.account.append((f'({e.tag.group:04x},{e.tag.element:04x})', e.keyword, 'U'))
+
     def drop_nameless(self):
         "Takes out the private elements whose creator held something that was cut: nobody could tell whose they are."
         for ds,tag,text in self.creators:
@@ -175,9 +210,9 @@ class Walk:
             for item in e.value: self._remember_all(item)
         elif e.VR in _TELLING and e.value and e.keyword not in _SILENT:
             values = e.value if isinstance(e.value, (list, MultiValue)) else [e.value]
-            # UIDs of the standard are nobody's
-            self.lost |= {(e.VR, str(v).strip('\0 ')) for v in values
-                if not str(v).startswith('1.2.840.10008.')}
+            texts = [str(v).strip('\0 ') for v in values]
+            self.lost |= {(e.VR, t) for t in texts if e.VR!='UI' or not of_standard(t)}
+            if PLACES.search(e.keyword): self.lost |= {('PLACE', t) for t in texts}
 
     def _remember_all(self, item):
         settle_charset(item)
@@ -254,7 +289,9 @@ def clean_header(
     out.DeidentificationMethodCodeSequence = Sequence([_code(*c) for c in codes])
     out.LongitudinalTemporalInformationModified = ('UNMODIFIED' if 'dates_full' in r else 'MODIFIED'
         if 'dates_modified' in r else 'REMOVED')
-    Residue(walk.lost, walk.made).scrub(out, walk.account)
+    rest = Residue(walk.lost, walk.made)
+    rest.scrub(out, walk.account)
+    walk.map_telling(out, rest)
     walk.drop_nameless()
     return out,walk
 

@@ -20,8 +20,8 @@ from .burned_in import find_text
 from .codecs import decode_frame, stream_info, syntax_of
 from .file import declared_frame, fragments
 from .limits import MAX_STORED
-from .stored import compressed_frames, decode_stored, encapsulated, layout, pixel_value
-from .streams import Unclear, overwritten, stripped, suspects
+from .stored import compressed_frames, decode_stored, encapsulated, layout, pixel_value, place_of_bits
+from .streams import Unclear, overwritten, stripped, suspects, tails
 
 # %% ../../nbs/18_dicom.pixels.ipynb #61ef9d9a
 class HeldBack(DicomError): "A file that can be read but must not be released."
@@ -33,11 +33,8 @@ def used_bits(
     ds: Dataset, # a header
 ) -> tuple[int,int]:
     "The lowest bit of a sample and how many there are, as the reader takes them."
-    alloc = int(ds.BitsAllocated)
-    bits = min(int(ds.get('BitsStored') or alloc), alloc)
-    high = ds.get('HighBit')
-    low = int(high if isinstance(high, int) else bits - 1) + 1 - bits
-    return (low if 0<=low<=alloc - bits else 0),bits
+    bits,low,_ = place_of_bits(ds, int(ds.BitsAllocated))
+    return low,bits
 
 def without_unused(
     a: np.ndarray, # words; not changed
@@ -99,9 +96,8 @@ def _numbers(data, ds, dtype, shape, path):
         except (RuntimeError, ValueError): pass # arithmetic coding, or damaged
     return decode_frame(data, ds, dtype, shape, path).array
 
-def _same(one, two, ds, dtype, shape, *, path):
-    "Do two streams decode to the same numbers? A second that does not decode is another."
-    a = _numbers(one, ds, dtype, shape, path)
+def _same(a, two, ds, dtype, shape, *, path):
+    "Does a stream decode to the numbers `a`? One that does not decode is another."
     try: b = _numbers(two, ds, dtype, shape, path)
     except DicomError: return False
     return a.dtype==b.dtype and np.array_equal(a, b)
@@ -111,11 +107,14 @@ def _frame(data, ds, dtype, shape, path):
     rle = syntax_of(ds)==RLELossless
     new,end = stripped(data, shape, dtype.itemsize, rle)
     if rle: return new
-    if len(new)!=end and not _same(data[:end], new, ds, dtype, shape, path=path):
-        raise Unclear('its picture depends on what would be cut')
-    for place in suspects(new):
-        if _same(new, overwritten(new, place), ds, dtype, shape, path=path):
-            raise Unclear('bytes that read like text stand in it')
+    texts,ends = suspects(new),tails(new)
+    if len(new)==end and not texts and not ends: return new
+    a = _numbers(data[:end], ds, dtype, shape, path)
+    same = lambda stream: _same(a, stream, ds, dtype, shape, path=path)
+    if len(new)!=end and not same(new): raise Unclear('its picture depends on what would be cut')
+    if any(same(overwritten(new, place)) for place in texts): raise Unclear('bytes that read like text stand in it')
+    if any(all(same(overwritten(new, place, by)) for by in (0x15, 0x2A)) for place in ends):
+        raise Unclear('bytes that are not of the picture stand behind its last code')
     return new
 
 def _offsets(parts, frames):

@@ -151,7 +151,8 @@ ReportNumber ResponsiblePersonRole SelectorCSValue SelectorDSValue SelectorISVal
 _SHORT = ('LO', 'SH', 'UC', 'AE')
 _LONG = ('LT', 'ST', 'UT', 'UR', 'UN')
 _TEXTS = frozenset((*_DATES, *_LONG))
-_TABLES = re.compile('(LUTData|LookupTableData)$|^PixelData$')
+# the tables through which the numbers of a picture go, and the numbers themselves where they are not of another picture
+_TABLES = re.compile('^(LUTData|(Segmented)?(Red|Green|Blue)PaletteColorLookupTableData)$')
 # representations that no private element may have
 TELLING = frozenset((*_DATES, *_LONG, 'PN', 'AE', 'UC', 'SQ', 'AS'))
 
@@ -173,7 +174,7 @@ class Profile:
         keyword,listed = keyword_for_tag(tag),table_action(tag)
         kept = self._option(tag, vr, keyword, listed)
         if kept: return kept
-        return choose(listed, keyword, sop_class, nested) if listed else self._unlisted(tag, vr, keyword)
+        return choose(listed, keyword, sop_class, nested) if listed else self._unlisted(tag, vr, keyword, nested)
 
     def _option(self, tag, vr, keyword, listed):
         "K or C where an option keeps the element, else ''."
@@ -189,7 +190,7 @@ class Profile:
         if 'uids' in r and (listed=='U' or vr=='UI'): return 'K'
         return 'C' if 'descriptions' in r and keyword in DESCRIPTIONS else ''
 
-    def _unlisted(self, tag, vr, keyword):
+    def _unlisted(self, tag, vr, keyword, nested):
         "For elements that the table does not have."
         group = tag>>16
         if tag & 0xFFFF==0 or 0x6000<=group<=0x60FF or tag==_ENCRYPTED or not dictionary_has_tag(tag):
@@ -197,6 +198,7 @@ class Profile:
         kinds = {vr, dictionary_VR(tag)} # as the file says, which may be wrong, and as it should be
         if 'PN' in kinds: return 'Z'
         if kinds & _TEXTS or not kinds.isdisjoint(_SHORT) and keyword not in _TECHNICAL: return 'X'
+        if keyword=='PixelData': return 'X' if nested else ''
         if vr in _BINARY and not _TABLES.search(keyword) or keyword in _PERSONAL: return 'X'
         if vr!='UI' or re.search('Class(es)?(UID|Supported|In)|TransferSyntax', keyword): return ''
         return 'K' if 'uids' in self.retain else 'U'
