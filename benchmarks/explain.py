@@ -424,7 +424,8 @@ def real_knees():
     ill = np.flatnonzero(ill)[:24]
     print_checks(net, x[ill], FOR_KNEES, t.patient.to_numpy()[ill])
     judged = np.flatnonzero(part[2] & (y==1).numpy())[:100]
-    found = {i: max(locate_knees(Radiograph(films[i].astype(np.float32)/255)), key=lambda k: k.score, default=None) for i in judged}
+    knees = {i: locate_knees(Radiograph(films[i].astype(np.float32)/255)) for i in judged}
+    found = {i: max(k, key=lambda k: k.score, default=None) for i, k in knees.items()}
     own = np.array([i for i in judged if found[i] is not None])
     masks = np.stack([cv2.resize(joint_mask(found[i], films[i].shape[0]).astype(np.uint8), (args.size, args.size),
         interpolation=cv2.INTER_NEAREST)>0 for i in own])

@@ -483,7 +483,8 @@ def pictures(folder: Path) -> Path:
         Image.fromarray(x).save(folder/f'PNGs/knee_{k:03d}.png')
         rows.append([f'knee_{k:03d}', f'P{k//2}', f'KL{grade}', 'ja' if grade>1 else 'nein',
             ('male', 'W')[k//2%2], 30+k, ('links', 'right')[k%2]])
-    table = [['Knees of our clinic', *[None]*6], ['Bild', 'Patient', 'KL grade', 'OA', 'Sex', 'Age (years)', 'Side'], *rows]
+    table = [['Knees of our clinic', *[None]*6], ['Bild', 'Patient', 'KL grade', 'OA', 'Sex', 'Age (years)', 'Side'],
+        *rows]
     pd.DataFrame(table).to_excel(folder/'knees.xlsx', index=False, header=False)
     return folder
 

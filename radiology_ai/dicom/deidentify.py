@@ -152,7 +152,7 @@ class Walk:
     def _table(self, ds, e):
         "A look-up table without what stands behind its entries; None where it is not of the picture."
         if 'Palette' in e.keyword and code_of(ds, 'PhotometricInterpretation')!='PALETTE COLOR': return None
-        name = 'LUTDescriptor' if e.keyword=='LUTData' else e.keyword.removeprefix('Segmented').replace('Data', 'Descriptor')
+        name = e.keyword.removeprefix('Segmented').replace('Data', 'Descriptor')
         told = value_of(ds, name)
         n = int(told[0])%65536 or 65536 if isinstance(told, list) and isinstance(told[0], int) else 0
         if e.keyword.startswith('Segmented') or not isinstance(e.value, (bytes, list, MultiValue)): return e

@@ -96,7 +96,8 @@ def _bounded(word):
     edge = 'a-z' if word.isascii() else r'^\W\d_'
     found = [_apart(word) if len(word)>5 else re.escape(word)]
     if len(word)>7 and word.isascii():
-        found += [word[:n] for n in range(len(word) - 1, -(-7*len(word)//10) - 1, -1) if word[:n].upper() not in VOCABULARY]
+        starts = [word[:n] for n in range(len(word) - 1, -(-7*len(word)//10) - 1, -1)]
+        found += [s for s in starts if s.upper() not in VOCABULARY]
     return rf"(?<![{edge}])(?:{'|'.join(found)})(?:['’]?s)?(?![{edge}])"
 
 def _apart(word):
@@ -243,7 +244,8 @@ def date_forms(
     m = re.match(r'(\d{4})[.-]?(\d\d)[.-]?(\d\d)', value)
     if not m: return set()
     y,mo,d = m.groups()
-    return {f'{y}{mo}{d}', f'{d}{mo}{y}', f'{mo}{d}{y}', f'{y}-{mo}-{d}', f'{y}/{mo}/{d}', f'{y}.{mo}.{d}', f'{d}.{mo}.{y}',
+    return {f'{y}{mo}{d}', f'{d}{mo}{y}', f'{mo}{d}{y}', f'{y}-{mo}-{d}', f'{y}/{mo}/{d}', f'{y}.{mo}.{d}',
+        f'{d}.{mo}.{y}',
         f'{d}/{mo}/{y}', f'{mo}/{d}/{y}', f'{d}-{mo}-{y}', f'{mo}-{d}-{y}'}
 
 def telling_parts(
@@ -288,14 +290,16 @@ def byte_forms(
 _NUMERIC = {'DS', 'IS', 'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV', 'AT', 'OB', 'OW', 'OD', 'OF', 'OL',
     'OV', 'SQ', 'UI', 'DA', 'DT', 'TM', 'US or SS', 'OB or OW'}
 # what somebody writes in words of his own
-_FREE = {'CodeMeaning', 'LUTExplanation', 'LUTLabel', 'PixelSpacingCalibrationDescription', 'ViewName', 'WindowCenterWidthExplanation'}
+_FREE = {'CodeMeaning', 'LUTExplanation', 'LUTLabel', 'PixelSpacingCalibrationDescription', 'ViewName',
+    'WindowCenterWidthExplanation'}
 _UNITS = {'CM', 'MM', 'KV', 'MA', 'MS', 'HU', 'GY', 'KG', 'ML'}
 
 def short_forms(
     name: str, # a PN
 ) -> set:
     "The initials of a name in capitals, which are no term or unit."
-    f,g,m = ([w[0].upper() for w in re.findall(r'[^\W\d_]+', p)] for p in [*re.split(r'[\^,]', name.split('=')[0]), '', ''][:3])
+    parts = [*re.split(r'[\^,]', name.split('=')[0]), '', ''][:3]
+    f,g,m = ([w[0].upper() for w in re.findall(r'[^\W\d_]+', p)] for p in parts)
     rows = {''.join(r) for r in ((*g, *f), (*f, *g), (*g, *m, *f), (*f, *g, *m)) if 1<len(r)<4}
     return rows - VOCABULARY - CODES - TITLES - _UNITS
 
@@ -372,7 +376,8 @@ class Residue:
             at = f'{place}({e.tag.group:04x},{e.tag.element:04x})'
             if e.VR=='SQ':
                 for i,item in enumerate(e.value): self.scrub(item, account, f'{at}[{i}].')
-            elif (e.VR not in _NUMERIC or e.VR in ('DS', 'IS')) and e.value and e.keyword not in ('PatientID', 'PatientName'):
+            elif (e.value and (e.VR not in _NUMERIC or e.VR in ('DS', 'IS'))
+                    and e.keyword not in ('PatientID', 'PatientName')):
                 new = self._cut(e)
                 if new is e.value: continue
                 ds[e.tag] = DataElement(e.tag, e.VR, new)
@@ -387,7 +392,9 @@ class Residue:
                 and self.in_header(e.value) else e.value)
         many = isinstance(e.value, (list, MultiValue))
         old = [str(v) for v in (e.value if many else [e.value])]
-        if e.VR in ('DS', 'IS'): return None if any(v.split('.')[0].lstrip('+-0') in self.numbers for v in old) else e.value
+        if e.VR in ('DS', 'IS'):
+            told = any(v.split('.')[0].lstrip('+-0') in self.numbers for v in old)
+            return None if told else e.value
         new = [v if e.VR=='CS' and v.strip().upper() in CODES else self.without(v) for v in old]
         if e.keyword in _FREE: new = [self._free(v) for v in new]
         if new==old: return e.value

@@ -93,9 +93,11 @@ def _application(m, s):
 def _is_spiff(s):
     "Is a segment the header of SPIFF, and all of its fields in their range?"
     if len(s)!=34 or s[4:10]!=b'SPIFF\0': return False
-    version,profile,samples,rows,cols,colours,bits,coding,unit,*density = struct.unpack('>HBBIIBBBBII', s[10:])
-    return (version in (0x0100, 0x0200) and profile<5 and samples<5 and max(rows, cols, *density)<2**16 and colours<16
-        and bits<33 and coding<10 and unit<3)
+    version,*small = struct.unpack('>HBB8xBBBB8x', s[10:])
+    sizes = struct.unpack('>4x2I4x2I', s[10:]) # rows, columns, density
+    # profile, samples, colours, bits, coding, unit
+    limits = 5,5,16,33,10,3
+    return version in (0x0100, 0x0200) and max(sizes)<2**16 and all(v<m for v,m in zip(small, limits, strict=True))
 
 def _jpeg(data, kind):
     "The stream without what is not of the picture, and where it ends in `data`."

@@ -100,7 +100,8 @@ def _age_text(value) -> str:
     return '' if np.isnan(age) else f'{int(age):03d}Y'
 
 # header column: the names that a table of labels has for it, without case and blanks, and how its cells are read
-_TOLD = {'PatientSex': (('sex', 'gender', 'patientsex', 'patientgender'), lambda v: _SEXES.get(str(v).strip().casefold(), '')),
+_TOLD = {'PatientSex': (('sex', 'gender', 'patientsex', 'patientgender'),
+        lambda v: _SEXES.get(str(v).strip().casefold(), '')),
     'PatientAge': (('age', 'patientage', 'ageinyears', 'age(years)'), _age_text),
     'side': (('side',), lambda v: side_letter(v) or '')}
 
