@@ -55,7 +55,7 @@ OTHERWISE = dict(left=lambda f: _turned(f, 1), down=lambda f: _turned(f, 2), rig
 @dataclass
 class Layout:
     """How far a film's layout lies from those of wanted films: the distance to the k-th nearest of `bank`, of the film or its
-    mirror image. Made by `Layout.fit`.
+    mirror image. Made by its method `fit`.
 
     Example: `Layout.fit(film_layout(train), film_layout(valid)).doubt(film_layout(films))>1`"""
     bank: np.ndarray      # (M, CELLS*CELLS*BINS) float32
