@@ -305,7 +305,7 @@ def _kept(relevance, start, rule: str) -> tuple:
     lost = (relevance.double().flatten(1).sum(1)-start.double()).abs()/start.double().abs().clamp(min=1)
     if lost.max()<=1e-4: return relevance.float(), start.float() # not so of NaN
     raise ModelError(f"The relevance of rule {rule!r} does not add up ({float(lost.max()):.0e} of the score): its parts are "
-        "far larger than their sum", "Take rule='composite'")
+        "far larger than their sum", "Take rule='composite'" if rule!='composite' else "Take a CAM, such as method='layercam'")
 
 def _pixel_box(model, x) -> tuple:
     "Between which values the pixels lie where the first layer meets them."
