@@ -356,7 +356,7 @@ def print_checks(net, x, methods, groups=None):
     found = check_methods(net, x, methods, 1, groups=groups, steps=4)
     print('| method | deletion | insertion | random weights | noise | verdict |')
     for c in found:
-        print(f'| {c.method} | ' + ' | '.join(str(c.figures[k]) for k in ('deletion', 'insertion',
+        print(f'| {c.method} | ' + ' | '.join(str(c.figures.get(k, '')) for k in ('deletion', 'insertion',
             'random weights', 'noise')) + f" | {'; '.join([c.verdict, *c.notes])} |", flush=True)
     chosen = chosen_method(found)
     print(f'chosen: {chosen.method if chosen else None}')

@@ -201,7 +201,7 @@ def test_grades_are_explained_by_the_log_odds_of_being_so_high():
 
 @pytest.mark.parametrize('rule', LRP_RULES)
 @pytest.mark.parametrize('name', ['resnet10t', 'mobilenetv3_small_050', 'regnetx_002', 'efficientnet_lite0',
-    'densenet121'])
+    'tf_efficientnet_lite0', 'densenet121'])
 def test_relevance_is_kept(name, rule):
     """The sum over the pixels is the logit, to a ten thousandth; BatchNorm, gates, sums and concatenations
     are no hole."""

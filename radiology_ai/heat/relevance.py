@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -84,6 +85,20 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx, relevance): return relevance, None
 
+class _Border(torch.autograd.Function):
+    "A border of zeros around (B, C, H, W); relevance that reaches it goes to the nearest value inside."
+    @staticmethod
+    def forward(ctx, x, pad):
+        ctx.shape,ctx.pad = x.shape,pad
+        return F.pad(x, pad)
+
+    @staticmethod
+    def backward(ctx, relevance):
+        with torch.enable_grad():
+            inside = relevance.new_zeros(ctx.shape).requires_grad_()
+            out = F.pad(inside, ctx.pad, mode='replicate')
+        return torch.autograd.grad(out, inside, relevance)[0],None
+
 class _Product(torch.autograd.Function):
     "Two factors of the same shape get half each."
     @staticmethod
@@ -114,7 +129,7 @@ def _summed(r, shape) -> torch.Tensor:
 
 # %% ../../nbs/59_heat.relevance.ipynb #940c9d73
 _MOVES = set('''view reshape flatten unflatten permute transpose contiguous clone squeeze unsqueeze getitem get
-    split chunk cat concat stack unbind pad roll
+    split chunk cat concat stack unbind roll
     expand narrow select index_select to float double type_as dropout identity dim size numel is_floating_point
     assert max_pool2d amax adaptive_max_pool2d pixel_shuffle pixel_unshuffle detach is_contiguous stride
     movedim swapaxes repeat where shape ndim device dtype len'''.split())
@@ -193,6 +208,12 @@ class _Rules(TorchFunctionMode):
             return out
         bias = None if bias is None else bias.reshape(shape)
         return _Share.apply(x, Linear(apply, weight), bias, rule)
+
+    def on_pad(self, func, x, *args, **kwargs):
+        g = _named('pad mode value', args, kwargs)
+        pad,zeros = tuple(g['pad']),g.get('mode', 'constant')=='constant' and not g.get('value')
+        if zeros and x.ndim==4 and len(pad)==4 and min(pad)>=0: return _Border.apply(x, pad)
+        return func(x, *args, **kwargs)
 
     def on_batch_norm(self, func, x, *args, **kwargs):
         """Folded into the layer before it; alone it is a factor and a bias for each value, which goes back as
