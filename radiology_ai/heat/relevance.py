@@ -85,20 +85,6 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx, relevance): return relevance, None
 
-class _Border(torch.autograd.Function):
-    "A border of zeros around (B, C, H, W); relevance that reaches it goes to the nearest value inside."
-    @staticmethod
-    def forward(ctx, x, pad):
-        ctx.shape,ctx.pad = x.shape,pad
-        return F.pad(x, pad)
-
-    @staticmethod
-    def backward(ctx, relevance):
-        with torch.enable_grad():
-            inside = relevance.new_zeros(ctx.shape).requires_grad_()
-            out = F.pad(inside, ctx.pad, mode='replicate')
-        return torch.autograd.grad(out, inside, relevance)[0],None
-
 class _Product(torch.autograd.Function):
     "Two factors of the same shape get half each."
     @staticmethod
@@ -177,6 +163,7 @@ class _Rules(TorchFunctionMode):
         self.rule,self.eps,self.folds,self.box = rule,eps,folds,box
         self.n = 0
         self.waiting = {} # by the number of a tensor: a layer whose BatchNorm is to come
+        self.padded = {}  # likewise: what stands inside a border of zeros
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},_plain(func)
@@ -192,7 +179,9 @@ class _Rules(TorchFunctionMode):
             "Take another method, such as 'gradcam' or 'integrated_gradients'")
 
     def on_conv2d(self, func, x, weight, bias=None, *args, **kwargs):
-        return self.weighed(x, lambda a, w: func(a, w, None, *args, **kwargs), weight, bias, (1, -1, 1, 1))
+        x,pad,_ = self.padded.pop(id(x), (x, (), x))
+        def apply(a, w): return func(F.pad(a, pad) if pad else a, w, None, *args, **kwargs)
+        return self.weighed(x, apply, weight, bias, (1, -1, 1, 1))
     def on_linear(self, func, x, weight, bias=None):
         return self.weighed(x, lambda a, w: func(a, w), weight, bias, (-1,))
 
@@ -210,10 +199,10 @@ class _Rules(TorchFunctionMode):
         return _Share.apply(x, Linear(apply, weight), bias, rule)
 
     def on_pad(self, func, x, *args, **kwargs):
-        g = _named('pad mode value', args, kwargs)
-        pad,zeros = tuple(g['pad']),g.get('mode', 'constant')=='constant' and not g.get('value')
-        if zeros and x.ndim==4 and len(pad)==4 and min(pad)>=0: return _Border.apply(x, pad)
-        return func(x, *args, **kwargs)
+        "A border of zeros belongs to the convolution that follows, so that no relevance is left in it."
+        out,g = func(x, *args, **kwargs),_named('pad mode value', args, kwargs)
+        if g.get('mode', 'constant')=='constant' and not g.get('value'): self.padded[id(out)] = x,tuple(g['pad']),out
+        return out
 
     def on_batch_norm(self, func, x, *args, **kwargs):
         """Folded into the layer before it; alone it is a factor and a bias for each value, which goes back as
