@@ -14,6 +14,7 @@ import io
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -262,24 +263,19 @@ def explore_dicoms(
     todo = df[(df.error=='') & (df.Rows>0)]
     if pixels is not True: todo = todo if pixels else todo[:0]
     else: todo = todo[todo.duplicated(['Rows', 'Columns'], keep=False)]
-    look = _look if pixels=='all' else pixel_digest
+    look = partial(digest_and_grey, size=4*SIZE, look=find_polarity) if pixels=='all' else pixel_digest
     told = dict(zip(todo.path, run_parallel(look, todo.path.tolist(), workers, chunk=8, desc='pixels', show=show,
         seconds=60, lost=lambda p, cause: ('', False, f'the process that decoded it {cause}'))))
     twice = find_duplicates(df, pd.Series({p: o[0] for p,o in told.items()}, dtype=object) if pixels
         else None)
     attention,files = find_attention(df, twice, [p for p,o in told.items() if o[2]],
-        [p for p,o in told.items() if o[1]], [p for p,o in told.items() if o[3:]==('dark',)])
+        [p for p,o in told.items() if o[1]], [p for p,o in told.items() if [x.bone for x in o[3:] if x]==['dark']])
     e = Exploration(df, _tables(df, twice, bool(pixels)), attention, files, _examples(df, files, examples))
     if any(o[2] for o in told.values()):
         e.tables['damaged'] = pd.DataFrame(Counter(o[2] for o in told.values() if o[2]).most_common(),
             columns=['cause', 'files'])
     if labels is not None: e.tables['labels'] = prevalence(df, join_labels(df, labels, columns))
     return e
-
-def _look(path):
-    "What `pixel_digest` says of a file, and how it shows bone, by one decoding."
-    *told,small = digest_and_grey(path, 4*SIZE)
-    return *told,'' if small is None else find_polarity(small).bone
 
 def _as_index(folder, workers, show, previous):
     "The index of what `explore_dicoms` was given."

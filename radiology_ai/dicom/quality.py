@@ -12,6 +12,7 @@ __all__ = ['ENDS', 'RADIOGRAPHS', 'pixel_digest', 'digest_and_grey', 'bytes_dige
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,8 @@ def pixel_digest(
 def digest_and_grey(
     path,                # DICOM or still image
     size: int|None=None, # longer side of the small picture in pixels; None: none is made
-) -> tuple[str,bool,str,np.ndarray|None]:
+    look: Callable|None=None, # what is asked of the small picture, whose answer then stands in its place
+) -> tuple:
     """What `pixel_digest` says, and of the same decoding the picture in [0, 1] as `read_radiograph` shows it, small; None
     where it cannot be shown, and of one grey value or several frames.
 
@@ -56,6 +58,7 @@ def digest_and_grey(
         return '',False,f'the pixels cannot be decoded ({type(e).__name__})',None
     low,high = int(a.min()),int(a.max())
     small = None if size is None or low==high else _small_grey(a, ds, path, size)
+    if look is not None and small is not None: small = look(small)
     a = a.astype('u1' if low>=0 and high<256 else '<u2' if low>=0 and high<2**16 else '<i4', copy=False)
     return hashlib.sha256(str(a.shape).encode() + np.ascontiguousarray(a).data).hexdigest(),low==high,'',small
 
