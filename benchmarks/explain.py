@@ -234,7 +234,8 @@ def simulated():
     print(f'checks of {len(checks)} methods on {checks[0].images} validation films: {time.process_time()-clock:.0f} s')
     for c in checks: print(f"  {c.method}: {c.verdict}; deletion {c.figures['deletion']}, insertion {c.figures['insertion']}, "
         f"random weights {c.figures['random weights']}, noise {c.figures['noise']}")
-    print('validation films'); print_regions(net, valid[1::2], seen[1::2], who[1::2], SHOWN[:5] + SHOWN[-1:])
+    print('validation films')
+    print_regions(net, valid[1::2], seen[1::2], who[1::2], SHOWN[:5] + SHOWN[-1:])
     chosen = chosen_method(checks)
     print(f'chosen: {chosen.method if chosen else None}; test AUROC {auroc_ci(yt, odds(net, test), groups=bodies)}')
     print_regions(net, test[1::2], truth[1::2], bodies[1::2], SHOWN[:5] + SHOWN[-1:])

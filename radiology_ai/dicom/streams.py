@@ -301,7 +301,7 @@ def tails(
     data: bytes, # a frame of `stripped`, not RLE
 ) -> list:
     """The place (start, end) of one byte near the end of a grey JPEG picture in one scan, two before the last one that
-    is no filling: it tells something of the picture. None for other streams: in colours or several scans the
+    is no filling: it tells something of the picture. Empty for other streams: in colours or several scans the
     last blocks may lie beside the picture, JPEG-LS decoders refuse such bytes, JPEG 2000 may have spare ones."""
     info = stream_info(data)
     if info['kind'] not in ('jpeg', 'lossless') or info['samples']>1 or info.get('progressive'): return []
